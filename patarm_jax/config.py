@@ -1,0 +1,266 @@
+"""The whole truth about a run: nested frozen dataclasses, read from YAML, overridden by dotted flags.
+
+No default stands anywhere else, nothing is changed after loading, and an unknown key is an error that names the
+nearest known one.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import msgspec
+import tyro
+import yaml
+
+from patarm_jax.types import RubricMode, UsageError, UserError
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Where the weights come from and in what precision they compute."""
+
+    path: str = ""  # a Hugging Face folder, or the folder of a finished run
+    weights: Literal["load", "random"] = "load"  # random: only config.json and the tokenizer are read from path
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; the trained master copy is float32
+    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes: nothing, all but matmuls, all
+
+
+@dataclass(frozen=True)
+class MeshSection:
+    """How many devices stand along each mesh axis; one of them may be -1, "all that are left"."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    rollout: Literal["tensor", "replicated"] = "tensor"  # how the sampling copy of the weights is placed
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    """AdamW with warm-up, decay and clipping by the global norm."""
+
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"  # from the peak to final_fraction · peak
+    final_fraction: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Which preferences are read, and how their columns are called."""
+
+    path: str = ""  # a .jsonl, .json or .parquet file, a folder of them, or a Hub id
+    split: str = "train"  # of a Hub id
+    # Ours → theirs, where they differ; several columns are joined without a space. Ours are: prompt, chosen, rejected,
+    # id, source, domain, chosen_judgement, rejected_judgement.
+    columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    domain: str = ""  # of every row, when the rows do not say
+    source_domains: dict[str, str] = field(default_factory=dict)  # source → domain, before `domain`
+    drop_sources: tuple[str, ...] = ()
+    max_prompt_tokens: int = 2048  # of the whole encoded judge prompt; longer preferences are dropped and counted
+    max_completion_tokens: int = 1024  # of an SFT judgement with its end token; longer rows are dropped and counted
+    # What SFT does with a preference that carries no judgements: refuse, or write one that has the form and a score on
+    # the right side of the middle, and nothing to learn but the form.
+    missing_judgements: Literal["error", "template"] = "error"
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """The run folder and what is written into it when."""
+
+    folder: str = ""
+    seed: int = 0
+    epochs: int = 1
+    steps: int = 0  # stop after so many steps, or 0: after all epochs
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    show_every: int = 10  # print a sample of judgements every so many steps; 0: never
+    tensorboard: bool = True
+    wandb_project: str = ""  # needs the wandb extra; empty: not used
+
+
+@dataclass(frozen=True)
+class SamplingSection:
+    """How judgements are drawn."""
+
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    max_new_tokens: int = 1024
+
+
+@dataclass(frozen=True)
+class RewardSection:
+    """Preference-Aware Reward and how rewards become advantages."""
+
+    margin: Literal["graded", "constant"] = "graded"
+    group_by: Literal["response", "pair"] = "response"
+    normalise_std: bool = True
+
+
+@dataclass(frozen=True)
+class PolicySection:
+    """The policy update of GRPO."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.001  # 0: no reference is loaded
+    reference: str = ""  # a model folder; empty: model.path
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    updates_per_rollout: int = 1
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """`patarm sft`: supervised fine-tuning on judgements."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    mesh: MeshSection = field(default_factory=MeshSection)
+    data: DataSection = field(default_factory=DataSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    run: RunSection = field(default_factory=RunSection)
+    rubrics: RubricMode = "adaptive"
+    pairs_per_step: int = 32  # each gives two rows, the chosen's judgement and the rejected's
+    micro_batches: int = 1  # slices summed inside one update; never changes the result
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """`patarm grpo`: reinforcement learning on preference pairs."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    mesh: MeshSection = field(default_factory=MeshSection)
+    data: DataSection = field(default_factory=DataSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    run: RunSection = field(default_factory=RunSection)
+    sampling: SamplingSection = field(default_factory=SamplingSection)
+    reward: RewardSection = field(default_factory=RewardSection)
+    policy: PolicySection = field(default_factory=PolicySection)
+    rubrics: RubricMode = "adaptive"
+    pairs_per_step: int = 32
+    group_size: int = 8  # G, judgements of each response
+    micro_batches: int = 1
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """`patarm judge`: score the pairs of a file."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    mesh: MeshSection = field(default_factory=MeshSection)
+    data: DataSection = field(default_factory=DataSection)
+    sampling: SamplingSection = field(default_factory=SamplingSection)
+    rubrics: RubricMode = "adaptive"
+    output: str = ""
+    votes: int = 1  # judgements of each response; their mean is the score
+    pairs_per_batch: int = 32
+    seed: int = 0
+
+
+def load(cls: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file, with dotted overrides (`--optimizer.learning_rate 1e-6`) on top."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config {path}: {error}. Give the path of a YAML file.") from error
+    try:
+        mapping = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(mapping, dict):
+        raise UsageError(f"{path} holds no mapping of sections. See the files in configs/ for what one looks like.")
+    return override(from_mapping(cls, mapping, str(path)), overrides)
+
+
+def from_mapping(cls: type[Config], mapping: Mapping[str, Any], where: str) -> Config:
+    """A config from nested mappings; unknown keys and wrong types are refused by name."""
+    _refuse_unknown_keys(cls, mapping, where, prefix="")
+    try:
+        return msgspec.convert(_floats(cls, mapping), cls)
+    except msgspec.ValidationError as error:
+        message = re.sub(r" - at `\$\.?(.*?)`$", r" for \1", str(error))
+        raise UsageError(f"{where}: {message}.") from error
+
+
+def override(config: Config, arguments: Sequence[str]) -> Config:
+    """The config with `--section.key value` (or `--section.key=value`) flags applied by tyro."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            # The static type of `type(config)` is not a class tyro's overloads can narrow.
+            result, unknown = tyro.cli(type(config), default=config, args=list(arguments), return_unknown_args=True)
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            print(printed.getvalue(), end="")
+            raise
+        raise UsageError(_one_sentence(printed.getvalue())) from None
+    if unknown:
+        flag = unknown[0]
+        known = ["--" + key for key in dotted_keys(type(config))]
+        near = _nearest(flag.split("=")[0], known)
+        raise UsageError(f"unknown option {flag}.{near} `--help` lists them all.")
+    return result
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config, complete, as YAML that `load` reads back."""
+    return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False, allow_unicode=True)
+
+
+def dotted_keys(cls: Any, prefix: str = "") -> list[str]:
+    """Every key of a config class in dotted form."""
+    keys: list[str] = []
+    for name, kind in get_type_hints(cls).items():
+        keys += dotted_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
+    return keys
+
+
+def _refuse_unknown_keys(cls: Any, mapping: Any, where: str, prefix: str) -> None:
+    if not isinstance(mapping, Mapping):
+        raise UsageError(f"{where}: {prefix.rstrip('.')} is a section of keys, got {mapping!r}.")
+    kinds = get_type_hints(cls)
+    for key, value in mapping.items():
+        if key not in kinds:
+            raise UsageError(f"{where}: unknown key {prefix}{key}.{_nearest(str(key), list(kinds), prefix)}")
+        if dataclasses.is_dataclass(kinds[key]):
+            _refuse_unknown_keys(kinds[key], value, where, f"{prefix}{key}.")
+
+
+def _floats(cls: Any, mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """YAML 1.1 reads `1e-6` as text: turn the text of a float field into the number that was meant."""
+    kinds, result = get_type_hints(cls), dict(mapping)
+    for key, value in mapping.items():
+        if dataclasses.is_dataclass(kinds[key]):
+            result[key] = _floats(kinds[key], value)
+        elif kinds[key] is float and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                result[key] = float(value)
+        elif kinds[key] == dict[str, tuple[str, ...]] and isinstance(value, Mapping):
+            result[key] = {name: [text] if isinstance(text, str) else text for name, text in value.items()}
+    return result
+
+
+def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {prefix}{close[0]}?" if close else f" Known are: {', '.join(known)}."
+
+
+def _one_sentence(box: str) -> str:
+    """tyro draws its errors in a box; the sentence is its first paragraph."""
+    lines = [line.strip("│╭╮╰╯─|+- ") for line in box.splitlines()]
+    body = [line for line in lines[1:] if line]
+    cut = next((i for i, line in enumerate(body) if line.startswith(("Argument helptext", "For full helptext"))), None)
+    return " ".join(body[:cut])

@@ -1,0 +1,1 @@
+"""The embedded default: everything end to end, no downloads."""

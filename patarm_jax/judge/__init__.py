@@ -1,0 +1,1 @@
+"""What a judge reads and writes: rubrics, prompts, parser. Strings only."""

@@ -1,0 +1,1 @@
+"""Qwen3: the network, its shardings, its weights on disk."""

@@ -1,0 +1,125 @@
+"""The shape of a dense Qwen3, read from and written to Hugging Face's config.json.
+
+Every key of the file is either understood or refused by name: a silent default would train a wrong model.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from patarm_jax.types import UserError
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    """The numbers that fix the network; names are Hugging Face's."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # N
+    num_key_value_heads: int  # K
+    head_dim: int  # H, independent of D / N
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 40960
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+
+# Keys with one supported value. Anything else would be a different network.
+REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
+    "model_type": ("qwen3",),
+    "architectures": (["Qwen3ForCausalLM"], None),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "attention_dropout": (0, 0.0),
+    "use_sliding_window": (False,),
+    "sliding_window": (None,),
+    "rope_scaling": (None,),
+}
+# Keys that do not change the function computed here.
+INERT = {
+    "_name_or_path",
+    "dtype",
+    "max_window_layers",  # only read when use_sliding_window is true
+    "pad_token_id",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def read_config(folder: Path) -> Qwen3Config:
+    """The config of a Hugging Face folder."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no config.json. Give the folder of a Hugging Face Qwen3 model.")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}). Copy the file again from where the model came.") from error
+    return from_hf(raw, str(path))
+
+
+def from_hf(raw: dict[str, Any], where: str) -> Qwen3Config:
+    """Our config from Hugging Face's keys, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`)."""
+    known = {field.name for field in dataclasses.fields(Qwen3Config)}
+    allowed = known | INERT | REQUIRED_VALUES.keys() | {"rope_parameters", "layer_types"}
+    if unknown := sorted(raw.keys() - allowed):
+        raise UserError(f"{where}: keys that are not understood: {', '.join(unknown)}. Only dense Qwen3 models are.")
+    for key, values in REQUIRED_VALUES.items():
+        if key in raw and raw[key] not in values:
+            raise UserError(f"{where}: {key} is {raw[key]!r}; supported is {values[0]!r}. Only dense Qwen3 models are.")
+    if "model_type" not in raw:
+        raise UserError(f"{where}: model_type is missing; supported is 'qwen3'. Only dense Qwen3 models are.")
+    if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
+        raise UserError(f"{where}: layer_types holds {sorted(set(raw['layer_types']))}; supported is 'full_attention'.")
+    values = {key: raw[key] for key in known if key in raw} | _rope_theta(raw, where)
+    required = [f.name for f in dataclasses.fields(Qwen3Config) if f.default is dataclasses.MISSING]
+    if missing := [key for key in [*required, "rope_theta"] if values.get(key) is None]:
+        raise UserError(f"{where}: missing keys: {', '.join(missing)}. Copy the file again from where the model came.")
+    if isinstance(values.get("eos_token_id"), list):
+        values["eos_token_id"] = values["eos_token_id"][0]  # generation_config.json holds them all
+    config = Qwen3Config(**values)
+    if config.head_dim % 2:
+        raise UserError(f"{where}: head_dim is {config.head_dim}; rotary embeddings need an even number.")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UserError(
+            f"{where}: {config.num_attention_heads} query heads cannot share {config.num_key_value_heads} key-value "
+            "heads evenly; num_attention_heads must be a multiple of num_key_value_heads."
+        )
+    return config
+
+
+def to_hf(config: Qwen3Config, dtype: str) -> dict[str, Any]:
+    """Hugging Face's config.json, readable by transformers 4 and 5 alike."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        **dataclasses.asdict(config),
+        "rope_scaling": None,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "use_cache": True,
+        "torch_dtype": dtype,
+    }
+
+
+def _rope_theta(raw: dict[str, Any], where: str) -> dict[str, float]:
+    rope = raw.get("rope_parameters")
+    if rope is None:
+        return {}
+    if unknown := sorted(rope.keys() - {"rope_theta", "rope_type"}):
+        raise UserError(f"{where}: rope_parameters holds keys that are not understood: {', '.join(unknown)}.")
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"{where}: rope_parameters.rope_type is {rope['rope_type']!r}; supported is 'default'.")
+    return {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}

@@ -1,0 +1,88 @@
+"""Where arrays live: the mesh, and the two tables that map logical axes to mesh axes.
+
+Rules never change a result, only its placement.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from patarm_jax.config import MeshSection
+from patarm_jax.types import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+Rules = Mapping[str, str | None]
+
+# Training: every weight is split over `fsdp` along the width that enters or leaves the residual stream, and over
+# `tensor` along heads, MLP width or vocabulary, so that optimiser state is split as far as the mesh allows.
+TRAIN_RULES: Rules = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+}
+# Sampling: a decode step touches every weight once for a handful of tokens, so gathering weights over `fsdp` at each
+# layer would cost more than the step. They are split over `tensor` only, and whole along the rest.
+ROLLOUT_RULES: Rules = {**TRAIN_RULES, "embed": None}
+REPLICATED_RULES: Rules = dict.fromkeys(TRAIN_RULES)
+
+
+def make_mesh(section: MeshSection) -> Mesh:
+    """A mesh over all devices with the axes `data`, `fsdp` and `tensor`."""
+    sizes = {"data": section.data, "fsdp": section.fsdp, "tensor": section.tensor}
+    count = jax.device_count()
+    asked = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+    if free := [axis for axis, size in sizes.items() if size == -1]:
+        fixed = 1
+        for size in sizes.values():
+            fixed *= size if size != -1 else 1
+        if len(free) > 1 or fixed < 1 or count % fixed:
+            raise UserError(
+                f"mesh {asked} does not fit {count} devices: at most one axis may be -1, and the others must "
+                f"multiply to a divisor of {count}."
+            )
+        sizes[free[0]] = count // fixed
+    product = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
+    if min(sizes.values()) < 1 or product != count:
+        raise UserError(f"mesh {asked} asks for {product} devices and there are {count}. Set one axis to -1.")
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def named_sharding(mesh: Mesh, rules: Rules, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """The sharding of a weight with these logical axes; refuses a split that leaves a remainder."""
+    spec = [rules[axis] if axis is not None else None for axis in axes]
+    for axis, mesh_axis, size in zip(axes, spec, shape, strict=True):
+        if mesh_axis is not None and size % mesh.shape[mesh_axis]:
+            raise UserError(
+                f"{size} {axis} cannot be split over {mesh.shape[mesh_axis]} devices of mesh axis {mesh_axis!r}. "
+                f"Choose mesh.{mesh_axis} so that it divides {size}."
+            )
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over `data` and `fsdp`, everything else whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Pins an activation to mesh axes inside jit; outside a mesh it does nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))

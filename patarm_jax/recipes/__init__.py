@@ -1,0 +1,1 @@
+"""The stories: one training or judging run per file, read top to bottom."""

@@ -1,0 +1,1 @@
+"""From prompts to judgements: the sampler and judge()."""

@@ -1,0 +1,1 @@
+"""Losses, the jitted steps, checkpoints, metrics."""

@@ -1,0 +1,119 @@
+"""The nouns every room speaks of: preferences, judgements, batches of arrays, and the user's mistakes.
+
+Nothing here computes. Array fields carry their shape; the axis letters are
+
+    P preference pairs · 2 sides (0 chosen, 1 rejected) · G rollouts per response · R = 2·P responses
+    B rows · T tokens · Tp prompt tokens · Tc completion tokens
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal, TypedDict
+
+import jax
+
+CHOSEN, REJECTED = 0, 1
+
+Domain = Literal["chat", "math", "code", "safety", "instruction_following"]
+RubricMode = Literal["adaptive", "primary", "generated"]
+
+
+class UserError(Exception):
+    """Something the user can mend. The message says what was got, what is allowed and what to do."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """A command line or a config that cannot be meant."""
+
+    exit_code = 2
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+Conversation = tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One (prompt, chosen, rejected): the record that is never torn apart."""
+
+    id: str
+    prompt: Conversation  # all turns before the response, the last one the user's
+    chosen: str
+    rejected: str
+    domain: Domain
+    source: str
+
+
+class Status(IntEnum):
+    """How reading a judgement went. The integers are what `reward.format_reward` takes."""
+
+    OK = 0
+    BAD_SCORE = 1  # the tags stand in order, but what is inside <answer> is no valid score (or choice)
+    BAD_TAGS = 2  # a tag is missing, repeated or out of order
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was read from the text a judge wrote about a response."""
+
+    text: str
+    status: Status
+    reason: str  # why it failed; empty when status is OK
+    score: float | None = None  # pointwise: 0 ≤ score ≤ 10, None unless status is OK
+    choice: Literal["A", "B"] | None = None  # pairwise, None unless status is OK
+    thinking: str = ""
+    generated_rubrics: str = ""
+    evaluation: str = ""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prompts:
+    """Encoded prompts, right-padded."""
+
+    tokens: jax.Array  # [R, Tp] int32
+    lengths: jax.Array  # [R] int32, ≥ 1
+    rows: jax.Array  # [R] int32, the row id that sampling keys are folded from
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Completions:
+    """What the sampler returns: G completions of each of R prompts, right-padded."""
+
+    tokens: jax.Array  # [R, G, Tc] int32
+    lengths: jax.Array  # [R, G] int32, the end token included
+    logprobs: jax.Array  # [R, G, Tc] float32, log π(token) at the sampling temperature, 0 past the end
+    truncated: jax.Array  # [R, G] bool, cut off before an end token
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SFTBatch:
+    """Whole sequences, prompt and judgement in one stream, right-padded."""
+
+    tokens: jax.Array  # [B, T] int32
+    lengths: jax.Array  # [B] int32
+    prompt_lengths: jax.Array  # [B] int32; the loss is on tokens[prompt_length : length]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GRPOBatch:
+    """The rollouts of P pairs with everything one policy update needs."""
+
+    prompt_tokens: jax.Array  # [P, 2, Tp] int32
+    prompt_lengths: jax.Array  # [P, 2] int32
+    completion_tokens: jax.Array  # [P, 2, G, Tc] int32
+    completion_lengths: jax.Array  # [P, 2, G] int32, the end token included
+    old_logprobs: jax.Array  # [P, 2, G, Tc] float32, under the policy that sampled
+    ref_logprobs: jax.Array | None  # [P, 2, G, Tc] float32, under the reference; None when kl_coef is 0
+    advantages: jax.Array  # [P, 2, G] float32

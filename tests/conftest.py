@@ -1,0 +1,39 @@
+"""Eight CPU devices before JAX starts; where the real inputs lie; the flag that rewrites golden files."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+
+REAL_INPUTS = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-goldens", action="store_true", help="rewrite tests/goldens from what the code says now")
+
+
+@pytest.fixture
+def golden(request):
+    """`golden(name, text)`: text equals tests/goldens/name, which --update-goldens rewrites."""
+
+    def check(name: str, text: str) -> None:
+        path = Path(__file__).parent / "goldens" / name
+        if request.config.getoption("--update-goldens"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.exists(), f"{path} is missing: run pytest --update-goldens and review the diff"
+        assert text == path.read_text(encoding="utf-8")
+
+    return check
+
+
+@pytest.fixture
+def real_inputs() -> Path:
+    """The folder of real preference data and the real Qwen3 tokenizer."""
+    if not REAL_INPUTS.is_dir():
+        pytest.skip(f"real inputs are not at {REAL_INPUTS}")
+    return REAL_INPUTS

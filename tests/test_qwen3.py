@@ -1,0 +1,156 @@
+"""The network equals transformers' Qwen3, and shared prompts equal unshared ones."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from patarm_jax.model import weights
+from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.qwen3 import forward, init_cache, init_params
+
+TINY = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, rope_theta=10000.0, max_position_embeddings=256,
+)  # fmt: skip
+VARIANTS = {
+    "tied, 2 query heads per kv head": dict(tie_word_embeddings=True),
+    "untied, 1 query head per kv head": dict(num_key_value_heads=4, tie_word_embeddings=False),
+    "4 query heads per kv head, wide heads": dict(num_key_value_heads=1, head_dim=22, tie_word_embeddings=False),
+    "another rope, one layer": dict(rope_theta=123456.0, num_hidden_layers=1, tie_word_embeddings=True),
+    "published rope, long and narrow": dict(rope_theta=1e6, num_hidden_layers=4, head_dim=6, tie_word_embeddings=False),
+}
+
+
+def hf_model(seed: int = 0, **changes) -> transformers.Qwen3ForCausalLM:
+    """A random transformers Qwen3 whose norms are not all ones and whose logits are not all alike."""
+    torch.manual_seed(seed)
+    config = transformers.Qwen3Config(**(TINY | changes))
+    model = transformers.Qwen3ForCausalLM(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(1 + 0.1 * torch.randn_like(parameter) if "norm" in name else 0.2 * torch.randn_like(parameter))
+    return model
+
+
+def logits_of(hidden, head):
+    return np.asarray(hidden @ head.T)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_logits_equal_transformers(changes, tmp_path):
+    model = hf_model(**changes)
+    model.save_pretrained(tmp_path / "hf")
+    params, config = weights.load(tmp_path / "hf")
+    lengths = [37, 5, 1, 20]
+    tokens = np.random.default_rng(0).integers(0, 97, (4, 37))
+    out = jax.jit(forward, static_argnums=1)(params, config, jnp.asarray(tokens))
+    ours = logits_of(out.prompt, out.head)
+    mask = torch.tensor([[1] * n + [0] * (37 - n) for n in lengths])
+    theirs = model(torch.tensor(tokens), attention_mask=mask).logits.detach().numpy()
+    assert np.abs(theirs).max() > 1
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(ours[row, :length], theirs[row, :length], atol=1e-4)
+
+
+def shared_case(seed, config, rows, prompt, group, completion):
+    rng = np.random.default_rng(seed)
+    params = init_params(config, jax.random.key(seed))
+    params = jax.tree.map(lambda x: x * 5 if x.ndim > 2 else x, params)
+    lengths = rng.integers(1, prompt + 1, rows)
+    lengths[0] = prompt
+    completion_lengths = rng.integers(1, completion + 1, (rows, group))
+    return (
+        params,
+        rng.integers(0, config.vocab_size, (rows, prompt)).astype(np.int32),
+        lengths.astype(np.int32),
+        rng.integers(0, config.vocab_size, (rows, group, completion)).astype(np.int32),
+        completion_lengths,
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "remat"))
+def two_streams(params, config, prompt, lengths, completion, remat="none"):
+    out = forward(params, config, prompt, lengths, completion, remat=remat)
+    return out.completion @ out.head.T
+
+
+@partial(jax.jit, static_argnames="config")
+def unshared(params, config, prompt, lengths, completion):
+    """Each completion behind its own copy of its prompt, as a plain sequence."""
+    rows, group, width = completion.shape
+    position = jnp.arange(prompt.shape[1] + width)
+    own = position - lengths[:, None]  # ≥ 0 where the completion stands
+    prompts = jnp.pad(prompt, ((0, 0), (0, width)))[:, None]
+    completions = jnp.take_along_axis(completion, jnp.clip(own, 0, width - 1)[:, None], axis=2)
+    sequences = jnp.where(own[:, None] >= 0, completions, prompts).reshape(rows * group, -1)
+    out = forward(params, config, sequences)
+    where = (lengths[:, None, None] + jnp.arange(width)).repeat(group, axis=1).reshape(rows * group, width)
+    hidden = jnp.take_along_axis(out.prompt, where[..., None], axis=1)
+    return (hidden @ out.head.T).reshape(rows, group, width, -1)
+
+
+@pytest.mark.parametrize(
+    ("seed", "rows", "prompt", "group", "completion", "remat"),
+    [(0, 3, 11, 4, 6, "full"), (1, 2, 7, 1, 5, "none"), (2, 1, 1, 3, 1, "none"), (3, 2, 5, 8, 9, "dots")],
+)
+def test_shared_prompt_equals_unshared(seed, rows, prompt, group, completion, remat):
+    config = Qwen3Config(**TINY)
+    params, tokens, lengths, completions, ends = shared_case(seed, config, rows, prompt, group, completion)
+    mask = jnp.arange(completion) < ends[..., None]
+
+    def loss(run):
+        def value(params):
+            logits = run(params, config, tokens, lengths, completions)
+            return (jnp.sin(logits).sum(-1) * mask).sum(), logits
+
+        return jax.jit(jax.value_and_grad(value, has_aux=True))(params)
+
+    (_, ours), our_gradient = loss(lambda *a: two_streams(*a, remat=remat))
+    (_, theirs), their_gradient = loss(unshared)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(our_gradient), jax.tree.leaves(their_gradient), strict=True):
+        assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_decoding_with_a_cache_equals_two_streams(step):
+    config = Qwen3Config(**TINY)
+    params, tokens, lengths, completions, _ = shared_case(4, config, 3, 9, 4, 6)
+    expected = two_streams(params, config, tokens, lengths, completions)
+    cache = init_cache(config, 3, 9, 4, 6, jnp.float32)
+    run = jax.jit(forward, static_argnums=1)
+    prefill = run(params, config, tokens, lengths, cache=cache)
+    plain = run(params, config, tokens)
+    np.testing.assert_allclose(prefill.prompt, plain.prompt, atol=1e-5)
+    cache, got = prefill.cache, []
+    for start in range(0, 6, step):
+        out = run(params, config, completion=completions[:, :, start : start + step], cache=cache)
+        cache = out.cache
+        got.append(out.completion @ out.head.T)
+    np.testing.assert_allclose(jnp.concatenate(got, axis=2), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_long_prompts_in_query_chunks_equal_one_piece(monkeypatch):
+    from patarm_jax.model import attention
+
+    config = Qwen3Config(**TINY)
+    params, tokens, lengths, completions, _ = shared_case(5, config, 2, 23, 3, 7)
+    expected = two_streams(params, config, tokens, lengths, completions)
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 5)
+    two_streams.clear_cache()
+    np.testing.assert_allclose(two_streams(params, config, tokens, lengths, completions), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_of_a_prompt_is_never_read():
+    config = Qwen3Config(**TINY)
+    params, tokens, lengths, completions, _ = shared_case(6, config, 3, 9, 2, 4)
+    other = np.where(np.arange(9) < lengths[:, None], tokens, 5)
+    assert (other != tokens).any()
+    np.testing.assert_array_equal(
+        two_streams(params, config, tokens, lengths, completions), two_streams(params, config, other, lengths, completions)
+    )
