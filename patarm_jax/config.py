@@ -259,7 +259,7 @@ def _nearest(name: str, known: list[str], prefix: str = "") -> str:
 
 
 def _one_sentence(box: str) -> str:
-    """tyro draws its errors in a box; the sentence is its first paragraph."""
+    """The sentence in one of tyro's boxes: tyro draws its errors in a frame, the sentence first."""
     lines = [line.strip("│╭╮╰╯─|+- ") for line in box.splitlines()]
     body = [line for line in lines[1:] if line]
     cut = next((i for i, line in enumerate(body) if line.startswith(("Argument helptext", "For full helptext"))), None)

@@ -60,12 +60,12 @@ def test_parsed_judgements(golden):
     cases = [
         ("plain", good, parse_pointwise),
         ("tags in the thinking", good.replace("Let me see.", "So <answer>1</answer> <think>?"), parse_pointwise),
-        ("remarks between the sections", good.replace("\n<", "\nWell. <") + "\nThat is all.", parse_pointwise),
+        ("remarks between the sections", good.replace(">\n<", ">\nWell.\n<") + "\nThat is all.", parse_pointwise),
         ("a word before the thinking", "Sure. " + good, parse_pointwise),
         ("thinking never ends", "<think>\nLet me see, and see, and", parse_pointwise),
         ("no rubrics of its own", good.replace("<generate_rubrics>", ""), parse_pointwise),
         ("two answers", good + "<answer>9</answer>", parse_pointwise),
-        ("evaluation after the answer", "<think></think>" + swapped(TAGS[2:], 2, 4), parse_pointwise),
+        ("evaluation after the answer", "<think></think><answer>9</answer>" + "".join(TAGS[2:6]), parse_pointwise),
         ("capital tag", good.replace("<eval>", "<Eval>"), parse_pointwise),
         ("a fraction", FORM.format("8/10"), parse_pointwise),
         ("full-width digits", FORM.format("８"), parse_pointwise),
@@ -110,7 +110,7 @@ def test_an_early_answer_is_out_of_order():
     assert reason(f"<think></think>{nested}") == expected
 
 
-@pytest.mark.parametrize("before", ["Sure.", "</think>", "<eval>", ".", "\u200b", "\ufeff"])
+@pytest.mark.parametrize("before", ["Sure.", "</think>", "<eval>", ".", "\u200b", "\ufeff", "\u00a0"])
 def test_nothing_stands_before_the_thinking(before):
     assert reason(before + FORM.format("8")) == ("BAD_TAGS", "<think> does not come first: text stands before it")
 
@@ -134,7 +134,7 @@ def test_only_one_plain_number_is_a_score(answer):
     for parser, form in ((parse_pointwise, FORM), (parse_baseline, "<answer>{}</answer>")):
         assert reason(form.replace("{}", answer), parser) == (
             "BAD_SCORE",
-            f"<answer> holds {answer!r}, not one plain number",
+            f"<answer> holds {answer!r}; it must hold one plain number",
         )
 
 
@@ -155,12 +155,15 @@ def test_a_baseline_scores_from_1_to_10(score):
 
 @pytest.mark.parametrize("answer", ["a", "C", "AB", "A B", "A.", "Ａ", "А", "response A", "A/B", "[[A]]", "tie", "5"])
 def test_only_a_or_b_is_a_choice(answer):
-    assert reason(FORM.format(answer), parse_pairwise) == ("BAD_SCORE", f"<answer> holds {answer!r}, not A or B")
+    assert reason(FORM.format(answer), parse_pairwise) == (
+        "BAD_SCORE",
+        f"<answer> holds {answer!r}; it must hold A or B alone",
+    )
 
 
 @pytest.mark.parametrize("parser", [parse_pointwise, parse_pairwise])
 def test_an_empty_answer_has_its_own_words(parser):
-    assert reason(FORM.format(" \n "), parser)[1].startswith("<answer> is empty, not ")
+    assert reason(FORM.format(" \n "), parser)[1].startswith("<answer> is empty; it must hold ")
 
 
 def test_a_bad_score_keeps_what_could_be_read():

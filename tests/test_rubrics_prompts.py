@@ -249,6 +249,7 @@ def test_hostile_text_adds_no_section_and_is_found_exactly(prompt, response, oth
     for messages, benign, inside in [
         (pointwise(prompt, response, domain, mode), pointwise("", "", domain, mode), [safe_prompt, safe_response]),
         (pointwise(turns, other, domain, mode), pointwise(plain, "", domain, mode), [safe_turns, safe_other]),
+        (pairwise(turns[:1], "", other, domain), pairwise("", "", "", domain), [safe_prompt, "", safe_other]),
         (baseline(prompt, response), baseline("", ""), [safe_prompt, safe_response]),
         (
             pairwise(prompt, response, other, domain, mode),

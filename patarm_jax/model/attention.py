@@ -144,8 +144,7 @@ def cached_attention(
     r, g, t, n, h = q.shape
     read = prompt_attention(q.reshape(r, g * t, n, h), prompt_k, prompt_v, prompt_lengths)
     mask = jnp.arange(own_k.shape[2]) <= start + jnp.arange(t)[:, None]
-    own_out, own_lse = partial_attention(
-        q.reshape(r * g, t, n, h), *(x.reshape(r * g, *x.shape[2:]) for x in (own_k, own_v)), mask[None]
-    )
+    own_k, own_v = (x.reshape(r * g, *x.shape[2:]) for x in (own_k, own_v))
+    own_out, own_lse = partial_attention(q.reshape(r * g, t, n, h), own_k, own_v, mask[None])
     own = own_out.reshape(r, g * t, n, h), own_lse.reshape(r, g * t, n)
     return merge(read, own).reshape(q.shape)

@@ -63,7 +63,7 @@ def read_config(folder: Path) -> Qwen3Config:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}). Copy the file again from where the model came.") from error
+        raise UserError(f"{path} is not valid JSON ({error}). Copy the file again.") from error
     return from_hf(raw, str(path))
 
 
@@ -73,14 +73,14 @@ def from_hf(raw: dict[str, Any], where: str) -> Qwen3Config:
     allowed = known | INERT | REQUIRED_VALUES.keys() | {"rope_parameters", "layer_types"}
     if unknown := sorted(raw.keys() - allowed):
         raise UserError(f"{where}: keys that are not understood: {', '.join(unknown)}. Only dense Qwen3 models are.")
-    for key, values in REQUIRED_VALUES.items():
-        if key in raw and raw[key] not in values:
-            raise UserError(f"{where}: {key} is {raw[key]!r}; supported is {values[0]!r}. Only dense Qwen3 models are.")
+    for key, supported in REQUIRED_VALUES.items():
+        if key in raw and raw[key] not in supported:
+            raise UserError(f"{where}: {key} is {raw[key]!r}; supported is {supported[0]!r}: only dense Qwen3 is.")
     if "model_type" not in raw:
         raise UserError(f"{where}: model_type is missing; supported is 'qwen3'. Only dense Qwen3 models are.")
     if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
         raise UserError(f"{where}: layer_types holds {sorted(set(raw['layer_types']))}; supported is 'full_attention'.")
-    values = {key: raw[key] for key in known if key in raw} | _rope_theta(raw, where)
+    values: dict[str, Any] = {key: raw[key] for key in known if key in raw} | _rope_theta(raw, where)
     required = [f.name for f in dataclasses.fields(Qwen3Config) if f.default is dataclasses.MISSING]
     if missing := [key for key in [*required, "rope_theta"] if values.get(key) is None]:
         raise UserError(f"{where}: missing keys: {', '.join(missing)}. Copy the file again from where the model came.")

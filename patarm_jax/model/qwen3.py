@@ -40,7 +40,7 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Output:
-    """What the network says before the vocabulary: logits are `hidden @ head.T`, left to the caller to take in parts."""
+    """What the network says before the vocabulary; logits are `hidden @ head.T`, taken in parts by the caller."""
 
     prompt: jax.Array | None  # [R, Tp, D], final hidden states of the prompt stream
     completion: jax.Array | None  # [R, G, Tc, D], of the completion streams
@@ -54,7 +54,6 @@ class _Layout:
 
     prompt: int  # Tp, tokens of the prompt stream in the row
     group: int  # G, completion streams behind it
-    cached: bool  # the prompt's keys, or the completions' past, are in the cache
 
 
 def init_params(config: Qwen3Config, key: jax.Array, mesh: Mesh | None = None, rules: Rules = TRAIN_RULES) -> Params:
@@ -124,23 +123,26 @@ def forward(
         raise ValueError("with a cache, give the prompt (prefill) or the completion (decode), not both")
     if prompt_lengths is None and prompt is not None and (completion is not None or cache is not None):
         raise ValueError("prompt_lengths is needed when completions or a cache follow the prompt")
-    if prompt_lengths is None:
-        prompt_lengths = cache.prompt_lengths if cache else jnp.full(prompt.shape[0], prompt.shape[1], jnp.int32)
+    if cache is not None and prompt_lengths is not None:
+        cache = replace(cache, prompt_lengths=prompt_lengths)
+    if cache is not None:
+        prompt_lengths = cache.prompt_lengths
+    elif prompt_lengths is None and prompt is not None:
+        prompt_lengths = jnp.full(prompt.shape[0], prompt.shape[1], jnp.int32)
 
     width, group = 0 if prompt is None else prompt.shape[1], 0 if completion is None else completion.shape[1]
-    layout = _Layout(width, group, cache is not None)
+    layout = _Layout(width, group)
     tokens, positions = _in_one_row(prompt, completion, prompt_lengths, cache)
-    if cache is not None and prompt is not None:
-        cache = replace(cache, prompt_lengths=prompt_lengths)
     network = _Qwen3(config, layout, dtype, remat)
-    hidden, cache = network.apply({"params": params}, tokens, positions, prompt_lengths, cache)
+    result: Any = network.apply({"params": params}, tokens, positions, prompt_lengths, cache)
+    hidden, written = result
     completed = None if completion is None else hidden[:, width:].reshape(*completion.shape, -1)
     head = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
-    return Output(None if prompt is None else hidden[:, :width], completed, head.astype(dtype), cache)
+    return Output(None if prompt is None else hidden[:, :width], completed, head.astype(dtype), written)
 
 
 def _in_one_row(
-    prompt: jax.Array | None, completion: jax.Array | None, prompt_lengths: jax.Array, cache: KVCache | None
+    prompt: jax.Array | None, completion: jax.Array | None, prompt_lengths: Any, cache: KVCache | None
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens and positions [R, S]: the prompt, then its completions one after another, so each weight is used once."""
     tokens, positions = [], []
@@ -243,7 +245,7 @@ class _Attention(nn.Module):
         q, keys, values = (constrain(y, BATCH_AXES, None, "tensor", None) for y in (q, keys, values))
         q, keys = _rotate(q, cos, sin), _rotate(keys, cos, sin)
 
-        if self.layout.cached and not self.layout.prompt:
+        if cache is not None and not self.layout.prompt:
             out, cache = _decode(q, keys, values, layer, cache, self.layout.group)
         else:
             width, group = self.layout.prompt, self.layout.group
@@ -307,21 +309,21 @@ def _constrain_cache(x: jax.Array) -> jax.Array:
     return constrain(x, None, BATCH_AXES, *[None] * (x.ndim - 4), "tensor", None)
 
 
-def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Any:
     init = nn.initializers.normal(module.config.initializer_range)
     return module.param(name, nn.with_partitioning(init, axes), shape, jnp.float32)
 
 
 def _norm(module: nn.Module, name: str, x: jax.Array, eps: float) -> jax.Array:
     """RMSNorm in float32: x / √(mean(x²) + ε) · weight. Norm weights are tiny and stay whole on every device."""
-    weight = module.param(name, nn.with_partitioning(nn.initializers.ones, (None,)), (x.shape[-1],), jnp.float32)
+    weight: Any = module.param(name, nn.with_partitioning(nn.initializers.ones, (None,)), (x.shape[-1],), jnp.float32)
     wide = x.astype(jnp.float32)
     scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (scaled * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 def _rotary(positions: jax.Array, config: Qwen3Config) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of position · θ^(−2i/H), [R, S, 1, H/2] float32."""
+    """Cosine and sine of position · θ^(−2i/H), [R, S, 1, H/2] float32."""
     half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     angles = positions[..., None].astype(jnp.float32) * config.rope_theta**-half
     return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
@@ -345,4 +347,4 @@ def _boxed_params(config: Qwen3Config, key: jax.Array) -> Any:
     """Random parameters, each in a box that carries its logical axes."""
     one = jnp.zeros((1, 1), jnp.int32)
     with jax.sharding.use_abstract_mesh(NO_MESH):  # the one-token input could not be split
-        return _Qwen3(config, _Layout(1, 0, False)).init(key, one, one, jnp.ones(1, jnp.int32), None)["params"]
+        return _Qwen3(config, _Layout(1, 0)).init(key, one, one, jnp.ones(1, jnp.int32), None)["params"]

@@ -1,0 +1,182 @@
+"""Reads what a judge wrote: the four sections, and the score or the choice in the last of them.
+
+It never raises, never guesses and never mends: a text out of form is BAD_TAGS, an answer out of form is BAD_SCORE.
+
+A judgement has this form, each tag exact, lower-case, once and in this order:
+
+    <think>…</think> <generate_rubrics>…</generate_rubrics> <eval>…</eval> <answer>8.5</answer>
+
+The thinking is free text: it ends at the first `</think>`, and tags inside it count for nothing. After it, text between
+and behind the sections is tolerated, since a stray remark leaves no doubt about the score. Before `<think>` only
+whitespace may stand, since what is written before the thinking was not thought about.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
+from typing import Literal
+
+from patarm_jax.types import Judgement, Status
+
+JUDGEMENT_TAGS = ("think", "generate_rubrics", "eval", "answer")
+
+# Only characters that everyone calls whitespace: str.strip() and \s take Unicode's too, as \d takes full-width digits.
+_WHITESPACE = " \t\n\r\f\v"
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
+# Fixed strings and no repetition: a search looks at each character a bounded number of times, however hostile the text.
+_ANY_TAG = re.compile("|".join(f"<{name}>|</{name}>" for name in JUDGEMENT_TAGS))
+_ANSWER_TAG = re.compile("<answer>|</answer>")
+_QUOTED = 40  # characters of a bad answer repeated in the reason; logs and tables stay readable
+
+_Answer = tuple[float | None, Literal["A", "B"] | None]  # (score, choice), one of them None
+
+
+class _Unreadable(Exception):
+    """What is wrong with a judgement, in words."""
+
+
+@dataclass(frozen=True)
+class _Sections:
+    thinking: str
+    generated_rubrics: str
+    evaluation: str
+    answer: str
+
+
+def parse_pointwise(text: str) -> Judgement:
+    """Reads a judgement of one response; `score` is a number from 0 to 10.
+
+    >>> form = "<think>…</think><generate_rubrics>Wit</generate_rubrics><eval>Dull.</eval><answer>{}</answer>"
+    >>> judgement = parse_pointwise(form.format(" 3.5 "))
+    >>> judgement.status.name, judgement.score, judgement.generated_rubrics, judgement.evaluation
+    ('OK', 3.5, 'Wit', 'Dull.')
+    >>> judgement = parse_pointwise(form.format("8/10"))
+    >>> judgement.status.name, judgement.score, judgement.reason
+    ('BAD_SCORE', None, "<answer> holds '8/10'; it must hold one plain number")
+    >>> judgement = parse_pointwise("<think>Easy.</think><answer>8</answer>")
+    >>> judgement.status.name, judgement.score, judgement.reason
+    ('BAD_TAGS', None, '<generate_rubrics> is missing')
+    """
+    return _parse(text, _four_sections, partial(_score, lowest=0))
+
+
+def parse_pairwise(text: str) -> Judgement:
+    """Reads a judgement of two responses; `choice` is the better one.
+
+    >>> form = "<think>…</think><generate_rubrics>Wit</generate_rubrics><eval>Dull.</eval><answer>{}</answer>"
+    >>> parse_pairwise(form.format("B")).choice
+    'B'
+    >>> judgement = parse_pairwise(form.format("both"))
+    >>> judgement.status.name, judgement.choice, judgement.reason
+    ('BAD_SCORE', None, "<answer> holds 'both'; it must hold A or B alone")
+    """
+    return _parse(text, _four_sections, _choice)
+
+
+def parse_baseline(text: str) -> Judgement:
+    """Reads a general model's judgement: an explanation, then a number from 1 to 10 in `<answer>`.
+
+    A general model may open with thinking of its own; it is then set apart by the same rule as a judge's.
+
+    >>> judgement = parse_baseline("Clear, but wrong on the date. <answer>4</answer>")
+    >>> judgement.status.name, judgement.score, judgement.evaluation
+    ('OK', 4.0, 'Clear, but wrong on the date.')
+    >>> parse_baseline("<answer>0</answer>").reason
+    'score 0 is not between 1 and 10'
+    """
+    return _parse(text, _answer_alone, partial(_score, lowest=1))
+
+
+def _parse(text: str, take_apart: Callable[[str], _Sections], read: Callable[[str], _Answer]) -> Judgement:
+    try:
+        sections = take_apart(text)
+    except _Unreadable as fault:
+        return Judgement(text, Status.BAD_TAGS, str(fault))
+    answer: _Answer = (None, None)
+    status, reason = Status.OK, ""
+    try:
+        answer = read(sections.answer.strip(_WHITESPACE))
+    except _Unreadable as fault:
+        status, reason = Status.BAD_SCORE, str(fault)
+    score, choice = answer
+    return Judgement(
+        text,
+        status,
+        reason,
+        score=score,
+        choice=choice,
+        thinking=sections.thinking.strip(),
+        generated_rubrics=sections.generated_rubrics.strip(),
+        evaluation=sections.evaluation.strip(),
+    )
+
+
+def _four_sections(text: str) -> _Sections:
+    thinking, start = _thinking(text)
+    tags = _in_order(list(_ANY_TAG.finditer(text, start)), JUDGEMENT_TAGS[1:])
+    rubrics, evaluation, answer = (text[tags[i].end() : tags[i + 1].start()] for i in (0, 2, 4))
+    return _Sections(thinking, rubrics, evaluation, answer)
+
+
+def _answer_alone(text: str) -> _Sections:
+    opens_with_thinking = text.lstrip(_WHITESPACE).startswith("<think>")
+    thinking, start = _thinking(text) if opens_with_thinking else ("", 0)
+    opening, closing = _in_order(list(_ANSWER_TAG.finditer(text, start)), ("answer",))
+    return _Sections(thinking, "", text[start : opening.start()], text[opening.end() : closing.start()])
+
+
+def _thinking(text: str) -> tuple[str, int]:
+    """The thinking, and where the rest of the text begins."""
+    before, opening, after = text.partition("<think>")
+    if not opening:
+        raise _Unreadable("<think> is missing")
+    if before.strip(_WHITESPACE):
+        raise _Unreadable("<think> does not come first: text stands before it")
+    thinking, closing, _ = after.partition("</think>")
+    if not closing:
+        raise _Unreadable("</think> is missing")
+    return thinking, len(before) + len(opening) + len(thinking) + len(closing)
+
+
+def _in_order(tags: list[re.Match[str]], names: tuple[str, ...]) -> list[re.Match[str]]:
+    """The tags found, if they are the opening and closing tags of `names`, each once and in order."""
+    expected = [tag for name in names for tag in (f"<{name}>", f"</{name}>")]
+    found = [tag.group() for tag in tags]
+    for tag in expected:
+        if tag not in found:
+            raise _Unreadable(f"{tag} is missing")
+    for tag in found:
+        # The thinking has had its two tags already, so a single further one repeats it.
+        if tag not in expected or found.count(tag) > 1:
+            raise _Unreadable(f"{tag} is repeated")
+    for tag, due in zip(found, expected, strict=True):
+        if tag != due:
+            raise _Unreadable(f"{tag} is out of order: {due} should come first")
+    return tags
+
+
+def _score(answer: str, lowest: int) -> _Answer:
+    if not _NUMBER.fullmatch(answer):
+        raise _Unreadable(f"<answer> {_holds(answer)}; it must hold one plain number")
+    # Compared before rounding: as a float, 10.00000000000000001 would be 10.
+    if not lowest <= Decimal(answer) <= 10:
+        raise _Unreadable(f"score {_shortened(answer)} is not between {lowest} and 10")
+    return float(answer), None
+
+
+def _choice(answer: str) -> _Answer:
+    if answer == "A":
+        return None, "A"
+    if answer == "B":
+        return None, "B"
+    raise _Unreadable(f"<answer> {_holds(answer)}; it must hold A or B alone")
+
+
+def _holds(answer: str) -> str:
+    return f"holds {_shortened(answer)!r}" if answer else "is empty"
+
+
+def _shortened(answer: str) -> str:
+    return answer if len(answer) <= _QUOTED else answer[: _QUOTED - 1] + "…"
