@@ -14,7 +14,7 @@ from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.qwen3 import forward, init_cache, init_params
 
 TINY = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, rope_theta=10000.0, max_position_embeddings=256,
 )  # fmt: skip
 VARIANTS = {
@@ -33,7 +33,9 @@ def hf_model(seed: int = 0, **changes) -> transformers.Qwen3ForCausalLM:
     model = transformers.Qwen3ForCausalLM(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(1 + 0.1 * torch.randn_like(parameter) if "norm" in name else 0.2 * torch.randn_like(parameter))
+            parameter.copy_(
+                1 + 0.1 * torch.randn_like(parameter) if "norm" in name else 0.2 * torch.randn_like(parameter)
+            )
     return model
 
 
@@ -47,7 +49,7 @@ def test_logits_equal_transformers(changes, tmp_path):
     model.save_pretrained(tmp_path / "hf")
     params, config = weights.load(tmp_path / "hf")
     lengths = [37, 5, 1, 20]
-    tokens = np.random.default_rng(0).integers(0, 97, (4, 37))
+    tokens = np.random.default_rng(0).integers(0, 96, (4, 37))
     out = jax.jit(forward, static_argnums=1)(params, config, jnp.asarray(tokens))
     ours = logits_of(out.prompt, out.head)
     mask = torch.tensor([[1] * n + [0] * (37 - n) for n in lengths])
@@ -143,7 +145,9 @@ def test_long_prompts_in_query_chunks_equal_one_piece(monkeypatch):
     expected = two_streams(params, config, tokens, lengths, completions)
     monkeypatch.setattr(attention, "QUERY_CHUNK", 5)
     two_streams.clear_cache()
-    np.testing.assert_allclose(two_streams(params, config, tokens, lengths, completions), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        two_streams(params, config, tokens, lengths, completions), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_padding_of_a_prompt_is_never_read():
@@ -152,5 +156,6 @@ def test_padding_of_a_prompt_is_never_read():
     other = np.where(np.arange(9) < lengths[:, None], tokens, 5)
     assert (other != tokens).any()
     np.testing.assert_array_equal(
-        two_streams(params, config, tokens, lengths, completions), two_streams(params, config, other, lengths, completions)
+        two_streams(params, config, tokens, lengths, completions),
+        two_streams(params, config, other, lengths, completions),
     )

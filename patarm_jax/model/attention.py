@@ -80,9 +80,7 @@ def prompt_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Arra
     def chunk(q: jax.Array) -> Partial:
         return partial_attention(q, k, v, jnp.arange(k.shape[1]) < lengths[:, None, None])
 
-    parts = [
-        jax.checkpoint(chunk)(q[:, start : start + QUERY_CHUNK]) for start in range(0, q.shape[1], QUERY_CHUNK)
-    ]
+    parts = [jax.checkpoint(chunk)(q[:, start : start + QUERY_CHUNK]) for start in range(0, q.shape[1], QUERY_CHUNK)]
     out, lse = (jnp.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
     return out, lse
 

@@ -176,7 +176,9 @@ class _Qwen3(nn.Module):
         embedding = _weight(self, "embed_tokens", (c.vocab_size, c.hidden_size), ("vocab", "embed"))
         if not c.tie_word_embeddings:
             _weight(self, "lm_head", (c.vocab_size, c.hidden_size), ("vocab", "embed"))  # applied by the caller
-        x = constrain(jnp.take(embedding, tokens, axis=0).astype(self.dtype), BATCH_AXES, None, None)
+        # Gathered over `fsdp` first: a lookup in a table split along the width would be repeated on every device.
+        table = constrain(embedding.astype(self.dtype), "tensor", None)
+        x = constrain(jnp.take(table, tokens, axis=0), BATCH_AXES, None, None)
         rotary = _rotary(positions, c)
 
         layers = nn.scan(

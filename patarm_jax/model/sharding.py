@@ -4,8 +4,11 @@ Rules never change a result, only its placement.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from patarm_jax.config import MeshSection
@@ -86,3 +89,20 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def place_batch(mesh: Mesh, tree: Any) -> Any:
+    """Host arrays, each process's part of a global batch, as global arrays split along their leading axis."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def fetch(tree: Any) -> Any:
+    """The whole of each array as numpy, on every process."""
+    return jax.tree.map(_fetch_array, tree)
+
+
+def _fetch_array(x: jax.Array) -> np.ndarray:
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

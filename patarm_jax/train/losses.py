@@ -17,7 +17,7 @@ def token_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and entropy of each distribution, the head's matmul inside.
 
-        z = hidden·headᵀ / τ,   logprob = z[target] − log Σ exp z,   entropy = log Σ exp z − Σ softmax(z)·z
+        z = hidden·headᵀ / τ,   logprob = z[target] − log Σ exp z,   entropy = −Σ softmax(z)·log softmax(z)
 
     Args:
         hidden: [B, T, D], the states that predict the targets.
@@ -42,8 +42,8 @@ def token_logprobs(
         logits = jnp.einsum("btd,vd->btv", states, head, preferred_element_type=jnp.float32) / temperature
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         taken = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
-        fixed, total = jax.lax.stop_gradient((logits, normaliser))
-        entropy = total - (jnp.exp(fixed - total[..., None]) * fixed).sum(axis=-1)
+        fixed = jax.lax.stop_gradient(logits - normaliser[..., None])
+        entropy = -(jnp.exp(fixed) * fixed).sum(axis=-1)
         return None, (taken - normaliser, entropy)
 
     _, (logprobs, entropy) = jax.lax.scan(one, None, (hidden, targets))

@@ -162,7 +162,7 @@ def make_step(loss_fn: LossFn[Batch], optimizer: optax.GradientTransformation, m
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         sums = _accumulate(loss_fn, state.params, batch, micro_batches)
         gradient = jax.tree.map(lambda g: g / jnp.maximum(sums.loss[1], 1.0), sums.gradient)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

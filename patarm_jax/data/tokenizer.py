@@ -1,0 +1,224 @@
+"""The two doors between strings and token ids; the only file that knows transformers.
+
+In: `encode_chat` (what a judge reads) and `encode_judgement` (what it learns to write). Out: `decode`. Nothing here
+knows what a rubric or a score is; it only asks `judge.prompts` which parts of a rendered prompt are not to be trusted.
+
+Control tokens are those a tokenizer adds to its byte-level vocabulary: `<|im_end|>`, `<think>`, `<tool_call>`, ….
+transformers would find them anywhere in a text, so that a response could end its own turn and open the judge's. Here
+they are looked for in trusted text only; what stands between two of them goes in one piece through a copy of the
+tokenizer that has never heard of control tokens. For text without such attempts the ids are transformers' own.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from patarm_jax.judge.prompts import untrusted_spans
+from patarm_jax.types import Message, UserError
+
+END_OF_TURN = "<|im_end|>"
+THINKING = ("<think>", "</think>")
+REMEDY = "Give a folder as `hf download Qwen/Qwen3-8B` writes it."
+
+# What makes up a tokenizer on disk. They are saved as they were read, since transformers 5 would write a
+# tokenizer_config.json that transformers 4, and with it many a vLLM, cannot read.
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A byte-level BPE tokenizer with a chat template."""
+
+    fast: PreTrainedTokenizerFast  # as transformers knows it; renders the chat template and decodes
+    plain: tokenizers.Tokenizer  # the same without a single added token: no text makes it write a control token
+    control_tokens: dict[str, int]  # every added token, special or not, and its id
+    thinking_tokens: dict[str, int]  # those of `<think>` and `</think>` that are added tokens and not special ones
+    stop_ids: tuple[int, ...]  # ids that end a completion; the first is the end of a turn in the chat template
+    pad_id: int  # fills what lies past a row's length; may be a stop id too
+    vocab_size: int  # ids from here on have no text, though the model may have rows for them
+    files: dict[str, bytes]  # name → content, as read, for `save_tokenizer`
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a local Hugging Face folder; nothing is downloaded."""
+    files = _read_files(folder)
+    try:
+        fast = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the Rust side raises bare Exceptions
+        raise UserError(f"cannot read the tokenizer in {folder}: {_one_line(error)}. {REMEDY}") from error
+    if not fast.chat_template:
+        raise UserError(
+            f"the tokenizer in {folder} has no chat template. Put the chat_template.jinja of the model there, "
+            "or take the folder of an instruction-tuned model."
+        )
+    state = json.loads(fast.backend_tokenizer.to_str())
+    _refuse_what_cannot_be_exact(folder, state)
+    control_tokens = {token["content"]: token["id"] for token in state["added_tokens"]}
+    special = {token["content"] for token in state["added_tokens"] if token["special"]}
+    stop_ids = _stop_ids(folder, fast, control_tokens)
+    return Tokenizer(
+        fast=fast,
+        plain=_without_added_tokens(state),
+        control_tokens=control_tokens,
+        thinking_tokens={text: control_tokens[text] for text in THINKING if text in control_tokens.keys() - special},
+        stop_ids=stop_ids,
+        pad_id=stop_ids[-1] if fast.pad_token_id is None else fast.pad_token_id,
+        vocab_size=len(fast),
+        files=files,
+    )
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes the tokenizer's files as they were read; transformers and vLLM load them as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer.files.items():
+        (folder / name).write_bytes(content)
+    # Older folders keep the template inside tokenizer_config.json; readers of today look for it here first.
+    if "chat_template.jinja" not in tokenizer.files and isinstance(tokenizer.fast.chat_template, str):
+        (folder / "chat_template.jinja").write_text(tokenizer.fast.chat_template, encoding="utf-8")
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """The ids of a rendered conversation, up to where the assistant begins to write.
+
+    Judged text (`untrusted_spans`) yields no control token, whatever it contains. For all other text the ids equal
+    `apply_chat_template(messages, tokenize=True, add_generation_prompt=True, enable_thinking=True)`.
+    """
+    conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
+    # enable_thinking leaves `<think>` for the judge to write; without it Qwen3's template would open and close it.
+    text = str(
+        tokenizer.fast.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+    )
+    trusted = _complement(untrusted_spans(text), len(text))
+    return _encode(tokenizer.plain, text, trusted, tokenizer.control_tokens)
+
+
+def encode_judgement(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids a judge learns to write: the judgement, then the end of the turn.
+
+    `<think>` and `</think>` are the model's own tokens where it has them. No other control token can come from the
+    text, so the end token at the end is the only one. `decode(ids[:-1])` gives the text back, in the tokenizer's
+    Unicode normal form (NFC for Qwen3).
+    """
+    ids = _encode(tokenizer.plain, text, [(0, len(text))], tokenizer.thinking_tokens)
+    return [*ids, tokenizer.stop_ids[0]]
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """The exact text of some ids: control tokens visible, no space cleaned up; ids without a text give none."""
+    return tokenizer.fast.backend_tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
+
+
+def _encode(
+    plain: tokenizers.Tokenizer, text: str, trusted: Iterable[tuple[int, int]], control_tokens: Mapping[str, int]
+) -> list[int]:
+    """Control tokens where they lie wholly inside a trusted span; everything between two of them in one piece.
+
+    One piece, though trusted and judged text meet in it, because a byte-pair encoder looks across the border.
+    """
+    longest_first = sorted(control_tokens, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    ids: list[int] = []
+    done = 0
+    for start, end in trusted:
+        for match in pattern.finditer(text, start, end):
+            ids += plain.encode(text[done : match.start()], add_special_tokens=False).ids
+            ids.append(control_tokens[match[0]])
+            done = match.end()
+    return ids + plain.encode(text[done:], add_special_tokens=False).ids
+
+
+def _complement(spans: Iterable[tuple[int, int]], length: int) -> Iterator[tuple[int, int]]:
+    """The spans of range(length) outside the given sorted spans.
+
+    >>> list(_complement([(2, 4), (6, 6)], 9))
+    [(0, 2), (4, 6), (6, 9)]
+    """
+    done = 0
+    for start, end in spans:
+        yield done, start
+        done = end
+    yield done, length
+
+
+def _read_files(folder: Path) -> dict[str, bytes]:
+    if not folder.is_dir():
+        raise UserError(f"there is no model folder {folder}. {REMEDY}")
+    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    if "tokenizer.json" not in files:
+        raise UserError(f"{folder} holds no tokenizer.json. {REMEDY}")
+    return files
+
+
+def _refuse_what_cannot_be_exact(folder: Path, state: dict[str, Any]) -> None:
+    """Only byte-level BPE gives back every text; only added tokens that stand for themselves can be found by search."""
+    model, decoder = state["model"]["type"], (state["decoder"] or {"type": "no"})["type"]
+    if (model, decoder) != ("BPE", "ByteLevel"):
+        raise UserError(
+            f"{folder} holds a {model} tokenizer with {decoder} decoder, byte-level BPE is needed. {REMEDY}"
+        )
+    for token in state["added_tokens"]:
+        if token["lstrip"] or token["rstrip"] or token["single_word"]:
+            raise UserError(
+                f"the added token {token['content']} in {folder}/tokenizer.json depends on the text around it. "
+                "Set its lstrip, rstrip and single_word to false."
+            )
+
+
+def _stop_ids(folder: Path, fast: PreTrainedTokenizerFast, control_tokens: dict[str, int]) -> tuple[int, ...]:
+    """Generation's end tokens, else the model's, else the tokenizer's; before them the end of a turn.
+
+    A base model's config ends a document, not a turn, though its chat template writes turns.
+    """
+    declared = [_declared_eos(folder / name) for name in ("generation_config.json", "config.json")]
+    found = next((ids for ids in declared if ids), [] if fast.eos_token_id is None else [fast.eos_token_id])
+    if END_OF_TURN in control_tokens and END_OF_TURN in str(fast.chat_template):
+        found = [control_tokens[END_OF_TURN], *found]
+    if not found:
+        raise UserError(f"nothing in {folder} names an end token. Set eos_token_id in {folder}/generation_config.json.")
+    return tuple(dict.fromkeys(found))
+
+
+def _declared_eos(path: Path) -> list[int]:
+    if not path.is_file():
+        return []
+    try:
+        declared = json.loads(path.read_bytes()).get("eos_token_id")
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}. Take the file from the model's page again.") from error
+    return declared if isinstance(declared, list) else [] if declared is None else [declared]
+
+
+def _without_added_tokens(state: dict[str, Any]) -> tokenizers.Tokenizer:
+    """The tokenizer with no added token, neither in the list that is searched nor in the vocabulary it merges to.
+
+    A tokenizer trained with its special tokens has them in the vocabulary too, where merges might reach them.
+    """
+    added = {token["content"] for token in state["added_tokens"]}
+    model = dict(state["model"])
+    model["vocab"] = {text: index for text, index in model["vocab"].items() if text not in added}
+    model["merges"] = [
+        (left, right) for left, right in model["merges"] if added.isdisjoint((left, right, left + right))
+    ]
+    plain = state | {"model": model, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    return tokenizers.Tokenizer.from_str(json.dumps(plain))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")

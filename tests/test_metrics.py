@@ -1,0 +1,266 @@
+"""What a run writes is exact, readable by others, and the same after a resume as without one."""
+
+import doctest
+import io
+import itertools
+import json
+import math
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet
+import pytest
+from tensorboardX.proto import event_pb2
+
+from patarm_jax.train import metrics
+from patarm_jax.train.metrics import RolloutRow, Timer, open_metrics, progress, show_judgements, write_rollouts
+from patarm_jax.types import Status, UserError
+
+
+def write_steps(folder, steps, done=0, **others):
+    writer = open_metrics(folder, done, **{"tensorboard": False, "wandb_project": "", "config": {}} | others)
+    for step in steps:
+        seconds = {"time/step": 0.5 + done}
+        writer.write(step, {"reward": 0.1 * step, "loss": jnp.float32(step) / 3, "pairs": np.int32(step)} | seconds)
+    writer.close()
+    return folder / "metrics.jsonl"
+
+
+def without_time(path):
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
+        for line in path.read_text().splitlines()
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- lines
+
+
+def test_a_line_is_exact_and_sorted(tmp_path):
+    path = write_steps(tmp_path / "run", [1, 2])
+    third, two_thirds = float(np.float32(1) / 3), float(np.float32(2) / 3)
+    assert path.read_text() == (
+        f'{{"step": 1, "loss": {third!r}, "pairs": 1, "reward": 0.1, "time/step": 0.5}}\n'
+        f'{{"step": 2, "loss": {two_thirds!r}, "pairs": 2, "reward": 0.2, "time/step": 0.5}}\n'
+    )
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    writer = open_metrics(tmp_path, 0, tensorboard=True, wandb_project="", config={})
+    writer.write(1, {"a": math.nan, "b": jnp.inf, "c": -np.inf, "d": 0.0})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "a": null, "b": null, "c": null, "d": 0.0}\n'
+    assert scalars(tmp_path) == [("d", 1, 0.0)]
+
+
+@pytest.mark.parametrize("half", ["", '{"step": 6, "lo', '{"step": 4}'])
+def test_resumed_equals_uninterrupted(half, tmp_path):
+    whole = write_steps(tmp_path / "whole", range(1, 7))
+    cut = write_steps(tmp_path / "cut", range(1, 6))  # the last checkpoint was at step 3
+    with cut.open("a") as stream:
+        stream.write(half)  # killed while writing
+    write_steps(tmp_path / "cut", range(4, 7), done=3)
+    assert without_time(cut) == without_time(whole)
+    assert [path.name for path in cut.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_new_run_begins_an_empty_file(tmp_path):
+    write_steps(tmp_path, range(1, 6))
+    assert len(without_time(write_steps(tmp_path, [1]))) == 1
+
+
+def test_a_line_that_is_no_metrics_is_refused_by_number(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[]\n{"step": 2}\n')
+    with pytest.raises(UserError, match="line 2 is not metrics"):
+        write_steps(tmp_path, [3], done=2)
+
+
+def test_a_killed_run_loses_no_line(tmp_path):
+    writer = open_metrics(tmp_path, 0, tensorboard=False, wandb_project="", config={})
+    writer.write(1, {})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'  # and nothing was closed
+    writer.close()
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    writer = open_metrics(tmp_path, 0, tensorboard=False, wandb_project="", config={})
+    with open("/dev/full", "ab", buffering=0) as full:
+        with pytest.raises(UserError, match=r"cannot write /dev/full: No space left on device\. Free some space"):
+            metrics.MetricsWriter(full, None, None).write(1, {"loss": 1.0})
+    writer.close()
+
+
+def test_other_processes_write_and_show_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    write_steps(tmp_path, [1, 2], tensorboard=True, wandb_project="no such module is imported")
+    with progress(2) as report:
+        report(1, {"loss": 1.0})
+    show_judgements(1, ROWS)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+# -------------------------------------------------------------------------------------------- TensorBoard and W&B
+
+
+def scalars(folder):
+    """Every scalar in a run's event files, read as the records they are: length, crc, event, crc."""
+    found = []
+    for path in sorted((folder / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            data = data[16 + size :]
+    return found
+
+
+def test_tensorboard_has_the_same_numbers(tmp_path):
+    path = write_steps(tmp_path, [1, 2], tensorboard=True)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    expected = [(k, line["step"], float(np.float32(v))) for line in lines for k, v in line.items() if k != "step"]
+    assert scalars(tmp_path) == expected
+
+
+def test_weights_and_biases_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    runs = []
+
+    class Run:
+        def __init__(self, **arguments):
+            self.arguments, self.logged, self.finished = arguments, [], False
+            runs.append(self)
+
+        def log(self, values, step):
+            self.logged.append((step, values["reward"]))
+
+        def finish(self):
+            self.finished = True
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **arguments: Run(**arguments)))
+    write_steps(tmp_path, [1], wandb_project="judges", config={"seed": 3})
+    write_steps(tmp_path, [2], done=1, wandb_project="judges", config={"seed": 3})
+    first, second = runs
+    assert first.arguments == second.arguments
+    assert first.arguments["project"] == "judges" and first.arguments["config"] == {"seed": 3}
+    assert first.logged + second.logged == [(1, 0.1), (2, 0.2)]
+    assert first.finished and second.finished
+
+
+def test_without_wandb_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(
+        UserError, match=r"'judges' and wandb is not installed. Run `pip install 'patarm-jax\[wandb\]'`"
+    ):
+        write_steps(tmp_path, [1], wandb_project="judges")
+
+
+# ------------------------------------------------------------------------------------------------- time and progress
+
+
+def test_phases_add_up(monkeypatch):
+    monkeypatch.setattr(metrics.time, "perf_counter", itertools.count(0, 1.5).__next__)
+    timer = Timer()
+    for name in ("sample", "update", "sample"):
+        with timer.phase(name):
+            pass
+    assert timer.seconds == {"time/sample": 3.0, "time/update": 1.5}
+
+
+def test_lines_of_progress_without_a_terminal():
+    now, stream = [0.0], io.StringIO()
+    with progress(200, 8, every=20, stream=stream, clock=lambda: now[0]) as report:
+        for step in range(9, 201):
+            now[0] += 40 if step == 9 else 2.1
+            report(step, {"loss": 1.234 if step < 200 else 0.0001234})
+    lines = stream.getvalue().splitlines()
+    assert lines[:3] == [
+        "step 9/200  loss 1.234  40 s/step  2 h 7 min left",
+        "step 19/200  loss 1.234  2.1 s/step  6 min left",
+        "step 29/200  loss 1.234  2.1 s/step  6 min left",
+    ]
+    assert lines[-1] == "step 200/200  loss 0.0001234  2.1 s/step  0 s left"
+    assert len(lines) == 1 + 19 + 1
+
+
+def test_a_terminal_has_a_bar():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    with progress(200, 10, stream=stream) as report:
+        report(11, {"loss": 1.23456, "reward": 0.5})
+        report(13, {"loss": 1.23456, "reward": 0.5})
+    last = stream.getvalue().rstrip().split("\r")[-1]
+    assert "13/200" in last and "loss 1.235  reward 0.5" in last and "step" in last
+
+
+# --------------------------------------------------------------------------------------------------------- judgements
+
+ROWS = [
+    RolloutRow("p1", "chosen", "<answer>8</answer>", Status.OK, 8.0, 1.4, 0.7),
+    RolloutRow("p1", "rejected", "Größe \N{CJK UNIFIED IDEOGRAPH-4E2D}\n[red]", Status.BAD_TAGS, None, -1.5, -0.7),
+]
+
+
+def test_rollouts_come_back_from_parquet(tmp_path):
+    path = write_rollouts(tmp_path / "rollouts", 10, ROWS)
+    assert path == tmp_path / "rollouts" / "step_000010.parquet"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    back = [
+        RolloutRow(**row | {"status": Status[row["status"]]}) for row in pyarrow.parquet.read_table(path).to_pylist()
+    ]
+    assert back == ROWS
+    assert pyarrow.parquet.read_schema(write_rollouts(tmp_path, 11, [])).equals(metrics.SCHEMA)
+
+
+def test_each_process_writes_its_own_rollouts(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for index, row in enumerate(ROWS):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        write_rollouts(tmp_path, 1, [row])
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step_000001.process_0.parquet", "step_000001.process_1.parquet"]
+    assert pyarrow.parquet.read_table(tmp_path)["pair_id"].to_pylist() == ["p1", "p1"]
+
+
+def test_rollouts_on_a_full_disk_leave_nothing_and_keep_what_was_there(small_disk):
+    kept = write_rollouts(small_disk, 1, ROWS)
+    noise = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9000, 4_000_000)))
+    with pytest.raises(
+        UserError, match=r"cannot write .*step_000002.parquet: No space left on device\. Free some space"
+    ):
+        write_rollouts(small_disk, 2, [RolloutRow("p", "chosen", noise, Status.OK, 1.0, 1.0, 1.0)])
+    assert list(small_disk.iterdir()) == [kept]
+    assert pyarrow.parquet.read_table(kept).num_rows == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(tmp_path)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_shown_judgements(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    hostile = RolloutRow("p2", "chosen", "\x1b[31mred\x07 " + "x" * 50 + " 7", Status.OK, 7.0, 0.0, 0.0)
+    show_judgements(12, [*ROWS, hostile], characters=30)
+    shown = capsys.readouterr().out
+    assert "judgements at step 12" in shown
+    assert "[red]" in shown and "BAD_TAGS" in shown and "-1.50" in shown
+    assert "\x1b" not in shown and "\x07" not in shown
+    assert "�[31mred� xxxxxxxxxx … xxxxxxxx 7" in shown
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_docstrings():
+    assert doctest.testmod(metrics).failed == 0

@@ -1,0 +1,234 @@
+"""Steps equal torch's, and do not depend on micro-batches or devices."""
+
+import copy
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from patarm_jax.config import MeshSection, OptimizerSection, PolicySection
+from patarm_jax.model import weights
+from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.qwen3 import abstract_params, forward
+from patarm_jax.model.sharding import batch_sharding, make_mesh, place_batch
+from patarm_jax.train.optimizer import make_optimizer, make_schedule
+from patarm_jax.train.steps import abstract_state, grpo_loss, init_state, make_step, sft_loss
+from patarm_jax.types import GRPOBatch, SFTBatch
+from tests.test_qwen3 import TINY, hf_model
+
+CONFIG = Qwen3Config(**TINY)
+SECTION = OptimizerSection(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
+POLICY = PolicySection(clip_low=0.05, clip_high=0.1, kl_coef=0.3)
+TEMPERATURE = 0.8
+
+
+def run(params, prompt, prompt_lengths=None, completion=None, remat="none"):
+    return forward(params, CONFIG, prompt, prompt_lengths, completion, remat=remat)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return hf_model(seed=5)
+
+
+@pytest.fixture(scope="module")
+def params(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "hf"
+    model.save_pretrained(folder)
+    return weights.load(folder)[0]
+
+
+def sft_case(rows=8, width=17):
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(4, width + 1, rows)
+    prompt_lengths = np.array([rng.integers(1, n) for n in lengths])
+    return SFTBatch(*(jnp.asarray(x, jnp.int32) for x in (rng.integers(0, 96, (rows, width)), lengths, prompt_lengths)))
+
+
+def grpo_case(pairs=8, prompt=9, group=3, width=7):
+    rng = np.random.default_rng(2)
+    shape = (pairs, 2, group, width)
+    noise = [rng.normal(size=shape).astype(np.float32) * 0.3 - 4 for _ in range(2)]
+    return GRPOBatch(
+        jnp.asarray(rng.integers(0, 96, (pairs, 2, prompt)), jnp.int32),
+        jnp.asarray(rng.integers(1, prompt + 1, (pairs, 2)), jnp.int32),
+        jnp.asarray(rng.integers(0, 96, shape), jnp.int32),
+        jnp.asarray(rng.integers(1, width + 1, shape[:3]), jnp.int32),
+        *map(jnp.asarray, noise),
+        jnp.asarray(rng.normal(size=shape[:3]), jnp.float32),
+    )
+
+
+def gradient_as_params(model, folder):
+    """Torch's gradient, in our layout: a model whose weights are the gradient, read as any other."""
+    holder = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter, source in zip(holder.parameters(), model.parameters(), strict=True):
+            parameter.copy_(source.grad)
+    holder.save_pretrained(folder)
+    return weights.load(folder)[0]
+
+
+def assert_close(ours, theirs, relative):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(ours):
+        other = np.asarray(dict(jax.tree_util.tree_leaves_with_path(theirs))[path])
+        assert np.abs(np.asarray(leaf) - other).max() <= relative * np.abs(other).max(), jax.tree_util.keystr(path)
+
+
+def mean_gradient(loss_fn, params, batch):
+    def value(params):
+        (total, count), _ = loss_fn(params, batch)
+        return total / count
+
+    return jax.jit(jax.value_and_grad(value))(params)
+
+
+def test_sft_gradient_equals_torch(model, params, tmp_path):
+    batch = sft_case()
+    model.zero_grad()
+    labels = torch.tensor(np.asarray(batch.tokens)).long()
+    position = torch.arange(labels.shape[1])
+    judged = (position >= torch.tensor(np.asarray(batch.prompt_lengths))[:, None]) & (
+        position < torch.tensor(np.asarray(batch.lengths))[:, None]
+    )
+    mask = (position < torch.tensor(np.asarray(batch.lengths))[:, None]).long()
+    out = model(labels, attention_mask=mask, labels=labels.masked_fill(~judged, -100))
+    out.loss.backward()
+    loss, gradient = mean_gradient(sft_loss(run, 16), params, batch)
+    assert float(loss) == pytest.approx(float(out.loss.detach()), rel=1e-5)
+    assert_close(gradient, gradient_as_params(model, tmp_path / "g"), 1e-4)
+
+
+def torch_grpo(model, batch, policy):
+    """GRPO by the papers: every completion behind its own prompt, one sequence at a time, double loop."""
+    totals, tokens, sequences = 0.0, 0, []
+    arrays = {name: torch.tensor(np.asarray(getattr(batch, name))) for name in batch.__dataclass_fields__}
+    pairs, sides, group, _ = batch.completion_tokens.shape
+    for p in range(pairs):
+        for side in range(sides):
+            prompt = arrays["prompt_tokens"][p, side, : int(arrays["prompt_lengths"][p, side])].long()
+            for g in range(group):
+                length = int(arrays["completion_lengths"][p, side, g])
+                completion = arrays["completion_tokens"][p, side, g, :length].long()
+                logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+                logprobs = logits.log_softmax(-1).gather(1, completion[:, None])[:, 0]
+                old, ref = (arrays[name][p, side, g, :length] for name in ("old_logprobs", "ref_logprobs"))
+                ratio, advantage = (logprobs - old).exp(), arrays["advantages"][p, side, g]
+                bound = ratio.clamp(1 - policy.clip_low, 1 + policy.clip_high)
+                loss = -torch.minimum(ratio * advantage, bound * advantage)
+                loss = loss + policy.kl_coef * ((ref - logprobs).exp() - 1 - (ref - logprobs))
+                totals, tokens = totals + loss.sum(), tokens + length
+                sequences.append(loss.mean())
+    return totals / tokens if policy.aggregation == "token_mean" else sum(sequences) / len(sequences)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_grpo_loss_and_gradient_equal_torch(model, params, tmp_path, aggregation):
+    policy, batch = PolicySection(0.05, 0.1, 0.3, aggregation=aggregation), grpo_case(pairs=2)
+    model.zero_grad()
+    expected = torch_grpo(model, batch, policy)
+    expected.backward()
+    loss, gradient = mean_gradient(grpo_loss(run, policy, TEMPERATURE, 16), params, batch)
+    assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert_close(gradient, gradient_as_params(model, tmp_path / "g"), 1e-4)
+
+
+def test_without_kl_there_is_no_reference(params):
+    policy, batch = PolicySection(kl_coef=0.0), grpo_case(pairs=1)
+    bare = dataclasses.replace(batch, ref_logprobs=None)
+    result = grpo_loss(run, policy, TEMPERATURE, 16)(params, bare)
+    assert "kl" not in result.metrics
+
+
+CASES = {
+    "sft": (sft_loss(partial(run, remat="full"), 32), sft_case),
+    "grpo": (grpo_loss(run, POLICY, TEMPERATURE, 32), grpo_case),
+    "grpo, sequence mean": (
+        grpo_loss(run, PolicySection(0.05, 0.1, 0.3, aggregation="sequence_mean"), TEMPERATURE, 32),
+        grpo_case,
+    ),
+}
+
+
+def advance(loss_fn, params, batch, micro_batches=1, steps=2):
+    optimizer = make_optimizer(SECTION, 10)
+    step = jax.jit(make_step(loss_fn, optimizer, micro_batches))
+    state = init_state(params, optimizer)
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+    return state, metrics
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_micro_batches_equal_one_batch(params, name, micro_batches):
+    loss_fn, case = CASES[name]
+    whole, whole_metrics = advance(loss_fn, params, case())
+    parts, part_metrics = advance(loss_fn, params, case(), micro_batches)
+    assert whole_metrics.keys() == part_metrics.keys()
+    for key, value in whole_metrics.items():
+        assert float(part_metrics[key]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), key
+    assert_close(parts.params, whole.params, 1e-4)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_eight_devices_equal_one(params, name, micro_batches):
+    loss_fn, case = CASES[name]
+    alone, alone_metrics = advance(loss_fn, params, case())
+    mesh = make_mesh(MeshSection(data=2, fsdp=2, tensor=2))
+    optimizer = make_optimizer(SECTION, 10)
+    abstract = abstract_state(abstract_params(CONFIG, mesh), optimizer, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    state = jax.device_put(init_state(jax.tree.map(jnp.copy, params), optimizer), shardings)
+    with jax.set_mesh(mesh):
+        step = jax.jit(
+            make_step(loss_fn, optimizer, micro_batches),
+            in_shardings=(shardings, batch_sharding(mesh)),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+        )
+        for _ in range(2):
+            state, metrics = step(state, place_batch(mesh, case()))
+    for key, value in alone_metrics.items():
+        assert float(metrics[key]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), key
+    assert_close(state.params, alone.params, 1e-4)
+    embedding = state.params["layers"]["mlp"]["gate_proj"]
+    assert tuple(embedding.sharding.spec) == (None, "fsdp", "tensor")
+    moment = state.opt_state[1][0].mu["layers"]["mlp"]["gate_proj"]
+    assert moment.sharding == embedding.sharding
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(params):
+    batch = grpo_case(pairs=2)
+    poisoned = dataclasses.replace(batch, advantages=batch.advantages.at[0, 0, 0].set(jnp.nan))
+    optimizer = make_optimizer(SECTION, 10)
+    step = jax.jit(make_step(grpo_loss(run, POLICY, TEMPERATURE, 32), optimizer, 1))
+    start, _ = step(init_state(params, optimizer), batch)
+    state, metrics = step(start, poisoned)
+    assert int(state.step) == 2 and int(state.skipped) == 1 and int(metrics["skipped_updates"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (start.params, start.opt_state))
+    state, _ = step(state, batch)
+    assert not np.array_equal(state.params["embed_tokens"], start.params["embed_tokens"])
+
+
+def test_schedule_warms_up_and_decays():
+    section = OptimizerSection(learning_rate=2.0, warmup_steps=4, decay="linear", final_fraction=0.25)
+    schedule = make_schedule(section, 12)
+    assert [float(schedule(s)) for s in (0, 2, 4, 8, 12, 20)] == pytest.approx([0, 1, 2, 1.25, 0.5, 0.5])
+    assert float(make_schedule(OptimizerSection(learning_rate=2.0), 12)(0)) == 2.0
+
+
+def test_norms_are_not_decayed(params):
+    optimizer = make_optimizer(SECTION, 10)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(moved["layers"]["self_attn"]["q_norm"], params["layers"]["self_attn"]["q_norm"])
+    np.testing.assert_array_equal(moved["norm"], params["norm"])
+    np.testing.assert_allclose(moved["embed_tokens"], params["embed_tokens"] * (1 - 1e-3), rtol=1e-5)
