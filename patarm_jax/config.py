@@ -41,6 +41,9 @@ class MeshSection:
     fsdp: int = -1
     tensor: int = 1
     rollout: Literal["tensor", "replicated"] = "tensor"  # how the sampling copy of the weights is placed
+    # Several processes: "auto" asks the TPU pod, Slurm, MPI or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    # JAX_PROCESS_ID, as jax.distributed.initialize does.
+    distributed: Literal["none", "auto"] = "none"
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class RunSection:
     folder: str = ""
     seed: int = 0
     epochs: int = 1
-    steps: int = 0  # stop after so many steps, or 0: after all epochs
+    steps: int = 0  # so many steps instead of whole epochs; 0: `epochs`
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     show_every: int = 10  # print a sample of judgements every so many steps; 0: never
@@ -127,6 +130,7 @@ class PolicySection:
 class SFTConfig:
     """`patarm sft`: supervised fine-tuning on judgements."""
 
+    recipe: Literal["sft"] = "sft"
     model: ModelSection = field(default_factory=ModelSection)
     mesh: MeshSection = field(default_factory=MeshSection)
     data: DataSection = field(default_factory=DataSection)
@@ -141,6 +145,7 @@ class SFTConfig:
 class GRPOConfig:
     """`patarm grpo`: reinforcement learning on preference pairs."""
 
+    recipe: Literal["grpo"] = "grpo"
     model: ModelSection = field(default_factory=ModelSection)
     mesh: MeshSection = field(default_factory=MeshSection)
     data: DataSection = field(default_factory=DataSection)
@@ -157,7 +162,7 @@ class GRPOConfig:
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """`patarm judge`: score the pairs of a file."""
+    """`patarm judge`: the knobs of scoring the pairs of a file; MODEL, --input and --output come beside them."""
 
     model: ModelSection = field(default_factory=ModelSection)
     mesh: MeshSection = field(default_factory=MeshSection)

@@ -54,6 +54,7 @@ class PairBatch:
     """This process's part of a global batch, and what all processes must agree on."""
 
     records: tuple[EncodedPair, ...]
+    ids: tuple[str, ...]  # of all pairs of the global batch
     longest_prompt: int  # tokens, over the global batch
     longest_sequence: int  # tokens of prompt and completion together, over the global batch
 
@@ -169,6 +170,7 @@ def _spread(seed: int) -> int:
 def _global_batch(records: Sequence[EncodedPair]) -> PairBatch:
     return PairBatch(
         tuple(records),
+        ids=tuple(record.preference.id for record in records),
         longest_prompt=max(record.longest_prompt for record in records),
         longest_sequence=max(record.longest_sequence for record in records),
     )

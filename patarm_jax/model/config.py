@@ -5,9 +5,12 @@ Every key of the file is either understood or refused by name: a silent default 
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from patarm_jax.types import UserError
 
@@ -64,6 +67,8 @@ def read_config(folder: Path) -> Qwen3Config:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON ({error}). Copy the file again.") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is a JSON {type(raw).__name__}, not an object. Copy the file again.")
     return from_hf(raw, str(path))
 
 
@@ -85,8 +90,14 @@ def from_hf(raw: dict[str, Any], where: str) -> Qwen3Config:
     if missing := [key for key in [*required, "rope_theta"] if values.get(key) is None]:
         raise UserError(f"{where}: missing keys: {', '.join(missing)}. Copy the file again from where the model came.")
     if isinstance(values.get("eos_token_id"), list):
-        values["eos_token_id"] = values["eos_token_id"][0]  # generation_config.json holds them all
-    config = Qwen3Config(**values)
+        values["eos_token_id"] = next(iter(values["eos_token_id"]), None)  # generation_config.json holds them all
+    try:
+        config = msgspec.convert(values, Qwen3Config)
+    except msgspec.ValidationError as error:
+        message = re.sub(r" - at `\$\.?(.*?)`$", r" for \1", str(error))
+        raise UserError(f"{where}: {message}. Copy the file again from where the model came.") from error
+    if small := [key for key in [*required, "rope_theta"] if values[key] <= 0]:
+        raise UserError(f"{where}: {small[0]} is {values[small[0]]}; it must be positive. Copy the file again.")
     if config.head_dim % 2:
         raise UserError(f"{where}: head_dim is {config.head_dim}; rotary embeddings need an even number.")
     if config.num_attention_heads % config.num_key_value_heads:
@@ -115,11 +126,17 @@ def to_hf(config: Qwen3Config, dtype: str) -> dict[str, Any]:
 
 
 def _rope_theta(raw: dict[str, Any], where: str) -> dict[str, float]:
+    """`rope_theta` from inside `rope_parameters`, where it does not contradict the one outside."""
     rope = raw.get("rope_parameters")
     if rope is None:
         return {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope_parameters is {rope!r}; supported is a mapping with rope_theta.")
     if unknown := sorted(rope.keys() - {"rope_theta", "rope_type"}):
         raise UserError(f"{where}: rope_parameters holds keys that are not understood: {', '.join(unknown)}.")
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"{where}: rope_parameters.rope_type is {rope['rope_type']!r}; supported is 'default'.")
-    return {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    theta, outside = rope.get("rope_theta"), raw.get("rope_theta")
+    if None not in (theta, outside) and theta != outside:
+        raise UserError(f"{where}: rope_theta is {outside!r} and, in rope_parameters, {theta!r}. Keep the true one.")
+    return {} if theta is None else {"rope_theta": theta}

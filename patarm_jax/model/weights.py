@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from patarm_jax.model.config import Qwen3Config, read_config, to_hf
 from patarm_jax.model.qwen3 import Params, abstract_params
-from patarm_jax.model.sharding import TRAIN_RULES, Rules
+from patarm_jax.model.sharding import TRAIN_RULES, Rules, fetch
 from patarm_jax.types import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -45,13 +45,16 @@ class _Entry:
     def stacked(self) -> bool:
         return "{layer}" in self.name
 
+    def names(self, config: Qwen3Config) -> list[str]:
+        """The Hugging Face names, one of each layer when stacked."""
+        return [self.name.format(layer=i) for i in range(config.num_hidden_layers)] if self.stacked else [self.name]
+
 
 def _table(config: Qwen3Config) -> list[_Entry]:
     """Hugging Face stores a linear map as [out, in] and splits no heads; we store [in…, out…]."""
     layer = "model.layers.{layer}."
     entries = [
         _Entry(("embed_tokens",), "model.embed_tokens.weight"),
-        _Entry(("norm",), "model.norm.weight"),
         *(
             _Entry(("layers", "self_attn", f"{x}_proj"), f"{layer}self_attn.{x}_proj.weight", inputs=1)
             for x in ("q", "k", "v")
@@ -63,6 +66,7 @@ def _table(config: Qwen3Config) -> list[_Entry]:
             for x in ("gate", "up", "down")
         ),
         *(_Entry(("layers", x), f"{layer}{x}.weight") for x in ("input_layernorm", "post_attention_layernorm")),
+        _Entry(("norm",), "model.norm.weight"),
     ]
     return entries if config.tie_word_embeddings else [*entries, _Entry(("lm_head",), "lm_head.weight")]
 
@@ -88,40 +92,41 @@ def load(
     config = read_config(folder)
     abstract = abstract_params(config, mesh, rules, dtype)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with contextlib.ExitStack() as stack:
-        tensors = _open_tensors(folder, config, stack)
-        params: Params = {}
-        for entry in _table(config):
-            leaf = _get(abstract, entry.path)
-            read = _reader(entry, leaf, tensors)
+    files = _locate(folder, config, abstract)
+    params: Params = {}
+    for entry in _table(config):
+        leaf = _get(abstract, entry.path)
+        # Pages of a mapped file count as this process's memory until it is closed: map anew for each parameter.
+        with contextlib.ExitStack() as stack:
+            opened = {file: _open(file, stack) for file in {files[name] for name in entry.names(config)}}
+            stored = [opened[files[name]].get_slice(name) for name in entry.names(config)]
+            read = _reader(entry, leaf, stored)
             _set(params, entry.path, jax.make_array_from_callback(leaf.shape, leaf.sharding or default, read))
     return params, config
 
 
 def _reader(
-    entry: _Entry, leaf: jax.ShapeDtypeStruct, tensors: dict[str, Any]
+    entry: _Entry, leaf: jax.ShapeDtypeStruct, stored: list[Any]
 ) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
     """A function from the index of a device's part to that part, read from the files and from nothing else."""
     layer_shape = leaf.shape[1:] if entry.stacked else leaf.shape
-    names = [entry.name.format(layer=i) for i in range(leaf.shape[0])] if entry.stacked else [entry.name]
-    for name in names:
-        tensors[name].expect(_hf_shape(entry, layer_shape))
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        spans = [slice(*s.indices(n)) for s, n in zip(index or (slice(None),) * len(leaf.shape), leaf.shape, strict=True)]
+        whole = (slice(None),) * len(leaf.shape)
+        spans = [slice(*span.indices(size)) for span, size in zip(index or whole, leaf.shape, strict=True)]
         part = spans[1:] if entry.stacked else spans
-        shape = [s.stop - s.start for s in part]
+        shape = [span.stop - span.start for span in part]
 
-        def one(name: str) -> np.ndarray:
-            stored = tensors[name].part[_hf_slices(entry, part, layer_shape)]
-            return (stored.T if entry.inputs else stored).reshape(shape)
+        def one(tensor: Any) -> np.ndarray:
+            found = tensor[_hf_slices(entry, part, layer_shape)]
+            return (found.T if entry.inputs else found).reshape(shape)
 
         if not entry.stacked:
-            return one(names[0]).astype(leaf.dtype)
-        chosen = names[spans[0]]
-        out = np.empty((len(chosen), *shape), leaf.dtype)
-        for row, name in zip(out, chosen, strict=True):
-            row[...] = one(name)
+            return one(stored[0]).astype(leaf.dtype)
+        layers = stored[spans[0]]
+        out = np.empty((len(layers), *shape), leaf.dtype)
+        for row, tensor in zip(out, layers, strict=True):
+            row[...] = one(tensor)
         return out
 
     return read
@@ -145,74 +150,65 @@ def _hf_slices(entry: _Entry, part: list[slice], shape: tuple[int, ...]) -> tupl
     return fold(part[entry.inputs :], shape[entry.inputs :]), fold(part[: entry.inputs], shape[: entry.inputs])
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor in a file, opened and not yet read."""
-
-    file: Path
-    name: str
-    part: Any  # safetensors' slice object
-
-    def expect(self, shape: tuple[int, ...]) -> None:
-        got = tuple(self.part.get_shape())
-        if got != shape:
-            raise UserError(
-                f"{self.file}: tensor {self.name} has shape {list(got)} and config.json asks for {list(shape)}. "
-                "The weights and the config are of different models."
-            )
-        if self.part.get_dtype() not in ("F32", "F16", "BF16"):
-            raise UserError(
-                f"{self.file}: tensor {self.name} is stored as {self.part.get_dtype()}; supported are F32, F16 and "
-                "BF16. Use the unquantised model."
-            )
-
-
-def _open_tensors(folder: Path, config: Qwen3Config, stack: contextlib.ExitStack) -> dict[str, _Stored]:
-    """Every tensor the config asks for, by Hugging Face name."""
-    where = _weight_map(folder, stack)
-    layers = range(config.num_hidden_layers)
-    wanted = {e.name.format(layer=i) for e in _table(config) for i in (layers if e.stacked else [0])}
-    if missing := sorted(wanted - where.keys()):
-        files = INDEX if (folder / INDEX).is_file() else SINGLE
+def _locate(folder: Path, config: Qwen3Config, abstract: Params) -> dict[str, Path]:
+    """The file of every tensor the config asks for; all that can be wrong is found before a weight is read."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for entry in _table(config):
+        shape = _get(abstract, entry.path).shape
+        hf_shape = _hf_shape(entry, shape[1:] if entry.stacked else shape)
+        wanted |= dict.fromkeys(entry.names(config), hf_shape)
+    listing, files = _list(folder)
+    if missing := sorted(wanted.keys() - files.keys()):
         raise UserError(
-            f"{folder / files}: tensor {missing[0]} is missing ({len(missing)} missing in all). "
+            f"{listing}: tensor {missing[0]} is missing ({len(missing)} missing in all). "
             "The weights are incomplete, or config.json is of another model."
         )
     # A tied model may carry a copy of its head, which is the embedding.
-    extra = sorted(where.keys() - wanted - ({"lm_head.weight"} if config.tie_word_embeddings else set()))
-    if extra:
+    if extra := sorted(files.keys() - wanted.keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set())):
         raise UserError(
-            f"{where[extra[0]].file}: tensor {extra[0]} is not part of the Qwen3 in config.json ({len(extra)} such in "
+            f"{files[extra[0]]}: tensor {extra[0]} is not part of the Qwen3 in config.json ({len(extra)} such in "
             "all). The weights and the config are of different models."
         )
-    return {name: where[name] for name in wanted}
-
-
-def _weight_map(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
-    index = folder / INDEX
-    if not index.is_file():
-        if not (folder / SINGLE).is_file():
-            raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}. Give a folder with safetensors weights.")
-        file = folder / SINGLE
-        opened = _open(file, stack)
-        return {name: _Stored(file, name, opened.get_slice(name)) for name in opened.keys()}
-    try:
-        listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{index} is not a safetensors index ({error!r}). Copy the file again.") from error
-    result: dict[str, _Stored] = {}
-    for shard in sorted(set(listed.values())):
-        names = [name for name, file in listed.items() if file == shard]
-        file = folder / shard
+    for file in sorted(set(files.values())):
+        here = {name: shape for name, shape in wanted.items() if files[name] == file}
         if not file.is_file():
-            raise UserError(f"{file} is missing; it holds tensor {names[0]} and {len(names) - 1} more. Copy it again.")
-        opened = _open(file, stack)
-        present = set(opened.keys())
-        for name in names:
-            if name not in present:
-                raise UserError(f"{file}: tensor {name} is missing though {INDEX} lists it. Copy both files again.")
-            result[name] = _Stored(file, name, opened.get_slice(name))
-    return result
+            raise UserError(f"{file} is missing; it holds tensor {min(here)} and {len(here) - 1} more. Copy it again.")
+        with contextlib.ExitStack() as stack:
+            _check(file, _open(file, stack), here)
+    return files
+
+
+def _list(folder: Path) -> tuple[Path, dict[str, Path]]:
+    """The file that says which tensors there are, and the file of each tensor."""
+    index, single = folder / INDEX, folder / SINGLE
+    if index.is_file():
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index} is not a safetensors index ({error!r}). Copy the file again.") from error
+        return index, {name: folder / shard for name, shard in weight_map.items()}
+    if not single.is_file():
+        raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}. Give a folder with safetensors weights.")
+    with contextlib.ExitStack() as stack:
+        return single, dict.fromkeys(_open(single, stack).keys(), single)
+
+
+def _check(file: Path, opened: Any, wanted: dict[str, tuple[int, ...]]) -> None:
+    present = set(opened.keys())
+    for name, shape in wanted.items():
+        if name not in present:
+            raise UserError(f"{file}: tensor {name} is missing though {INDEX} lists it. Copy both files again.")
+        tensor = opened.get_slice(name)
+        if tensor.get_dtype() not in ("F32", "F16", "BF16"):
+            raise UserError(
+                f"{file}: tensor {name} is stored as {tensor.get_dtype()}; supported are F32, F16 and BF16. "
+                "Use the unquantised model."
+            )
+        if tuple(tensor.get_shape()) != shape:
+            raise UserError(
+                f"{file}: tensor {name} has shape {tensor.get_shape()} and config.json asks for {list(shape)}. "
+                "The weights and the config are of different models."
+            )
 
 
 def _open(file: Path, stack: contextlib.ExitStack) -> Any:
@@ -238,6 +234,26 @@ def _first_cut_tensor(file: Path) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True, eq=False)
+class _HFTensor:
+    """A Hugging Face tensor that is fetched from the devices when it is written."""
+
+    name: str
+    array: jax.Array  # the parameter it is, or is a layer of
+    layer: int | None
+    turned: bool  # [in…, out…] of ours is [out, in] of theirs
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        part = fetch(self.array if self.layer is None else self.array[self.layer]).astype(self.dtype, copy=False)
+        return np.ascontiguousarray(part.reshape(self.shape[::-1]).T if self.turned else part.reshape(self.shape))
 
 
 def save(
@@ -266,8 +282,6 @@ def save(
     Raises:
         UserError: when the folder is not empty or the disk is full.
     """
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not empty. Give another folder, or remove it first.")
     tensors = {tensor.name: tensor for tensor in _hf_tensors(params, config, np.dtype(dtype))}
     plan = huggingface_hub.split_state_dict_into_shards_factory(
         tensors,
@@ -277,33 +291,49 @@ def save(
         max_shard_size=max_shard_size,
     )
     first = jax.process_index() == 0
-    part = folder.with_name(folder.name + ".partial")
-    with removed_on_failure(part):
-        if first:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
+    with appearing_whole(folder) as part:
         for file, names in plan.filename_to_tensors.items():
-            arrays = {name: tensors[name].read() for name in names}
-            if first:
-                safetensors.numpy.save_file(arrays, part / file, metadata={"format": "pt"})
+            _write_shard(part / file, [tensors[name] for name in names])
         if first:
             if plan.is_sharded:
                 index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}}
                 _write_json(part / INDEX, index | {"weight_map": plan.tensor_to_filename})
             _write_json(part / "config.json", to_hf(config, dtype) | _first_eos(stop_ids))
             _write_json(part / "generation_config.json", _generation_config(config, stop_ids, pad_id))
-            if folder.is_dir():
-                folder.rmdir()
-            os.replace(part, folder)
+
+
+def _write_shard(file: Path, tensors: list[_HFTensor]) -> None:
+    arrays = {tensor.name: tensor.read() for tensor in tensors}  # all processes take part in fetching
+    if jax.process_index() == 0:
+        safetensors.numpy.save_file(arrays, file, metadata={"format": "pt"})
 
 
 @contextlib.contextmanager
-def removed_on_failure(folder: Path) -> Iterator[None]:
-    """Removes a half-written folder when writing fails, and says so in a sentence when the disk is why."""
+def appearing_whole(folder: Path) -> Iterator[Path]:
+    """Yields a folder to fill, which becomes `folder` when the block ends and vanishes when it fails.
+
+    All processes must enter it; the first one makes the folder, and it alone may write there.
+
+    Raises:
+        UserError: when `folder` is not empty, or the disk is full.
+    """
+    folder = folder.resolve()
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is not empty. Give another folder, or remove it first.")
+    multihost_utils.sync_global_devices(f"looked at {folder}")  # before it can appear
+    part, first = folder.with_name(folder.name + ".partial"), jax.process_index() == 0
     try:
-        yield
+        if first:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        yield part
+        if first:
+            if folder.is_dir():
+                folder.rmdir()
+            os.replace(part, folder)
     except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        if first:
+            shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError | safetensors.SafetensorError):
             free = shutil.disk_usage(_existing(folder)).free / 2**30
             raise UserError(
@@ -311,41 +341,23 @@ def removed_on_failure(folder: Path) -> Iterator[None]:
                 "folder; nothing else was touched."
             ) from error
         raise
+    multihost_utils.sync_global_devices(f"wrote {folder}")
 
 
 def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.parent)
 
 
-@dataclass(frozen=True)
-class _HFTensor:
-    """A Hugging Face tensor that is fetched from the devices when it is written."""
-
-    name: str
-    nbytes: int
-    read: Callable[[], np.ndarray]
-
-
-def _hf_tensors(params: Params, config: Qwen3Config, dtype: np.dtype) -> Iterator[_HFTensor]:
+def _hf_tensors(params: Params, config: Qwen3Config, dtype: np.dtype) -> list[_HFTensor]:
+    """In transformers' order, layer by layer, so that each shard holds what it would in a folder of theirs."""
+    tensors = []
     for entry in _table(config):
         array = _get(params, entry.path)
-        layers = range(config.num_hidden_layers) if entry.stacked else [None]
-        for layer in layers:
-            shape = array.shape if layer is None else array.shape[1:]
-            yield _HFTensor(
-                entry.name.format(layer=layer),
-                int(np.prod(shape)) * dtype.itemsize,
-                lambda array=array, layer=layer, shape=_hf_shape(entry, shape), turn=bool(entry.inputs): _fetch(
-                    array, layer, shape, turn, dtype
-                ),
-            )
-
-
-def _fetch(array: jax.Array, layer: int | None, shape: tuple[int, ...], turn: bool, dtype: np.dtype) -> np.ndarray:
-    part = array if layer is None else array[layer]
-    whole = np.asarray(part) if part.is_fully_addressable else multihost_utils.process_allgather(part, tiled=True)
-    flat = whole.astype(dtype).reshape(shape[::-1] if turn else shape)
-    return np.ascontiguousarray(flat.T if turn else flat)
+        shape = _hf_shape(entry, array.shape[1:] if entry.stacked else array.shape)
+        for layer, name in enumerate(entry.names(config)):
+            tensors.append(_HFTensor(name, array, layer if entry.stacked else None, bool(entry.inputs), shape, dtype))
+    embedding, *others = tensors
+    return [embedding, *sorted(others, key=lambda t: config.num_hidden_layers if t.layer is None else t.layer)]
 
 
 def _first_eos(stop_ids: tuple[int, ...]) -> dict[str, int]:

@@ -4,8 +4,10 @@ Text goes in through `encode_request`, comes out through the parser, and in betw
 weight or writes a file.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,7 @@ class Judge:
     tokenizer: Tokenizer
     mesh: Mesh
     group: int  # G, judgements per response
-    generate: Callable[[Params, Prompts, jax.Array], Completions]  # jitted
+    generate: Any  # jitted, (params, Prompts, key) → Completions
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,13 @@ class Request:
     row: int  # names the response: sampling keys are folded from it, so it must not depend on the batch
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Judged:
-    """G judgements of each of R responses, as arrays and as what they say."""
+class Sampled:
+    """G completions of each of R judge prompts, on the devices."""
 
-    prompts: Prompts  # on the devices
-    completions: Completions  # on the devices
-    judgements: list[list[Judgement]]  # [R][G]; filler rows have none
-    lengths: np.ndarray  # [R, G] tokens
-    truncated: np.ndarray  # [R, G] bool
+    prompts: Prompts
+    completions: Completions
 
 
 def make_judge(
@@ -62,12 +62,7 @@ def make_judge(
     settings = Settings(
         tokenizer.stop_ids, sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p
     )
-    run = jax.jit(lambda params, prompts, key: _generate(params, prompts, key, config, group, settings, dtype))
-
-    def generate(params: Params, prompts: Prompts, key: jax.Array) -> Completions:
-        with jax.set_mesh(mesh):
-            return run(params, prompts, key)
-
+    generate = jax.jit(lambda params, prompts, key: _generate(params, prompts, key, config, group, settings, dtype))
     return Judge(tokenizer, mesh, group, generate)
 
 
@@ -79,12 +74,12 @@ def _generate(
     def prefill(tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, KVCache]:
         # The last token drawn is never read, hence one position less; an empty axis would not compile.
         cache = init_cache(config, rows, width, group, max(settings.max_new_tokens - 1, 1), dtype)
-        out = forward(params, config, tokens, lengths, cache=cache, dtype=dtype)
+        out: Any = forward(params, config, tokens, lengths, cache=cache, dtype=dtype)
         last = jnp.take_along_axis(out.prompt, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return _logits(last, out.head), out.cache
 
     def decode_step(tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        out = forward(params, config, completion=tokens[:, :, None], cache=cache, dtype=dtype)
+        out: Any = forward(params, config, completion=tokens[:, :, None], cache=cache, dtype=dtype)
         return _logits(out.completion[:, :, 0], out.head), out.cache
 
     return sample(prefill, decode_step, prompts, key, group, settings)
@@ -97,8 +92,15 @@ def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
 
 def judge(
     judge: Judge, params: Params, requests: Sequence[Request], key: jax.Array, *, width: int = 0, rows: int = 0
-) -> Judged:
-    """Samples G judgements of each response and reads them.
+) -> list[list[Judgement]]:
+    """G judgements of each response, [R][G]: sampled, then read. Arguments as of `sample_judgements`."""
+    return read_judgements(judge, sample_judgements(judge, params, requests, key, width=width, rows=rows))[: len(requests)]
+
+
+def sample_judgements(
+    judge: Judge, params: Params, requests: Sequence[Request], key: jax.Array, *, width: int = 0, rows: int = 0
+) -> Sampled:
+    """Samples G judgements of each response.
 
     Args:
         judge: from `make_judge`.
@@ -109,20 +111,32 @@ def judge(
         rows: rows this process's batch is filled up to; 0: as many as the mesh needs.
 
     Returns:
-        Judged, of all processes' responses in the order of the processes.
+        The completions of all processes' responses, in the order of the processes.
     """
     longest = max(len(request.tokens) for request in requests)
     width = width or bucket(longest, WIDTH_MULTIPLE)
-    share = batch_ways(judge.mesh) // jax.process_count()
-    rows = rows or -(-len(requests) // share) * share
+    share = max(1, batch_ways(judge.mesh) // jax.process_count())
+    rows = max(rows, -(-len(requests) // share) * share)
     prompts = place_batch(judge.mesh, _padded(requests, width, rows, judge.tokenizer.pad_id))
-    completions = judge.generate(params, prompts, key)
+    with jax.set_mesh(judge.mesh):
+        return Sampled(prompts, judge.generate(params, prompts, key))
+
+
+def read_judgements(judge: Judge, sampled: Sampled) -> list[list[Judgement]]:
+    """What the completions say, [R][G], on every process; a filler row says nothing, in bad form."""
+    completions = sampled.completions
     tokens, lengths, truncated = fetch((completions.tokens, completions.lengths, completions.truncated))
-    judgements = [
-        [parse_pointwise(_text(judge.tokenizer, *one)) for one in zip(*group, strict=True) if one[1]]
+    return [
+        [parse_pointwise(_text(judge.tokenizer, *one)) for one in zip(*group, strict=True)]
         for group in zip(tokens, lengths, truncated, strict=True)
     ]
-    return Judged(prompts, completions, judgements, lengths, truncated)
+
+
+def score_arrays(judgements: Sequence[Sequence[Judgement]]) -> tuple[np.ndarray, np.ndarray]:
+    """Scores float32 (NaN where not valid) and statuses int32, both [R, G]: where text becomes numbers again."""
+    scores = [[math.nan if one.score is None else one.score for one in group] for group in judgements]
+    statuses = [[int(one.status) for one in group] for group in judgements]
+    return np.asarray(scores, np.float32), np.asarray(statuses, np.int32)
 
 
 def _padded(requests: Sequence[Request], width: int, rows: int, pad_id: int) -> Prompts:
@@ -137,4 +151,4 @@ def _padded(requests: Sequence[Request], width: int, rows: int, pad_id: int) -> 
 
 def _text(tokenizer: Tokenizer, tokens: np.ndarray, length: int, truncated: bool) -> str:
     """What was written, without the end token of a judgement that has one."""
-    return decode(tokenizer, tokens[: length if truncated else length - 1].tolist())
+    return decode(tokenizer, tokens[: length if truncated else max(length - 1, 0)].tolist())

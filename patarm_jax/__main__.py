@@ -1,0 +1,7 @@
+"""`python -m patarm_jax` is `patarm`."""
+
+import sys
+
+from patarm_jax.cli import main
+
+sys.exit(main())

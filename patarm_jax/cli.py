@@ -1,0 +1,129 @@
+"""The door: `patarm VERB …`. Reads the command line, calls a recipe, and turns a user's mistake into one sentence."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from patarm_jax import __version__
+from patarm_jax.config import GRPOConfig, JudgeConfig, SFTConfig, load, override
+from patarm_jax.types import UsageError, UserError
+
+# Recipes are imported when their verb is called, so that `--help` and a typo answer at once.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; 0 done, 1 failed, 2 wrong use."""
+    try:
+        options, rest = _parser().parse_known_args(arguments)
+        return options.run(options, rest)
+    except UserError as error:
+        print(f"patarm: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("patarm: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `patarm … | head`
+        sys.stderr.close()
+        return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse that raises its errors, as one sentence, instead of printing usage and leaving."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]  # it does not return here either
+        raise UsageError(f"{message}. `{self.prog} --help` shows how it is used.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="patarm", description="Train generative reward models from preference pairs.")
+    parser.add_argument("--version", action="version", version=f"patarm_jax {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+
+    demo = _verb(verbs, "demo", _demo, "everything end to end in minutes, no downloads", ["patarm demo --out runs/demo"])
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder it writes (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of data, weights and sampling (default: %(default)s)")
+    demo.add_argument("--short", action="store_true", help="a few steps of everything: minutes become seconds")
+
+    for name, what in (("sft", "teach a model the form of judgements"), ("grpo", "train a judge on preference pairs")):
+        examples = [
+            f"patarm {name} configs/qwen3_8b_{name}.yaml",
+            f"patarm {name} configs/tiny_{name}.yaml --optimizer.learning_rate 3e-4 --run.folder runs/try",
+            f"patarm {name} configs/qwen3_8b_{name}.yaml --dry-run",
+        ]
+        train = _verb(verbs, name, _train, what, examples)
+        train.add_argument("config", type=Path, metavar="CONFIG.yaml")
+        train.add_argument("--dry-run", action="store_true", help="show config, batch and memory, train nothing")
+        train.epilog = f"{train.epilog}\n\nany setting of the config can follow as --section.key value"
+
+    examples = ["patarm judge runs/demo/grpo --input pairs.jsonl --output scores.jsonl --votes 8"]
+    judge = _verb(verbs, "judge", _judge, "score the pairs of a file", examples)
+    judge.add_argument("model", metavar="MODEL", help="a Hugging Face folder, or the folder of a finished run")
+    judge.add_argument("--input", required=True, help="pairs: .jsonl, .json, .parquet, a folder of them, or a Hub id")
+    judge.add_argument("--output", required=True, help="scores, one JSON line per pair")
+    judge.add_argument("--votes", type=int, default=1, help="judgements of each response (default: %(default)s)")
+    judge.epilog = f"{judge.epilog}\n\nfurther settings follow as --sampling.temperature, --data.domain, …"
+
+    examples = ["patarm export runs/grpo judge-8b", "patarm export runs/grpo/checkpoints/400 judge-8b"]
+    export = _verb(verbs, "export", _export, "a checkpoint as a Hugging Face folder", examples)
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run folder, or one of its checkpoints")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder that is written; must not exist")
+    return parser
+
+
+def _verb(
+    verbs: "argparse._SubParsersAction[_Parser]",
+    name: str,
+    run: Callable[[argparse.Namespace, list[str]], int],
+    what: str,
+    examples: Sequence[str],
+) -> argparse.ArgumentParser:
+    shown = "examples:\n" + "\n".join(f"  {example}" for example in examples)
+    parser = verbs.add_parser(
+        name, help=what, description=what, epilog=shown, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _demo(options: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest)
+    from patarm_jax.demo.story import main as demo
+
+    demo(options.out, options.seed, options.short)
+    return 0
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.verb == "sft":
+        from patarm_jax.recipes.sft import main as sft
+
+        sft(load(SFTConfig, options.config, rest), options.dry_run)
+    else:
+        from patarm_jax.recipes.grpo import main as grpo
+
+        grpo(load(GRPOConfig, options.config, rest), options.dry_run)
+    return 0
+
+
+def _judge(options: argparse.Namespace, rest: list[str]) -> int:
+    from patarm_jax.recipes.judge_file import main as judge
+
+    config = override(JudgeConfig(votes=options.votes, output=options.output), rest)
+    model = dataclasses.replace(config.model, path=options.model)
+    judge(dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, path=options.input)))
+    return 0
+
+
+def _export(options: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest)
+    from patarm_jax.recipes.export_checkpoint import main as export
+
+    export(options.checkpoint, options.out)
+    return 0
+
+
+def _refuse(rest: list[str]) -> None:
+    if rest:
+        raise UsageError(f"unknown arguments {' '.join(rest)}. `--help` shows what is allowed.")

@@ -1,0 +1,41 @@
+"""What `--dry-run` tells before anything is trained: config, programs, memory per device, the first batch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from patarm_jax.data.pipeline import PairBatch
+from patarm_jax.data.tokenizer import Tokenizer, decode
+
+GIB = 2**30
+
+# A jitted function and the abstract arguments it is compiled for: the widest bucket of the data.
+Program = tuple[Any, tuple[Any, ...]]
+
+
+def describe(
+    config: str, mesh: Mesh, programs: Mapping[str, Program], batch: PairBatch, tokenizer: Tokenizer, steps: int
+) -> None:
+    """Prints the resolved config, the first batch, and what each program, compiled but not run, needs per device."""
+    print(config)
+    first = batch.records[0]
+    print(f"first batch: {len(batch.ids)} pairs, prompts up to {batch.longest_prompt} tokens: {', '.join(batch.ids)}")
+    print(f"the judge reads of the chosen response of {first.preference.id}:")
+    print(decode(tokenizer, first.prompt_tokens[0].tolist()))
+    if first.completion_tokens is not None:
+        print("and learns to write:")
+        print(decode(tokenizer, first.completion_tokens[0].tolist()))
+    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    print(f"\nmesh: {shape} ({mesh.devices.size} × {mesh.devices.flat[0].device_kind}); {steps} steps")
+    for name, (program, arguments) in programs.items():
+        shapes = [f"{list(leaf.shape)}" for leaf in jax.tree.leaves(arguments[1])]
+        with jax.set_mesh(mesh):
+            memory = program.lower(*arguments).compile().memory_analysis()
+        print(
+            f"{name}: batch {' '.join(shapes)}; per device {memory.argument_size_in_bytes / GIB:.3f} GiB of arguments "
+            f"and {memory.temp_size_in_bytes / GIB:.3f} GiB of temporary memory"
+        )
+    limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+    print(f"each device offers {limit / GIB:.1f} GiB" if limit else "this kind of device does not say what it offers")

@@ -1,0 +1,202 @@
+"""GRPO on preference pairs: judgements are sampled, rewarded by comparing the two sides, and reinforced.
+
+No score is labelled anywhere. The same command resumes a run that was stopped.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from patarm_jax.config import GRPOConfig, to_yaml
+from patarm_jax.data.pipeline import PairBatch, batches, bucket, encode_pairs
+from patarm_jax.data.preferences import read_preferences
+from patarm_jax.model.qwen3 import abstract_params, forward
+from patarm_jax.model.sharding import (
+    REPLICATED_RULES,
+    ROLLOUT_RULES,
+    TRAIN_RULES,
+    batch_sharding,
+    batch_ways,
+    fetch,
+    make_mesh,
+)
+from patarm_jax.recipes.dry_run import describe
+from patarm_jax.recipes.export import ModelCardFacts
+from patarm_jax.recipes.rollouts import rewards_of, rollout_metrics, rollout_rows
+from patarm_jax.recipes.run import (
+    ROLLOUTS,
+    begin_or_resume,
+    check_batch,
+    finish,
+    load_params,
+    number_of_steps,
+    open_model,
+    say,
+    start_processes,
+    state_shape,
+    state_shardings,
+    stop_requests,
+)
+from patarm_jax.rollout.judging import (
+    WIDTH_MULTIPLE,
+    Request,
+    Sampled,
+    make_judge,
+    read_judgements,
+    sample_judgements,
+    score_arrays,
+)
+from patarm_jax.train.metrics import Timer, progress, show_judgements, write_rollouts
+from patarm_jax.train.optimizer import make_optimizer, make_schedule
+from patarm_jax.train.steps import HEAD_TOKENS, completion_logprobs, grpo_loss, make_step
+from patarm_jax.types import GRPOBatch, Prompts
+
+
+def main(config: GRPOConfig, dry_run: bool = False) -> bool:
+    """Trains until done and exports; False when it was asked to stop before."""
+    start_processes(config.mesh)
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, config.pairs_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}")
+
+    # ------------------------------------------------------------------------------------------------ model and data
+    model = open_model(config.model.path)
+    reference = open_model(config.policy.reference) if config.policy.reference else model
+    preferences, read = read_preferences(config.data)
+    records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
+    say(f"{config.data.path}: {read}. Encoded: {encoded}.")
+    steps, epochs = number_of_steps(config.run, records, config.pairs_per_step)
+    shares = (jax.process_index(), jax.process_count())
+    iterator = batches(records, config.pairs_per_step, epochs, config.run.seed, *shares)
+
+    # --------------------------------------------------------------------------------------------- the jitted programs
+    updates = steps * config.policy.updates_per_rollout
+    optimizer, schedule = make_optimizer(config.optimizer, updates), make_schedule(config.optimizer, updates)
+    run_forward = partial(forward, config=model.config, dtype=config.model.dtype, remat=config.model.remat)
+    head_tokens, temperature = HEAD_TOKENS * batch_ways(mesh), config.sampling.temperature or 1.0
+
+    def two_streams(params: Any, prompt: jax.Array, lengths: jax.Array, completion: jax.Array) -> Any:
+        return run_forward(params, prompt=prompt, prompt_lengths=lengths, completion=completion)
+
+    shardings = state_shardings(model, mesh, optimizer)
+    step_fn = jax.jit(
+        make_step(grpo_loss(two_streams, config.policy, temperature, head_tokens), optimizer, config.micro_batches),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
+    rules = ROLLOUT_RULES if config.mesh.rollout == "tensor" else REPLICATED_RULES
+    rollout_params = abstract_params(model.config, mesh, rules, config.model.dtype)
+    to_rollout = jax.jit(
+        lambda params: jax.tree.map(lambda x: x.astype(config.model.dtype), params),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, rollout_params),
+    )
+    logprobs_fn = jax.jit(lambda p, batch: completion_logprobs(two_streams, p, batch, temperature, head_tokens)[0])
+    judge = make_judge(model.config, model.tokenizer, mesh, config.sampling, config.group_size, config.model.dtype)
+    if dry_run:
+        width = bucket(max(record.longest_prompt for record in records), WIDTH_MULTIPLE)
+        prompts, batch = _abstract_batches(config, mesh, width)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        programs = {
+            "sample": (judge.generate, (rollout_params, prompts, key)),
+            "update": (step_fn, (state_shape(model, mesh, optimizer), batch)),
+        }
+        describe(to_yaml(config), mesh, programs, next(iterator), model.tokenizer, steps)
+        return True
+
+    # Loaded, never taken from the state: a resumed run would have lost it, and the update donates those buffers.
+    ref_params = None
+    if config.policy.kl_coef:
+        ref_params = load_params(config.model, reference, mesh, config.run.seed, TRAIN_RULES, config.model.dtype)
+
+    # ---------------------------------------------------------------------------------------------------------- train
+    run, state = begin_or_resume(config, model, records, iterator, mesh, optimizer, steps)
+    run_key, step = jax.random.key(config.run.seed), run.done
+    with stop_requests() as stop_asked, progress(steps, run.done) as report:
+        for step in range(run.done + 1, steps + 1):
+            timer = Timer()
+            with timer.phase("sample"):
+                pairs = next(iterator)
+                key, width = jax.random.fold_in(run_key, step), bucket(pairs.longest_prompt, WIDTH_MULTIPLE)
+                sampled = sample_judgements(judge, to_rollout(state.params), _requests(pairs), key, width=width)
+                jax.block_until_ready(sampled)
+            with timer.phase("parse"):
+                judgements = read_judgements(judge, sampled)
+                scores, status = (x.reshape(-1, 2, config.group_size) for x in score_arrays(judgements))
+            with timer.phase("reward"):
+                rewards = fetch(rewards_of(scores, status, config.reward))
+                batch = assemble(sampled, jax.device_put(rewards.advantages, batch_sharding(mesh)))
+            with timer.phase("logprobs"), jax.set_mesh(mesh):
+                if ref_params is not None:
+                    batch = replace(batch, ref_logprobs=logprobs_fn(ref_params, batch))
+                    jax.block_until_ready(batch)
+            with timer.phase("update"), jax.set_mesh(mesh):
+                passes = []
+                for _ in range(config.policy.updates_per_rollout):
+                    state, metrics = step_fn(state, batch)
+                    passes.append(metrics)
+                values = {name: float(np.mean([one[name] for one in fetch(passes)])) for name in metrics}
+
+            values |= rollout_metrics(scores, status, rewards, fetch(sampled.completions))
+            values["learning_rate"] = float(schedule(int(state.step) - 1 - int(state.skipped)))
+            run.writer.write(step, values | timer.seconds)
+            report(step, {"reward": values["reward"], "valid": values["judge/valid"]})
+            rows = rollout_rows(pairs.ids, judgements, rewards)
+            if jax.process_index() == 0:
+                write_rollouts(run.folder / ROLLOUTS, step, rows)
+            if config.run.show_every and step % config.run.show_every == 0:
+                show_judgements(step, [rows[0], rows[config.group_size]])
+            stopping = stop_asked(step)
+            run.save_when_due(step, state, iterator.get_state(), stopping)
+            if stopping:
+                break
+
+    reward = f"PAR with the {config.reward.margin} margin, {config.group_size} judgements of each response"
+    card = ModelCardFacts(config.model.path, "grpo", config.data.path, len(records), updates, reward, config.rubrics)
+    return finish(run, step, state, model, card, config.model.dtype)
+
+
+def _requests(pairs: PairBatch) -> list[Request]:
+    """Rows chosen 0, rejected 0, chosen 1, …; a row id names a response of the data set, whatever batch it is in."""
+    return [
+        Request(tokens, 2 * record.index + side)
+        for record in pairs.records
+        for side, tokens in enumerate(record.prompt_tokens)
+    ]
+
+
+@jax.jit
+def assemble(sampled: Sampled, advantages: jax.Array) -> GRPOBatch:
+    """What was sampled, [R, …], as P pairs of two sides, [P, 2, …]."""
+    prompts, completions = sampled.prompts, sampled.completions
+    pairs = advantages.shape[0]
+    prompt_tokens, prompt_lengths, tokens, lengths, logprobs = (
+        x.reshape(pairs, 2, *x.shape[1:])
+        for x in (prompts.tokens, prompts.lengths, completions.tokens, completions.lengths, completions.logprobs)
+    )
+    return GRPOBatch(prompt_tokens, prompt_lengths, tokens, lengths, logprobs, None, advantages)
+
+
+def _abstract_batches(config: GRPOConfig, mesh: Mesh, width: int) -> tuple[Prompts, GRPOBatch]:
+    """The shapes of what is sampled from and of what is learnt from, for compiling ahead of time."""
+    pairs, group, new = config.pairs_per_step, config.group_size, config.sampling.max_new_tokens
+
+    def leaf(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+    prompts = Prompts(leaf(jnp.int32, 2 * pairs, width), leaf(jnp.int32, 2 * pairs), leaf(jnp.int32, 2 * pairs))
+    logprobs = leaf(jnp.float32, pairs, 2, group, new)
+    batch = GRPOBatch(
+        leaf(jnp.int32, pairs, 2, width),
+        leaf(jnp.int32, pairs, 2),
+        leaf(jnp.int32, pairs, 2, group, new),
+        leaf(jnp.int32, pairs, 2, group),
+        logprobs,
+        logprobs if config.policy.kl_coef else None,
+        leaf(jnp.float32, pairs, 2, group),
+    )
+    return prompts, batch

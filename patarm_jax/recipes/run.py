@@ -1,0 +1,262 @@
+"""What every training story begins and ends with: its folder, its model, its data's identity, and being stopped."""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from patarm_jax.config import GRPOConfig, MeshSection, ModelSection, RunSection, SFTConfig, to_yaml
+from patarm_jax.data.pipeline import EncodedPair, batches_per_epoch
+from patarm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from patarm_jax.model import weights
+from patarm_jax.model.config import Qwen3Config, read_config
+from patarm_jax.model.qwen3 import Params, abstract_params, init_params
+from patarm_jax.model.sharding import TRAIN_RULES, Rules, batch_ways
+from patarm_jax.recipes.export import ModelCardFacts, write_export
+from patarm_jax.train.checkpoint import Checkpoints, open_checkpoints
+from patarm_jax.train.metrics import MetricsWriter, open_metrics
+from patarm_jax.train.steps import TrainState, abstract_state, init_state
+from patarm_jax.types import UsageError, UserError
+
+EXPORT, CHECKPOINTS, ROLLOUTS = "export", "checkpoints", "rollouts"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder, read but for its weights."""
+
+    folder: Path
+    config: Qwen3Config
+    tokenizer: Tokenizer
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+def open_model(path: str) -> Model:
+    """The model in a Hugging Face folder, or the export of a finished run."""
+    if not path:
+        raise UsageError("model.path is empty. Give a Hugging Face folder, or the folder of a finished run.")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"model.path {path} is no folder. Give a Hugging Face folder, or the folder of a finished run.")
+    if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+        if not (folder / EXPORT).is_dir():
+            raise UserError(
+                f"the run {folder} is not finished, so it has no {EXPORT} folder. Start its command again to finish "
+                f"it, or take a checkpoint with `patarm export {folder} OUT`."
+            )
+        folder = folder / EXPORT
+    model = Model(folder, read_config(folder), load_tokenizer(folder))
+    if model.tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {model.tokenizer.vocab_size} tokens and the model {model.config.vocab_size}. "
+            "They are of different models."
+        )
+    return model
+
+
+def load_params(section: ModelSection, model: Model, mesh: Mesh, seed: int, rules: Rules, dtype: Any) -> Params:
+    """The model's weights in their places; or random ones, when the config asks for them."""
+    if section.weights == "random":
+        params = init_params(model.config, jax.random.key(seed), mesh, rules)
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+    return weights.load(model.folder, mesh, rules, dtype)[0]
+
+
+def new_state(section: ModelSection, model: Model, mesh: Mesh, seed: int, optimizer: Any) -> TrainState:
+    """The state before the first step: float32 master weights and moments, sharded."""
+    shardings = state_shardings(model, mesh, optimizer)
+    params = load_params(section, model, mesh, seed, TRAIN_RULES, jnp.float32)
+    return jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(params)
+
+
+def state_shape(model: Model, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes and shardings of the state, for restoring and for compiling ahead of time."""
+    return abstract_state(abstract_params(model.config, mesh), optimizer, mesh)
+
+
+def state_shardings(model: Model, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+    """Where each part of the state lies."""
+    return jax.tree.map(lambda leaf: leaf.sharding, state_shape(model, mesh, optimizer))
+
+
+# --------------------------------------------------------------------------------------------------------------- run
+
+
+def start_processes(section: MeshSection) -> None:
+    """Joins the other processes of a pod, before any device is touched."""
+    if section.distributed == "auto" and not jax.distributed.is_initialized():
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"mesh.distributed is auto and the other processes were not found: {reason}. "
+                "Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or mesh.distributed to none."
+            ) from error
+
+
+def open_folder(config: SFTConfig | GRPOConfig) -> Path:
+    """The run folder with the resolved config in it."""
+    if not config.run.folder:
+        raise UsageError("run.folder is empty. Name the folder that the run is to write, such as runs/judge.")
+    folder = Path(config.run.folder).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            part = folder / "config.yaml.partial"
+            part.write_text(to_yaml(config), encoding="utf-8")
+            os.replace(part, folder / "config.yaml")
+    except OSError as error:
+        raise UserError(f"cannot write run.folder {folder}: {error.strerror}. Name another folder.") from error
+    return folder
+
+
+def number_of_steps(section: RunSection, records: Sequence[EncodedPair], pairs_per_step: int) -> tuple[int, int]:
+    """(steps, epochs) of a run."""
+    per_epoch = batches_per_epoch(len(records), pairs_per_step)
+    steps = section.steps or per_epoch * section.epochs
+    return steps, math.ceil(steps / max(per_epoch, 1))
+
+
+def check_batch(mesh: Mesh, rows: int, micro_batches: int, what: str) -> None:
+    """Refuses a batch that the mesh or the micro-batches cannot share evenly."""
+    if micro_batches < 1 or rows % micro_batches or rows // micro_batches % batch_ways(mesh):
+        ways = batch_ways(mesh)
+        raise UsageError(
+            f"{what} gives {rows} rows, which micro_batches {micro_batches} × {ways} devices (mesh.data × mesh.fsdp) "
+            f"cannot share evenly. Make it a multiple of {max(micro_batches, 1) * ways}, or change the mesh."
+        )
+
+
+def fingerprint(config: SFTConfig | GRPOConfig, model: Model, records: Sequence[EncodedPair]) -> dict[str, Any]:
+    """What must not change between a checkpoint and its continuation; placement and logging may."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(record.preference.id.encode())
+        for tokens in (*record.prompt_tokens, *(record.completion_tokens or ())):
+            digest.update(tokens.tobytes())
+    settings = dataclasses.asdict(config)
+    kept = {name: settings[name] for name in settings if name not in ("model", "mesh", "data", "run", "micro_batches")}
+    return {
+        "recipe": type(config).__name__,
+        "model": dataclasses.asdict(model.config) | {"dtype": config.model.dtype},
+        "data": digest.hexdigest(),
+        "seed": config.run.seed,
+        **kept,
+    }
+
+
+def say(message: str) -> None:
+    """One line for the person who watches, from the first process only."""
+    if jax.process_index() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder that is being written."""
+
+    folder: Path
+    steps: int  # of the whole run
+    done: int  # steps that were done before this process began
+    section: RunSection
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+
+    def save_when_due(self, step: int, state: TrainState, data_state: dict[str, Any], stopping: bool) -> None:
+        """A checkpoint every so many steps, at the end, and when the run is to stop."""
+        if stopping or step == self.steps or step % self.section.checkpoint_every == 0:
+            self.checkpoints.save(step, state, data_state)
+
+
+def begin_or_resume(
+    config: SFTConfig | GRPOConfig,
+    model: Model,
+    records: Sequence[EncodedPair],
+    iterator: Any,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+) -> tuple[Run, TrainState]:
+    """Opens the run folder; the state is the last checkpoint's, and the iterator stands where it stood then."""
+    folder = open_folder(config)
+    keep = config.run.keep_checkpoints
+    checkpoints = open_checkpoints(folder / CHECKPOINTS, keep, fingerprint(config, model, records))
+    done = 0
+    if checkpoints.latest() is None:
+        state = new_state(config.model, model, mesh, config.run.seed, optimizer)
+    else:
+        state, data_state, done = checkpoints.restore(state_shape(model, mesh, optimizer))
+        iterator.set_state(data_state)
+        say(f"{folder}: {done} of {steps} steps are done")
+    writer = open_metrics(
+        folder,
+        done,
+        tensorboard=config.run.tensorboard,
+        wandb_project=config.run.wandb_project,
+        config=dataclasses.asdict(config),
+    )
+    return Run(folder, steps, done, config.run, checkpoints, writer), state
+
+
+def finish(run: Run, step: int, state: TrainState, model: Model, card: ModelCardFacts, dtype: str) -> bool:
+    """Exports a run that has done all its steps; False when it was stopped before."""
+    run.checkpoints.close()
+    run.writer.close()
+    if step < run.steps:
+        say(f"stopped after step {step} of {run.steps}, saved in {run.folder}; the same command goes on from there")
+        return False
+    export = run.folder / EXPORT
+    if run.done >= run.steps and export.is_dir():
+        say(f"{run.folder} is complete. Raise run.steps or run.epochs to train on.")
+        return True
+    if jax.process_index() == 0:
+        shutil.rmtree(export, ignore_errors=True)  # of this run when it was shorter
+    write_export(export, state.params, model.config, model.tokenizer, card, dtype)
+    say(f"done: {export}")
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------ signals
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Yields `asked(step)`: whether SIGTERM or Ctrl-C asked this run to save and stop after a step.
+
+    A second Ctrl-C stops at once. Of several processes, all stop after the same step; there JAX has the signal, and
+    asking it is a synchronisation.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    received: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        say("stopping after this step; the same command goes on from there")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda step: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,102 @@
+"""Supervised fine-tuning: the judge learns the form of a judgement, and what its teacher thinks.
+
+The loss is on the judgement alone, its end token included. The same command resumes a run that was stopped.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from patarm_jax.config import SFTConfig, to_yaml
+from patarm_jax.data.pipeline import batches, bucket, encode_pairs, sft_batch
+from patarm_jax.data.preferences import read_judged_preferences
+from patarm_jax.model.qwen3 import forward
+from patarm_jax.model.sharding import batch_sharding, batch_ways, fetch, make_mesh, place_batch
+from patarm_jax.recipes.dry_run import describe
+from patarm_jax.recipes.export import ModelCardFacts
+from patarm_jax.recipes.run import (
+    begin_or_resume,
+    check_batch,
+    finish,
+    number_of_steps,
+    open_model,
+    say,
+    start_processes,
+    state_shape,
+    state_shardings,
+    stop_requests,
+)
+from patarm_jax.train.metrics import Timer, progress
+from patarm_jax.train.optimizer import make_optimizer, make_schedule
+from patarm_jax.train.steps import HEAD_TOKENS, make_step, sft_loss
+from patarm_jax.types import SFTBatch
+
+WIDTH_MULTIPLE = 64  # sequences are padded to buckets of this many tokens
+
+
+def main(config: SFTConfig, dry_run: bool = False) -> bool:
+    """Trains until done and exports; False when it was asked to stop before."""
+    start_processes(config.mesh)
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, 2 * config.pairs_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}")
+
+    # ------------------------------------------------------------------------------------------------ model and data
+    model = open_model(config.model.path)
+    preferences, read = read_judged_preferences(config.data)
+    records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
+    say(f"{config.data.path}: {read}. Encoded: {encoded}.")
+    steps, epochs = number_of_steps(config.run, records, config.pairs_per_step)
+    shares = (jax.process_index(), jax.process_count())
+    iterator = batches(records, config.pairs_per_step, epochs, config.run.seed, *shares)
+
+    # ----------------------------------------------------------------------------------------------------- the step
+    optimizer = make_optimizer(config.optimizer, steps)
+    schedule = make_schedule(config.optimizer, steps)
+    run_forward = partial(forward, config=model.config, dtype=config.model.dtype, remat=config.model.remat)
+    loss = sft_loss(lambda params, tokens: run_forward(params, prompt=tokens), HEAD_TOKENS * batch_ways(mesh))
+    shardings = state_shardings(model, mesh, optimizer)
+    step_fn = jax.jit(
+        make_step(loss, optimizer, config.micro_batches),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
+    if dry_run:
+        batch = _abstract_batch(config, mesh, bucket(max(r.longest_sequence for r in records), WIDTH_MULTIPLE))
+        programs = {"update": (step_fn, (state_shape(model, mesh, optimizer), batch))}
+        describe(to_yaml(config), mesh, programs, next(iterator), model.tokenizer, steps)
+        return True
+
+    # ---------------------------------------------------------------------------------------------------------- train
+    run, state = begin_or_resume(config, model, records, iterator, mesh, optimizer, steps)
+    step = run.done
+    with stop_requests() as stop_asked, progress(steps, run.done) as report, jax.set_mesh(mesh):
+        for step in range(run.done + 1, steps + 1):
+            timer = Timer()
+            with timer.phase("data"):
+                batch = place_batch(mesh, sft_batch(next(iterator), model.tokenizer.pad_id, WIDTH_MULTIPLE))
+            with timer.phase("update"):
+                state, metrics = step_fn(state, batch)
+                values = {name: float(value) for name, value in fetch(metrics).items()}
+            values["learning_rate"] = float(schedule(step - 1 - int(values["skipped_updates"])))
+            run.writer.write(step, values | timer.seconds)
+            report(step, {"loss": values["loss"]})
+            stopping = stop_asked(step)
+            run.save_when_due(step, state, iterator.get_state(), stopping)
+            if stopping:
+                break
+
+    card = ModelCardFacts(config.model.path, "sft", config.data.path, len(records), steps, "", config.rubrics)
+    return finish(run, step, state, model, card, config.model.dtype)
+
+
+def _abstract_batch(config: SFTConfig, mesh: Mesh, width: int) -> SFTBatch:
+    """The shapes of a batch, for compiling ahead of time."""
+    rows, sharding = 2 * config.pairs_per_step, batch_sharding(mesh)
+    leaves: list[Any] = [
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for shape in ((rows, width), (rows,), (rows,))
+    ]
+    return SFTBatch(*leaves)

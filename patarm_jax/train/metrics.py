@@ -1,0 +1,327 @@
+"""What a run writes and shows while it goes: metrics, progress, judgements, and how long each phase took.
+
+Clocks are read here and nowhere below the recipes. Nothing here computes a metric. Of several processes the first one
+writes and shows; rollouts, which each process has its own of, are written by all.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import math
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import rich.box
+import rich.console
+import rich.table
+import rich.text
+import tensorboardX
+from tqdm import tqdm
+
+from patarm_jax.types import Status, UserError
+
+Scalar = float | int | np.generic | jax.Array
+
+# ------------------------------------------------------------------------------------------------------------ metrics
+
+
+@dataclass(frozen=True, eq=False)
+class MetricsWriter:
+    """Where the metrics of a step go. Process 0 has all that were asked for, every other process has none."""
+
+    lines: io.FileIO | None  # metrics.jsonl; unbuffered, so that a killed run loses nothing
+    tensorboard: tensorboardX.SummaryWriter | None
+    wandb: Any  # a wandb Run, or None
+
+    def write(self, step: int, metrics: Mapping[str, Scalar]) -> None:
+        """One line of metrics.jsonl, `{"step": …}` and the metrics by name; NaN and infinities become null there."""
+        if self.lines is None:
+            return
+        values = {name: np.asarray(metrics[name]).item() for name in sorted(metrics)}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        line = json.dumps({"step": step} | {name: finite.get(name) for name in values}, allow_nan=False) + "\n"
+        with _writing(Path(str(self.lines.name))):
+            if self.lines.write(line.encode()) < len(line):  # the last bytes of a disk: the next line must not follow
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self.tensorboard is not None:
+            for name, value in finite.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(finite, step=step)
+
+    def close(self) -> None:
+        """Everything written so far is on disk, or on its way to Weights & Biases."""
+        if self.lines is not None:
+            self.lines.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def open_metrics(
+    run_folder: Path, step: int, *, tensorboard: bool, wandb_project: str, config: Mapping[str, Any]
+) -> MetricsWriter:
+    """The metrics of a run that has done `step` steps: later lines, of a run that was cut off, are removed.
+
+    Args:
+        run_folder: holds metrics.jsonl, and tensorboard/ when that is on.
+        step: 0 for a new run.
+        tensorboard: whether TensorBoard event files are written.
+        wandb_project: of Weights & Biases; empty: not used.
+        config: the resolved config as nested mappings, shown by Weights & Biases.
+    """
+    if jax.process_index() != 0:
+        return MetricsWriter(None, None, None)
+    path = run_folder / "metrics.jsonl"
+    with _writing(path):
+        run_folder.mkdir(parents=True, exist_ok=True)
+        _cut_off_after(path, step)
+        # Steps that will be done again are hidden from what an earlier process wrote.
+        board = (
+            tensorboardX.SummaryWriter(str(run_folder / "tensorboard"), purge_step=step + 1) if tensorboard else None
+        )
+    run = _open_wandb(run_folder, wandb_project, config) if wandb_project else None
+    return MetricsWriter(path.open("ab", buffering=0), board, run)
+
+
+def _cut_off_after(path: Path, step: int) -> None:
+    """Keeps the lines up to a step; what a killed process did not finish writing has no end of line."""
+    if not path.exists():
+        return
+    *lines, _ = path.read_bytes().split(b"\n")
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: line {number} is not metrics of a step. Remove the line, or the file.") from error
+    part = path.with_name(path.name + ".partial")
+    part.write_bytes(b"".join(kept))
+    os.replace(part, path)
+
+
+def _open_wandb(run_folder: Path, project: str, config: Mapping[str, Any]) -> Any:
+    """A run of Weights & Biases; a resumed run goes on in the one it began."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"run.wandb_project is {project!r} and wandb is not installed. "
+            "Run `pip install 'patarm-jax[wandb]'`, or leave run.wandb_project empty."
+        ) from error
+    identity = run_folder / "wandb_id.txt"
+    if not identity.exists():
+        identity.write_text(secrets.token_hex(4), encoding="utf-8")
+    return wandb.init(
+        project=project,
+        id=identity.read_text(encoding="utf-8"),
+        name=run_folder.absolute().name,
+        resume="allow",
+        dir=str(run_folder),
+        config=dict(config),
+    )
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(
+            f"cannot write {path}: {reason}. Free some space or give another run folder; the same command goes on from "
+            "the last checkpoint."
+        ) from error
+
+
+# --------------------------------------------------------------------------------------------------------------- time
+
+
+@dataclass(frozen=True)
+class Timer:
+    """How long the phases of one step took.
+
+    >>> timer = Timer()
+    >>> with timer.phase("sample"):
+    ...     pass
+    >>> list(timer.seconds)
+    ['time/sample']
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)  # "time/<phase>" → wall-clock seconds
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to a phase. Arrays are computed in the background: wait for them inside."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            key = f"time/{name}"
+            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+
+
+Report = Callable[[int, Mapping[str, float]], None]
+
+
+@contextlib.contextmanager
+def progress(
+    steps: int,
+    done: int = 0,
+    *,
+    every: float = 30.0,
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Report]:
+    """Yields `report(step, values)`, to be called after each step.
+
+    On a terminal it moves a bar; elsewhere it prints a line after the first step, after the last one, and in between
+    when `every` seconds have passed since the last line:
+
+        step 10/200  loss 1.234  2.1 s/step  6 min left
+
+    Args:
+        steps: of the whole run.
+        done: steps that were done when the run was resumed.
+        every: seconds.
+        stream: stderr unless given.
+        clock: seconds.
+    """
+    stream = stream or sys.stderr
+    if jax.process_index() != 0:
+        yield lambda step, values: None
+    elif stream.isatty():
+        with tqdm(total=steps, initial=done, unit="step", file=stream, dynamic_ncols=True) as bar:
+
+            def move(step: int, values: Mapping[str, float]) -> None:
+                bar.set_postfix_str("  ".join(f"{name} {value:.4g}" for name, value in values.items()), refresh=False)
+                bar.update(step - bar.n)
+
+            yield move
+    else:
+        yield _lines(steps, done, every, stream, clock)
+
+
+def _lines(steps: int, done: int, every: float, stream: TextIO, clock: Callable[[], float]) -> Report:
+    first, (last_step, last_time) = done + 1, (done, clock())
+
+    def report(step: int, values: Mapping[str, float]) -> None:
+        nonlocal last_step, last_time
+        now = clock()
+        if step not in (first, steps) and now - last_time < every:
+            return
+        rate = (now - last_time) / max(1, step - last_step)
+        parts = [f"step {step}/{steps}", *(f"{name} {value:.4g}" for name, value in values.items())]
+        parts += [f"{rate:.2g} s/step" if rate < 10 else f"{rate:.0f} s/step", f"{_span(rate * (steps - step))} left"]
+        print("  ".join(parts), file=stream, flush=True)
+        last_step, last_time = step, now
+
+    return report
+
+
+def _span(seconds: float) -> str:
+    """Seconds as one reads them.
+
+    >>> [_span(seconds) for seconds in (0, 59.4, 100, 3599, 11_400)]
+    ['0 s', '59 s', '2 min', '1 h 0 min', '3 h 10 min']
+    """
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+# --------------------------------------------------------------------------------------------------------- judgements
+
+
+@dataclass(frozen=True)
+class RolloutRow:
+    """One sampled judgement and what became of it."""
+
+    pair_id: str
+    side: Literal["chosen", "rejected"]
+    text: str
+    status: Status
+    score: float | None  # None unless status is OK
+    reward: float
+    advantage: float
+
+
+SCHEMA = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("side", pa.string()),
+        ("text", pa.string()),
+        ("status", pa.string()),  # the name of the Status
+        ("score", pa.float64()),
+        ("reward", pa.float64()),
+        ("advantage", pa.float64()),
+    ]
+)
+
+
+def write_rollouts(folder: Path, step: int, rows: Sequence[RolloutRow]) -> Path:
+    """Writes this process's judgements of a step as `step_000010.parquet`; the file appears whole.
+
+    Of several processes each writes its own file, `step_000010.process_1.parquet`. Returns the file.
+    """
+    process = f".process_{jax.process_index()}" if jax.process_count() > 1 else ""
+    path = folder / f"step_{step:06}{process}.parquet"
+    part = path.with_name(path.name + ".partial")
+    table = pa.Table.from_pylist([asdict(row) | {"status": row.status.name} for row in rows], schema=SCHEMA)
+    try:
+        with _writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            pyarrow.parquet.write_table(table, part)
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def show_judgements(step: int, rows: Sequence[RolloutRow], characters: int = 600) -> None:
+    """Prints judgements as a table on stdout, long texts without their middle."""
+    if jax.process_index() != 0:
+        return
+    table = rich.table.Table(
+        title=f"judgements at step {step}", title_justify="left", box=rich.box.SIMPLE_HEAD, show_lines=True, expand=True
+    )
+    for heading in ("pair", "side", "status"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("score", "reward"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("judgement", overflow="fold", ratio=1)
+    for row in rows:
+        score = "" if row.score is None else f"{row.score:g}"
+        cells = (row.pair_id, row.side, row.status.name, score, f"{row.reward:+.2f}", _shortened(row.text, characters))
+        # As Text: what stands in brackets is the model's, no markup of ours.
+        table.add_row(*(rich.text.Text(_printable(cell)) for cell in cells))
+    rich.console.Console(file=sys.stdout).print(table)
+
+
+def _shortened(text: str, characters: int) -> str:
+    """The beginning and the end, where the score is.
+
+    >>> _shortened("abcdefghijklmnop", 9)
+    'abcdef … nop'
+    """
+    tail = characters // 3
+    return text if len(text) <= characters else f"{text[: characters - tail]} … {text[len(text) - tail :]}"
+
+
+def _printable(text: str) -> str:
+    """No control character reaches the terminal, whatever the model wrote."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
