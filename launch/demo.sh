@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Installs into .venv and runs the demo: a small judge learns from preference pairs, on this machine, in minutes.
+# Arguments go to `patarm demo`, such as --out runs/other --seed 1. Safe to run again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/venv.sh
+install ""
+exec patarm demo "$@"
