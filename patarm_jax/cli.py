@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"patarm_jax {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
 
-    demo = _verb(verbs, "demo", _demo, "everything end to end in minutes, no downloads", ["patarm demo --out runs/demo"])
+    demo = _verb(
+        verbs, "demo", _demo, "everything end to end in minutes, no downloads", ["patarm demo --out runs/demo"]
+    )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder it writes (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of data, weights and sampling (default: %(default)s)")
     demo.add_argument("--short", action="store_true", help="a few steps of everything: minutes become seconds")

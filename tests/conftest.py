@@ -11,7 +11,7 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest  # noqa: E402
+import pytest
 
 REAL_INPUTS = Path(__file__).parents[2] / "shared" / "data"
 

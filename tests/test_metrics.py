@@ -107,17 +107,26 @@ def test_other_processes_write_and_show_nothing(tmp_path, monkeypatch, capsys):
 # -------------------------------------------------------------------------------------------- TensorBoard and W&B
 
 
-def scalars(folder):
-    """Every scalar in a run's event files, read as the records they are: length, crc, event, crc."""
+def events(folder):
+    """Everything in a run's event files, read as the records they are: length, crc, event, crc."""
     found = []
     for path in sorted((folder / "tensorboard").iterdir()):
         data = path.read_bytes()
         while data:
             size = int.from_bytes(data[:8], "little")
-            event = event_pb2.Event.FromString(data[12 : 12 + size])
-            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            found.append(event_pb2.Event.FromString(data[12 : 12 + size]))
             data = data[16 + size :]
     return found
+
+
+def scalars(folder):
+    return [(value.tag, event.step, value.simple_value) for event in events(folder) for value in event.summary.value]
+
+
+def test_tensorboard_hides_the_steps_that_are_done_again(tmp_path):
+    write_steps(tmp_path, [4, 5], done=3, tensorboard=True)
+    starts = [event.step for event in events(tmp_path) if event.session_log.status == event_pb2.SessionLog.START]
+    assert starts == [4]
 
 
 def test_tensorboard_has_the_same_numbers(tmp_path):

@@ -6,17 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.qwen3 import forward, init_cache, init_params
+from tests.toys import TINY, hf_model
 
-TINY = dict(
-    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, rope_theta=10000.0, max_position_embeddings=256,
-)  # fmt: skip
 VARIANTS = {
     "tied, 2 query heads per kv head": dict(tie_word_embeddings=True),
     "untied, 1 query head per kv head": dict(num_key_value_heads=4, tie_word_embeddings=False),
@@ -24,19 +19,6 @@ VARIANTS = {
     "another rope, one layer": dict(rope_theta=123456.0, num_hidden_layers=1, tie_word_embeddings=True),
     "published rope, long and narrow": dict(rope_theta=1e6, num_hidden_layers=4, head_dim=6, tie_word_embeddings=False),
 }
-
-
-def hf_model(seed: int = 0, **changes) -> transformers.Qwen3ForCausalLM:
-    """A random transformers Qwen3 whose norms are not all ones and whose logits are not all alike."""
-    torch.manual_seed(seed)
-    config = transformers.Qwen3Config(**(TINY | changes))
-    model = transformers.Qwen3ForCausalLM(config).float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(
-                1 + 0.1 * torch.randn_like(parameter) if "norm" in name else 0.2 * torch.randn_like(parameter)
-            )
-    return model
 
 
 def logits_of(hidden, head):
@@ -48,6 +30,7 @@ def test_logits_equal_transformers(changes, tmp_path):
     model = hf_model(**changes)
     model.save_pretrained(tmp_path / "hf")
     params, config = weights.load(tmp_path / "hf")
+    torch = pytest.importorskip("torch")
     lengths = [37, 5, 1, 20]
     tokens = np.random.default_rng(0).integers(0, 96, (4, 37))
     out = jax.jit(forward, static_argnums=1)(params, config, jnp.asarray(tokens))

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 
 from patarm_jax.config import MeshSection
 from patarm_jax.model import weights
@@ -18,7 +17,7 @@ from patarm_jax.rollout.judging import _generate
 from patarm_jax.rollout.sampler import Settings, draw, keep_top_k, keep_top_p, sample
 from patarm_jax.train.steps import completion_logprobs
 from patarm_jax.types import GRPOBatch, Prompts
-from tests.test_qwen3 import TINY, hf_model
+from tests.toys import TINY, hf_model
 
 CONFIG = Qwen3Config(**TINY)
 KEY = jax.random.key(7)
@@ -52,6 +51,7 @@ def lively(config=CONFIG, seed=0):
     "changes", [dict(tie_word_embeddings=True), dict(num_key_value_heads=1, tie_word_embeddings=False)]
 )
 def test_greedy_equals_transformers_generate(changes, tmp_path):
+    torch = pytest.importorskip("torch")
     model = hf_model(seed=3, **changes)
     model.save_pretrained(tmp_path / "hf")
     params, config = weights.load(tmp_path / "hf")

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 
 from patarm_jax.config import MeshSection, OptimizerSection, PolicySection
 from patarm_jax.model import weights
@@ -19,7 +18,7 @@ from patarm_jax.model.sharding import batch_sharding, make_mesh, place_batch
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.steps import abstract_state, grpo_loss, init_state, make_step, sft_loss
 from patarm_jax.types import GRPOBatch, SFTBatch
-from tests.test_qwen3 import TINY, hf_model
+from tests.toys import TINY, hf_model
 
 CONFIG = Qwen3Config(**TINY)
 SECTION = OptimizerSection(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
@@ -37,10 +36,23 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def params(model, tmp_path_factory):
+def model_params(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "hf"
     model.save_pretrained(folder)
     return weights.load(folder)[0]
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Weights of a size that makes every gradient matter, norms that are not all ones."""
+    leaves, tree = jax.tree.flatten(abstract_params(CONFIG))
+    rng = np.random.default_rng(0)
+    names = [path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(CONFIG))]
+    values = [
+        1 + 0.1 * rng.normal(size=leaf.shape) if "norm" in name else 0.2 * rng.normal(size=leaf.shape)
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, [jnp.asarray(value, jnp.float32) for value in values])
 
 
 def sft_case(rows=8, width=17):
@@ -66,6 +78,7 @@ def grpo_case(pairs=8, prompt=9, group=3, width=7):
 
 def gradient_as_params(model, folder):
     """Torch's gradient, in our layout: a model whose weights are the gradient, read as any other."""
+    torch = pytest.importorskip("torch")
     holder = copy.deepcopy(model)
     with torch.no_grad():
         for parameter, source in zip(holder.parameters(), model.parameters(), strict=True):
@@ -88,7 +101,8 @@ def mean_gradient(loss_fn, params, batch):
     return jax.jit(jax.value_and_grad(value))(params)
 
 
-def test_sft_gradient_equals_torch(model, params, tmp_path):
+def test_sft_gradient_equals_torch(model, model_params, tmp_path):
+    torch = pytest.importorskip("torch")
     batch = sft_case()
     model.zero_grad()
     labels = torch.tensor(np.asarray(batch.tokens)).long()
@@ -99,13 +113,14 @@ def test_sft_gradient_equals_torch(model, params, tmp_path):
     mask = (position < torch.tensor(np.asarray(batch.lengths))[:, None]).long()
     out = model(labels, attention_mask=mask, labels=labels.masked_fill(~judged, -100))
     out.loss.backward()
-    loss, gradient = mean_gradient(sft_loss(run, 16), params, batch)
+    loss, gradient = mean_gradient(sft_loss(run, 16), model_params, batch)
     assert float(loss) == pytest.approx(float(out.loss.detach()), rel=1e-5)
     assert_close(gradient, gradient_as_params(model, tmp_path / "g"), 1e-4)
 
 
 def torch_grpo(model, batch, policy):
     """GRPO by the papers: every completion behind its own prompt, one sequence at a time, double loop."""
+    torch = pytest.importorskip("torch")
     totals, tokens, sequences = 0.0, 0, []
     arrays = {name: torch.tensor(np.asarray(getattr(batch, name))) for name in batch.__dataclass_fields__}
     pairs, sides, group, _ = batch.completion_tokens.shape
@@ -128,12 +143,12 @@ def torch_grpo(model, batch, policy):
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-def test_grpo_loss_and_gradient_equal_torch(model, params, tmp_path, aggregation):
+def test_grpo_loss_and_gradient_equal_torch(model, model_params, tmp_path, aggregation):
     policy, batch = PolicySection(0.05, 0.1, 0.3, aggregation=aggregation), grpo_case(pairs=2)
     model.zero_grad()
     expected = torch_grpo(model, batch, policy)
     expected.backward()
-    loss, gradient = mean_gradient(grpo_loss(run, policy, TEMPERATURE, 16), params, batch)
+    loss, gradient = mean_gradient(grpo_loss(run, policy, TEMPERATURE, 16), model_params, batch)
     assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-4)
     assert_close(gradient, gradient_as_params(model, tmp_path / "g"), 1e-4)
 

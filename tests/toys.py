@@ -4,6 +4,7 @@ import json
 from functools import cache
 from pathlib import Path
 
+import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -28,6 +29,30 @@ CORPUS = (
     "Which of the two is the better answer? The first one, because it does what the user asked for.",
     "im_start im_end endoftext think |> <| </",
 )
+
+
+TINY = dict(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, rope_theta=10000.0, max_position_embeddings=256,
+)  # fmt: skip
+
+# A dozen little preferences whose texts the tiny tokenizer was not made for.
+TOPICS = ("tea", "rain", "chess", "iron", "moss", "jazz", "salt", "maps", "owls", "silk", "mint", "clay")
+
+
+def hf_model(seed: int = 0, **changes):
+    """A random transformers Qwen3 whose norms are not all ones and whose logits are not all alike."""
+    torch = pytest.importorskip("torch", reason="transformers' Qwen3 needs torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.Qwen3Config(**(TINY | changes))
+    model = transformers.Qwen3ForCausalLM(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(
+                1 + 0.1 * torch.randn_like(parameter) if "norm" in name else 0.2 * torch.randn_like(parameter)
+            )
+    return model
 
 
 def tiny_tokenizer_folder(path: Path) -> Path:
@@ -62,3 +87,21 @@ def _tiny_tokenizer() -> str:
     tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in SPECIAL])
     tokenizer.add_tokens([tokenizers.AddedToken(text, special=False, normalized=False) for text in THINKING])
     return tokenizer.to_str()
+
+
+def tiny_model_folder(path: Path, **changes) -> Path:
+    """The tiny tokenizer with the config of a tiny Qwen3, and no weights: for `model.weights: random`."""
+    tiny_tokenizer_folder(path)
+    config = {"model_type": "qwen3", **TINY, "vocab_size": 400, "tie_word_embeddings": True, **changes}
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+def write_preferences(path: Path, count: int = len(TOPICS)) -> Path:
+    """So many preferences, one JSON object per line."""
+    rows = [
+        {"id": f"pair-{i}", "prompt": f"Say something about {a}.", "chosen": f"I like {a}.", "rejected": f"I like {b}."}
+        for i, (a, b) in enumerate(zip(TOPICS[:count], TOPICS[1:] + TOPICS[:1], strict=False))
+    ]
+    path.write_text("".join(json.dumps(row | {"domain": "chat"}) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -3,6 +3,7 @@
 Rules never change a result, only its placement.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,18 +42,17 @@ def make_mesh(section: MeshSection) -> Mesh:
     sizes = {"data": section.data, "fsdp": section.fsdp, "tensor": section.tensor}
     count = jax.device_count()
     asked = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+    if any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"mesh {asked}: sizes must be positive, or -1 for all devices that are left.")
     if free := [axis for axis, size in sizes.items() if size == -1]:
-        fixed = 1
-        for size in sizes.values():
-            fixed *= size if size != -1 else 1
-        if len(free) > 1 or fixed < 1 or count % fixed:
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        if len(free) > 1 or count % fixed:
             raise UserError(
                 f"mesh {asked} does not fit {count} devices: at most one axis may be -1, and the others must "
                 f"multiply to a divisor of {count}."
             )
         sizes[free[0]] = count // fixed
-    product = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
-    if min(sizes.values()) < 1 or product != count:
+    if (product := math.prod(sizes.values())) != count:
         raise UserError(f"mesh {asked} asks for {product} devices and there are {count}. Set one axis to -1.")
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 

@@ -318,10 +318,10 @@ def appearing_whole(folder: Path) -> Iterator[Path]:
         UserError: when `folder` is not empty, or the disk is full.
     """
     folder = folder.resolve()
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not empty. Give another folder, or remove it first.")
-    multihost_utils.sync_global_devices(f"looked at {folder}")  # before it can appear
     part, first = folder.with_name(folder.name + ".partial"), jax.process_index() == 0
+    occupied = first and folder.is_dir() and any(folder.iterdir())
+    if multihost_utils.broadcast_one_to_all(np.int32(occupied)):
+        raise UserError(f"{folder} exists and is not empty. Give another folder, or remove it first.")
     try:
         if first:
             shutil.rmtree(part, ignore_errors=True)

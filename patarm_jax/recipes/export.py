@@ -30,7 +30,7 @@ class ModelCardFacts:
     base_model: str  # a Hub id or a folder
     stage: Literal["sft", "grpo"]
     data_path: str  # a Hub id, a file or a folder
-    pairs: int  # preference pairs that were trained on
+    pairs: int | None  # preference pairs that were trained on; None where they were not counted
     steps: int  # optimiser updates
     reward: str  # such as "PAR, graded margin, 8 judgements of each response"; empty where there is none
     rubrics: RubricMode
@@ -78,7 +78,7 @@ def model_card(facts: ModelCardFacts, name: str) -> huggingface_hub.ModelCard:
     rows = [
         ("base model", f"`{facts.base_model}`"),
         ("trained by", STAGES[facts.stage]),
-        ("training data", f"`{facts.data_path}`, {facts.pairs:,} preference pairs"),
+        ("training data", f"`{facts.data_path}`" + (f", {facts.pairs:,} preference pairs" if facts.pairs else "")),
         ("optimiser updates", f"{facts.steps:,}"),
         *([("reward", facts.reward)] if facts.reward else []),
         ("rubrics", facts.rubrics),

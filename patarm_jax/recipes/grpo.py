@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from patarm_jax.config import GRPOConfig, to_yaml
 from patarm_jax.data.pipeline import PairBatch, batches, bucket, encode_pairs
 from patarm_jax.data.preferences import read_preferences
-from patarm_jax.model.qwen3 import abstract_params, forward
+from patarm_jax.model.qwen3 import Params, abstract_params, forward
 from patarm_jax.model.sharding import (
     REPLICATED_RULES,
     ROLLOUT_RULES,
@@ -30,6 +30,7 @@ from patarm_jax.recipes.export import ModelCardFacts
 from patarm_jax.recipes.rollouts import rewards_of, rollout_metrics, rollout_rows
 from patarm_jax.recipes.run import (
     ROLLOUTS,
+    Model,
     begin_or_resume,
     check_batch,
     finish,
@@ -54,7 +55,7 @@ from patarm_jax.rollout.judging import (
 from patarm_jax.train.metrics import Timer, progress, show_judgements, write_rollouts
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.steps import HEAD_TOKENS, completion_logprobs, grpo_loss, make_step
-from patarm_jax.types import GRPOBatch, Prompts
+from patarm_jax.types import GRPOBatch, Prompts, UserError
 
 
 def main(config: GRPOConfig, dry_run: bool = False) -> bool:
@@ -65,7 +66,6 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
 
     # ------------------------------------------------------------------------------------------------ model and data
     model = open_model(config.model.path)
-    reference = open_model(config.policy.reference) if config.policy.reference else model
     preferences, read = read_preferences(config.data)
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
     say(f"{config.data.path}: {read}. Encoded: {encoded}.")
@@ -109,9 +109,7 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
         return True
 
     # Loaded, never taken from the state: a resumed run would have lost it, and the update donates those buffers.
-    ref_params = None
-    if config.policy.kl_coef:
-        ref_params = load_params(config.model, reference, mesh, config.run.seed, TRAIN_RULES, config.model.dtype)
+    ref_params = _load_reference(config, model, mesh) if config.policy.kl_coef else None
 
     # ---------------------------------------------------------------------------------------------------------- train
     run, state = begin_or_resume(config, model, records, iterator, mesh, optimizer, steps)
@@ -158,6 +156,20 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     reward = f"PAR with the {config.reward.margin} margin, {config.group_size} judgements of each response"
     card = ModelCardFacts(config.model.path, "grpo", config.data.path, len(records), updates, reward, config.rubrics)
     return finish(run, step, state, model, card, config.model.dtype)
+
+
+def _load_reference(config: GRPOConfig, model: Model, mesh: Mesh) -> Params:
+    """The frozen weights that the policy is held to, in the dtype of the computation."""
+    section = config.model
+    if config.policy.reference:
+        section = replace(section, path=config.policy.reference, weights="load")
+    reference = open_model(section.path)
+    if reference.config != model.config or reference.tokenizer.control_tokens != model.tokenizer.control_tokens:
+        raise UserError(
+            f"policy.reference {section.path} is another network than model.path {model.folder}, or has other tokens. "
+            "Give the model that training starts from, or leave policy.reference empty."
+        )
+    return load_params(section, reference, mesh, config.run.seed, TRAIN_RULES, section.dtype)
 
 
 def _requests(pairs: PairBatch) -> list[Request]:

@@ -3,10 +3,11 @@
 A run that was stopped goes on where it stopped; the output appears when it is whole.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from patarm_jax.recipes.run import load_params, open_model, say, stop_requests
 from patarm_jax.rollout.judging import Request, judge, make_judge
 from patarm_jax.train.metrics import progress
 from patarm_jax.types import CHOSEN, REJECTED, Judgement, Status, UsageError, UserError
+
+SIDES = ("chosen", "rejected")
 
 
 def main(config: JudgeConfig) -> Accuracy | None:
@@ -47,9 +50,9 @@ def main(config: JudgeConfig) -> Accuracy | None:
     if lines:
         say(f"{part}: {len(lines)} of {len(records)} pairs are judged")
     key, size = jax.random.key(config.seed), config.pairs_per_batch
-    try:
+    with _writing(output), stop_requests() as asked, progress(len(records), len(lines)) as report:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file, stop_requests() as asked, progress(len(records), len(lines)) as report:
+        with part.open("w", encoding="utf-8") as file:
             file.writelines(lines)
             for start in range(len(lines), len(records), size):
                 batch = records[start : start + size]
@@ -63,10 +66,16 @@ def main(config: JudgeConfig) -> Accuracy | None:
                     say(f"stopped after {len(lines)} of {len(records)} pairs; the same command goes on from there")
                     return None
         os.replace(part, output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}. Free some space or name another file.") from error
     say(f"done: {output}")
     return _accuracy([json.loads(line) for line in lines])
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}. Free some space or name another file.") from error
 
 
 def _requests(batch: Sequence[EncodedPair]) -> list[Request]:
@@ -86,7 +95,9 @@ def _line(record: EncodedPair, sides: Sequence[Sequence[Judgement]]) -> str:
         "score_chosen": scores[CHOSEN],
         "score_rejected": scores[REJECTED],
         "prefers": _preferred(*scores) if decided else None,
-        "judgements": {name: [_judgement(one) for one in side] for name, side in zip(("chosen", "rejected"), sides, strict=True)},
+        "judgements": {
+            name: [_judgement(one) for one in side] for name, side in zip(("chosen", "rejected"), sides, strict=True)
+        },
     }
     return json.dumps(row, ensure_ascii=False) + "\n"
 
@@ -106,7 +117,7 @@ def _preferred(chosen: float | None, rejected: float | None) -> str:
 
 
 def _accuracy(rows: Sequence[dict[str, Any]]) -> Accuracy:
-    sides = [[row["judgements"][side] for side in ("chosen", "rejected")] for row in rows]
+    sides = [[row["judgements"][side] for side in SIDES] for row in rows]
     valid = np.array([[[one["status"] == Status.OK.name for one in side] for side in pair] for pair in sides])
     scores = np.array([[[one["score"] or 0.0 for one in side] for side in pair] for pair in sides])
     return pairwise_accuracy(scores, valid)

@@ -48,8 +48,6 @@ class Checkpoints:
             UserError: when this save, or the one before it, could not be written.
         """
         self.wait()
-        if step in self.manager.all_steps():
-            return
         with self._failures():
             self._remove_unfinished()  # nothing is being saved now: these are a killed run's
             self.manager.save(
@@ -83,6 +81,15 @@ class Checkpoints:
         with _damage(where):
             state = self._read(step, **{STATE: ocp.args.StandardRestore(abstract_state)})[STATE]
         return state, said[DATA], step
+
+    def restore_params(self, abstract_params: Any, step: int) -> Any:
+        """The parameters of one checkpoint, without the optimiser's moments, straight into their shardings."""
+        wanted = {"params": abstract_params}
+        arguments = ocp.args.PyTreeRestore(
+            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        )
+        with _damage(self.folder / str(step)):
+            return self._read(step, **{STATE: arguments})[STATE]["params"]
 
     def wait(self) -> None:
         """Returns when nothing is being saved any more; raises UserError when the last save failed."""

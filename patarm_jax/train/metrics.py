@@ -282,13 +282,10 @@ def write_rollouts(folder: Path, step: int, rows: Sequence[RolloutRow]) -> Path:
     path = folder / f"step_{step:06}{process}.parquet"
     part = path.with_name(path.name + ".partial")
     table = pa.Table.from_pylist([asdict(row) | {"status": row.status.name} for row in rows], schema=SCHEMA)
-    try:
-        with _writing(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            pyarrow.parquet.write_table(table, part)
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with _writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(table, part)  # removes what it could not finish
+        os.replace(part, path)
     return path
 
 

@@ -1,0 +1,46 @@
+"""A checkpoint of a run as a Hugging Face folder, without waiting for the run to finish."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import yaml
+
+from patarm_jax.config import GRPOConfig, MeshSection, SFTConfig, load
+from patarm_jax.model.qwen3 import abstract_params
+from patarm_jax.model.sharding import make_mesh
+from patarm_jax.recipes.export import ModelCardFacts, write_export
+from patarm_jax.recipes.run import CHECKPOINTS, open_model, say
+from patarm_jax.train.checkpoint import open_checkpoints
+from patarm_jax.types import UserError
+
+
+def main(checkpoint: Path, out: Path) -> None:
+    """Writes `out` from the newest checkpoint of a run folder, or from RUN/checkpoints/STEP."""
+    folder, step = _run_and_step(checkpoint.expanduser())
+    config = _config(folder / "config.yaml")
+    model = open_model(config.model.path)
+    mesh = make_mesh(MeshSection())
+    checkpoints = open_checkpoints(folder / CHECKPOINTS, config.run.keep_checkpoints, fingerprint={})
+    step = checkpoints.latest() if step is None else step
+    if step is None or not (folder / CHECKPOINTS / str(step)).is_dir():
+        which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise UserError(f"{folder} holds {which}. Let the run save one, or name another step.")
+    params = checkpoints.restore_params(abstract_params(model.config, mesh, dtype=jnp.float32), step)
+    checkpoints.close()
+    reward = f"PAR with the {config.reward.margin} margin" if isinstance(config, GRPOConfig) else ""
+    card = ModelCardFacts(config.model.path, config.recipe, config.data.path, None, step, reward, config.rubrics)
+    write_export(out, params, model.config, model.tokenizer, card, config.model.dtype)
+    say(f"step {step} of {folder}: {out}")
+
+
+def _run_and_step(path: Path) -> tuple[Path, int | None]:
+    if path.parent.name == CHECKPOINTS and path.name.isdigit():
+        return path.parent.parent, int(path.name)
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path} is no run and no checkpoint of one. Give RUN or RUN/{CHECKPOINTS}/STEP.")
+    return path, None
+
+
+def _config(path: Path) -> SFTConfig | GRPOConfig:
+    recipe = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("recipe")
+    return load(GRPOConfig, path) if recipe == "grpo" else load(SFTConfig, path)
