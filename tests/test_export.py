@@ -106,6 +106,6 @@ def test_what_fails_halfway_leaves_nothing(tokenizer, params, tmp_path, monkeypa
 
 def test_an_export_is_not_overwritten(tokenizer, params, tmp_path):
     (tmp_path / "kept").write_text("")
-    with pytest.raises(UserError, match="exists and is not empty. Give another folder"):
+    with pytest.raises(UserError, match=r"exists and is not empty\. Give another folder"):
         write_export(tmp_path, params, CONFIG, tokenizer, FACTS)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]

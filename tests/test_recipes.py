@@ -1,0 +1,313 @@
+"""Whole runs through the command line: what they write, that they resume exactly, and what they say to mistakes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow.parquet
+import pytest
+import yaml
+
+from patarm_jax.cli import main
+from patarm_jax.model import weights
+from patarm_jax.model.config import read_config
+from patarm_jax.model.qwen3 import init_params
+from tests.toys import tiny_model_folder, write_preferences
+
+FLAGS = "--xla_backend_optimization_level=0"
+CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One CPU device; what one process compiled, the next need not."""
+    return {
+        **os.environ,
+        "XLA_FLAGS": FLAGS,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture(scope="module")
+def started(environment):
+    return partial(Started, environment)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model without weights, another with, and a file of preferences."""
+    root = tmp_path_factory.mktemp("world")
+    tiny_model_folder(root / "model")
+    write_preferences(root / "pairs.jsonl")
+    config = read_config(root / "model")
+    tiny_model_folder(root / "reference")
+    (root / "reference" / "config.json").unlink()
+    (root / "reference" / "generation_config.json").rename(root / "kept.json")
+    params = jax.tree.map(lambda x: x * 3, init_params(config, jax.random.key(9)))
+    weights.save(params, config, root / "weights", dtype="float32")
+    for file in (root / "weights").iterdir():
+        file.rename(root / "reference" / file.name)
+    (root / "kept.json").replace(root / "reference" / "generation_config.json")
+    return root
+
+
+def config_file(world, name, recipe, **sections):
+    base = {
+        "model": {"path": str(world / "model"), "weights": "random", "dtype": "float32", "remat": "none"},
+        "data": {"path": str(world / "pairs.jsonl"), "missing_judgements": "template"},
+        "optimizer": {"learning_rate": 0.01, "warmup_steps": 2, "decay": "linear"},
+        "run": {"folder": str(world / name), "steps": 7, "checkpoint_every": 2, "show_every": 4, "tensorboard": False},
+        "pairs_per_step": 4,
+    }
+    if recipe == "grpo":
+        base |= {
+            "data": {"path": str(world / "pairs.jsonl")},
+            # Against another model the KL gives every token a gradient, so that a wrong draw is a wrong weight.
+            "policy": {"kl_coef": 0.5, "reference": str(world / "reference"), "updates_per_rollout": 2},
+            "sampling": {"max_new_tokens": 8},
+            "group_size": 3,
+        }
+    for section, values in sections.items():
+        base[section] = {**base.get(section, {}), **values} if isinstance(values, dict) else values
+    path = world / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(base), encoding="utf-8")
+    return path
+
+
+class Started:
+    """A patarm of its own process, and what it says."""
+
+    def __init__(self, environment, *arguments, **changes):
+        self.said = tempfile.TemporaryFile("w+")
+        command = [sys.executable, "-m", "patarm_jax", *map(str, arguments)]
+        self.process = subprocess.Popen(
+            command, env={**environment, **changes}, stdout=self.said, stderr=subprocess.STDOUT
+        )
+
+    def until(self, happened):
+        """Waits for something this process brings about."""
+        while not happened():
+            assert self.process.poll() is None, self.end(self.process.returncode)
+            time.sleep(0.02)
+
+    def end(self, code=0):
+        """Waits for the end, which must be with this exit code; gives what was said."""
+        got = self.process.wait(timeout=300)
+        with self.said:
+            self.said.seek(0)
+            text = self.said.read()
+        assert got == code, text
+        return text
+
+
+def lines_of(folder):
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def timeless(folder):
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines_of(folder)]
+
+
+def exported(folder):
+    return {p.name: p.read_bytes() for p in (folder / "export").iterdir() if p.name != "README.md"}
+
+
+def judged_texts(folder):
+    return [[row["text"] for row in rows] for _, rows in sorted(judgements(folder).items())]
+
+
+def judgements(folder):
+    return {p.name: pyarrow.parquet.read_table(p).to_pylist() for p in (folder / "rollouts").glob("*")}
+
+
+@pytest.mark.parametrize("recipe", ["sft", "grpo"])
+def test_a_killed_run_ends_like_an_uninterrupted_one(world, started, recipe):
+    whole = started(recipe, config_file(world, f"{recipe}_whole", recipe))
+    config, folder = config_file(world, f"{recipe}_killed", recipe), world / f"{recipe}_killed"
+
+    killed = started(recipe, config)
+    killed.until(lambda: len(lines_of(folder)) >= 3)
+    killed.process.send_signal(signal.SIGKILL)
+    killed.end(-signal.SIGKILL)
+    stopped = started(recipe, config)
+    stopped.until(lambda: len(lines_of(folder)) >= 5)
+    stopped.process.send_signal(signal.SIGTERM)
+    assert "the same command goes on from there" in stopped.end()
+    assert not (folder / "export").exists()
+    started(recipe, config).end()
+
+    whole.end()
+    expected = world / f"{recipe}_whole"
+    assert len(timeless(folder)) == 7
+    assert timeless(folder) == timeless(expected)
+    assert exported(folder) == exported(expected)
+    assert judgements(folder) == judgements(expected)
+    # A finished run has nothing left to do.
+    assert "is complete" in started(recipe, config).end()
+    assert exported(folder) == exported(expected)
+
+
+def test_a_run_folder_holds_what_it_should(world):
+    config = config_file(world, "inside", "grpo", run={"steps": 2, "show_every": 1, "tensorboard": True})
+    assert main(["grpo", str(config), "--mesh.fsdp", "4", "--mesh.data", "2", "--pairs_per_step", "8"]) == 0
+    folder = world / "inside"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "rollouts", "checkpoints", "export", "tensorboard",
+    }  # fmt: skip
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert resolved["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1, "rollout": "tensor", "distributed": "none"}
+    line = lines_of(folder)[-1]
+    phases = {"time/sample", "time/parse", "time/reward", "time/logprobs", "time/update"}
+    assert phases <= line.keys()
+    assert {"reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "completions/mean_length"} <= line.keys()
+    assert line["sampling/logprob_gap_mean"] > 0  # of the second of two updates
+    rows = judgements(folder)["step_000002.parquet"]
+    assert len(rows) == 8 * 2 * 3
+    assert {row["side"] for row in rows} == {"chosen", "rejected"}
+    assert {row["status"] for row in rows} <= {"OK", "BAD_SCORE", "BAD_TAGS"}
+
+
+def test_eight_devices_draw_and_learn_as_one(world, started):
+    started("grpo", config_file(world, "one", "grpo", run={"steps": 2})).end()
+    assert main(["grpo", str(config_file(world, "eight", "grpo", run={"steps": 2}, mesh=CUBE))]) == 0
+    for alone, spread in zip(timeless(world / "one"), timeless(world / "eight"), strict=True):
+        assert spread == pytest.approx(alone, rel=1e-3, abs=1e-5)
+    assert judged_texts(world / "one") == judged_texts(world / "eight")
+
+
+def test_two_processes_learn_as_one(world, started):
+    """Real processes that find each other on a port, four CPU devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    sections = {"run": {"steps": 2}, "mesh": CUBE}
+    pod = config_file(world, "pod", "grpo", run={"steps": 2}, mesh={**CUBE, "distributed": "auto"})
+    shared = {
+        "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=4",
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+    }
+    for process in [started("grpo", pod, **shared, JAX_PROCESS_ID=str(i)) for i in range(2)]:
+        process.end()
+    assert main(["grpo", str(config_file(world, "alone", "grpo", **sections))]) == 0
+    for ours, theirs in zip(timeless(world / "pod"), timeless(world / "alone"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    assert judged_texts(world / "pod") == judged_texts(world / "alone")
+    assert read_config(world / "pod" / "export") == read_config(world / "alone" / "export")
+
+
+def test_dry_run_shows_and_trains_nothing(world, capsys):
+    for recipe in ("sft", "grpo"):
+        config = config_file(world, f"dry_{recipe}", recipe)
+        assert main([recipe, str(config), "--dry-run", "--pairs_per_step", "8"]) == 0
+        shown = capsys.readouterr().out
+        assert "learning_rate: 0.01" in shown and "GiB of temporary memory" in shown and "<response>" in shown
+        assert not (world / f"dry_{recipe}").exists()
+
+
+def test_judge_scores_a_file_and_goes_on_where_it_stopped(world, started, capsys):
+    command = ["judge", str(world / "reference"), "--input", str(world / "pairs.jsonl"), "--votes", "2"]
+    command += ["--model.dtype", "float32", "--sampling.max_new_tokens", "6"]
+    whole, parted = world / "whole.jsonl", world / "parted.jsonl"
+    assert main([*command, "--output", str(whole), "--pairs_per_batch", "4"]) == 0
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert [row["id"] for row in rows] == [f"pair-{i}" for i in range(12)]
+    assert all(len(row["judgements"][side]) == 2 for row in rows for side in ("chosen", "rejected"))
+    assert all(
+        row["score_chosen"] is None and row["prefers"] is None for row in rows
+    )  # random weights write nothing valid
+
+    # Another batch size draws the same; a first half that is there already is kept.
+    process = started(*command, "--output", parted, "--pairs_per_batch", "1")
+    process.until(lambda: any(len(part.read_text().splitlines()) > 2 for part in world.glob("parted.jsonl.*")))
+    process.process.send_signal(signal.SIGTERM)
+    assert "of 12 pairs; the same command goes on" in process.end()
+    assert not parted.exists()
+    assert main([*command, "--output", str(parted), "--pairs_per_batch", "1"]) == 0
+    assert parted.read_text() == whole.read_text()
+
+
+def test_export_of_a_checkpoint_equals_the_export_of_the_run(world):
+    config = config_file(world, "exporting", "sft", run={"steps": 4})
+    assert main(["sft", str(config)]) == 0
+    run = world / "exporting"
+    assert main(["export", str(run), str(world / "newest")]) == 0
+    assert {p.name: p.read_bytes() for p in (world / "newest").iterdir() if p.name != "README.md"} == exported(run)
+    assert main(["export", str(run / "checkpoints" / "2"), str(world / "earlier")]) == 0
+    earlier, newest = (weights.load(world / name)[0]["norm"] for name in ("earlier", "newest"))
+    assert not np.array_equal(earlier, newest)
+
+
+MISTAKES = {
+    "no such config": (["sft", "nowhere.yaml"], 1, "nowhere.yaml"),
+    "no verb": ([], 2, "VERB"),
+    "a verb that is none": (["trian"], 2, "trian"),
+    "unknown key": (["sft", "{typo}"], 2, "Did you mean optimizer"),
+    "unknown option": (["sft", "{sft}", "--optimizer.learning_rat", "1"], 2, "Did you mean --optimizer.learning_rate"),
+    "a value of the wrong type": (["sft", "{sft}", "--run.seed", "x"], 2, "run.seed"),
+    "no model": (["sft", "{sft}", "--model.path", "/nowhere"], 1, "/nowhere"),
+    "no data": (["sft", "{sft}", "--data.path", "/nowhere.jsonl"], 1, "/nowhere.jsonl"),
+    "an empty file": (["sft", "{sft}", "--data.path", "{empty}"], 1, "empty"),
+    "a broken line": (["sft", "{sft}", "--data.path", "{broken}"], 1, "broken.jsonl:2"),
+    "prompts too long": (["sft", "{sft}", "--data.max_prompt_tokens", "5"], 1, "max_prompt_tokens 5"),
+    "a batch the mesh cannot share": (["sft", "{sft}", "--pairs_per_step", "3"], 2, "cannot share evenly"),
+    "micro-batches the batch cannot share": (["grpo", "{grpo}", "--micro_batches", "3"], 2, "cannot share evenly"),
+    "more pairs than there are": (["sft", "{sft}", "--pairs_per_step", "64"], 1, "do not fill one batch"),
+    "a mesh of too many devices": (["sft", "{sft}", "--mesh.tensor", "3"], 1, "8 devices"),
+    "an unfinished run as model": (["grpo", "{grpo}", "--model.path", "{unfinished}"], 1, "not finished"),
+    "no checkpoint to export": (["export", "{unfinished}", "out"], 1, "no checkpoint"),
+    "judging without input": (["judge", "{reference}", "--output", "x"], 2, "--input"),
+    "another network as reference": (["grpo", "{grpo}", "--policy.reference", "{other}"], 1, "another network"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_gets_one_sentence(world, capsys, arguments, code, words):
+    names = {
+        "sft": config_file(world, "mistake_sft", "sft"),
+        "grpo": config_file(world, "mistake_grpo", "grpo", pairs_per_step=8),
+        "typo": world / "typo.yaml",
+        "empty": world / "empty.jsonl",
+        "broken": world / "broken.jsonl",
+        "unfinished": world / "unfinished",
+        "reference": world / "reference",
+        "other": world / "other",
+    }
+    names["typo"].write_text("optimiser: {learning_rate: 1}\n")
+    names["empty"].write_text("")
+    names["broken"].write_text((world / "pairs.jsonl").read_text().splitlines()[0] + '\n{"prompt": \n')
+    names["unfinished"].mkdir(exist_ok=True)
+    (names["unfinished"] / "config.yaml").write_text(yaml.safe_dump({"model": {"path": str(world / "model")}}))
+    tiny_model_folder(names["other"], num_hidden_layers=1)
+    assert main([argument.format(**names) for argument in arguments]) == code
+    said = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("patarm: ")]
+    assert len(said) == 1 and words in said[0], said
+
+
+def test_a_checkpoint_of_another_model_is_refused(world, capsys):
+    config = config_file(world, "changed", "sft", run={"steps": 1})
+    assert main(["sft", str(config)]) == 0
+    tiny_model_folder(world / "wider", intermediate_size=64)
+    assert main(["sft", str(config), "--model.path", str(world / "wider"), "--run.steps", "2"]) == 1
+    assert "checkpoint of another run: model.intermediate_size is 48 there and 64 here" in capsys.readouterr().err
+    assert (world / "changed" / "export" / "model.safetensors").exists()
+
+
+def test_help_has_examples(capsys):
+    for verb in ("demo", "sft", "grpo", "judge", "export"):
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "--help"])
+        assert stop.value.code == 0
+        assert f"patarm {verb}" in capsys.readouterr().out.split("examples:")[1]
