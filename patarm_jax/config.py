@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,9 +42,12 @@ class MeshSection:
     fsdp: int = -1
     tensor: int = 1
     rollout: Literal["tensor", "replicated"] = "tensor"  # how the sampling copy of the weights is placed
-    # Several processes: "auto" asks the TPU pod, Slurm, MPI or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    # JAX_PROCESS_ID, as jax.distributed.initialize does.
+    # Several processes find each other by jax.distributed.initialize. "auto": a TPU pod, Slurm, Open MPI or Kubernetes
+    # knows the three values below; elsewhere give them.
     distributed: Literal["none", "auto"] = "none"
+    coordinator: str = ""  # host:port of process 0
+    processes: int = 0
+    process_id: int = -1
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,23 @@ class JudgeConfig:
     seed: int = 0
 
 
+# What a number may be, by the name of its setting; names mean the same in every section.
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("pairs_per_step", "group_size", "micro_batches", "votes", "pairs_per_batch"), (1, math.inf)),
+    **dict.fromkeys(("max_prompt_tokens", "max_completion_tokens", "max_new_tokens"), (1, math.inf)),
+    **dict.fromkeys(("epochs", "checkpoint_every", "keep_checkpoints", "updates_per_rollout"), (1, math.inf)),
+    **dict.fromkeys(("steps", "show_every", "warmup_steps", "top_k", "seed"), (0, math.inf)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "epsilon", "clip_norm", "clip_high", "kl_coef"), (0, math.inf)),
+    **dict.fromkeys(("final_fraction", "beta1", "beta2", "clip_low", "top_p"), (0, 1)),
+    "temperature": (0, math.inf),
+    "data": (-1, math.inf),
+    "fsdp": (-1, math.inf),
+    "tensor": (-1, math.inf),
+    "processes": (0, math.inf),
+    "process_id": (-1, math.inf),
+}
+
+
 def load(cls: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
     """The config in a YAML file, with dotted overrides (`--optimizer.learning_rate 1e-6`) on top."""
     try:
@@ -194,10 +215,12 @@ def from_mapping(cls: type[Config], mapping: Mapping[str, Any], where: str) -> C
     """A config from nested mappings; unknown keys and wrong types are refused by name."""
     _refuse_unknown_keys(cls, mapping, where, prefix="")
     try:
-        return msgspec.convert(_floats(cls, mapping), cls)
+        config = msgspec.convert(_floats(cls, mapping), cls)
     except msgspec.ValidationError as error:
         message = re.sub(r" - at `\$\.?(.*?)`$", r" for \1", str(error))
         raise UsageError(f"{where}: {message}.") from error
+    _refuse_out_of_range(config, f"{where}: ")
+    return config
 
 
 def override(config: Config, arguments: Sequence[str]) -> Config:
@@ -217,6 +240,7 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
         known = ["--" + key for key in dotted_keys(type(config))]
         near = _nearest(flag.split("=")[0], known)
         raise UsageError(f"unknown option {flag}.{near} `--help` lists them all.")
+    _refuse_out_of_range(result, "")
     return result
 
 
@@ -242,6 +266,17 @@ def _refuse_unknown_keys(cls: Any, mapping: Any, where: str, prefix: str) -> Non
             raise UsageError(f"{where}: unknown key {prefix}{key}.{_nearest(str(key), list(kinds), prefix)}")
         if dataclasses.is_dataclass(kinds[key]):
             _refuse_unknown_keys(kinds[key], value, where, f"{prefix}{key}.")
+
+
+def _refuse_out_of_range(config: Any, where: str, prefix: str = "") -> None:
+    for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            _refuse_out_of_range(value, where, f"{prefix}{name}.")
+        elif name in RANGES:
+            low, high = RANGES[name]
+            if not low <= value <= high:  # a NaN is in no range
+                allowed = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+                raise UsageError(f"{where}{prefix}{name} is {value}; allowed is {allowed}.")
 
 
 def _floats(cls: Any, mapping: Mapping[str, Any]) -> dict[str, Any]:

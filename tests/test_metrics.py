@@ -228,16 +228,6 @@ def test_rollouts_come_back_from_parquet(tmp_path):
     assert pyarrow.parquet.read_schema(write_rollouts(tmp_path, 11, [])).equals(metrics.SCHEMA)
 
 
-def test_each_process_writes_its_own_rollouts(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    for index, row in enumerate(ROWS):
-        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        write_rollouts(tmp_path, 1, [row])
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["step_000001.process_0.parquet", "step_000001.process_1.parquet"]
-    assert pyarrow.parquet.read_table(tmp_path)["pair_id"].to_pylist() == ["p1", "p1"]
-
-
 def test_rollouts_on_a_full_disk_leave_nothing_and_keep_what_was_there(small_disk):
     kept = write_rollouts(small_disk, 1, ROWS)
     noise = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9000, 4_000_000)))

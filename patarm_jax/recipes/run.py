@@ -102,12 +102,16 @@ def start_processes(section: MeshSection) -> None:
     """Joins the other processes of a pod, before any device is touched."""
     if section.distributed == "auto" and not jax.distributed.is_initialized():
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(
+                section.coordinator or None,
+                section.processes or None,
+                None if section.process_id < 0 else section.process_id,
+            )
         except (ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split())[:300].rstrip(".")
             raise UserError(
                 f"mesh.distributed is auto and the other processes were not found: {reason}. "
-                "Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or mesh.distributed to none."
+                "Set mesh.coordinator, mesh.processes and mesh.process_id, or mesh.distributed to none."
             ) from error
 
 

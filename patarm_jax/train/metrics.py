@@ -1,7 +1,7 @@
 """What a run writes and shows while it goes: metrics, progress, judgements, and how long each phase took.
 
 Clocks are read here and nowhere below the recipes. Nothing here computes a metric. Of several processes the first one
-writes and shows; rollouts, which each process has its own of, are written by all.
+writes and shows.
 """
 
 import contextlib
@@ -22,9 +22,8 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-import rich.box
 import rich.console
-import rich.table
+import rich.panel
 import rich.text
 import tensorboardX
 from tqdm import tqdm
@@ -274,12 +273,8 @@ SCHEMA = pa.schema(
 
 
 def write_rollouts(folder: Path, step: int, rows: Sequence[RolloutRow]) -> Path:
-    """Writes this process's judgements of a step as `step_000010.parquet`; the file appears whole.
-
-    Of several processes each writes its own file, `step_000010.process_1.parquet`. Returns the file.
-    """
-    process = f".process_{jax.process_index()}" if jax.process_count() > 1 else ""
-    path = folder / f"step_{step:06}{process}.parquet"
+    """Writes the judgements of a step, of all processes, as `step_000010.parquet`; the file appears whole."""
+    path = folder / f"step_{step:06}.parquet"
     part = path.with_name(path.name + ".partial")
     table = pa.Table.from_pylist([asdict(row) | {"status": row.status.name} for row in rows], schema=SCHEMA)
     with _writing(path):
@@ -290,23 +285,17 @@ def write_rollouts(folder: Path, step: int, rows: Sequence[RolloutRow]) -> Path:
 
 
 def show_judgements(step: int, rows: Sequence[RolloutRow], characters: int = 600) -> None:
-    """Prints judgements as a table on stdout, long texts without their middle."""
+    """Prints judgements on stdout, each in a frame that says whose it is, long texts without their middle."""
     if jax.process_index() != 0:
         return
-    table = rich.table.Table(
-        title=f"judgements at step {step}", title_justify="left", box=rich.box.SIMPLE_HEAD, show_lines=True, expand=True
-    )
-    for heading in ("pair", "side", "status"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("score", "reward"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("judgement", overflow="fold", ratio=1)
+    console = rich.console.Console(file=sys.stdout)
+    console.print(f"judgements at step {step}")
     for row in rows:
-        score = "" if row.score is None else f"{row.score:g}"
-        cells = (row.pair_id, row.side, row.status.name, score, f"{row.reward:+.2f}", _shortened(row.text, characters))
+        score = "" if row.score is None else f" · score {row.score:g}"
+        title = f"{row.pair_id} · {row.side} · {row.status.name}{score} · reward {row.reward:+.2f}"
         # As Text: what stands in brackets is the model's, no markup of ours.
-        table.add_row(*(rich.text.Text(_printable(cell)) for cell in cells))
-    rich.console.Console(file=sys.stdout).print(table)
+        body = rich.text.Text(_printable(_shortened(row.text, characters)))
+        console.print(rich.panel.Panel(body, title=rich.text.Text(_printable(title)), title_align="left", width=100))
 
 
 def _shortened(text: str, characters: int) -> str:

@@ -1,0 +1,62 @@
+"""Pairwise accuracy on pairs whose answer is known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from patarm_jax.evaluate.accuracy import pairwise_accuracy
+
+NONE = math.nan
+
+
+def accuracy(*pairs):
+    scores = np.array(pairs, np.float64)
+    return pairwise_accuracy(scores, ~np.isnan(scores))
+
+
+def test_a_win_a_loss_and_a_tie():
+    got = accuracy([[8, 6], [5, 5]], [[1, 2], [9, 9]], [[4, 6], [5, 5]])
+    assert (got.accuracy_strict, got.accuracy_half, got.ties) == pytest.approx((1 / 3, 1 / 2, 1 / 3))
+    assert got.gap == pytest.approx((2 - 7.5 + 0) / 3)
+    assert got.valid == 1.0
+
+
+def test_means_are_over_valid_judgements_only():
+    got = accuracy([[8, NONE], [5, 6]])
+    assert (got.accuracy_strict, got.gap, got.valid) == (1.0, 2.5, 0.75)
+
+
+def test_a_side_without_a_valid_judgement_decides_nothing():
+    got = accuracy([[9, 9], [NONE, NONE]], [[9, 9], [1, 1]])
+    assert (got.accuracy_strict, got.accuracy_half, got.ties, got.gap) == (0.5, 0.75, 0.5, 8.0)
+    nothing = accuracy([[NONE], [NONE]])
+    assert (nothing.accuracy_strict, nothing.accuracy_half, nothing.valid) == (0.0, 0.5, 0.0)
+    assert math.isnan(nothing.gap)
+
+
+def test_swapping_the_sides_mirrors_the_accuracy():
+    scores = np.random.default_rng(0).integers(0, 11, (200, 2, 3)).astype(float)
+    valid = np.random.default_rng(1).random(scores.shape) < 0.9
+    one, other = pairwise_accuracy(scores, valid), pairwise_accuracy(scores[:, ::-1], valid[:, ::-1])
+    assert one.accuracy_half == pytest.approx(1 - other.accuracy_half)
+    assert one.gap == pytest.approx(-other.gap)
+    assert one.accuracy_half == pytest.approx(one.accuracy_strict + one.ties / 2)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    """Of 200 judges that are right 70 % of the time, about 95 % have 0.7 in their interval."""
+    rng, covered = np.random.default_rng(0), 0
+    for seed in range(200):
+        right = rng.random(150) < 0.7
+        scores = np.where(right, 1.0, 0.0)[:, None, None] * np.array([[1.0], [0.0]]) + np.array([[0.0], [0.5]])
+        low, high = pairwise_accuracy(scores, np.ones_like(scores, bool), seed).interval
+        covered += low <= 0.7 <= high
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_the_interval_depends_on_the_seed_alone():
+    scores = np.random.default_rng(0).random((997, 2, 1))
+    valid = np.ones_like(scores, bool)
+    assert pairwise_accuracy(scores, valid, 1) == pairwise_accuracy(scores, valid, 1)
+    assert pairwise_accuracy(scores, valid, 1).interval != pairwise_accuracy(scores, valid, 2).interval
