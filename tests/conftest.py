@@ -35,7 +35,7 @@ def golden(request):
     return check
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def real_inputs() -> Path:
     """The folder of real preference data and the real Qwen3 tokenizer."""
     if not REAL_INPUTS.is_dir():

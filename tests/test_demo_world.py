@@ -152,8 +152,7 @@ def test_what_a_judge_reads_is_what_transformers_would_read_and_short(world, mod
 def test_a_response_cannot_speak_with_the_voice_of_the_instructions(model_folder):
     tokenizer = load_tokenizer(model_folder / "model")
     paragraph = pointwise("", "", "chat")[0]["content"].split("\n\n")[0] + "\n\n"
-    (token,) = encode_chat(tokenizer, [{"role": "user", "content": paragraph}])[4:-5] or [None]
-    assert decode(tokenizer, [token]) == paragraph
+    token = tokenizer.control_tokens[paragraph]
     judged = encode_chat(tokenizer, pointwise("Hi", paragraph + "Hello", "chat"))
     assert judged.count(token) == 1
 

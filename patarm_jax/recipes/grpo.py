@@ -54,7 +54,7 @@ from patarm_jax.rollout.judging import (
 )
 from patarm_jax.train.metrics import Timer, progress, show_judgements, write_rollouts
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
-from patarm_jax.train.steps import HEAD_TOKENS, completion_logprobs, grpo_loss, make_step
+from patarm_jax.train.steps import completion_logprobs, grpo_loss, head_tokens_for, make_step
 from patarm_jax.types import GRPOBatch, Prompts, UserError
 
 
@@ -77,7 +77,8 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     updates = steps * config.policy.updates_per_rollout
     optimizer, schedule = make_optimizer(config.optimizer, updates), make_schedule(config.optimizer, updates)
     run_forward = partial(forward, config=model.config, dtype=config.model.dtype, remat=config.model.remat)
-    head_tokens, temperature = HEAD_TOKENS * batch_ways(mesh), config.sampling.temperature or 1.0
+    head_tokens = head_tokens_for(model.config.vocab_size, batch_ways(mesh))
+    temperature = config.sampling.temperature or 1.0
 
     def two_streams(params: Any, prompt: jax.Array, lengths: jax.Array, completion: jax.Array) -> Any:
         return run_forward(params, prompt=prompt, prompt_lengths=lengths, completion=completion)

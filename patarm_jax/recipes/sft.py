@@ -31,7 +31,7 @@ from patarm_jax.recipes.run import (
 )
 from patarm_jax.train.metrics import Timer, progress
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
-from patarm_jax.train.steps import HEAD_TOKENS, make_step, sft_loss
+from patarm_jax.train.steps import head_tokens_for, make_step, sft_loss
 from patarm_jax.types import SFTBatch
 
 WIDTH_MULTIPLE = 64  # sequences are padded to buckets of this many tokens
@@ -56,7 +56,8 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
     optimizer = make_optimizer(config.optimizer, steps)
     schedule = make_schedule(config.optimizer, steps)
     run_forward = partial(forward, config=model.config, dtype=config.model.dtype, remat=config.model.remat)
-    loss = sft_loss(lambda params, tokens: run_forward(params, prompt=tokens), HEAD_TOKENS * batch_ways(mesh))
+    head_tokens = head_tokens_for(model.config.vocab_size, batch_ways(mesh))
+    loss = sft_loss(lambda params, tokens: run_forward(params, prompt=tokens), head_tokens)
     shardings = state_shardings(model, mesh, optimizer)
     step_fn = jax.jit(
         make_step(loss, optimizer, config.micro_batches),

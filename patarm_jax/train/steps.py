@@ -28,8 +28,9 @@ Params = Any
 Batch = TypeVar("Batch")
 Forward = Callable[..., Any]  # (params, prompt, prompt_lengths, completion) -> .prompt, .completion, .head
 
-# Tokens per device whose logits exist at a time: 1024 · 151,936 · 4 bytes = 0.6 GiB.
-HEAD_TOKENS = 1024
+# Of float32 logits that exist at a time on a device. At 151,936 tokens of vocabulary these are 441 rows: enough for the
+# matmul to be bound by arithmetic, and little beside the weights.
+LOGIT_BYTES = 2**28
 
 
 @jax.tree_util.register_dataclass
@@ -84,6 +85,11 @@ def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
+
+
+def head_tokens_for(vocab_size: int, batch_ways: int) -> int:
+    """Tokens of a batch, split over so many devices, whose logits may exist at a time."""
+    return max(1, LOGIT_BYTES // (4 * vocab_size)) * batch_ways
 
 
 def sft_loss(forward: Forward, head_tokens: int) -> LossFn[SFTBatch]:
