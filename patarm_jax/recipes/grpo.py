@@ -57,6 +57,8 @@ from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.steps import completion_logprobs, grpo_loss, head_tokens_for, make_step
 from patarm_jax.types import GRPOBatch, Prompts, UserError
 
+COMPLETION_MULTIPLE = 16  # completions are cut to buckets of this many tokens before they are learnt from
+
 
 def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     """Trains until done and exports; False when it was asked to stop before."""
@@ -128,7 +130,9 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
                 scores, status = (x.reshape(-1, 2, config.group_size) for x in score_arrays(judgements))
             with timer.phase("reward"):
                 rewards = fetch(rewards_of(scores, status, config.reward))
-                batch = assemble(sampled, jax.device_put(rewards.advantages, batch_sharding(mesh)))
+                written = fetch((sampled.completions.lengths, sampled.completions.truncated))
+                longest = min(bucket(int(written[0].max()), COMPLETION_MULTIPLE), config.sampling.max_new_tokens)
+                batch = assemble(sampled, jax.device_put(rewards.advantages, batch_sharding(mesh)), longest)
             with timer.phase("logprobs"), jax.set_mesh(mesh):
                 if ref_params is not None:
                     batch = replace(batch, ref_logprobs=logprobs_fn(ref_params, batch))
@@ -140,7 +144,7 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
                     passes.append(metrics)
                 values = {name: float(np.mean([one[name] for one in fetch(passes)])) for name in metrics}
 
-            values |= rollout_metrics(scores, status, rewards, fetch(sampled.completions))
+            values |= rollout_metrics(scores, status, rewards, *written)
             values["learning_rate"] = float(schedule(int(state.step) - 1 - int(state.skipped)))
             run.writer.write(step, values | timer.seconds)
             report(step, {"reward": values["reward"], "valid": values["judge/valid"]})
@@ -182,14 +186,15 @@ def _requests(pairs: PairBatch) -> list[Request]:
     ]
 
 
-@jax.jit
-def assemble(sampled: Sampled, advantages: jax.Array) -> GRPOBatch:
-    """What was sampled, [R, …], as P pairs of two sides, [P, 2, …]."""
+@partial(jax.jit, static_argnums=2)
+def assemble(sampled: Sampled, advantages: jax.Array, width: int) -> GRPOBatch:
+    """What was sampled, [R, …], as P pairs of two sides, [P, 2, …], no wider than the longest completion needs."""
     prompts, completions = sampled.prompts, sampled.completions
+    tokens, logprobs = (x[:, :, :width] for x in (completions.tokens, completions.logprobs))
     pairs = advantages.shape[0]
     prompt_tokens, prompt_lengths, tokens, lengths, logprobs = (
         x.reshape(pairs, 2, *x.shape[1:])
-        for x in (prompts.tokens, prompts.lengths, completions.tokens, completions.lengths, completions.logprobs)
+        for x in (prompts.tokens, prompts.lengths, tokens, completions.lengths, logprobs)
     )
     return GRPOBatch(prompt_tokens, prompt_lengths, tokens, lengths, logprobs, None, advantages)
 

@@ -12,7 +12,7 @@ from patarm_jax.config import RewardSection
 from patarm_jax.evaluate.accuracy import pairwise_accuracy
 from patarm_jax.reward import constant, format_reward, graded, group_advantages, preference_aware_reward
 from patarm_jax.train.metrics import RolloutRow
-from patarm_jax.types import CHOSEN, REJECTED, Completions, Judgement, Status
+from patarm_jax.types import CHOSEN, REJECTED, Judgement, Status
 
 MARGINS = {"graded": graded, "constant": constant}
 
@@ -39,7 +39,7 @@ def rewards_of(scores: jax.Array, status: jax.Array, section: RewardSection) -> 
 
 
 def rollout_metrics(
-    scores: np.ndarray, status: np.ndarray, rewards: Rewards, completions: Completions
+    scores: np.ndarray, status: np.ndarray, rewards: Rewards, lengths: np.ndarray, truncated: np.ndarray
 ) -> dict[str, float]:
     """The vitals of a step; TRL's names where TRL has the metric.
 
@@ -47,12 +47,12 @@ def rollout_metrics(
         scores: [P, 2, G], NaN where not valid.
         status: [P, 2, G].
         rewards: on the host.
-        completions: on the host, their rows the pairs' sides in order.
+        lengths: [R, G] tokens of each completion.
+        truncated: [R, G], whether it was cut off.
     """
     valid = status == Status.OK
     accuracy = pairwise_accuracy(scores, valid)
     spread = np.ptp(rewards.total, axis=-1)
-    lengths = completions.lengths
     metrics = {
         "reward": rewards.total.mean(),
         "reward_std": rewards.total.std(axis=-1, ddof=min(1, rewards.total.shape[-1] - 1)).mean(),
@@ -66,7 +66,7 @@ def rollout_metrics(
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
-        "completions/clipped_ratio": completions.truncated.mean(),
+        "completions/clipped_ratio": truncated.mean(),
         "judge/valid": accuracy.valid,
         "judge/accuracy_strict": accuracy.accuracy_strict,
         "judge/accuracy_half": accuracy.accuracy_half,

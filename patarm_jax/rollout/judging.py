@@ -94,7 +94,8 @@ def judge(
     judge: Judge, params: Params, requests: Sequence[Request], key: jax.Array, *, width: int = 0, rows: int = 0
 ) -> list[list[Judgement]]:
     """G judgements of each response, [R][G]: sampled, then read. Arguments as of `sample_judgements`."""
-    return read_judgements(judge, sample_judgements(judge, params, requests, key, width=width, rows=rows))[: len(requests)]
+    sampled = sample_judgements(judge, params, requests, key, width=width, rows=rows)
+    return read_judgements(judge, sampled)[: len(requests)]
 
 
 def sample_judgements(

@@ -1,0 +1,106 @@
+"""A shortened demo through the command line, and every command and line of code in the README."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from patarm_jax.config import DataSection, GRPOConfig, SFTConfig, from_mapping, load
+from patarm_jax.demo.settings import Sizes, demo_configs
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def patarm(folder, *arguments, code=0):
+    """What a patarm started in a folder says on (stdout, stderr)."""
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "patarm_jax", *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The folder a shortened demo was started in, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, patarm(folder, "demo", "--short")[0]
+
+
+def test_the_demo_writes_what_it_should(demo):
+    folder, shown = demo
+    out = folder / "runs" / "demo"
+    summary = json.loads((out / "summary.json").read_text())
+    for stage in ("untrained", "sft", "grpo", "swapped"):
+        assert {"valid", "accuracy_strict", "accuracy_half", "gap", "interval"} <= summary[stage].keys()
+        low, high = summary[stage]["interval"]
+        assert 0 <= low <= summary[stage]["accuracy_half"] <= high <= 1
+    assert summary["untrained"]["valid"] == 0
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "grpo" / "export" / "model.safetensors").exists()
+    assert "tie = wrong" in shown and shown.count("╭─ heldout-") == 5
+    assert len(list((out / "grpo" / "rollouts").iterdir())) == Sizes.short().grpo_steps
+
+
+def test_a_demo_folder_is_not_taken_for_another(demo):
+    folder, _ = demo
+    assert "holds a demo with other arguments" in patarm(folder, "demo", "--short", "--seed", "1", code=1)[1]
+    (folder / "full").mkdir()
+    (folder / "full" / "thesis.tex").write_text("")
+    assert "is not empty" in patarm(folder, "demo", "--short", "--out", "full", code=1)[1]
+
+
+def test_the_readmes_commands_on_a_judge_work(demo):
+    folder, _ = demo
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("patarm")]
+    judge, export = (next(line for line in commands if f"patarm {verb}" in line) for verb in ("judge", "export"))
+    patarm(folder, *judge.split()[1:], "--sampling.max_new_tokens", "8")
+    assert len((folder / "scores.jsonl").read_text().splitlines()) == Sizes.short().heldout_pairs
+    steps = str(Sizes().grpo_steps)
+    assert f"checkpoints/{steps}" in export
+    patarm(folder, *export.replace(steps, str(Sizes.short().grpo_steps)).split()[1:])
+    assert (folder / "judge" / "config.json").exists()
+
+
+def test_the_readmes_training_commands_name_configs_and_settings_that_exist():
+    found = 0
+    for line in (line for block in blocks("sh") for line in block.splitlines() if re.match(r"patarm (sft|grpo)", line)):
+        _, recipe, path, *rest = line.split("#")[0].split()
+        load(SFTConfig if recipe == "sft" else GRPOConfig, ROOT / path, [word for word in rest if word != "--dry-run"])
+        found += 1
+    assert found == 3
+
+
+def test_the_readmes_data_sections_are_understood():
+    lines = [line for block in blocks("yaml") for line in block.splitlines()]
+    for line in lines:
+        from_mapping(DataSection, yaml.safe_load(line)["data"], "README")
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_the_readmes_python_runs(code, capsys):
+    names = {}
+    exec(code, names)
+    if "rewards" in names:
+        assert names["rewards"].tolist() == [[[pytest.approx(1.2), 0], [pytest.approx(1.2), 0]]]
+    else:
+        assert capsys.readouterr().out == "OK 9.0\n"
+
+
+@pytest.mark.parametrize("recipe", ["sft", "grpo"])
+def test_the_tiny_configs_are_the_demos(recipe):
+    """`configs/tiny_*` repeat the demo's two runs by hand; what they say is what it does."""
+    sft, grpo = demo_configs(Path("runs/demo"), 0, Sizes())
+    expected = sft if recipe == "sft" else grpo
+    assert load(type(expected), ROOT / "configs" / f"tiny_{recipe}.yaml") == expected
