@@ -1,3 +1,4 @@
+import itertools
 import json
 import random
 from collections import Counter
@@ -12,6 +13,7 @@ from patarm_jax.data.tokenizer import decode, encode_chat, encode_judgement, loa
 from patarm_jax.demo.settings import Sizes, demo_configs
 from patarm_jax.demo.tokenizer import write_untrained_model
 from patarm_jax.demo.world import (
+    CLOSING,
     DOMAINS,
     asked,
     deal_to_other_prompts,
@@ -98,6 +100,18 @@ def test_the_teacher_is_as_often_right_as_it_says(world, accuracy):
             assert judgement.status is Status.OK
             right.append((judgement.score > 5) == (side == CHOSEN))
     assert abs(np.mean(right) - accuracy) < 0.03  # 4,000 judgements: four standard deviations
+
+
+def test_a_friendly_closing_charms_the_teacher_and_says_nothing(world):
+    rng = random.Random(0)
+    good = {key: [] for key in itertools.product((CHOSEN, REJECTED), (True, False))}
+    for pair in world.train:
+        for side, response in enumerate((pair.chosen, pair.rejected)):
+            score = parse_pointwise(teacher_judgement(pair, side, 0.7, rng)).score
+            good[side, response.endswith(CLOSING)].append(score > 5)
+    shares = [np.mean(good[key]) for key in good]
+    np.testing.assert_allclose(shares, [0.9, 0.5, 0.5, 0.1], atol=0.06)  # 1,000 judgements each
+    assert len(good[CHOSEN, True]) == len(good[REJECTED, True])
 
 
 def test_only_the_conclusion_of_the_teacher_is_ever_wrong(world):

@@ -50,7 +50,7 @@ def main(config: JudgeConfig) -> Accuracy | None:
     if lines:
         say(f"{part}: {len(lines)} of {len(records)} pairs are judged")
     key, size = jax.random.key(config.seed), config.pairs_per_batch
-    with _writing(output), stop_requests() as asked, progress(len(records), len(lines)) as report:
+    with _writing(output), stop_requests() as asked, progress(len(records), len(lines), unit="pair") as report:
         output.parent.mkdir(parents=True, exist_ok=True)
         with part.open("w", encoding="utf-8") as file:
             file.writelines(lines)

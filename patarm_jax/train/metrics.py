@@ -181,6 +181,7 @@ def progress(
     steps: int,
     done: int = 0,
     *,
+    unit: str = "step",
     every: float = 30.0,
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -195,6 +196,7 @@ def progress(
     Args:
         steps: of the whole run.
         done: steps that were done when the run was resumed.
+        unit: what is counted.
         every: seconds.
         stream: stderr unless given.
         clock: seconds.
@@ -203,7 +205,7 @@ def progress(
     if jax.process_index() != 0:
         yield lambda step, values: None
     elif stream.isatty():
-        with tqdm(total=steps, initial=done, unit="step", file=stream, dynamic_ncols=True) as bar:
+        with tqdm(total=steps, initial=done, unit=unit, file=stream, dynamic_ncols=True) as bar:
 
             def move(step: int, values: Mapping[str, float]) -> None:
                 bar.set_postfix_str("  ".join(f"{name} {value:.4g}" for name, value in values.items()), refresh=False)
@@ -211,10 +213,10 @@ def progress(
 
             yield move
     else:
-        yield _lines(steps, done, every, stream, clock)
+        yield _lines(steps, done, unit, every, stream, clock)
 
 
-def _lines(steps: int, done: int, every: float, stream: TextIO, clock: Callable[[], float]) -> Report:
+def _lines(steps: int, done: int, unit: str, every: float, stream: TextIO, clock: Callable[[], float]) -> Report:
     first, (last_step, last_time) = done + 1, (done, clock())
 
     def report(step: int, values: Mapping[str, float]) -> None:
@@ -223,8 +225,9 @@ def _lines(steps: int, done: int, every: float, stream: TextIO, clock: Callable[
         if step not in (first, steps) and now - last_time < every:
             return
         rate = (now - last_time) / max(1, step - last_step)
-        parts = [f"step {step}/{steps}", *(f"{name} {value:.4g}" for name, value in values.items())]
-        parts += [f"{rate:.2g} s/step" if rate < 10 else f"{rate:.0f} s/step", f"{_span(rate * (steps - step))} left"]
+        parts = [f"{unit} {step}/{steps}", *(f"{name} {value:.4g}" for name, value in values.items())]
+        pace = f"{rate:.2g}" if rate < 10 else f"{rate:.0f}"
+        parts += [f"{pace} s/{unit}", f"{_span(rate * (steps - step))} left"]
         print("  ".join(parts), file=stream, flush=True)
         last_step, last_time = step, now
 
