@@ -22,10 +22,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"patarm: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("patarm: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("patarm: stopped at once; what was saved before is whole", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `patarm … | head`
         sys.stderr.close()
+        return 1
+    except RuntimeError as error:  # JAX's own, which is not imported here
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            f"patarm: the devices ran out of memory: {' '.join(str(error).split())[:300]}. Raise micro_batches, lower "
+            "pairs_per_step, group_size or sampling.max_new_tokens, or use a larger mesh; --dry-run shows what is "
+            "needed.",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -114,8 +124,8 @@ def _judge(options: argparse.Namespace, rest: list[str]) -> int:
 
     config = override(JudgeConfig(votes=options.votes, output=options.output), rest)
     model = dataclasses.replace(config.model, path=options.model)
-    judge(dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, path=options.input)))
-    return 0
+    done = judge(dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, path=options.input)))
+    return 0 if done else 1  # stopped before: there is no output yet
 
 
 def _export(options: argparse.Namespace, rest: list[str]) -> int:

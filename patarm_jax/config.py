@@ -179,36 +179,71 @@ class JudgeConfig:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers between two ends; an open end is not one of them.
+
+    >>> print(Range(0), Range(0, 1), Range(0, open_low=True), Range(0, 1, open_low=True), sep=" · ")
+    0 or more · 0 to 1 · above 0 · above 0 up to 1
+    >>> print(Range(0, 1, open_high=True), 0 in Range(0), 0 in Range(0, open_low=True), math.inf in Range(0))
+    0 to below 1 True False False
+    """
+
+    low: int
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low < value if self.open_low else self.low <= value
+        below = value < self.high if self.open_high or self.high == math.inf else value <= self.high
+        return above and below  # a NaN is neither
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"above {self.low}" if self.open_low else f"{self.low} or more"
+        start, to = (f"above {self.low}", "up to") if self.open_low else (str(self.low), "to")
+        return f"{start} {to} {'below ' if self.open_high else ''}{self.high}"
+
+
 # What a number may be, by the name of its setting; names mean the same in every section.
-RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("pairs_per_step", "group_size", "micro_batches", "votes", "pairs_per_batch"), (1, math.inf)),
-    **dict.fromkeys(("max_prompt_tokens", "max_completion_tokens", "max_new_tokens"), (1, math.inf)),
-    **dict.fromkeys(("epochs", "checkpoint_every", "keep_checkpoints", "updates_per_rollout"), (1, math.inf)),
-    **dict.fromkeys(("steps", "show_every", "warmup_steps", "top_k", "seed"), (0, math.inf)),
-    **dict.fromkeys(("learning_rate", "weight_decay", "epsilon", "clip_norm", "clip_high", "kl_coef"), (0, math.inf)),
-    **dict.fromkeys(("final_fraction", "beta1", "beta2", "clip_low", "top_p"), (0, 1)),
-    "temperature": (0, math.inf),
-    "data": (-1, math.inf),
-    "fsdp": (-1, math.inf),
-    "tensor": (-1, math.inf),
-    "processes": (0, math.inf),
-    "process_id": (-1, math.inf),
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(("pairs_per_step", "group_size", "micro_batches", "votes", "pairs_per_batch"), Range(1)),
+    **dict.fromkeys(("max_prompt_tokens", "max_completion_tokens", "max_new_tokens"), Range(1)),
+    **dict.fromkeys(("epochs", "checkpoint_every", "keep_checkpoints", "updates_per_rollout"), Range(1)),
+    **dict.fromkeys(("steps", "show_every", "warmup_steps", "top_k", "processes", "temperature"), Range(0)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "clip_high", "kl_coef"), Range(0)),
+    **dict.fromkeys(("epsilon", "clip_norm"), Range(0, open_low=True)),
+    **dict.fromkeys(("final_fraction", "clip_low"), Range(0, 1)),
+    **dict.fromkeys(("beta1", "beta2"), Range(0, 1, open_high=True)),  # at 1 the average never moves
+    **dict.fromkeys(("data", "fsdp", "tensor", "process_id"), Range(-1)),
+    "top_p": Range(0, 1, open_low=True),
+    "seed": Range(0, 2**32, open_high=True),  # jax drops the bits above
 }
 
 
 def load(cls: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
     """The config in a YAML file, with dotted overrides (`--optimizer.learning_rate 1e-6`) on top."""
+    return override(from_mapping(cls, read_yaml(path), str(path)), overrides)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; a key that stands twice is refused, where YAML's readers take the last."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the config {path}: {error}. Give the path of a YAML file.") from error
     try:
-        mapping = yaml.safe_load(text)
+        loader = _Loader(text)
+        loader.name = str(path)
+        mapping = loader.get_single_data()
     except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+        raise UsageError(f"{path} is not YAML: {one_line(error)}. Mend it there.") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is nested too deeply. See the files in configs/ for what a config is.") from error
     if not isinstance(mapping, dict):
         raise UsageError(f"{path} holds no mapping of sections. See the files in configs/ for what one looks like.")
-    return override(from_mapping(cls, mapping, str(path)), overrides)
+    return mapping
 
 
 def from_mapping(cls: type[Config], mapping: Mapping[str, Any], where: str) -> Config:
@@ -220,6 +255,7 @@ def from_mapping(cls: type[Config], mapping: Mapping[str, Any], where: str) -> C
         message = re.sub(r" - at `\$\.?(.*?)`$", r" for \1", str(error))
         raise UsageError(f"{where}: {message}.") from error
     _refuse_out_of_range(config, f"{where}: ")
+    _refuse_what_learns_nothing(config, f"{where}: ")
     return config
 
 
@@ -241,6 +277,7 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
         near = _nearest(flag.split("=")[0], known)
         raise UsageError(f"unknown option {flag}.{near} `--help` lists them all.")
     _refuse_out_of_range(result, "")
+    _refuse_what_learns_nothing(result, "")
     return result
 
 
@@ -273,10 +310,53 @@ def _refuse_out_of_range(config: Any, where: str, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             _refuse_out_of_range(value, where, f"{prefix}{name}.")
         elif name in RANGES:
-            low, high = RANGES[name]
-            if not low <= value <= high:  # a NaN is in no range
-                allowed = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
-                raise UsageError(f"{where}{prefix}{name} is {value}; allowed is {allowed}.")
+            if value not in RANGES[name]:
+                finite = "" if -math.inf < value < math.inf else ", and finite"
+                raise UsageError(f"{where}{prefix}{name} is {value}; allowed is {RANGES[name]}{finite}.")
+
+
+def _refuse_what_learns_nothing(config: Any, where: str) -> None:
+    """Settings that are right one by one, and together leave every advantage at 0."""
+    if not isinstance(config, GRPOConfig):
+        return
+    if config.group_size == 1 and config.reward.group_by == "response":
+        raise UsageError(
+            f"{where}group_size is 1 where reward.group_by is response; allowed is 2 or more: a judgement that is "
+            "compared with itself teaches nothing. Raise group_size."
+        )
+    for name, greedy in (("temperature", 0), ("top_k", 1)):
+        if getattr(config.sampling, name) == greedy:
+            raise UsageError(
+                f"{where}sampling.{name} is {greedy} for grpo; allowed is anything else: the judgements of a response "
+                f"would all be the same, and comparing them teaches nothing. Give another sampling.{name}."
+            )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without the two surprises of SafeLoader: a key that stands twice, and an error that is not a YAMLError."""
+
+    name: str
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) is not line:
+                raise UsageError(
+                    f"{self.name}: the key {key.value} stands in line {lines[key.value]} and again in line {line}. "
+                    "Keep one of them."
+                )
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, ValueError) as error:  # `2024-99-99` is no date
+            raise UsageError(
+                f"{self.name}:{node.start_mark.line + 1}: {str(node.value)[:40]} cannot be read: {one_line(error)}. "
+                "Put it in quotes if it is text."
+            ) from error
 
 
 def _floats(cls: Any, mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,6 +376,11 @@ def _floats(cls: Any, mapping: Mapping[str, Any]) -> dict[str, Any]:
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {prefix}{close[0]}?" if close else f" Known are: {', '.join(known)}."
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, to be put inside a sentence."""
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _one_sentence(box: str) -> str:

@@ -49,7 +49,7 @@ def preference_aware_reward(scores: jax.Array, valid: jax.Array, margin_fn: Marg
     count = valid.sum(axis=-1, keepdims=True)
     mean = scores.sum(axis=-1, keepdims=True) / jnp.maximum(count, 1)
     sign = jnp.array([1.0, -1.0])[:, None]  # the chosen side should lie above, the rejected below
-    margin = sign * (scores - mean[:, ::-1])
+    margin = _to_decimals(sign * (scores - mean[:, ::-1]))
     rewarded = (margin > 0) & valid & (count[:, ::-1] > 0)
     # f sees 1 where nothing is rewarded, so that no f, however it divides, can bring a NaN into the gradient.
     return jnp.where(rewarded, margin_fn(jnp.where(rewarded, margin, 1.0)), 0.0)
@@ -105,6 +105,22 @@ def group_advantages(
     size = rewards.shape[2] * (2 if group_by == "pair" else 1)
     variance = (centred**2).sum(axis=axis, keepdims=True) / max(size - ddof, 1)
     return centred / (jnp.sqrt(jnp.where(equal, 1.0, variance)) + eps)
+
+
+@jax.custom_jvp
+def _to_decimals(margin: jax.Array) -> jax.Array:
+    """A margin within rounding of a number of four decimals becomes that number.
+
+    Scores are decimals, their float32 means are not quite: eight times 7.3 has a mean beside 7.3. What is left of
+    rounding would turn a tie into a win, and a margin of 2 into more than 2.
+    """
+    decimal = jnp.round(margin * 1e4) / 1e4
+    return jnp.where(jnp.abs(margin - decimal) < 1e-5, decimal, margin)
+
+
+@_to_decimals.defjvp
+def _to_decimals_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return _to_decimals(*primals), tangents[0]
 
 
 def _expect_pairs(scores: jax.Array, valid: jax.Array) -> None:

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from patarm_jax.evaluate.accuracy import pairwise_accuracy
 
@@ -33,6 +34,19 @@ def test_a_side_without_a_valid_judgement_decides_nothing():
     nothing = accuracy([[NONE], [NONE]])
     assert (nothing.accuracy_strict, nothing.accuracy_half, nothing.valid) == (0.0, 0.5, 0.0)
     assert math.isnan(nothing.gap)
+
+
+def test_equal_means_are_ties_whatever_they_are_the_means_of():
+    got = accuracy([[7.1, 7.3], [7.2, 7.2]], [[0.1, 0.2], [0.3, 0.0]])
+    assert (got.ties, got.accuracy_strict, got.gap) == (1.0, 0.0, 0.0)
+
+
+def test_the_interval_equals_scipys_bootstrap():
+    outcome = np.random.default_rng(3).choice([0.0, 0.5, 1.0], 300, p=[0.2, 0.1, 0.7])
+    scores = np.stack([outcome, np.full(300, 0.5)], axis=1)[..., None]
+    ours = pairwise_accuracy(scores, np.ones_like(scores, bool)).interval
+    theirs = scipy.stats.bootstrap((outcome,), np.mean, n_resamples=10_000, method="percentile", rng=0)
+    assert ours == pytest.approx(tuple(theirs.confidence_interval), abs=0.004)
 
 
 def test_swapping_the_sides_mirrors_the_accuracy():

@@ -236,7 +236,7 @@ def test_judge_scores_a_file_and_goes_on_where_it_stopped(world, started, capsys
     process = started(*command, "--output", parted, "--pairs_per_batch", "1")
     process.until(lambda: any(len(part.read_text().splitlines()) > 2 for part in world.glob("parted.jsonl.*")))
     process.process.send_signal(signal.SIGTERM)
-    assert "of 12 pairs; the same command goes on" in process.end()
+    assert "of 12 pairs; the same command goes on" in process.end(1)
     assert not parted.exists()
     assert main([*command, "--output", str(parted), "--pairs_per_batch", "1"]) == 0
     assert parted.read_text() == whole.read_text()
@@ -303,9 +303,11 @@ def test_a_checkpoint_of_another_model_is_refused(world, capsys):
     config = config_file(world, "changed", "sft", run={"steps": 1})
     assert main(["sft", str(config)]) == 0
     tiny_model_folder(world / "wider", intermediate_size=64)
+    before = (world / "changed" / "config.yaml").read_text()
     assert main(["sft", str(config), "--model.path", str(world / "wider"), "--run.steps", "2"]) == 1
     assert "checkpoint of another run: model.intermediate_size is 48 there and 64 here" in capsys.readouterr().err
     assert (world / "changed" / "export" / "model.safetensors").exists()
+    assert (world / "changed" / "config.yaml").read_text() == before
 
 
 def test_help_has_examples(capsys):

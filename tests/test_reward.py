@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,30 @@ def test_decision_the_rejected_margin_is_positive():
 
 def test_decision_a_tie_earns_nothing():
     assert par([5.0, 5.0], [5.0, 5.0]) == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+def test_decision_ties_and_bands_are_those_of_decimals(group):
+    """Judges write 7.3, which float32 does not hold: no rounding may win a tie or lift a margin over 2."""
+    tenths = [Fraction(i, 10) for i in range(101)]
+    tied = jnp.array([[[float(s)] * group] * 2 for s in tenths], jnp.float32)
+    assert (preference_aware_reward(tied, jnp.ones_like(tied, bool)) == 0).all()
+    pairs = [(high, high - 2) for high in tenths if high >= 2]
+    exact = jnp.array([[[float(a)] * group, [float(b)] * group] for a, b in pairs], jnp.float32)
+    np.testing.assert_allclose(preference_aware_reward(exact, jnp.ones_like(exact, bool)), 1.2)
+    above = jnp.array([[[float(a)] * group, [float(b - Fraction(1, 10))] * group] for a, b in pairs if b], jnp.float32)
+    np.testing.assert_allclose(preference_aware_reward(above, jnp.ones_like(above, bool)), 1.4)
+
+
+def test_rewards_equal_exact_fractions():
+    """The plain loop in exact arithmetic, on scores of one decimal."""
+    rng = np.random.default_rng(9)
+    tenths = rng.integers(0, 101, (200, 2, 7))
+    valid = rng.random(tenths.shape) < 0.8
+    exact = [[[Fraction(int(s), 10) for s in side] for side in pair] for pair in tenths]
+    expected = plain_reward(exact, valid.tolist(), lambda d: 1.4 if d > 2 else 1.2)
+    got = preference_aware_reward(jnp.asarray(tenths / 10, jnp.float32), jnp.asarray(valid))
+    np.testing.assert_allclose(got, np.array(expected, float), rtol=1e-6)
 
 
 def test_decision_a_failed_judgement_is_left_out_of_the_mean():

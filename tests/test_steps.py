@@ -16,7 +16,15 @@ from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.qwen3 import abstract_params, forward
 from patarm_jax.model.sharding import batch_sharding, make_mesh, place_batch
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
-from patarm_jax.train.steps import abstract_state, grpo_loss, init_state, make_step, sft_loss
+from patarm_jax.train.steps import (
+    abstract_state,
+    completion_logprobs,
+    grpo_loss,
+    init_state,
+    make_step,
+    map_micro_batches,
+    sft_loss,
+)
 from patarm_jax.types import GRPOBatch, SFTBatch
 from tests.toys import TINY, hf_model
 
@@ -217,6 +225,16 @@ def test_eight_devices_equal_one(params, name, micro_batches):
     assert tuple(embedding.sharding.spec) == (None, "fsdp", "tensor")
     moment = state.opt_state[1][0].mu["layers"]["mlp"]["gate_proj"]
     assert moment.sharding == embedding.sharding
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_logprobs_in_micro_batches_keep_their_rows(params, micro_batches):
+    def logprobs(params, batch):
+        return completion_logprobs(run, params, batch, TEMPERATURE, 32)[0]
+
+    whole = jax.jit(logprobs)(params, grpo_case())
+    parts = jax.jit(map_micro_batches(logprobs, micro_batches))(params, grpo_case())
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(params):

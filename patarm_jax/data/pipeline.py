@@ -59,15 +59,6 @@ class PairBatch:
     longest_sequence: int  # tokens of prompt and completion together, over the global batch
 
 
-@dataclass(frozen=True, eq=False)
-class PairPrompts:
-    """The judge prompts of P pairs, right-padded; `reshape(2 * P, …)` gives the rows of `types.Prompts`."""
-
-    tokens: np.ndarray  # [P, 2, Tp] int32
-    lengths: np.ndarray  # [P, 2] int32
-    rows: np.ndarray  # [P, 2] int32, 2 · index + side: the row id that sampling keys are folded from
-
-
 # ---- Encoding -------------------------------------------------------------------------------------------------------
 
 
@@ -192,19 +183,6 @@ def bucket(length: int, multiple: int) -> int:
     power = 1 << (needed - 1).bit_length()  # the least power of two that is enough
     three_quarters = 3 * power // 4
     return multiple * (three_quarters if power >= 4 and three_quarters >= needed else power)
-
-
-def prompt_batch(batch: PairBatch, pad_id: int, multiple: int) -> PairPrompts:
-    """The prompts of a batch, padded to the bucket of the global batch's longest."""
-    rows = [prompt for record in batch.records for prompt in record.prompt_tokens]
-    tokens, lengths = _padded(rows, bucket(batch.longest_prompt, multiple), pad_id)
-    pairs = len(batch.records)
-    indices = np.asarray([record.index for record in batch.records], np.int32)
-    return PairPrompts(
-        tokens=tokens.reshape(pairs, 2, -1),
-        lengths=lengths.reshape(pairs, 2),
-        rows=2 * indices[:, None] + np.arange(2, dtype=np.int32),
-    )
 
 
 def sft_batch(batch: PairBatch, pad_id: int, multiple: int) -> SFTBatch:

@@ -6,6 +6,7 @@ meant but not learnt from (an empty response, two identical ones) is dropped, co
 """
 
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -174,7 +175,9 @@ def _preference(row: Row, values: Mapping[str, Any], section: DataSection) -> Pr
     if domain is None:
         raise _Dropped(UNKNOWN_DOMAIN)
     _drop_what_teaches_nothing(prompt, chosen, rejected)
-    return Preference(_text(row, values, "id") or row.name, prompt, chosen, rejected, domain, source)
+    name = _text(row, values, "id") or row.name
+    _drop_lone_surrogates(name + source)  # they are hashed and logged
+    return Preference(name, prompt, chosen, rejected, domain, source)
 
 
 def _known_domain(name: str) -> Domain | None:
@@ -200,7 +203,7 @@ def _drop_what_teaches_nothing(prompt: Conversation, chosen: str, rejected: str)
 
 
 def _drop_lone_surrogates(text: str) -> None:
-    r"""JSON can spell half a character (`\ud83d`), which no tokenizer takes."""
+    r"""JSON can spell half a character (`\ud83d`), which no tokenizer and no file takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -308,5 +311,5 @@ def _kind(value: Any) -> str:
 
 
 def _shortened(value: Any) -> str:
-    text = repr(value)
+    text = reprlib.repr(value)  # which does not follow deep nests to their end
     return text if len(text) <= 80 else text[:79] + "…"

@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 
+from patarm_jax.config import one_line
 from patarm_jax.types import UsageError, UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -79,7 +80,7 @@ def _read_json(file: Path) -> Iterator[Row]:
     if not content.strip():
         return
     try:
-        parsed = json.loads(_decode(content, str(file)))
+        parsed = _loads(content, str(file))
     except json.JSONDecodeError as error:
         remedy = "It looks like JSON lines: name it .jsonl" if error.msg == "Extra data" else "Mend it there"
         raise UserError(f"{file}:{error.lineno} is not JSON: {error.msg} at column {error.colno}. {remedy}.") from error
@@ -97,7 +98,7 @@ def _open(file: Path) -> Any:
 
 def _parse_line(line: bytes, where: str) -> Any:
     try:
-        return json.loads(_decode(line, where))
+        return _loads(line, where)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where} is not JSON: {error.msg} at column {error.colno}. "
@@ -105,13 +106,20 @@ def _parse_line(line: bytes, where: str) -> Any:
         ) from error
 
 
-def _decode(content: bytes, where: str) -> str:
+def _loads(content: bytes, where: str) -> Any:
+    """What the JSON says; a JSONDecodeError is left to the caller, who knows what the file should look like."""
     try:
-        return content.decode("utf-8-sig")  # some editors begin a file with a byte-order mark
+        return json.loads(content.decode("utf-8-sig"))  # some editors begin a file with a byte-order mark
+    except json.JSONDecodeError:
+        raise
     except UnicodeDecodeError as error:
         raise UserError(
             f"{where} is not UTF-8: {error.reason} at byte {error.start}. Save the file as UTF-8."
         ) from error
+    except RecursionError as error:
+        raise UserError(f"{where} is nested too deeply. Write text or a list of messages in each column.") from error
+    except ValueError as error:  # Python reads no integer of more than 4,300 digits
+        raise UserError(f"{where} holds a number of too many digits. Write it as text, or remove it.") from error
 
 
 def _the_list(parsed: Any, file: Path) -> list[Any]:
@@ -141,7 +149,7 @@ def _read_parquet(file: Path) -> Iterator[Row]:
         for number, values in enumerate(table, start=1):
             yield Row(f"{file}, row {number}", f"{file.name}:{number}", values)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {_one_line(error)}. Give a parquet file.") from error
+        raise UserError(f"cannot read {file}: {one_line(error)}. Give a parquet file.") from error
 
 
 def _read_hub(path: str, split: str) -> Iterator[Row]:
@@ -149,12 +157,8 @@ def _read_hub(path: str, split: str) -> Iterator[Row]:
         table = datasets.load_dataset(path, split=split)
     except Exception as error:  # of datasets, the Hub and the network, which share no base class
         raise UserError(
-            f"cannot load split {split} of {path} from the Hub, and no local file has that name: {_one_line(error)}. "
+            f"cannot load split {split} of {path} from the Hub, and no local file has that name: {one_line(error)}. "
             "Check data.path, data.split and the network, or download the files and give their folder."
         ) from error
     for number, values in enumerate(table, start=1):
         yield Row(f"{path}, row {number}", f"{path}:{number}", values)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")

@@ -11,6 +11,7 @@ tokenizer that has never heard of control tokens. For text without such attempts
 
 import json
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from typing import Any
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from patarm_jax.config import one_line
 from patarm_jax.judge.prompts import untrusted_spans
+from patarm_jax.model.config import read_json_object
 from patarm_jax.types import Message, UserError
 
 END_OF_TURN = "<|im_end|>"
@@ -59,12 +62,14 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         fast = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the Rust side raises bare Exceptions
-        raise UserError(f"cannot read the tokenizer in {folder}: {_one_line(error)}. {REMEDY}") from error
+        raise UserError(f"cannot read the tokenizer in {folder}: {one_line(error)}. {REMEDY}") from error
     if not fast.chat_template:
         raise UserError(
             f"the tokenizer in {folder} has no chat template. Put the chat_template.jinja of the model there, "
             "or take the folder of an instruction-tuned model."
         )
+    # A template that cannot render what every judge is sent is found before any weight is read.
+    _render(fast, [Message(role="system", content="Judge."), Message(role="user", content="Hello.")])
     state = json.loads(fast.backend_tokenizer.to_str())
     _refuse_what_cannot_be_exact(folder, state)
     control_tokens = {token["content"]: token["id"] for token in state["added_tokens"]}
@@ -98,13 +103,13 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     Judged text (`untrusted_spans`) yields no control token, whatever it contains. For all other text the ids equal
     `apply_chat_template(messages, tokenize=True, add_generation_prompt=True, enable_thinking=True)`.
     """
-    conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
-    # enable_thinking leaves `<think>` for the judge to write; without it Qwen3's template would open and close it.
-    text = str(
-        tokenizer.fast.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=True, enable_thinking=True
+    text = _render(tokenizer.fast, messages)
+    if _judged(text) != [part for message in messages for part in _judged(message["content"])]:
+        # What is not found again would pass for trusted, control tokens and all.
+        raise UserError(
+            f"the chat template in {tokenizer.fast.name_or_path} changes the text of its messages, so that judged "
+            "text cannot be told from trusted. Take a template that writes each message as it is, and once."
         )
-    )
     trusted = _complement(untrusted_spans(text), len(text))
     return _encode(tokenizer.plain, text, trusted, tokenizer.control_tokens)
 
@@ -123,6 +128,24 @@ def encode_judgement(tokenizer: Tokenizer, text: str) -> list[int]:
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """The exact text of some ids: control tokens visible, no space cleaned up; ids without a text give none."""
     return tokenizer.fast.backend_tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
+
+
+def _render(fast: PreTrainedTokenizerFast, messages: Sequence[Message]) -> str:
+    conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
+    try:
+        # enable_thinking leaves `<think>` for the judge to write; without it Qwen3's template would open and close it.
+        text = fast.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    except Exception as error:  # a template is a program and may raise anything
+        raise UserError(
+            f"the chat template in {fast.name_or_path} does not render a conversation of the roles "
+            f"{', '.join(message['role'] for message in messages)}: {one_line(error)}. Mend its chat_template.jinja, "
+            "or take the template of an instruction-tuned model."
+        ) from error
+    return str(text)
+
+
+def _judged(text: str) -> list[str]:
+    return [text[start:end] for start, end in untrusted_spans(text)]
 
 
 def _encode(
@@ -160,7 +183,10 @@ def _complement(spans: Iterable[tuple[int, int]], length: int) -> Iterator[tuple
 def _read_files(folder: Path) -> dict[str, bytes]:
     if not folder.is_dir():
         raise UserError(f"there is no model folder {folder}. {REMEDY}")
-    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    try:
+        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}. Make it a file that you may read.") from error
     if "tokenizer.json" not in files:
         raise UserError(f"{folder} holds no tokenizer.json. {REMEDY}")
     return files
@@ -196,13 +222,14 @@ def _stop_ids(folder: Path, fast: PreTrainedTokenizerFast, control_tokens: dict[
 
 
 def _declared_eos(path: Path) -> list[int]:
-    if not path.is_file():
-        return []
-    try:
-        declared = json.loads(path.read_bytes()).get("eos_token_id")
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}. Take the file from the model's page again.") from error
-    return declared if isinstance(declared, list) else [] if declared is None else [declared]
+    declared = (read_json_object(path) or {}).get("eos_token_id")
+    ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise UserError(
+            f"{path}: eos_token_id is {reprlib.repr(declared)}; allowed is a token's number, or a list of numbers. "
+            "Copy the file again."
+        )
+    return ids
 
 
 def _without_added_tokens(state: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -218,7 +245,3 @@ def _without_added_tokens(state: dict[str, Any]) -> tokenizers.Tokenizer:
     ]
     plain = state | {"model": model, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     return tokenizers.Tokenizer.from_str(json.dumps(plain))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
 
 from patarm_jax.types import CHOSEN, REJECTED
 
@@ -30,10 +29,9 @@ def pairwise_accuracy(scores: np.ndarray, valid: np.ndarray, seed: int = 0) -> A
         valid: [P, 2, N] bool.
         seed: of the bootstrap (10,000 resamples of the pairs, percentile method).
     """
-    count = valid.sum(axis=-1)
-    means = np.where(valid, scores, 0.0).sum(axis=-1, dtype=np.float64) / np.maximum(count, 1)
-    decided = (count > 0).all(axis=-1)
-    gap = np.where(decided, means[:, CHOSEN] - means[:, REJECTED], 0.0)
+    means = side_means(scores, valid)
+    decided = ~np.isnan(means).any(axis=-1)
+    gap = np.where(decided, np.nan_to_num(means[:, CHOSEN]) - np.nan_to_num(means[:, REJECTED]), 0.0)
     outcome = np.where(gap > 0, 1.0, np.where(gap < 0, 0.0, 0.5))
     return Accuracy(
         valid=float(valid.mean()),
@@ -45,8 +43,20 @@ def pairwise_accuracy(scores: np.ndarray, valid: np.ndarray, seed: int = 0) -> A
     )
 
 
+def side_means(scores: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Mean of the valid scores of each side, [..., N] → [...]; NaN where there are none.
+
+    To six decimals: scores are decimals and their sums are not quite, so that equal means could differ by rounding.
+    """
+    count = valid.sum(axis=-1)
+    total = np.where(valid, scores, 0.0).sum(axis=-1, dtype=np.float64)
+    return np.where(count > 0, np.round(total / np.maximum(count, 1), 6), np.nan)
+
+
 def _interval(outcome: np.ndarray, seed: int) -> tuple[float, float]:
-    if len(outcome) < 2 or np.ptp(outcome) == 0:
-        return float(outcome.mean()), float(outcome.mean())  # every resample is the same
-    result = scipy.stats.bootstrap((outcome,), np.mean, n_resamples=10_000, method="percentile", rng=seed)
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    """Of the mean of outcomes 0, ½ and 1: how often each is drawn in a resample is multinomial."""
+    values = np.array([0.0, 0.5, 1.0])
+    shares = (outcome[:, None] == values).mean(axis=0)
+    counts = np.random.default_rng(seed).multinomial(len(outcome), shares, size=10_000)
+    low, high = np.quantile(counts @ values / len(outcome), [0.025, 0.975])
+    return float(low), float(high)

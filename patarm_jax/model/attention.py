@@ -80,9 +80,13 @@ def prompt_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Arra
     def chunk(q: jax.Array) -> Partial:
         return partial_attention(q, k, v, jnp.arange(k.shape[1]) < lengths[:, None, None])
 
-    parts = [jax.checkpoint(chunk)(q[:, start : start + QUERY_CHUNK]) for start in range(0, q.shape[1], QUERY_CHUNK)]
-    out, lse = (jnp.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
-    return out, lse
+    b, t, n, h = q.shape
+    if t <= QUERY_CHUNK:
+        return jax.checkpoint(chunk)(q)
+    pad = -t % QUERY_CHUNK
+    chunks = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(b, -1, QUERY_CHUNK, n, h).swapaxes(0, 1)
+    out, lse = jax.lax.map(jax.checkpoint(chunk), chunks)  # all alike, so that one is compiled
+    return out.swapaxes(0, 1).reshape(b, -1, n, h)[:, :t], lse.swapaxes(0, 1).reshape(b, -1, n)[:, :t]
 
 
 def shared_prompt_attention(

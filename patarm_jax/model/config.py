@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from patarm_jax.config import one_line
 from patarm_jax.types import UserError
 
 
@@ -61,15 +62,25 @@ INERT = {
 def read_config(folder: Path) -> Qwen3Config:
     """The config of a Hugging Face folder."""
     path = folder / "config.json"
-    if not path.is_file():
+    raw = read_json_object(path)
+    if raw is None:
         raise UserError(f"{folder} holds no config.json. Give the folder of a Hugging Face Qwen3 model.")
+    return from_hf(raw, str(path))
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file of a Hugging Face folder; None when there is no such file."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}). Copy the file again.") from error
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}. Make it a file that you may read.") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8 is a ValueError too
+        raise UserError(f"{path} is not valid JSON ({one_line(error)}). Copy the file again.") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} is a JSON {type(raw).__name__}, not an object. Copy the file again.")
-    return from_hf(raw, str(path))
+    return raw
 
 
 def from_hf(raw: dict[str, Any], where: str) -> Qwen3Config:
@@ -83,8 +94,13 @@ def from_hf(raw: dict[str, Any], where: str) -> Qwen3Config:
             raise UserError(f"{where}: {key} is {raw[key]!r}; supported is {supported[0]!r}: only dense Qwen3 is.")
     if "model_type" not in raw:
         raise UserError(f"{where}: model_type is missing; supported is 'qwen3'. Only dense Qwen3 models are.")
-    if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
-        raise UserError(f"{where}: layer_types holds {sorted(set(raw['layer_types']))}; supported is 'full_attention'.")
+    layer_types = raw.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise UserError(f"{where}: layer_types is {layer_types!r}; supported is a list of 'full_attention'.")
+    if any(kind != "full_attention" for kind in layer_types):
+        raise UserError(
+            f"{where}: layer_types holds {sorted(set(map(str, layer_types)))}; supported is 'full_attention'."
+        )
     values: dict[str, Any] = {key: raw[key] for key in known if key in raw} | _rope_theta(raw, where)
     required = [f.name for f in dataclasses.fields(Qwen3Config) if f.default is dataclasses.MISSING]
     if missing := [key for key in [*required, "rope_theta"] if values.get(key) is None]:

@@ -54,7 +54,22 @@ def make_mesh(section: MeshSection) -> Mesh:
         sizes[free[0]] = count // fixed
     if (product := math.prod(sizes.values())) != count:
         raise UserError(f"mesh {asked} asks for {product} devices and there are {count}. Set one axis to -1.")
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    mesh = jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    _refuse_torn_batches(mesh)
+    return mesh
+
+
+def _refuse_torn_batches(mesh: Mesh) -> None:
+    """Each process feeds one part of a batch: its devices must hold that part, all of it, and no other."""
+    ways, processes, mine = batch_ways(mesh), jax.process_count(), jax.process_index()
+    indices = batch_sharding(mesh).addressable_devices_indices_map((ways,)).values()
+    held = sorted({index[0].start or 0 for index in indices if index})
+    if ways % processes or held != list(range(mine * ways // processes, (mine + 1) * ways // processes)):
+        raise UserError(
+            f"the mesh {dict(mesh.shape)} spreads one part of a batch over several of the {processes} processes, or "
+            "orders the parts otherwise than the processes. Make mesh.data × mesh.fsdp a multiple of the number of "
+            "processes, so that mesh.tensor stays within each."
+        )
 
 
 def named_sharding(mesh: Mesh, rules: Rules, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:

@@ -7,6 +7,7 @@ cards are not written here.
 import contextlib
 import json
 import os
+import reprlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from patarm_jax.model.config import Qwen3Config, read_config, to_hf
+from patarm_jax.model.config import Qwen3Config, read_config, read_json_object, to_hf
 from patarm_jax.model.qwen3 import Params, abstract_params
 from patarm_jax.model.sharding import TRAIN_RULES, Rules, fetch
 from patarm_jax.types import UserError
@@ -181,11 +182,14 @@ def _locate(folder: Path, config: Qwen3Config, abstract: Params) -> dict[str, Pa
 def _list(folder: Path) -> tuple[Path, dict[str, Path]]:
     """The file that says which tensors there are, and the file of each tensor."""
     index, single = folder / INDEX, folder / SINGLE
-    if index.is_file():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{index} is not a safetensors index ({error!r}). Copy the file again.") from error
+    listed = read_json_object(index)
+    if listed is not None:
+        weight_map = listed.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise UserError(
+                f"{index} is not a safetensors index: its weight_map is {reprlib.repr(weight_map)}, and should give a "
+                "file for each tensor. Copy the file again."
+            )
         return index, {name: folder / shard for name, shard in weight_map.items()}
     if not single.is_file():
         raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}. Give a folder with safetensors weights.")
@@ -218,6 +222,8 @@ def _open(file: Path, stack: contextlib.ExitStack) -> Any:
         tensor = _first_cut_tensor(file)
         at = f"it ends before tensor {tensor} does" if tensor else "its header is damaged, so no tensor can be read"
         raise UserError(f"{file} is truncated or damaged: {at} ({error}). Copy the file again.") from error
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error}. Make it a file that you may read.") from error
 
 
 def _first_cut_tensor(file: Path) -> str | None:
@@ -226,11 +232,13 @@ def _first_cut_tensor(file: Path) -> str | None:
         size = int.from_bytes(stream.read(8), "little")
         try:
             header = json.loads(stream.read(size))
-        except (ValueError, MemoryError, OverflowError):
+            spans = sorted((v["data_offsets"][1], k) for k, v in header.items() if k != "__metadata__")
+            end = file.stat().st_size - 8 - size
+            return next((name for stop, name in spans if stop > end), None)
+        except (ValueError, MemoryError, OverflowError, RecursionError):
             return None
-    end = file.stat().st_size - 8 - size
-    spans = sorted((v["data_offsets"][1], k) for k, v in header.items() if k != "__metadata__")
-    return next((name for stop, name in spans if stop > end), None)
+        except (AttributeError, LookupError, TypeError):  # JSON, but not that of a header
+            return None
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

@@ -33,9 +33,17 @@ def describe(
         shapes = [f"{list(leaf.shape)}" for leaf in jax.tree.leaves(arguments[1])]
         with jax.set_mesh(mesh):
             memory = program.lower(*arguments).compile().memory_analysis()
-        print(
-            f"{name}: batch {' '.join(shapes)}; per device {memory.argument_size_in_bytes / GIB:.3f} GiB of arguments "
-            f"and {memory.temp_size_in_bytes / GIB:.3f} GiB of temporary memory"
+        needs = (
+            "unknown memory"
+            if memory is None
+            else (
+                f"{memory.argument_size_in_bytes / GIB:.3f} GiB of arguments and "
+                f"{memory.temp_size_in_bytes / GIB:.3f} GiB of temporary memory"
+            )
         )
+        print(f"{name}: batch {' '.join(shapes)}; per device {needs}")
+    print(
+        "What one program does not take as an argument stays on the devices beside it: state, reference, rollout copy."
+    )
     limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
     print(f"each device offers {limit / GIB:.1f} GiB" if limit else "this kind of device does not say what it offers")

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from patarm_jax.config import GRPOConfig, to_yaml
-from patarm_jax.data.pipeline import PairBatch, batches, bucket, encode_pairs
+from patarm_jax.data.pipeline import batches, bucket, encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.model.qwen3 import Params, abstract_params, forward
 from patarm_jax.model.sharding import (
@@ -45,19 +45,17 @@ from patarm_jax.recipes.run import (
 )
 from patarm_jax.rollout.judging import (
     WIDTH_MULTIPLE,
-    Request,
     Sampled,
     make_judge,
     read_judgements,
+    requests_of,
     sample_judgements,
     score_arrays,
 )
 from patarm_jax.train.metrics import Timer, progress, show_judgements, write_rollouts
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
-from patarm_jax.train.steps import completion_logprobs, grpo_loss, head_tokens_for, make_step
+from patarm_jax.train.steps import completion_logprobs, grpo_loss, head_tokens_for, make_step, map_micro_batches
 from patarm_jax.types import GRPOBatch, Prompts, UserError
-
-COMPLETION_MULTIPLE = 16  # completions are cut to buckets of this many tokens before they are learnt from
 
 
 def main(config: GRPOConfig, dry_run: bool = False) -> bool:
@@ -98,7 +96,11 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
         lambda params: jax.tree.map(lambda x: x.astype(config.model.dtype), params),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, rollout_params),
     )
-    logprobs_fn = jax.jit(lambda p, batch: completion_logprobs(two_streams, p, batch, temperature, head_tokens)[0])
+
+    def logprobs(params: Any, batch: GRPOBatch) -> jax.Array:
+        return completion_logprobs(two_streams, params, batch, temperature, head_tokens)[0]
+
+    logprobs_fn = jax.jit(map_micro_batches(logprobs, config.micro_batches))
     judge = make_judge(model.config, model.tokenizer, mesh, config.sampling, config.group_size, config.model.dtype)
     if dry_run:
         width = bucket(max(record.longest_prompt for record in records), WIDTH_MULTIPLE)
@@ -108,14 +110,16 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
             "sample": (judge.generate, (rollout_params, prompts, key)),
             "update": (step_fn, (state_shape(model, mesh, optimizer), batch)),
         }
+        if config.policy.kl_coef:
+            reference = abstract_params(model.config, mesh, dtype=config.model.dtype)
+            programs["reference log-probs"] = (logprobs_fn, (reference, replace(batch, ref_logprobs=None)))
         describe(to_yaml(config), mesh, programs, next(iterator), model.tokenizer, steps)
         return True
 
-    # Loaded, never taken from the state: a resumed run would have lost it, and the update donates those buffers.
-    ref_params = _load_reference(config, model, mesh) if config.policy.kl_coef else None
-
     # ---------------------------------------------------------------------------------------------------------- train
     run, state = begin_or_resume(config, model, records, iterator, mesh, optimizer, steps)
+    # Loaded, never taken from the state: a resumed run would have lost it, and the update donates those buffers.
+    ref_params = _load_reference(config, model, mesh) if config.policy.kl_coef else None
     run_key, step = jax.random.key(config.run.seed), run.done
     with stop_requests() as stop_asked, progress(steps, run.done) as report:
         for step in range(run.done + 1, steps + 1):
@@ -123,7 +127,9 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
             with timer.phase("sample"):
                 pairs = next(iterator)
                 key, width = jax.random.fold_in(run_key, step), bucket(pairs.longest_prompt, WIDTH_MULTIPLE)
-                sampled = sample_judgements(judge, to_rollout(state.params), _requests(pairs), key, width=width)
+                sampled = sample_judgements(
+                    judge, to_rollout(state.params), requests_of(pairs.records), key, width=width
+                )
                 jax.block_until_ready(sampled)
             with timer.phase("parse"):
                 judgements = read_judgements(judge, sampled)
@@ -131,7 +137,7 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
             with timer.phase("reward"):
                 rewards = fetch(rewards_of(scores, status, config.reward))
                 written = fetch((sampled.completions.lengths, sampled.completions.truncated))
-                longest = min(bucket(int(written[0].max()), COMPLETION_MULTIPLE), config.sampling.max_new_tokens)
+                longest = _completion_width(int(written[0].max()), config.sampling.max_new_tokens)
                 batch = assemble(sampled, jax.device_put(rewards.advantages, batch_sharding(mesh)), longest)
             with timer.phase("logprobs"), jax.set_mesh(mesh):
                 if ref_params is not None:
@@ -143,6 +149,7 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
                     state, metrics = step_fn(state, batch)
                     passes.append(metrics)
                 values = {name: float(np.mean([one[name] for one in fetch(passes)])) for name in metrics}
+                values["skipped_updates"] = float(fetch(state.skipped))
 
             values |= rollout_metrics(scores, status, rewards, *written)
             values["learning_rate"] = float(schedule(int(state.step) - 1 - int(state.skipped)))
@@ -177,15 +184,6 @@ def _load_reference(config: GRPOConfig, model: Model, mesh: Mesh) -> Params:
     return load_params(section, reference, mesh, config.run.seed, TRAIN_RULES, section.dtype)
 
 
-def _requests(pairs: PairBatch) -> list[Request]:
-    """Rows chosen 0, rejected 0, chosen 1, …; a row id names a response of the data set, whatever batch it is in."""
-    return [
-        Request(tokens, 2 * record.index + side)
-        for record in pairs.records
-        for side, tokens in enumerate(record.prompt_tokens)
-    ]
-
-
 @partial(jax.jit, static_argnums=2)
 def assemble(sampled: Sampled, advantages: jax.Array, width: int) -> GRPOBatch:
     """What was sampled, [R, …], as P pairs of two sides, [P, 2, …], no wider than the longest completion needs."""
@@ -197,6 +195,11 @@ def assemble(sampled: Sampled, advantages: jax.Array, width: int) -> GRPOBatch:
         for x in (prompts.tokens, prompts.lengths, tokens, completions.lengths, logprobs)
     )
     return GRPOBatch(prompt_tokens, prompt_lengths, tokens, lengths, logprobs, None, advantages)
+
+
+def _completion_width(longest: int, most: int) -> int:
+    """Completions are cut to an eighth, a quarter, … of the limit before they are learnt from: few compiled shapes."""
+    return min(bucket(longest, -(-most // 8)), most)
 
 
 def _abstract_batches(config: GRPOConfig, mesh: Mesh, width: int) -> tuple[Prompts, GRPOBatch]:

@@ -115,20 +115,28 @@ def start_processes(section: MeshSection) -> None:
             ) from error
 
 
-def open_folder(config: SFTConfig | GRPOConfig) -> Path:
-    """The run folder with the resolved config in it."""
-    if not config.run.folder:
+def open_folder(section: RunSection) -> Path:
+    """The run folder."""
+    if not section.folder:
         raise UsageError("run.folder is empty. Name the folder that the run is to write, such as runs/judge.")
-    folder = Path(config.run.folder).expanduser()
+    folder = Path(section.folder).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            part = folder / "config.yaml.partial"
-            part.write_text(to_yaml(config), encoding="utf-8")
-            os.replace(part, folder / "config.yaml")
     except OSError as error:
-        raise UserError(f"cannot write run.folder {folder}: {error.strerror}. Name another folder.") from error
+        raise UserError(f"cannot make run.folder {folder}: {error.strerror}. Name another folder.") from error
     return folder
+
+
+def _write_config(folder: Path, config: SFTConfig | GRPOConfig) -> None:
+    """The resolved config, complete."""
+    if jax.process_index() != 0:
+        return
+    part = folder / "config.yaml.partial"
+    try:
+        part.write_text(to_yaml(config), encoding="utf-8")
+        os.replace(part, folder / "config.yaml")
+    except OSError as error:
+        raise UserError(f"cannot write {folder / 'config.yaml'}: {error.strerror}. Free some space.") from error
 
 
 def number_of_steps(section: RunSection, records: Sequence[EncodedPair], pairs_per_step: int) -> tuple[int, int]:
@@ -163,7 +171,14 @@ def fingerprint(config: SFTConfig | GRPOConfig, model: Model, records: Sequence[
         "data": digest.hexdigest(),
         "seed": config.run.seed,
         **kept,
+        **_reference_of(config),
     }
+
+
+def _reference_of(config: SFTConfig | GRPOConfig) -> dict[str, str]:
+    if not isinstance(config, GRPOConfig) or not config.policy.kl_coef:
+        return {}
+    return {"reference": config.policy.reference or config.model.path}
 
 
 def say(message: str) -> None:
@@ -187,6 +202,8 @@ class Run:
         """A checkpoint every so many steps, at the end, and when the run is to stop."""
         if stopping or step == self.steps or step % self.section.checkpoint_every == 0:
             self.checkpoints.save(step, state, data_state)
+        else:
+            self.checkpoints.check()
 
 
 def begin_or_resume(
@@ -199,7 +216,7 @@ def begin_or_resume(
     steps: int,
 ) -> tuple[Run, TrainState]:
     """Opens the run folder; the state is the last checkpoint's, and the iterator stands where it stood then."""
-    folder = open_folder(config)
+    folder = open_folder(config.run)
     keep = config.run.keep_checkpoints
     checkpoints = open_checkpoints(folder / CHECKPOINTS, keep, fingerprint(config, model, records))
     done = 0
@@ -209,6 +226,7 @@ def begin_or_resume(
         state, data_state, done = checkpoints.restore(state_shape(model, mesh, optimizer))
         iterator.set_state(data_state)
         say(f"{folder}: {done} of {steps} steps are done")
+    _write_config(folder, config)  # not before the checkpoint has turned out to be of this run
     writer = open_metrics(
         folder,
         done,
@@ -230,11 +248,27 @@ def finish(run: Run, step: int, state: TrainState, model: Model, card: ModelCard
     if run.done >= run.steps and export.is_dir():
         say(f"{run.folder} is complete. Raise run.steps or run.epochs to train on.")
         return True
-    if jax.process_index() == 0:
-        shutil.rmtree(export, ignore_errors=True)  # of this run when it was shorter
-    write_export(export, state.params, model.config, model.tokenizer, card, dtype)
+    with _kept_until_replaced(export):  # of this run when it was shorter
+        write_export(export, state.params, model.config, model.tokenizer, card, dtype)
     say(f"done: {export}")
     return True
+
+
+@contextlib.contextmanager
+def _kept_until_replaced(folder: Path) -> Iterator[None]:
+    """Puts a folder aside while another of its name is written; it comes back when that fails."""
+    previous, first = folder.with_name(folder.name + ".previous"), jax.process_index() == 0
+    if first and folder.is_dir():
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(folder, previous)
+    try:
+        yield
+    except BaseException:
+        if first and previous.is_dir():
+            os.replace(previous, folder)
+        raise
+    if first:
+        shutil.rmtree(previous, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ signals
@@ -256,7 +290,7 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
-        say("stopping after this step; the same command goes on from there")
+        os.write(2, b"\nstopping after this step; the same command goes on from there\n")  # print is not reentrant
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from patarm_jax.config import SamplingSection
-from patarm_jax.data.pipeline import bucket
+from patarm_jax.data.pipeline import EncodedPair, bucket
 from patarm_jax.data.tokenizer import Tokenizer, decode
 from patarm_jax.judge.parse import parse_pointwise
 from patarm_jax.model.config import Qwen3Config
@@ -44,6 +44,15 @@ class Request:
 
     tokens: Sequence[int] | np.ndarray  # the encoded prompt of the judge
     row: int  # names the response: sampling keys are folded from it, so it must not depend on the batch
+
+
+def requests_of(records: Sequence[EncodedPair]) -> list[Request]:
+    """Rows chosen 0, rejected 0, chosen 1, …; a row id names a response of the data set, whatever batch it is in."""
+    return [
+        Request(tokens, 2 * record.index + side)
+        for record in records
+        for side, tokens in enumerate(record.prompt_tokens)
+    ]
 
 
 @jax.tree_util.register_dataclass

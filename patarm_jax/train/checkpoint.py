@@ -91,6 +91,11 @@ class Checkpoints:
         with _damage(self.folder / str(step)):
             return self._read(step, **{STATE: arguments})[STATE]["params"]
 
+    def check(self) -> None:
+        """Raises UserError when the save that is going on in the background has failed."""
+        with self._failures():
+            self.manager.check_for_errors()
+
     def wait(self) -> None:
         """Returns when nothing is being saved any more; raises UserError when the last save failed."""
         with self._failures():

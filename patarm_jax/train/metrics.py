@@ -25,7 +25,8 @@ import pyarrow.parquet
 import rich.console
 import rich.panel
 import rich.text
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2, summary_pb2
 from tqdm import tqdm
 
 from patarm_jax.types import Status, UserError
@@ -40,7 +41,7 @@ class MetricsWriter:
     """Where the metrics of a step go. Process 0 has all that were asked for, every other process has none."""
 
     lines: io.FileIO | None  # metrics.jsonl; unbuffered, so that a killed run loses nothing
-    tensorboard: tensorboardX.SummaryWriter | None
+    tensorboard: EventsWriter | None  # written at once, so that a full disk is noticed here
     wandb: Any  # a wandb Run, or None
 
     def write(self, step: int, metrics: Mapping[str, Scalar]) -> None:
@@ -54,8 +55,8 @@ class MetricsWriter:
             if self.lines.write(line.encode()) < len(line):  # the last bytes of a disk: the next line must not follow
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.tensorboard is not None:
-            for name, value in finite.items():
-                self.tensorboard.add_scalar(name, value, step)
+            scalars = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
+            _write_event(self.tensorboard, step, summary=summary_pb2.Summary(value=scalars))
         if self.wandb is not None:
             self.wandb.log(finite, step=step)
 
@@ -87,12 +88,24 @@ def open_metrics(
     with _writing(path):
         run_folder.mkdir(parents=True, exist_ok=True)
         _cut_off_after(path, step)
-        # Steps that will be done again are hidden from what an earlier process wrote.
-        board = (
-            tensorboardX.SummaryWriter(str(run_folder / "tensorboard"), purge_step=step + 1) if tensorboard else None
-        )
+        board = _open_tensorboard(run_folder / "tensorboard", step) if tensorboard else None
     run = _open_wandb(run_folder, wandb_project, config) if wandb_project else None
     return MetricsWriter(path.open("ab", buffering=0), board, run)
+
+
+def _open_tensorboard(folder: Path, step: int) -> EventsWriter:
+    """A new event file; steps after `step`, which will be done again, are hidden from what was written before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    board = EventsWriter(str(folder / "events"))
+    started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    _write_event(board, step + 1, session_log=started)
+    return board
+
+
+def _write_event(board: EventsWriter, step: int, **content: Any) -> None:
+    with _writing(Path(board._file_name)):
+        board.write_event(event_pb2.Event(step=step, wall_time=time.time(), **content))
+        board.flush()
 
 
 def _cut_off_after(path: Path, step: int) -> None:

@@ -203,6 +203,19 @@ def _accumulate(loss_fn: LossFn[Batch], params: Params, batch: Batch, micro_batc
     return total
 
 
+def map_micro_batches(
+    fn: Callable[[Params, Batch], jax.Array], micro_batches: int
+) -> Callable[[Params, Batch], jax.Array]:
+    """The function [B, …] → [B, …] applied to micro-batches one after another, rows back in their places."""
+
+    def mapped(params: Params, batch: Batch) -> jax.Array:
+        slices = jax.tree.map(lambda x: _interleaved(x, micro_batches), batch)
+        parts = jax.lax.map(lambda micro: fn(params, micro), slices)
+        return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
+
+    return mapped
+
+
 def _interleaved(x: jax.Array, parts: int) -> jax.Array:
     """[B, …] → [parts, B/parts, …] by taking every parts-th row, so that a batch split over devices stays in place."""
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
