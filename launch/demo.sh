@@ -4,5 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/venv.sh
-install ""
+install
 exec patarm demo "$@"

@@ -324,11 +324,15 @@ def _refuse_what_learns_nothing(config: Any, where: str) -> None:
             f"{where}group_size is 1 where reward.group_by is response; allowed is 2 or more: a judgement that is "
             "compared with itself teaches nothing. Raise group_size."
         )
-    for name, greedy in (("temperature", 0), ("top_k", 1)):
-        if getattr(config.sampling, name) == greedy:
+    sampling = config.sampling
+    for greedy, got, allowed in (
+        (sampling.temperature == 0, "temperature is 0", "above 0, such as 1"),
+        (sampling.top_k == 1, "top_k is 1", "0, for all, or 2 or more"),
+    ):
+        if greedy:
             raise UsageError(
-                f"{where}sampling.{name} is {greedy} for grpo; allowed is anything else: the judgements of a response "
-                f"would all be the same, and comparing them teaches nothing. Give another sampling.{name}."
+                f"{where}sampling.{got}; allowed for grpo is {allowed}: judgements of a response that are all the same "
+                "teach nothing when they are compared."
             )
 
 
@@ -341,12 +345,15 @@ class _Loader(yaml.SafeLoader):
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) is not line:
+            if key.value in lines:
                 raise UsageError(
                     f"{self.name}: the key {key.value} stands in line {lines[key.value]} and again in line {line}. "
                     "Keep one of them."
                 )
+            lines[key.value] = line
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:

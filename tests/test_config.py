@@ -1,11 +1,24 @@
 """The config is the whole truth: what is written is read back, and what is not known is refused."""
 
+import dataclasses
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
 
-from patarm_jax.config import GRPOConfig, JudgeConfig, SFTConfig, dotted_keys, from_mapping, load, override, to_yaml
+from patarm_jax.config import (
+    RANGES,
+    GRPOConfig,
+    JudgeConfig,
+    SFTConfig,
+    dotted_keys,
+    from_mapping,
+    load,
+    override,
+    read_yaml,
+    to_yaml,
+)
 from patarm_jax.types import UsageError, UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -54,6 +67,15 @@ REFUSED = {
     "negative": ({"optimizer": {"learning_rate": -1.0}}, "optimizer.learning_rate is -1.0; allowed is 0 or more"),
     "a share above one": ({"optimizer": {"final_fraction": 1.5}}, "optimizer.final_fraction is 1.5; allowed is 0 to 1"),
     "not a number": ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate is nan"),
+    "infinite": ({"optimizer": {"weight_decay": "inf"}}, "weight_decay is inf; allowed is 0 or more, and finite"),
+    "an integer past all floats": ({"optimizer": {"weight_decay": 10**400}}, "optimizer.weight_decay"),
+    "no rate": ({"optimizer": {"learning_rate": float("inf")}}, "learning_rate is inf; allowed is 0 or more, and fi"),
+    "no epsilon": ({"optimizer": {"epsilon": 0}}, "optimizer.epsilon is 0.0; allowed is above 0."),
+    "no norm": ({"optimizer": {"clip_norm": 0}}, "optimizer.clip_norm is 0.0; allowed is above 0."),
+    "a frozen mean": ({"optimizer": {"beta1": 1}}, "optimizer.beta1 is 1.0; allowed is 0 to below 1."),
+    "a frozen square": ({"optimizer": {"beta2": 1}}, "optimizer.beta2 is 1.0; allowed is 0 to below 1."),
+    "a negative seed": ({"run": {"seed": -1}}, "run.seed is -1; allowed is 0 to below 4294967296."),
+    "a long seed": ({"run": {"seed": 2**32}}, "run.seed is 4294967296; allowed is 0 to below 4294967296."),
 }
 
 
@@ -62,6 +84,56 @@ def test_what_cannot_be_meant_is_refused_by_name(mapping, says):
     with pytest.raises(UsageError) as error:
         from_mapping(SFTConfig, mapping, "there.yaml")
     assert str(error.value).startswith("there.yaml: ") and says in str(error.value)
+
+
+def test_the_ends_of_a_range_are_where_it_says():
+    optimizer = {"beta1": 0, "beta2": 0.999999, "epsilon": 1e-30, "clip_norm": 1e9, "learning_rate": 0}
+    config = from_mapping(GRPOConfig, {"optimizer": optimizer, "run": {"seed": 2**32 - 1}}, "there")
+    assert (config.optimizer.beta1, config.run.seed) == (0.0, 2**32 - 1)
+    assert override(JudgeConfig(), ["--sampling.top_p", "1", "--sampling.temperature", "0"]).sampling.top_p == 1
+    for value, says in (
+        ("0", "top_p is 0.0; allowed is above 0 up to 1."),
+        ("nan", "top_p is nan; allowed is above 0"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            override(JudgeConfig(), ["--sampling.top_p", value])
+    with pytest.raises(UsageError, match=r"temperature is inf; allowed is 0 or more, and finite"):
+        override(JudgeConfig(), ["--sampling.temperature", "inf"])
+
+
+@pytest.mark.parametrize("cls", [SFTConfig, GRPOConfig, JudgeConfig])
+def test_every_number_has_a_range(cls):
+    def numbers(cls):
+        for name, kind in get_type_hints(cls).items():
+            if dataclasses.is_dataclass(kind):
+                yield from numbers(kind)
+            elif kind in (int, float):
+                yield name
+
+    assert set(numbers(cls)) <= RANGES.keys()
+
+
+@pytest.mark.parametrize(
+    ("mapping", "says"),
+    [
+        ({"group_size": 1}, "group_size is 1 where reward.group_by is response; allowed is 2 or more"),
+        ({"sampling": {"temperature": 0}}, "sampling.temperature is 0; allowed for grpo is above 0"),
+        ({"sampling": {"top_k": 1}}, "sampling.top_k is 1; allowed for grpo is 0, for all, or 2 or more"),
+    ],
+)
+def test_a_grpo_run_that_could_learn_nothing_is_refused(mapping, says):
+    with pytest.raises(UsageError) as error:
+        from_mapping(GRPOConfig, mapping, "there.yaml")
+    assert str(error.value).startswith(f"there.yaml: {says}")
+    [(key, value)] = mapping.items()
+    key, value = (f"{key}.{next(iter(value))}", next(iter(value.values()))) if isinstance(value, dict) else (key, value)
+    with pytest.raises(UsageError) as error:
+        override(GRPOConfig(), [f"--{key}", str(value)])
+    assert str(error.value).startswith(says)
+
+
+def test_one_judgement_of_each_response_is_a_group_where_the_pair_is():
+    assert from_mapping(GRPOConfig, {"group_size": 1, "reward": {"group_by": "pair"}}, "there").group_size == 1
 
 
 def test_overrides_are_refused_by_name():
@@ -82,6 +154,33 @@ def test_what_is_no_mapping_is_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UserError, match=r"c\.yaml"):
         load(SFTConfig, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("run: {seed: 1}\nmodel: {}\nrun: {seed: 2}", "the key run stands in line 1 and again in line 3. Keep one"),
+        ("run: {seed: 1, seed: 1}", "the key seed stands in line 1 and again in line 1. Keep one"),
+        ("run:\n  folder: 2024-99-99", "c.yaml:2: 2024-99-99 cannot be read: month must be in 1..12. Put it in quotes"),
+        ("run: {seed: " + "9" * 5000 + "}", "c.yaml:1: 9999"),
+        ("run: !!timestamp soon", "c.yaml:1: soon cannot be read"),
+        ("[" * 100_000, "c.yaml is nested too deeply"),
+        ("a: [", "c.yaml is not YAML"),
+    ],
+)
+def test_what_yaml_lets_pass_or_trips_over_is_one_sentence(tmp_path, text, says):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as error:
+        read_yaml(path)
+    assert says in str(error.value) and str(path) in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_key_may_overrule_what_is_merged(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("a: {b: &b {x: 1, y: 1}}\nc: &c {<<: *b, x: 2}\nd: {<<: *c, x: 3}")
+    assert read_yaml(path)["d"] == {"x": 3, "y": 1}
 
 
 def test_dotted_keys_name_every_setting():

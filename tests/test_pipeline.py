@@ -1,7 +1,6 @@
 """Pairs become batches: nothing lost uncounted, any number of processes the same, any resume the same."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from patarm_jax.data.pipeline import (
     batches_per_epoch,
     bucket,
     encode_pairs,
-    prompt_batch,
     sft_batch,
 )
 from patarm_jax.data.sft import JudgedPreference, template_judgement
@@ -194,18 +192,6 @@ def test_few_buckets():
     assert sorted({bucket(length, 8) for length in range(1, 129)}) == [8, 16, 24, 32, 48, 64, 96, 128]
 
 
-def test_a_prompt_batch_by_hand():
-    short, long = (replace(record(index), index=index) for index in (0, 3))
-    got = prompt_batch(PairBatch((long, short), longest_prompt=9, longest_sequence=11), pad_id=-1, multiple=4)
-    assert got.lengths.tolist() == [[4, 5], [1, 2]]
-    assert got.rows.tolist() == [[6, 7], [0, 1]]
-    assert got.tokens.tolist() == [
-        [[0, 1, 2, 3] + [-1] * 8, [0, 1, 2, 3, 4] + [-1] * 7],
-        [[0] + [-1] * 11, [0, 1] + [-1] * 10],
-    ]
-    assert {array.dtype for array in (got.tokens, got.lengths, got.rows)} == {np.dtype("int32")}
-
-
 def test_an_sft_batch_is_prompt_and_judgement_and_padding(tiny):
     given = [judged(number) for number in range(3)]
     records, _ = encode_pairs(tiny, given, "adaptive", ROOMY)
@@ -222,13 +208,10 @@ def test_an_sft_batch_is_prompt_and_judgement_and_padding(tiny):
 
 
 def test_the_length_is_the_global_batchs_though_this_part_is_short():
-    part = PairBatch((record(0),), longest_prompt=40, longest_sequence=70)
-    assert prompt_batch(part, 0, 8).tokens.shape == (1, 2, 48)
+    part = PairBatch((record(0),), ids=("0",), longest_prompt=40, longest_sequence=70)
     assert sft_batch(part, 0, 8).tokens.shape == (2, 96)
 
 
 def test_processes_pad_alike():
     for batch, part in zip(batches(RECORDS, 8, 2, 0), batches(RECORDS, 8, 2, 0, 1, 4), strict=True):
         assert np.array_equal(sft_batch(batch, 0, 2).tokens[4:8], sft_batch(part, 0, 2).tokens)
-        assert np.array_equal(prompt_batch(batch, 0, 2).tokens[2:4], prompt_batch(part, 0, 2).tokens)
-        assert np.array_equal(prompt_batch(batch, 0, 2).rows[2:4], prompt_batch(part, 0, 2).rows)

@@ -221,6 +221,8 @@ DROPPED = [
     (EXPLICIT | {"prompt": "Else?", "chosen": [USER, BLUE], "rejected": [USER, GREEN]}, p.OTHER_PROMPT),
     (EXPLICIT | {"domain": "poetry"}, p.UNKNOWN_DOMAIN),
     (EXPLICIT | {"chosen": " \ud83d"}, p.NOT_UNICODE),
+    (EXPLICIT | {"id": "a\ud83d"}, p.NOT_UNICODE),
+    (EXPLICIT | {"source": "a\ud83d"}, p.NOT_UNICODE),
 ]
 
 
@@ -261,6 +263,8 @@ def test_nothing_left_is_an_error_with_the_counts(tmp_path):
         ('{"chosen": [{"role": "user", "content": [{"type": "image"}]}], "rejected": ""}\n', ["x.jsonl:2", "image"]),
         ('{"chosen": [{"role": "a b", "content": ""}], "rejected": ""}\n', ["x.jsonl:2", "a b"]),
         ('{"prompt": "a", "chosen": "a", "rejected": []}\n', ["x.jsonl:2", "is text, the other messages"]),
+        ("[" * 100_000 + "\n", ["x.jsonl:2 is nested too deeply", "list of messages"]),
+        ('{"chosen": "a", "rejected": ' + "9" * 5000 + "}\n", ["x.jsonl:2", "too many digits", "as text"]),
         ('{"chosen": "a", "rejected": "ab", "source": 1}\n', ["x.jsonl:2", "source is of type int", "data.columns"]),
     ],
 )  # fmt: skip
@@ -272,6 +276,13 @@ def test_a_bad_line_is_named_with_what_was_got_and_what_to_do(tmp_path, content,
     assert all(word in message for word in words), message
 
 
+def test_no_depth_of_nesting_is_a_traceback(tmp_path):
+    section = write(tmp_path, [EXPLICIT])
+    for depth in range(800, 1000):  # somewhere here json's reader gives up; what it still reads, the error must show
+        (tmp_path / "x.jsonl").write_text('{"chosen": [' + "[" * depth + "]" * depth + '], "rejected": "a"}')
+        assert "list of messages" in refusal(section) or "nothing but text" in refusal(section)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -281,6 +292,8 @@ def test_a_bad_line_is_named_with_what_was_got_and_what_to_do(tmp_path, content,
         ("x.json", "[]", ["x.json is empty"]),
         ("x.json", "[\n{,}]", ["x.json:2 is not JSON", "Mend it"]),
         ("x.json", "{}\n{}\n", ["x.json:2 is not JSON", "name it .jsonl"]),
+        ("x.json", '[{"chosen":' * 100_000, ["x.json is nested too deeply", "list of messages"]),
+        ("x.json", "[" + "9" * 5000 + "]", ["x.json holds a number of too many digits", "as text"]),
         ("x.json", "3", ["x.json holds int", "a list of rows"]),
         ("x.json", '{"a": [], "b": []}', ["x.json holds an object with 2 lists", "one list of rows"]),
         ("x.json", '[{"chosen": "a", "rejected": "ab"}, 3]', ["x.json, row 2 holds int"]),

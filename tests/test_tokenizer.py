@@ -151,12 +151,46 @@ def test_a_control_token_across_the_border_of_trust_is_none(tiny, monkeypatch):
         (inside + 4, inside + 6),
         (inside, inside + 10),
     ]:
-        monkeypatch.setattr(tokenizer_module, "untrusted_spans", lambda _, span=(start, end): [span])
+        spans = {text: [(start, end)], "<|im_end|>": [(start - inside, end - inside)]}
+        monkeypatch.setattr(tokenizer_module, "untrusted_spans", lambda given, spans=spans: spans.get(given, []))
         ids = encode_chat(tiny, [{"role": "user", "content": "<|im_end|>"}])
         assert control_ids(tiny, ids) == [
             tiny.control_tokens[t] for t in ("<|im_start|>", "<|im_end|>", "<|im_start|>")
         ]
         assert decode(tiny, ids) == text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "message.content.split() | join(' ')",  # no section is found
+        "message.content | replace('\n\n<response>', '\n<response>')",  # one is not found
+        "message.content | replace('end', 'END')",  # found, and not what was judged
+        "message.content + message.content",  # found once, and written twice
+    ],
+)
+def test_a_template_that_hides_judged_text_is_refused(tiny_folder, tmp_path, content):
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    template = (tmp_path / "chat_template.jinja").read_text()
+    assert "message.content" in template
+    (tmp_path / "chat_template.jinja").write_text(template.replace("message.content", f"({content})"))
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="changes the text of its messages") as error:
+        encode_chat(tokenizer, pointwise("a", "b <|im_end|>", "chat"))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_template_that_raises_is_one_sentence(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    template = (tmp_path / "chat_template.jinja").read_text()
+    refuse = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no\ntools') }}{% endif %}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(refuse + template)
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(UserError) as error:
+        encode_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}])
+    message = str(error.value)
+    assert "does not render a conversation of the roles user, tool: no tools. Mend its chat_template.jinja" in message
+    assert str(tmp_path) in message and "\n" not in message
 
 
 def test_normalisation_makes_no_control_token_of_judged_text(tiny_folder, tmp_path):
@@ -288,6 +322,23 @@ def test_where_the_end_tokens_come_from(tiny, tiny_folder, tmp_path, generation,
     assert load_tokenizer(tmp_path).stop_ids == tuple(tiny.control_tokens[name] for name in expected)
 
 
+TEMPLATES = {
+    "template syntax": "{% for message in messages %}",
+    "template filter": "{{ messages | nonsense }}",
+    "template type": "{{ messages + 1 }}",
+    "template roles": "{{ raise_exception('System role not supported') }}",
+}
+GENERATION_CONFIGS = {
+    "generation": b"{",
+    "generation encoding": b'{"a": "\xff"}',
+    "generation list": b"[1]",
+    "generation nest": b"[" * 100_000,
+    "generation text": b'{"eos_token_id": "<|im_end|>"}',
+    "generation texts": b'{"eos_token_id": [[1]]}',
+    "generation bool": b'{"eos_token_id": true}',
+}
+
+
 def _break(name):
     """Ways to spoil a tokenizer folder."""
 
@@ -301,8 +352,10 @@ def _break(name):
             (folder / "chat_template.jinja").unlink()
         elif name == "json":
             (folder / "tokenizer.json").write_text("{")
-        elif name == "generation":
-            (folder / "generation_config.json").write_text("{")
+        elif name in TEMPLATES:
+            (folder / "chat_template.jinja").write_text(TEMPLATES[name])
+        elif name in GENERATION_CONFIGS:
+            (folder / "generation_config.json").write_bytes(GENERATION_CONFIGS[name])
         elif name == "words":
             state["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
             (folder / "tokenizer.json").write_text(json.dumps(state))
@@ -320,7 +373,17 @@ def _break(name):
         ("tokenizer", ["no tokenizer.json", "hf download"]),
         ("template", ["no chat template", "chat_template.jinja"]),
         ("json", ["cannot read the tokenizer", "hf download"]),
-        ("generation", ["generation_config.json is not JSON", "Take the file"]),
+        ("template syntax", ["chat template", "does not render", "chat_template.jinja"]),
+        ("template filter", ["chat template", "does not render", "nonsense"]),
+        ("template type", ["chat template", "does not render", "chat_template.jinja"]),
+        ("template roles", ["does not render", "system, user: System role not supported. Mend"]),
+        ("generation", ["generation_config.json is not valid JSON", "Copy the file again"]),
+        ("generation encoding", ["generation_config.json is not valid JSON", "Copy the file again"]),
+        ("generation list", ["generation_config.json is a JSON list, not an object", "Copy the file again"]),
+        ("generation nest", ["generation_config.json is not valid JSON", "Copy the file again"]),
+        ("generation text", ["eos_token_id is '<|im_end|>'; allowed is a token's number", "Copy the file again"]),
+        ("generation texts", ["eos_token_id is [[1]]; allowed is a token's number", "Copy the file again"]),
+        ("generation bool", ["eos_token_id is True; allowed is a token's number", "Copy the file again"]),
         ("words", ["WordLevel", "byte-level BPE is needed"]),
         ("strip", ["<|endoftext|>", "depends on the text around it", "to false"]),
     ],

@@ -325,16 +325,38 @@ def test_a_quantised_tensor(broken):
 
 
 def test_no_weights_no_config_no_index(broken, tmp_path):
-    (broken / weights.INDEX).write_text("[]")
-    refused(broken, weights.INDEX, "is not a safetensors index")
+    for content in ("[]", "{", "[" * 100_000):
+        (broken / weights.INDEX).write_text(content)
+        refused(broken, weights.INDEX, "JSON", "Copy the file again")
+    for weight_map in ([1], None, 3, {EMBEDDING: 3}, {EMBEDDING: ["a"]}):
+        (broken / weights.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        refused(broken, f"{weights.INDEX} is not a safetensors index: its weight_map is", "Copy the file again")
     (broken / weights.INDEX).unlink()
     refused(broken, f"{broken} holds neither model.safetensors nor model.safetensors.index.json")
     (broken / "config.json").write_text("[]")
     refused(broken, "config.json is a JSON list, not an object")
-    (broken / "config.json").write_text("{")
-    refused(broken, "config.json is not valid JSON")
+    for content in (b"{", b'{"model_type": "\xff"}', b"[" * 100_000, b'{"vocab_size": ' + b"9" * 5000 + b"}"):
+        (broken / "config.json").write_bytes(content)
+        refused(broken, "config.json is not valid JSON", "Copy the file again")
     (broken / "config.json").unlink()
     refused(broken, f"{broken} holds no config.json")
+    (broken / "config.json").mkdir()
+    refused(broken, f"cannot read {broken / 'config.json'}: Is a directory")
+
+
+def test_a_weight_file_that_may_not_be_read(broken, monkeypatch):
+    def forbidden(file, _):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(safetensors, "safe_open", forbidden)
+    refused(broken, "cannot read", "Permission denied", "Make it a file that you may read")
+
+
+@pytest.mark.parametrize("header", [b"[1]", b'{"a": 1}', b'{"a": {"data_offsets": 1}}', b"[" * 100_000])
+def test_a_header_that_is_json_and_nothing_more(broken, header):
+    shard = json.loads((broken / weights.INDEX).read_text())["weight_map"][EMBEDDING]
+    (broken / shard).write_bytes(len(header).to_bytes(8, "little") + header)
+    refused(broken, shard, "header is damaged")
 
 
 def test_a_tied_model_may_carry_its_head(tmp_path):
@@ -468,6 +490,8 @@ def test_what_transformers_writes_today_is_read(tmp_path):
             "is 1000000 and, in rope_parameters, 10000.0",
         ),
         ({"rope_parameters": "default"}, "rope_parameters is 'default'; supported is a mapping"),
+        ({"layer_types": 3}, "layer_types is 3; supported is a list of 'full_attention'"),
+        ({"layer_types": ["full_attention", [1]]}, "layer_types holds ['[1]', 'full_attention']; supported is"),
         ({"rope_theta": None}, "missing keys: rope_theta"),
         ({"head_dim": None}, "missing keys: head_dim"),
         ({"num_hidden_layers": "36"}, "Expected `int`, got `str` for num_hidden_layers"),

@@ -8,20 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-THINKING = ("<think>", "</think>")
-
-# ChatML as Qwen3 writes it, with the branch that matters: without thinking, the template closes it at once.
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}"""
+from patarm_jax.demo.tokenizer import CHAT_TEMPLATE, SPECIAL, THINKING
 
 CORPUS = (
     "<task> <rubrics> <prompt> <response> <generate_rubrics> <eval> <answer> </answer> </eval> </generate_rubrics>",

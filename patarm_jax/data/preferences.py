@@ -6,7 +6,6 @@ meant but not learnt from (an empty response, two identical ones) is dropped, co
 """
 
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -311,5 +310,5 @@ def _kind(value: Any) -> str:
 
 
 def _shortened(value: Any) -> str:
-    text = reprlib.repr(value)  # which does not follow deep nests to their end
+    text = repr(value)
     return text if len(text) <= 80 else text[:79] + "…"

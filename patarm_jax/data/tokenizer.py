@@ -104,14 +104,18 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     `apply_chat_template(messages, tokenize=True, add_generation_prompt=True, enable_thinking=True)`.
     """
     text = _render(tokenizer.fast, messages)
-    if _judged(text) != [part for message in messages for part in _judged(message["content"])]:
-        # What is not found again would pass for trusted, control tokens and all.
+    spans = untrusted_spans(text)
+    shown = [text[start:end] for start, end in spans]
+    meant = [
+        message["content"][start:end] for message in messages for start, end in untrusted_spans(message["content"])
+    ]
+    # What is not found, or stands there a second time, would pass for trusted, control tokens and all.
+    if shown != meant or (spans and untrusted_spans(text[spans[-1][1] :])):
         raise UserError(
             f"the chat template in {tokenizer.fast.name_or_path} changes the text of its messages, so that judged "
             "text cannot be told from trusted. Take a template that writes each message as it is, and once."
         )
-    trusted = _complement(untrusted_spans(text), len(text))
-    return _encode(tokenizer.plain, text, trusted, tokenizer.control_tokens)
+    return _encode(tokenizer.plain, text, _complement(spans, len(text)), tokenizer.control_tokens)
 
 
 def encode_judgement(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -142,10 +146,6 @@ def _render(fast: PreTrainedTokenizerFast, messages: Sequence[Message]) -> str:
             "or take the template of an instruction-tuned model."
         ) from error
     return str(text)
-
-
-def _judged(text: str) -> list[str]:
-    return [text[start:end] for start, end in untrusted_spans(text)]
 
 
 def _encode(

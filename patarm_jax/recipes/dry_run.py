@@ -42,8 +42,6 @@ def describe(
             )
         )
         print(f"{name}: batch {' '.join(shapes)}; per device {needs}")
-    print(
-        "What one program does not take as an argument stays on the devices beside it: state, reference, rollout copy."
-    )
+    print("beside a program, what it takes no part in stays on the devices: state, reference, the rollout copy")
     limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
     print(f"each device offers {limit / GIB:.1f} GiB" if limit else "this kind of device does not say what it offers")

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import jax.numpy as jnp
-import yaml
 
-from patarm_jax.config import GRPOConfig, MeshSection, SFTConfig, load
+from patarm_jax.config import GRPOConfig, MeshSection, SFTConfig, load, read_yaml
 from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.recipes.export import ModelCardFacts, write_export
@@ -42,5 +41,4 @@ def _run_and_step(path: Path) -> tuple[Path, int | None]:
 
 
 def _config(path: Path) -> SFTConfig | GRPOConfig:
-    recipe = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("recipe")
-    return load(GRPOConfig, path) if recipe == "grpo" else load(SFTConfig, path)
+    return load(GRPOConfig, path) if read_yaml(path).get("recipe") == "grpo" else load(SFTConfig, path)
