@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from patarm_jax.types import UsageError, UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; 0 done, 1 failed, 2 wrong use."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
     try:
         options, rest = _parser().parse_known_args(arguments)
         return options.run(options, rest)
