@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from patarm_jax.config import GRPOConfig, to_yaml
+from patarm_jax.config import GRPOConfig, ModelSection, to_yaml
 from patarm_jax.data.pipeline import batches, bucket, encode_pairs
 from patarm_jax.data.preferences import read_preferences
-from patarm_jax.model.qwen3 import Params, abstract_params, forward
+from patarm_jax.model.qwen3 import abstract_params, forward
 from patarm_jax.model.sharding import (
     REPLICATED_RULES,
     ROLLOUT_RULES,
@@ -66,6 +66,7 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
 
     # ------------------------------------------------------------------------------------------------ model and data
     model = open_model(config.model.path)
+    ref_section, reference = _open_reference(config, model)
     preferences, read = read_preferences(config.data)
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
     say(f"{config.data.path}: {read}. Encoded: {encoded}.")
@@ -111,15 +112,17 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
             "update": (step_fn, (state_shape(model, mesh, optimizer), batch)),
         }
         if config.policy.kl_coef:
-            reference = abstract_params(model.config, mesh, dtype=config.model.dtype)
-            programs["reference log-probs"] = (logprobs_fn, (reference, replace(batch, ref_logprobs=None)))
+            frozen = abstract_params(model.config, mesh, dtype=config.model.dtype)
+            programs["reference log-probs"] = (logprobs_fn, (frozen, replace(batch, ref_logprobs=None)))
         describe(to_yaml(config), mesh, programs, next(iterator), model.tokenizer, steps)
         return True
 
     # ---------------------------------------------------------------------------------------------------------- train
     run, state = begin_or_resume(config, model, records, iterator, mesh, optimizer, steps)
     # Loaded, never taken from the state: a resumed run would have lost it, and the update donates those buffers.
-    ref_params = _load_reference(config, model, mesh) if config.policy.kl_coef else None
+    ref_params = None
+    if config.policy.kl_coef:
+        ref_params = load_params(ref_section, reference, mesh, config.run.seed, TRAIN_RULES, config.model.dtype)
     run_key, step = jax.random.key(config.run.seed), run.done
     with stop_requests() as stop_asked, progress(steps, run.done) as report:
         for step in range(run.done + 1, steps + 1):
@@ -170,18 +173,18 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     return finish(run, step, state, model, card, config.model.dtype)
 
 
-def _load_reference(config: GRPOConfig, model: Model, mesh: Mesh) -> Params:
-    """The frozen weights that the policy is held to, in the dtype of the computation."""
-    section = config.model
-    if config.policy.reference:
-        section = replace(section, path=config.policy.reference, weights="load")
+def _open_reference(config: GRPOConfig, model: Model) -> tuple[ModelSection, Model]:
+    """The model that the policy is held to: the one training starts from, unless another is named."""
+    if not config.policy.reference or not config.policy.kl_coef:
+        return config.model, model
+    section = replace(config.model, path=config.policy.reference, weights="load")
     reference = open_model(section.path)
     if reference.config != model.config or reference.tokenizer.control_tokens != model.tokenizer.control_tokens:
         raise UserError(
             f"policy.reference {section.path} is another network than model.path {model.folder}, or has other tokens. "
             "Give the model that training starts from, or leave policy.reference empty."
         )
-    return load_params(section, reference, mesh, config.run.seed, TRAIN_RULES, section.dtype)
+    return section, reference
 
 
 @partial(jax.jit, static_argnums=2)
