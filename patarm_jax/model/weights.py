@@ -76,7 +76,7 @@ def _table(config: Qwen3Config) -> list[_Entry]:
 
 
 def load(
-    folder: Path, mesh: Mesh | None = None, rules: Rules = TRAIN_RULES, dtype: Any = jnp.float32
+    folder: Path | str, mesh: Mesh | None = None, rules: Rules = TRAIN_RULES, dtype: Any = jnp.float32
 ) -> tuple[Params, Qwen3Config]:
     """Parameters and config of a Hugging Face Qwen3 folder, in one file or in shards.
 
@@ -90,6 +90,7 @@ def load(
         UserError: naming file and tensor, when a file is missing or cut short, a tensor is missing, unknown or of
             another shape than config.json says.
     """
+    folder = Path(folder)
     config = read_config(folder)
     abstract = abstract_params(config, mesh, rules, dtype)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -267,7 +268,7 @@ class _HFTensor:
 def save(
     params: Params,
     config: Qwen3Config,
-    folder: Path,
+    folder: Path | str,
     *,
     dtype: str = "bfloat16",
     stop_ids: tuple[int, ...] = (),
@@ -317,7 +318,7 @@ def _write_shard(file: Path, tensors: list[_HFTensor]) -> None:
 
 
 @contextlib.contextmanager
-def appearing_whole(folder: Path) -> Iterator[Path]:
+def appearing_whole(folder: Path | str) -> Iterator[Path]:
     """Yields a folder to fill, which becomes `folder` when the block ends and vanishes when it fails.
 
     All processes must enter it; the first one makes the folder, and it alone may write there.
@@ -325,7 +326,7 @@ def appearing_whole(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: when `folder` is not empty, or the disk is full.
     """
-    folder = folder.resolve()
+    folder = Path(folder).resolve()
     part, first = folder.with_name(folder.name + ".partial"), jax.process_index() == 0
     occupied = first and folder.is_dir() and any(folder.iterdir())
     if multihost_utils.broadcast_one_to_all(np.int32(occupied)):
