@@ -30,9 +30,9 @@ def folder(real_inputs, tmp_path_factory):
     return root
 
 
-def patarm(*arguments):
-    """What a patarm with one CPU device says; it must succeed."""
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}
+def patarm(*arguments, flags=""):
+    """What a patarm, with one CPU device unless said otherwise, says; it must succeed."""
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "patarm_jax", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -91,3 +91,19 @@ def test_every_verb_on_real_input(folder, real_inputs):
         [{"role": "user", "content": "Hello"}], add_generation_prompt=True, tokenize=False
     )
     assert prompt == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "devices"), [("sft", 8), ("grpo", 16)])
+def test_the_8b_config_compiles_on_its_mesh(folder, real_inputs, recipe, devices):
+    """`--dry-run` compiles every program of a run at full size, for as many devices as the config asks for."""
+    eight = folder / "Qwen3-8B"
+    if not eight.exists():
+        shutil.copytree(folder / "model", eight)
+        published = json.loads((real_inputs / "qwen3_tokenizer" / "Qwen3-4B.config.json").read_text())
+        sizes = {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+        (eight / "config.json").write_text(json.dumps(published | sizes))
+    config = Path(__file__).parents[1] / "configs" / f"qwen3_8b_{recipe}.yaml"
+    settings = ["--model.path", eight, "--data.path", real_inputs / "preferences.jsonl", "--data.domain", "chat"]
+    settings += ["--data.missing_judgements", "template", "--dry-run"]
+    patarm(recipe, config, *settings, flags=f"--xla_force_host_platform_device_count={devices}")
