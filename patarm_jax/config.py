@@ -107,6 +107,9 @@ class SamplingSection:
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     max_new_tokens: int = 1024
+    # Completions written at a time, over all devices; those that wait take the places of those that end; 0: all at
+    # once. Never changes what is drawn; fewer need less memory, and waste less where lengths differ.
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,8 @@ class SFTConfig:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     run: RunSection = field(default_factory=RunSection)
     rubrics: RubricMode = "adaptive"
-    pairs_per_step: int = 32  # each gives two rows, the chosen's judgement and the rejected's
+    pairs_per_step: int = 32  # each gives two sequences, the chosen's judgement and the rejected's
+    packing: bool = True  # short sequences share a row; never changes the result
     micro_batches: int = 1  # slices summed inside one update; never changes the result
 
 
@@ -211,7 +215,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("pairs_per_step", "group_size", "micro_batches", "votes", "pairs_per_batch"), Range(1)),
     **dict.fromkeys(("max_prompt_tokens", "max_completion_tokens", "max_new_tokens"), Range(1)),
     **dict.fromkeys(("epochs", "checkpoint_every", "keep_checkpoints", "updates_per_rollout"), Range(1)),
-    **dict.fromkeys(("steps", "show_every", "warmup_steps", "top_k", "processes", "temperature"), Range(0)),
+    **dict.fromkeys(("steps", "show_every", "warmup_steps", "top_k", "rows", "processes", "temperature"), Range(0)),
     **dict.fromkeys(("learning_rate", "weight_decay", "clip_high", "kl_coef"), Range(0)),
     **dict.fromkeys(("epsilon", "clip_norm"), Range(0, open_low=True)),
     **dict.fromkeys(("final_fraction", "clip_low"), Range(0, 1)),

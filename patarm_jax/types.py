@@ -3,7 +3,7 @@
 Nothing here computes. Array fields carry their shape; the axis letters are
 
     P preference pairs · 2 sides (0 chosen, 1 rejected) · G rollouts per response · R = 2·P responses
-    B rows · T tokens · Tp prompt tokens · Tc completion tokens
+    B rows · T tokens · M predicted tokens · Tp prompt tokens · Tc completion tokens
 """
 
 from dataclasses import dataclass
@@ -97,12 +97,27 @@ class Completions:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Seats:
+    """Which prompt a row that is being written reads: each of r prompts has G seats, and a row sits on one of them.
+
+    Rows and prompts lie on W devices that share the batch; a row sits with a prompt of its own device.
+    """
+
+    seat: jax.Array  # [W, b] int32, prompt·G + rollout, counted within the device
+    row: jax.Array  # [W, r·G] int32, who sits there, counted within the device; b: nobody
+    age: jax.Array  # [W, b] int32, tokens the row has written before
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class SFTBatch:
-    """Whole sequences, prompt and judgement in one stream, right-padded."""
+    """Prompts with their judgements, one sequence or several behind one another in a row, right-padded."""
 
     tokens: jax.Array  # [B, T] int32
-    lengths: jax.Array  # [B] int32
-    prompt_lengths: jax.Array  # [B] int32; the loss is on tokens[prompt_length : length]
+    starts: jax.Array  # [B, T] int32, where in its row the sequence of a token begins
+    read: jax.Array  # [B, M] int32, the places of the tokens whose states predict a judgement's token
+    targets: jax.Array  # [B, M] int32, the tokens they predict: those of all judgements in the row, end tokens included
+    counts: jax.Array  # [B] int32, how many of the M are there
 
 
 @jax.tree_util.register_dataclass

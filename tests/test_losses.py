@@ -1,11 +1,21 @@
 """Losses against the formulas written out in NumPy, and the vocabulary that is never whole."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from patarm_jax.train.losses import clipped_policy_loss, kl_k3, mask_from_lengths, masked_mean, token_logprobs
+from patarm_jax.train import losses
+from patarm_jax.train.losses import (
+    clipped_policy_loss,
+    kl_k3,
+    mask_from_lengths,
+    sum_over_tokens,
+    token_logprobs,
+    token_weights,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -17,72 +27,117 @@ def plain_logprobs(hidden, head, targets, temperature):
     return taken, -(np.exp(log_softmax) * log_softmax).sum(-1)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5, 13, 100])
+def case(rows=4, length=13, vocab=29, width=8):
+    hidden = RNG.normal(size=(rows, length, width)).astype(np.float32)
+    head = RNG.normal(size=(vocab, width)).astype(np.float32)
+    return hidden, head, RNG.integers(0, vocab, (rows, length))
+
+
+@pytest.fixture(params=[1, 5, 52, 512])
+def chunk(request, monkeypatch):
+    """So many tokens at a time; the last chunk is seldom full."""
+    monkeypatch.setattr(losses, "HEAD_TOKENS", request.param)
+
+
+@pytest.mark.parametrize("ways", [1, 2, 4])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_chunked_logprobs_equal_the_formula(chunk, temperature):
-    hidden, head = RNG.normal(size=(3, 13, 8)).astype(np.float32), RNG.normal(size=(29, 8)).astype(np.float32)
-    targets = RNG.integers(0, 29, (3, 13))
-    got = token_logprobs(hidden, head, targets, temperature=temperature, chunk=chunk)
+def test_chunked_logprobs_equal_the_formula(chunk, ways, temperature):
+    hidden, head, targets = case()
+    got = token_logprobs(hidden, head, targets, temperature=temperature, ways=ways)
     for ours, plain in zip(got, plain_logprobs(hidden, head, targets, temperature), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 
 
-def test_chunked_gradient_equals_unchunked():
-    hidden, head = RNG.normal(size=(2, 12, 8)).astype(np.float32), RNG.normal(size=(29, 8)).astype(np.float32)
-    targets = RNG.integers(0, 29, (2, 12))
-
-    def total(chunk):
-        return jax.grad(lambda h, w: jnp.sin(token_logprobs(h, w, targets, chunk=chunk)[0]).sum(), argnums=(0, 1))
-
-    for ours, whole in zip(total(5)(hidden, head), total(12)(hidden, head), strict=True):
-        np.testing.assert_allclose(ours, whole, atol=1e-5)
+def wave(logprobs, entropy, weight):
+    """Neither linear in the log-probs nor the same for all tokens."""
+    return (jnp.sin(logprobs) * weight).sum(), {"entropy": (entropy * weight).sum(), "tokens": weight.sum()}
 
 
-def test_no_gradient_flows_through_the_entropy():
-    hidden, head = RNG.normal(size=(2, 4, 8)).astype(np.float32), RNG.normal(size=(9, 8)).astype(np.float32)
-    gradient = jax.grad(lambda h: token_logprobs(h, head, np.zeros((2, 4), int), chunk=2)[1].sum())(hidden)
+def unchunked(hidden, head, targets, weight, temperature):
+    z = jnp.einsum("btd,vd->btv", hidden, head) / temperature
+    log_softmax = jax.nn.log_softmax(z)
+    taken = jnp.take_along_axis(log_softmax, targets[..., None], -1)[..., 0]
+    return wave(taken, -(jnp.exp(log_softmax) * log_softmax).sum(-1), weight)
+
+
+@pytest.mark.parametrize("ways", [1, 2, 4])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sums_and_their_gradients_equal_the_unchunked(chunk, ways, temperature):
+    hidden, head, targets = case()
+    weight = RNG.normal(size=targets.shape).astype(np.float32)
+    ours = partial(sum_over_tokens, wave, temperature, ways)
+    plain = partial(unchunked, temperature=temperature)
+    expected, expected_sums = plain(hidden, head, targets, weight)
+    for got, sums in (ours(hidden, head, targets, weight), jax.jit(ours)(hidden, head, targets, weight)):
+        assert float(got) == pytest.approx(float(expected), rel=1e-5)
+        assert {k: float(v) for k, v in sums.items()} == {
+            k: pytest.approx(float(v), rel=1e-4, abs=1e-4) for k, v in expected_sums.items()
+        }
+
+    def gradient(function):  # of more than the sum alone, so that it is not 1 that comes back
+        return jax.jit(jax.grad(lambda h, w: 3.0 * function(h, w, targets, weight)[0] ** 2, argnums=(0, 1)))(
+            hidden, head
+        )
+
+    for mine, theirs in zip(gradient(ours), gradient(plain), strict=True):
+        assert np.abs(mine - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
+def test_no_gradient_flows_through_what_is_reported():
+    hidden, head, targets = case()
+    ones = np.ones(targets.shape, np.float32)
+    gradient = jax.grad(lambda h: sum_over_tokens(wave, 1.0, 1, h, head, targets, ones)[1]["entropy"])(hidden)
     assert (gradient == 0).all()
 
 
-def test_memory_does_not_grow_with_tokens_times_vocabulary():
+@pytest.mark.parametrize("name", ["sum_over_tokens", "token_logprobs"])
+def test_memory_does_not_grow_with_tokens_times_vocabulary(name, monkeypatch):
+    monkeypatch.setattr(losses, "HEAD_TOKENS", 64)
     vocab, width = 4096, 8
 
     def temporary(tokens):
-        def loss(hidden, head, targets):
-            return token_logprobs(hidden, head, targets, chunk=16)[0].sum()
+        def run(hidden, head, targets):
+            if name == "token_logprobs":
+                return token_logprobs(hidden, head, targets)
+            one = jax.value_and_grad(
+                lambda h, w: sum_over_tokens(wave, 1.0, 1, h, w, targets, jnp.ones(targets.shape))[0], argnums=(0, 1)
+            )
+            return one(hidden, head)
 
         shapes = [
             jax.ShapeDtypeStruct(s, d)
             for s, d in (((4, tokens, width), jnp.float32), ((vocab, width), jnp.float32), ((4, tokens), jnp.int32))
         ]
-        return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+        return jax.jit(run).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
-    small, large = temporary(64), temporary(1024)
-    assert large - small < 4 * (1024 - 64) * vocab * 4 / 50
+    one, four, sixteen = (temporary(64 * times) for times in (1, 4, 16))
+    assert four - one < 4 * 3 * 64 * vocab * 4 / 50
+    assert sixteen - one < 4 * 15 * 64 * vocab * 4 / 50
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-def test_masked_means_equal_loops(aggregation):
+def test_weighted_means_equal_loops(aggregation):
     values, lengths = RNG.normal(size=(3, 2, 4, 6)), RNG.integers(0, 7, (3, 2, 4))
     lengths[0, 0, 0] = 0
     sequences = [v[:n] for v, n in zip(values.reshape(-1, 6), lengths.ravel(), strict=True) if n]
     expected = (
         np.concatenate(sequences).mean() if aggregation == "token_mean" else np.mean([s.mean() for s in sequences])
     )
-    total, count = masked_mean(jnp.asarray(values), mask_from_lengths(jnp.asarray(lengths), 6), aggregation)
-    np.testing.assert_allclose(total / count, expected, rtol=1e-5)
+    weights, denominator = token_weights(mask_from_lengths(jnp.asarray(lengths), 6), aggregation)
+    np.testing.assert_allclose((values * weights).sum() / denominator, expected, rtol=1e-5)
 
 
 def test_the_two_aggregations_differ():
     values, mask = jnp.array([[1.0, 1.0, 1.0, 1.0], [3.0, 0, 0, 0]]), jnp.array([[1, 1, 1, 1], [1, 0, 0, 0]], bool)
-    means = {how: float(np.divide(*masked_mean(values, mask, how))) for how in ("token_mean", "sequence_mean")}
+    weighed = {how: token_weights(mask, how) for how in ("token_mean", "sequence_mean")}
+    means = {how: float((values * weights).sum() / count) for how, (weights, count) in weighed.items()}
     assert means == {"token_mean": pytest.approx(7 / 5), "sequence_mean": pytest.approx(2.0)}
 
 
 def test_clipped_loss_equals_a_loop():
     new, old = RNG.normal(size=(5, 7)) * 0.4, RNG.normal(size=(5, 7)) * 0.4
     advantages = np.array([1.5, -0.7, 0.0, 2.0, -2.0])
-    loss, clipped = clipped_policy_loss(jnp.asarray(new), jnp.asarray(old), jnp.asarray(advantages), 0.2, 0.28)
+    loss, clipped = clipped_policy_loss(jnp.asarray(new), jnp.asarray(old), jnp.asarray(advantages)[:, None], 0.2, 0.28)
     for i in range(5):
         for t in range(7):
             ratio = np.exp(new[i, t] - old[i, t])

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from patarm_jax.config import DataSection
 from patarm_jax.data.pipeline import (
     EncodedPair,
-    PairBatch,
     batches,
     batches_per_epoch,
     bucket,
     encode_pairs,
+    pack,
     sft_batch,
+    sft_shape,
 )
 from patarm_jax.data.sft import JudgedPreference, template_judgement
 from patarm_jax.data.tokenizer import decode, encode_chat, encode_judgement, load_tokenizer
@@ -75,7 +76,8 @@ def test_without_judgements_only_prompts_are_encoded(tiny):
     [pair], _ = encode_pairs(tiny, [preference(1)], "adaptive", ROOMY)
     assert pair.completion_tokens is None
     assert all(map(np.array_equal, pair.prompt_tokens, with_judgements[0].prompt_tokens))
-    assert pair.longest_sequence == pair.longest_prompt == max(map(len, pair.prompt_tokens))
+    assert pair.lengths == tuple((len(tokens), 0) for tokens in pair.prompt_tokens)
+    assert pair.longest_prompt == max(map(len, pair.prompt_tokens))
 
 
 def test_what_is_too_long_is_dropped_and_counted_and_the_rest_keeps_its_index(tiny):
@@ -116,17 +118,18 @@ def test_processes_together_see_what_one_sees(process_count):
         assert together.records == tuple(each for part in parts for each in part.records)
         assert len({len(part.records) for part in parts}) == 1
         for part in parts:
-            assert (part.longest_prompt, part.longest_sequence) == (together.longest_prompt, together.longest_sequence)
+            assert part.lengths == together.lengths
 
 
 def test_lengths_are_those_of_the_global_batch():
     for batch in batches(RECORDS, 8, epochs=1, seed=5):
         lengths = [
-            (len(prompt), len(prompt) + len(completion))
+            (len(prompt), len(completion))
             for each in batch.records
             for prompt, completion in zip(each.prompt_tokens, each.completion_tokens, strict=True)
         ]
-        assert (batch.longest_prompt, batch.longest_sequence) == tuple(map(max, zip(*lengths, strict=True)))
+        assert batch.lengths == tuple(lengths)
+        assert batch.longest_prompt == max(prompt for prompt, _ in lengths)
 
 
 def test_resuming_anywhere_is_not_having_stopped():
@@ -192,26 +195,57 @@ def test_few_buckets():
     assert sorted({bucket(length, 8) for length in range(1, 129)}) == [8, 16, 24, 32, 48, 64, 96, 128]
 
 
-def test_an_sft_batch_is_prompt_and_judgement_and_padding(tiny):
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_sft_batch_holds_every_judgement_behind_its_prompt(tiny, packed):
     given = [judged(number) for number in range(3)]
     records, _ = encode_pairs(tiny, given, "adaptive", ROOMY)
     [batch] = batches(records, 3, epochs=1, seed=0)
-    got = sft_batch(batch, tiny.pad_id, multiple=32)
-    assert got.tokens.shape == (6, bucket(batch.longest_sequence, 32))
-    sides = [(each, side) for each in batch.records for side in (0, 1)]
-    for row, (pair, side) in enumerate(sides):
-        start, end = got.prompt_lengths[row], got.lengths[row]
-        assert np.array_equal(got.tokens[row, :start], pair.prompt_tokens[side])
-        text = (given[pair.index].chosen_judgement, given[pair.index].rejected_judgement)[side]
-        assert decode(tiny, got.tokens[row, start:end]) == text + "<|im_end|>"
-        assert set(got.tokens[row, end:].tolist()) <= {tiny.pad_id}
+    shape = sft_shape(batch, 32, rows_multiple=4, packed=packed)
+    assert shape.width == bucket(max(map(sum, batch.lengths)), 32) and shape.rows % 4 == 0
+    got = sft_batch(batch, shape, tiny.pad_id, packed)
+    assert got.tokens.shape == (shape.rows, shape.width) and got.read.shape == (shape.rows, shape.targets)
+    found, places = [], set()
+    for row in range(shape.rows):
+        count = int(got.counts[row])
+        assert np.array_equal(got.targets[row, :count], got.tokens[row, got.read[row, :count] + 1])
+        first = got.starts[row, got.read[row, :count]]  # of the sequence each predicted token stands in
+        for start in np.unique(first):
+            inside = got.read[row, :count][first == start]
+            assert np.array_equal(inside, np.arange(inside[0], inside[-1] + 1))
+            places |= {(row, place) for place in range(start, inside[-1] + 2)}
+            prompt = got.tokens[row, start : inside[0] + 1]
+            found.append((prompt.tolist(), decode(tiny, got.tokens[row, inside + 1])))
+        assert (got.targets[row, count:] == 0).all() and (got.read[row, count:] == 0).all()
+    expected = [
+        (
+            tokens.tolist(),
+            (given[each.index].chosen_judgement, given[each.index].rejected_judgement)[side] + "<|im_end|>",
+        )
+        for each in batch.records
+        for side, tokens in enumerate(each.prompt_tokens)
+    ]
+    assert sorted(found) == sorted(expected)
+    assert len(places) == sum(map(sum, batch.lengths)), "no sequence may overlap another"
+    padding = {(r, t) for r in range(shape.rows) for t in range(shape.width)} - places
+    assert all(got.tokens[p] == tiny.pad_id and got.starts[p] == p[1] for p in padding)
 
 
-def test_the_length_is_the_global_batchs_though_this_part_is_short():
-    part = PairBatch((record(0),), ids=("0",), longest_prompt=40, longest_sequence=70)
-    assert sft_batch(part, 0, 8).tokens.shape == (2, 96)
+@settings(derandomize=True)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=40))
+def test_packing_loses_nothing_and_fills_rows(lengths):
+    rows = pack(lengths, 20)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert all(sum(lengths[index] for index in row) <= 20 for row in rows)
+    assert len(rows) <= max(1, 2 * sum(lengths) / 20), "at most one row is not half full"
 
 
-def test_processes_pad_alike():
-    for batch, part in zip(batches(RECORDS, 8, 2, 0), batches(RECORDS, 8, 2, 0, 1, 4), strict=True):
-        assert np.array_equal(sft_batch(batch, 0, 2).tokens[4:8], sft_batch(part, 0, 2).tokens)
+@pytest.mark.parametrize("packed", [True, False])
+def test_processes_agree_on_shapes(packed):
+    for batch, *parts in zip(
+        batches(RECORDS, 8, 2, 0), *(batches(RECORDS, 8, 2, 0, index, 4) for index in range(4)), strict=True
+    ):
+        shapes = {sft_shape(part, 2, 2, packed) for part in parts}
+        assert len(shapes) == 1
+        [shape] = shapes
+        arrays = [sft_batch(part, shape, 0, packed) for part in parts]
+        assert sum(int(each.counts.sum()) for each in arrays) == sum(completion for _, completion in batch.lengths)

@@ -1,5 +1,6 @@
 """The network equals transformers' Qwen3, and shared prompts equal unshared ones."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,7 +10,8 @@ import pytest
 
 from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config
-from patarm_jax.model.qwen3 import forward, init_cache, init_params
+from patarm_jax.model.qwen3 import decode, forward, init_cache, init_params, logits, place_prompts, prefill
+from patarm_jax.types import Seats
 from tests.toys import TINY, hf_model
 
 VARIANTS = {
@@ -102,31 +104,46 @@ def test_shared_prompt_equals_unshared(seed, rows, prompt, group, completion, re
         assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_decoding_with_a_cache_equals_two_streams(step):
+@pytest.mark.parametrize("clock", [0, 3])
+@pytest.mark.parametrize("ways", [1, 2])
+def test_decoding_over_a_cache_equals_two_streams(clock, ways):
+    """Prompts come in one by one and lie anywhere, rows sit anywhere, and the ring of their past begins anywhere."""
     config = Qwen3Config(**TINY)
-    params, tokens, lengths, completions, _ = shared_case(4, config, 3, 9, 4, 6)
-    expected = two_streams(params, config, tokens, lengths, completions)
-    cache = init_cache(config, 3, 9, 4, 6, jnp.float32)
-    run = jax.jit(forward, static_argnums=1)
-    prefill = run(params, config, tokens, lengths, cache=cache)
-    plain = run(params, config, tokens)
-    np.testing.assert_allclose(prefill.prompt, plain.prompt, atol=1e-5)
-    cache, got = prefill.cache, []
-    for start in range(0, 6, step):
-        out = run(params, config, completion=completions[:, :, start : start + step], cache=cache)
-        cache = out.cache
-        got.append(out.completion @ out.head.T)
-    np.testing.assert_allclose(jnp.concatenate(got, axis=2), expected, rtol=1e-5, atol=1e-5)
+    prompts, group, width = 4, 3, 6
+    params, tokens, lengths, completions, _ = shared_case(4, config, prompts, 9, group, width)
+    expected = np.asarray(two_streams(params, config, tokens, lengths, completions)).reshape(12, width, -1)
+    cache = replace(init_cache(config, prompts + ways, 11, 12, width, jnp.float32), clock=jnp.int32(clock))
+    places = [2, 0] if ways == 2 else [4, 0, 2, 1]  # within each device, which has one more than it needs
+    per_way = prompts // ways
+    for n in range(per_way):
+        mine = np.array([way * per_way + n for way in range(ways)])
+        last, new = jax.jit(prefill, static_argnums=1)(params, config, tokens[mine], lengths[mine])
+        where = jnp.full((ways, 1), places[n], jnp.int32)
+        cache = replace(cache, prompt=jax.jit(place_prompts)(cache.prompt, new, where))
+        plain = forward(params, config, tokens[mine]).prompt[jnp.arange(ways), lengths[mine] - 1]
+        np.testing.assert_allclose(last, plain, atol=1e-5)
+
+    rng = np.random.default_rng(0)
+    order = np.stack([rng.permutation(per_way * group) for _ in range(ways)])  # row → completion, within each device
+    seat = np.array(places)[order // group] * group + order % group
+    row = np.full((ways, (per_way + 1) * group), per_way * group)
+    for way in range(ways):
+        row[way, seat[way]] = np.arange(per_way * group)
+    who = (order + np.arange(ways)[:, None] * per_way * group).reshape(-1)
+    step = jax.jit(decode, static_argnums=1)
+    for t in range(width):
+        seats = Seats(jnp.asarray(seat), jnp.asarray(row), jnp.full(seat.shape, t))
+        hidden, cache = step(params, config, completions.reshape(12, width)[who, t], cache, seats)
+        np.testing.assert_allclose(logits(params, config, hidden), expected[who, t], rtol=1e-5, atol=1e-5)
 
 
-def test_long_prompts_in_query_chunks_equal_one_piece(monkeypatch):
+def test_long_prompts_in_query_blocks_equal_one_piece(monkeypatch):
     from patarm_jax.model import attention
 
     config = Qwen3Config(**TINY)
     params, tokens, lengths, completions, _ = shared_case(5, config, 2, 23, 3, 7)
     expected = two_streams(params, config, tokens, lengths, completions)
-    monkeypatch.setattr(attention, "QUERY_CHUNK", 5)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 5)
     two_streams.clear_cache()
     np.testing.assert_allclose(
         two_streams(params, config, tokens, lengths, completions), expected, rtol=1e-5, atol=1e-5

@@ -1,39 +1,51 @@
 """Sampling equals transformers where it is greedy, and the exact distribution where it is not."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType
 
 from patarm_jax.config import MeshSection
 from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.qwen3 import abstract_params, forward, init_params
-from patarm_jax.model.sharding import ROLLOUT_RULES, TRAIN_RULES, make_mesh, place_batch
-from patarm_jax.rollout.judging import _generate
-from patarm_jax.rollout.sampler import Settings, draw, keep_top_k, keep_top_p, sample
+from patarm_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, TRAIN_RULES, make_mesh
+from patarm_jax.rollout.judging import network_of
+from patarm_jax.rollout.sampler import Network, Settings, draw, keep_top_k, keep_top_p, pick
+from patarm_jax.rollout.stream import Request, complete, make_engine
 from patarm_jax.train.steps import completion_logprobs
-from patarm_jax.types import GRPOBatch, Prompts
+from patarm_jax.types import GRPOBatch
 from tests.toys import TINY, hf_model
 
 CONFIG = Qwen3Config(**TINY)
 KEY = jax.random.key(7)
 
 
-def prompts_of(rng, rows, width, vocab=96, ids=None):
-    lengths = rng.integers(1, width + 1, rows).astype(np.int32)
-    lengths[0] = width
-    tokens = rng.integers(3, vocab, (rows, width)).astype(np.int32)
-    ids = np.arange(rows) if ids is None else np.asarray(ids)
-    return Prompts(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(ids, dtype=jnp.int32))
+ALONE = jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
 
 
-@partial(jax.jit, static_argnames=("group", "settings", "config"))
-def generate(params, prompts, key, group, settings, config=CONFIG):
-    return _generate(params, prompts, key, config, group, settings, "float32")
+def requests_for(rng, rows, width, vocab=96, ids=None):
+    """Prompts of 1 to `width` tokens, the first of `width`."""
+    lengths = [width, *rng.integers(1, width + 1, rows - 1)]
+    return [
+        Request(rng.integers(3, vocab, length).astype(np.int32), int(row))
+        for length, row in zip(lengths, range(rows) if ids is None else ids, strict=True)
+    ]
+
+
+engine = cache(lambda group, settings, config=CONFIG, mesh=ALONE, rows=0: make_engine(
+    network_of(config, "float32"), mesh, group, settings, rows
+))  # fmt: skip
+
+
+def generate(params, requests, group, settings, config=CONFIG, mesh=ALONE, rows=0, key=KEY):
+    return complete(engine(group, settings, config, mesh, rows), params, requests, key)
 
 
 def forward_tiny(params, prompt, prompt_lengths=None, completion=None):
@@ -55,18 +67,16 @@ def test_greedy_equals_transformers_generate(changes, tmp_path):
     model = hf_model(seed=3, **changes)
     model.save_pretrained(tmp_path / "hf")
     params, config = weights.load(tmp_path / "hf")
-    prompts = prompts_of(np.random.default_rng(1), 5, 9)
+    requests = requests_for(np.random.default_rng(1), 5, 9)
     stops = (11, 12, 13, 14, 15, 16, 17, 18, 19, 20)  # a tenth of the vocabulary, so that rows end at different times
-    got = generate(params, prompts, KEY, 1, Settings(stops, 24, temperature=0.0), config)
+    got = generate(params, requests, 1, Settings(stops, 24, temperature=0.0), config)
     ended = 0
-    for row in range(5):
-        length = int(prompts.lengths[row])
-        ids = torch.tensor(np.asarray(prompts.tokens[row : row + 1, :length]))
+    for row, request in enumerate(requests):
+        ids = torch.tensor(request.tokens)[None].long()
         theirs = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=list(stops), pad_token_id=0)
-        expected = theirs[0, length:].tolist()
-        ours = got.tokens[row, 0, : int(got.lengths[row, 0])].tolist()
-        assert ours == expected
-        assert bool(got.truncated[row, 0]) == (expected[-1] not in stops)
+        expected = theirs[0, ids.shape[1] :].tolist()
+        assert got.tokens[row, 0, : got.lengths[row, 0]].tolist() == expected
+        assert got.truncated[row, 0] == (expected[-1] not in stops)
         ended += expected[-1] in stops
     assert 0 < ended
 
@@ -74,66 +84,118 @@ def test_greedy_equals_transformers_generate(changes, tmp_path):
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 5, 0.9), (0.0, 0, 1.0)])
 def test_sampled_logprobs_equal_teacher_forced_ones(temperature, top_k, top_p):
     params = lively()
-    prompts = prompts_of(np.random.default_rng(2), 6, 11)
-    settings = Settings((5, 6, 7, 8), 12, temperature, top_k, top_p)
-    got = generate(params, prompts, KEY, 4, settings)
+    requests = requests_for(np.random.default_rng(2), 6, 11)
+    got = generate(params, requests, 4, Settings((5, 6, 7, 8), 12, temperature, top_k, top_p))
+    prompts = np.stack([np.pad(request.tokens, (0, 11 - len(request.tokens))) for request in requests])
     batch = GRPOBatch(
-        prompts.tokens.reshape(3, 2, 11), prompts.lengths.reshape(3, 2), got.tokens.reshape(3, 2, 4, 12),
-        got.lengths.reshape(3, 2, 4), got.logprobs.reshape(3, 2, 4, 12), None, jnp.zeros((3, 2, 4)),
+        prompts.reshape(3, 2, 11), np.array([len(r.tokens) for r in requests]).reshape(3, 2),
+        got.tokens.reshape(3, 2, 4, 12), got.lengths.reshape(3, 2, 4), got.logprobs.reshape(3, 2, 4, 12),
+        None, jnp.zeros((3, 2, 4)),
     )  # fmt: skip
-    forced, _ = jax.jit(partial(completion_logprobs, forward_tiny, temperature=temperature or 1.0, head_tokens=64))(
-        params, batch
-    )
-    mask = np.arange(12) < np.asarray(batch.completion_lengths)[..., None]
+    forced = jax.jit(partial(completion_logprobs, forward_tiny, temperature=temperature or 1.0))(params, batch)
+    mask = np.arange(12) < batch.completion_lengths[..., None]
     assert mask.sum() < mask.size, "some row must end early"
-    np.testing.assert_allclose(np.asarray(forced)[mask], np.asarray(batch.old_logprobs)[mask], atol=1e-4)
-    assert (np.asarray(batch.old_logprobs)[~mask] == 0).all()
-    assert (np.asarray(batch.completion_tokens)[~mask] == 0).all()
+    np.testing.assert_allclose(np.asarray(forced)[mask], batch.old_logprobs[mask], atol=1e-4)
+    assert (batch.old_logprobs[~mask] == 0).all()
+    assert (batch.completion_tokens[~mask] == 0).all()
+
+
+def assert_same(one, other):
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+    np.testing.assert_array_equal(one.lengths, other.lengths)
+    np.testing.assert_array_equal(one.truncated, other.truncated)
+    np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "section", [MeshSection(data=2, fsdp=2, tensor=2), MeshSection(data=1, fsdp=8, tensor=1)], ids=str
 )
 @pytest.mark.parametrize("rules", [ROLLOUT_RULES, TRAIN_RULES], ids=["rollout", "train"])
-def test_the_same_draws_on_one_and_on_eight_devices(section, rules):
-    params = lively()
-    prompts = prompts_of(np.random.default_rng(3), 8, 10, ids=[4, 9, 1, 0, 77, 5, 6, 2])
-    settings = Settings((5, 6), 10)
-    alone = generate(params, prompts, KEY, 4, settings)
+@pytest.mark.parametrize("rows", [0, 8])
+def test_the_same_draws_on_one_and_on_eight_devices(section, rules, rows):
+    params, choice = lively(), Settings((5, 6), 10)
+    requests = requests_for(np.random.default_rng(3), 12, 10, ids=[4, 9, 1, 0, 77, 5, 6, 2, 30, 31, 32, 33])
+    alone = generate(params, requests, 4, choice)
     mesh = make_mesh(section)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_params(CONFIG, mesh, rules))
-    with jax.set_mesh(mesh):
-        spread = generate(jax.device_put(params, shardings), place_batch(mesh, prompts), KEY, 4, settings)
-    np.testing.assert_array_equal(alone.tokens, spread.tokens)
-    np.testing.assert_allclose(alone.logprobs, spread.logprobs, atol=1e-5)
+    assert_same(alone, generate(jax.device_put(params, shardings), requests, 4, choice, mesh=mesh, rows=rows))
 
 
-def test_a_row_draws_the_same_in_any_batch_and_fillers_draw_nothing():
-    params, settings = lively(), Settings((5, 6), 10)
-    prompts = prompts_of(np.random.default_rng(4), 6, 10, ids=[3, 8, 1, 0, 5, 9])
-    whole = generate(params, prompts, KEY, 2, settings)
-    order = np.array([4, 1, 0])
-    some = Prompts(prompts.tokens[order], prompts.lengths[order], prompts.rows[order].at[2].set(-1))
-    part = generate(params, some, KEY, 2, settings)
-    np.testing.assert_array_equal(part.tokens[:2], whole.tokens[order[:2]])
-    assert (part.lengths[2] == 0).all() and (part.tokens[2] == 0).all() and not part.truncated[2].any()
+@pytest.mark.parametrize(
+    ("count", "group", "rows", "longest", "stops", "seed"),
+    [
+        (1, 1, 1, 1, "often", 0),
+        (7, 1, 2, 20, "often", 1),
+        (5, 2, 3, 80, "often", 2),
+        (3, 3, 20, 9, "often", 3),
+        (4, 8, 5, 30, "never", 4),
+        (3, 5, 4, 30, "at once", 5),
+        (9, 4, 7, 70, "often", 6),
+        (2, 7, 6, 11, "often", 7),
+    ],
+)
+def test_rows_that_are_taken_over_draw_what_they_would_have_drawn_alone(count, group, rows, longest, stops, seed):
+    """Few rows with refill equal all rows at once; so do rows of which some, or none, or all, are cut off."""
+    stop_ids = {"often": tuple(range(3, 15)), "never": (), "at once": tuple(range(96))}[stops]
+    requests = requests_for(np.random.default_rng(seed), count, longest)
+    params, choice = lively(), Settings(stop_ids, 11)
+    whole = generate(params, requests, group, choice)
+    assert_same(whole, generate(params, requests, group, choice, rows=rows))
+    if stops == "never":
+        assert whole.truncated.all() and (whole.lengths == 11).all()
+    if stops == "at once":
+        assert (whole.lengths == 1).all() and whole.row_steps == 0
+
+
+def test_a_completion_is_the_same_in_any_company():
+    params, choice = lively(), Settings((5, 6), 10)
+    requests = requests_for(np.random.default_rng(4), 6, 10, ids=[3, 8, 1, 0, 5, 9])
+    whole = generate(params, requests, 2, choice)
+    order = [4, 1]
+    part = generate(params, [requests[i] for i in order], 2, choice)
+    np.testing.assert_array_equal(part.tokens, whole.tokens[order])
+
+
+def test_rows_do_not_wait_for_the_longest():
+    """With lengths that differ, refilled rows compute far fewer steps than all rows until the longest ends."""
+    requests = requests_for(np.random.default_rng(5), 24, 6)
+    got = generate(lively(), requests, 2, Settings(tuple(range(3, 12)), 64), rows=8)
+    useful, waiting = got.lengths.sum(), got.lengths.size * got.lengths.max()
+    assert got.row_steps < 1.7 * useful < 0.5 * waiting
+
+
+def test_long_prompts_are_narrowed_away():
+    """Prompts in several buckets of length, and fewer places than prompts: the same as all at once."""
+    rng = np.random.default_rng(6)
+    requests = [
+        Request(rng.integers(3, 96, n).astype(np.int32), i) for i, n in enumerate((5, 190, 60, 70, 3, 130, 9, 64))
+    ]
+    params, choice = lively(), Settings((5, 6, 7), 9)
+    whole = generate(params, requests, 3, choice)
+    assert_same(whole, generate(params, requests, 3, choice, rows=4))
+    for index in (1, 4):
+        alone = generate(params, [requests[index]], 3, choice)
+        np.testing.assert_array_equal(alone.tokens[0], whole.tokens[index])
+
+
+def fake_network(group, logits_of):
+    """A network that only counts: `logits_of(count, rows)` gives [rows, V]."""
+    return Network(
+        init=lambda prompts, width, rows, most: jnp.int32(0),
+        prefill=lambda params, tokens, lengths: (logits_of(0, tokens.shape[0]), None),
+        place=lambda cache, prompts, place: cache,
+        decode=lambda params, tokens, cache, seats: (logits_of(cache + 1, tokens.shape[0]), cache + 1),
+        resize=lambda cache, rows, prompts, width: cache,
+    )
 
 
 def test_draws_of_rows_positions_and_steps_are_independent():
     """All logits equal: any two draws agree once in V times. A reused key would make them agree always."""
     vocab, rows, group, width = 64, 20, 5, 12
-
-    def prefill(tokens, lengths):
-        return jnp.zeros((rows, vocab)), 0
-
-    def decode(tokens, cache):
-        return jnp.zeros((rows, group, vocab)), cache
-
-    prompts = prompts_of(np.random.default_rng(5), rows, 4)
-    settings = Settings((-1,), width)
-    steps = np.stack(
-        [sample(prefill, decode, prompts, jax.random.fold_in(KEY, s), group, settings).tokens for s in range(4)]
-    )
+    network = fake_network(group, lambda count, rows: jnp.zeros((rows, vocab)))
+    uniform = make_engine(network, ALONE, group, Settings((-1,), width))
+    requests = requests_for(np.random.default_rng(5), rows, 4)
+    steps = np.stack([complete(uniform, {}, requests, jax.random.fold_in(KEY, s)).tokens for s in range(4)])
     flat = {
         "rows": (steps[:, 1:], steps[:, :-1]),
         "rollouts": (steps[:, :, 1:], steps[:, :, :-1]),
@@ -168,9 +230,9 @@ def exact_distribution(logits, temperature, top_k, top_p):
 def test_frequencies_equal_the_exact_distribution(temperature, top_k, top_p):
     logits = np.random.default_rng(6).normal(size=12).astype(np.float32) * 1.5
     number = 40_000
-    settings = Settings((), 1, temperature, top_k, top_p)
+    choice = Settings((), 1, temperature, top_k, top_p)
     keys = jax.random.split(KEY, number)
-    tokens, logprobs = jax.jit(lambda k: draw(jnp.broadcast_to(logits, (number, 12)), k, settings))(keys)
+    tokens, logprobs = jax.jit(lambda k: draw(jnp.broadcast_to(logits, (number, 12)), k, choice))(keys)
     expected = exact_distribution(logits.astype(float), temperature, top_k, top_p)
     counts = np.bincount(np.asarray(tokens), minlength=12)
     assert counts[expected == 0].sum() == 0
@@ -188,24 +250,29 @@ def test_top_k_and_top_p_keep_the_right_tokens():
     assert (keep_top_p(logits, 0.39) > -jnp.inf).tolist() == [False, True, False, False]
 
 
+@settings(derandomize=True, deadline=None)
+@given(st.integers(1, 400), st.integers(0, 2**31), st.floats(0, 1))
+def test_a_pick_is_where_the_cumulative_weight_passes(vocab, seed, zeros):
+    rng = np.random.default_rng(seed)
+    weights = rng.exponential(size=(5, vocab)).astype(np.float32) * (rng.random((5, vocab)) >= zeros)
+    weights[:, rng.integers(vocab)] = 0.5  # some weight there must be
+    uniform = np.array([0.0, *rng.random(3), np.nextafter(np.float32(1), np.float32(0))], np.float32)
+    got = np.asarray(pick(jnp.asarray(weights), jnp.asarray(uniform)))
+    cumulative = np.cumsum(weights.astype(np.float64), axis=-1)
+    for row, index in enumerate(got):
+        assert weights[row, index] > 0
+        goal, slack = uniform[row] * cumulative[row, -1], 1e-5 * cumulative[row, -1]
+        assert cumulative[row, index] > goal - slack
+        assert cumulative[row, index] - weights[row, index] <= goal + slack
+
+
 def test_the_loop_ends_when_every_row_has_ended():
-    """The fourth decode would be counted; all rows stop at the third token."""
-
-    def prefill(tokens, lengths):
-        return jnp.eye(8)[jnp.full(2, 3)] * 50, jnp.int32(0)
-
-    def decode(tokens, count):
-        return jnp.broadcast_to(jnp.where(count == 1, jnp.eye(8)[5], jnp.eye(8)[3]) * 50, (2, 3, 8)), count + 1
-
-    calls = []
-
-    def counted(tokens, count):
-        jax.debug.callback(lambda: calls.append(1))
-        return decode(tokens, count)
-
-    got = jax.jit(lambda p: sample(prefill, counted, p, KEY, 3, Settings((5,), 100)))(
-        prompts_of(np.random.default_rng(0), 2, 3)
+    """The first two tokens go on, the third ends: two decodes."""
+    network = fake_network(
+        3, lambda count, rows: jnp.broadcast_to(jnp.where(count == 2, jnp.eye(8)[5], jnp.eye(8)[3]) * 50, (rows, 8))
     )
-    jax.effects_barrier()
+    got = complete(
+        make_engine(network, ALONE, 3, Settings((5,), 100)), {}, requests_for(np.random.default_rng(0), 2, 3), KEY
+    )
     assert got.lengths.tolist() == [[3, 3, 3]] * 2
-    assert len(calls) == 2
+    assert got.row_steps == 2 * 6

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from patarm_jax.config import MeshSection, OptimizerSection, PolicySection
+from patarm_jax.data.pipeline import EncodedPair, PairBatch, sft_batch, sft_shape
 from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.qwen3 import abstract_params, forward
@@ -25,17 +26,22 @@ from patarm_jax.train.steps import (
     map_micro_batches,
     sft_loss,
 )
-from patarm_jax.types import GRPOBatch, SFTBatch
+from patarm_jax.types import GRPOBatch
 from tests.toys import TINY, hf_model
 
 CONFIG = Qwen3Config(**TINY)
 SECTION = OptimizerSection(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
 POLICY = PolicySection(clip_low=0.05, clip_high=0.1, kl_coef=0.3)
 TEMPERATURE = 0.8
+WAYS = 2  # parts of a batch; with one device they are worked through all the same
 
 
 def run(params, prompt, prompt_lengths=None, completion=None, remat="none"):
     return forward(params, CONFIG, prompt, prompt_lengths, completion, remat=remat)
+
+
+def run_packed(params, tokens, starts, remat="none"):
+    return forward(params, CONFIG, tokens, starts=starts, remat=remat)
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +69,24 @@ def params():
     return jax.tree.unflatten(tree, [jnp.asarray(value, jnp.float32) for value in values])
 
 
-def sft_case(rows=8, width=17):
+def sft_rows(rows=8, width=17):
+    """Tokens, lengths and prompt lengths of sequences one to a row."""
     rng = np.random.default_rng(1)
     lengths = rng.integers(4, width + 1, rows)
-    prompt_lengths = np.array([rng.integers(1, n) for n in lengths])
-    return SFTBatch(*(jnp.asarray(x, jnp.int32) for x in (rng.integers(0, 96, (rows, width)), lengths, prompt_lengths)))
+    return rng.integers(0, 96, (rows, width)), lengths, np.array([rng.integers(1, n) for n in lengths])
+
+
+def sft_case(packed=False, rows=8):
+    """The sequences of `sft_rows` as a batch, by the loader that recipes use."""
+    tokens, lengths, prompts = sft_rows(rows)
+    sides = [
+        (row[:p].astype(np.int32), row[p:n].astype(np.int32))
+        for row, n, p in zip(tokens, lengths, prompts, strict=True)
+    ]
+    pairs = zip(sides[::2], sides[1::2], strict=True)
+    records = tuple(EncodedPair(i, None, *zip(*pair, strict=True)) for i, pair in enumerate(pairs))
+    batch = PairBatch(records, ("",) * len(records), tuple(side for record in records for side in record.lengths))
+    return jax.tree.map(jnp.asarray, sft_batch(batch, sft_shape(batch, 17, packed=packed), 0, packed))
 
 
 def grpo_case(pairs=8, prompt=9, group=3, width=7):
@@ -111,17 +130,15 @@ def mean_gradient(loss_fn, params, batch):
 
 def test_sft_gradient_equals_torch(model, model_params, tmp_path):
     torch = pytest.importorskip("torch")
-    batch = sft_case()
+    batch, (tokens, lengths, prompt_lengths) = sft_case(), sft_rows()
     model.zero_grad()
-    labels = torch.tensor(np.asarray(batch.tokens)).long()
+    labels = torch.tensor(tokens).long()
     position = torch.arange(labels.shape[1])
-    judged = (position >= torch.tensor(np.asarray(batch.prompt_lengths))[:, None]) & (
-        position < torch.tensor(np.asarray(batch.lengths))[:, None]
-    )
-    mask = (position < torch.tensor(np.asarray(batch.lengths))[:, None]).long()
+    judged = (position >= torch.tensor(prompt_lengths)[:, None]) & (position < torch.tensor(lengths)[:, None])
+    mask = (position < torch.tensor(lengths)[:, None]).long()
     out = model(labels, attention_mask=mask, labels=labels.masked_fill(~judged, -100))
     out.loss.backward()
-    loss, gradient = mean_gradient(sft_loss(run, 16), model_params, batch)
+    loss, gradient = mean_gradient(sft_loss(run_packed), model_params, batch)
     assert float(loss) == pytest.approx(float(out.loss.detach()), rel=1e-5)
     assert_close(gradient, gradient_as_params(model, tmp_path / "g"), 1e-4)
 
@@ -156,7 +173,7 @@ def test_grpo_loss_and_gradient_equal_torch(model, model_params, tmp_path, aggre
     model.zero_grad()
     expected = torch_grpo(model, batch, policy)
     expected.backward()
-    loss, gradient = mean_gradient(grpo_loss(run, policy, TEMPERATURE, 16), model_params, batch)
+    loss, gradient = mean_gradient(grpo_loss(run, policy, TEMPERATURE), model_params, batch)
     assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-4)
     assert_close(gradient, gradient_as_params(model, tmp_path / "g"), 1e-4)
 
@@ -164,18 +181,28 @@ def test_grpo_loss_and_gradient_equal_torch(model, model_params, tmp_path, aggre
 def test_without_kl_there_is_no_reference(params):
     policy, batch = PolicySection(kl_coef=0.0), grpo_case(pairs=1)
     bare = dataclasses.replace(batch, ref_logprobs=None)
-    result = grpo_loss(run, policy, TEMPERATURE, 16)(params, bare)
+    result = grpo_loss(run, policy, TEMPERATURE)(params, bare)
     assert "kl" not in result.metrics
 
 
 CASES = {
-    "sft": (sft_loss(partial(run, remat="full"), 32), sft_case),
-    "grpo": (grpo_loss(run, POLICY, TEMPERATURE, 32), grpo_case),
+    "sft": (sft_loss(partial(run_packed, remat="full"), WAYS), sft_case),
+    "grpo": (grpo_loss(run, POLICY, TEMPERATURE, WAYS), grpo_case),
     "grpo, sequence mean": (
-        grpo_loss(run, PolicySection(0.05, 0.1, 0.3, aggregation="sequence_mean"), TEMPERATURE, 32),
+        grpo_loss(run, PolicySection(0.05, 0.1, 0.3, aggregation="sequence_mean"), TEMPERATURE, WAYS),
         grpo_case,
     ),
 }
+
+
+def test_packed_rows_equal_rows_of_their_own(params):
+    alone, packed = sft_case(), sft_case(packed=True)
+    assert packed.tokens.shape[0] < alone.tokens.shape[0]
+    loss_fn = sft_loss(run_packed)
+    loss, gradient = mean_gradient(loss_fn, params, alone)
+    packed_loss, packed_gradient = mean_gradient(loss_fn, params, packed)
+    assert float(packed_loss) == pytest.approx(float(loss), rel=1e-6)
+    assert_close(packed_gradient, gradient, 1e-5)
 
 
 def advance(loss_fn, params, batch, micro_batches=1, steps=2):
@@ -230,7 +257,7 @@ def test_eight_devices_equal_one(params, name, micro_batches):
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_logprobs_in_micro_batches_keep_their_rows(params, micro_batches):
     def logprobs(params, batch):
-        return completion_logprobs(run, params, batch, TEMPERATURE, 32)[0]
+        return completion_logprobs(run, params, batch, TEMPERATURE)
 
     whole = jax.jit(logprobs)(params, grpo_case())
     parts = jax.jit(map_micro_batches(logprobs, micro_batches))(params, grpo_case())
@@ -241,7 +268,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(params):
     batch = grpo_case(pairs=2)
     poisoned = dataclasses.replace(batch, advantages=batch.advantages.at[0, 0, 0].set(jnp.nan))
     optimizer = make_optimizer(SECTION, 10)
-    step = jax.jit(make_step(grpo_loss(run, POLICY, TEMPERATURE, 32), optimizer, 1))
+    step = jax.jit(make_step(grpo_loss(run, POLICY, TEMPERATURE, WAYS), optimizer, 1))
     start, _ = step(init_state(params, optimizer), batch)
     state, metrics = step(start, poisoned)
     assert int(state.step) == 2 and int(state.skipped) == 1 and int(metrics["skipped_updates"]) == 1

@@ -40,13 +40,10 @@ class EncodedPair:
         return max(map(len, self.prompt_tokens))
 
     @property
-    def longest_sequence(self) -> int:
-        """Tokens of the longer prompt with its completion."""
-        if self.completion_tokens is None:
-            return self.longest_prompt
-        return max(
-            len(prompt) + len(text) for prompt, text in zip(self.prompt_tokens, self.completion_tokens, strict=True)
-        )
+    def lengths(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(prompt, completion) tokens of the chosen and of the rejected side."""
+        (chosen, rejected), written = map(len, self.prompt_tokens), self.completion_tokens
+        return (chosen, len(written[0]) if written else 0), (rejected, len(written[1]) if written else 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +52,13 @@ class PairBatch:
 
     records: tuple[EncodedPair, ...]
     ids: tuple[str, ...]  # of all pairs of the global batch
-    longest_prompt: int  # tokens, over the global batch
-    longest_sequence: int  # tokens of prompt and completion together, over the global batch
+    # (prompt, completion) tokens of every response of the global batch: chosen 0, rejected 0, chosen 1, …
+    lengths: tuple[tuple[int, int], ...]
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens, over the global batch."""
+        return max(prompt for prompt, _ in self.lengths)
 
 
 # ---- Encoding -------------------------------------------------------------------------------------------------------
@@ -162,8 +164,7 @@ def _global_batch(records: Sequence[EncodedPair]) -> PairBatch:
     return PairBatch(
         tuple(records),
         ids=tuple(record.preference.id for record in records),
-        longest_prompt=max(record.longest_prompt for record in records),
-        longest_sequence=max(record.longest_sequence for record in records),
+        lengths=tuple(side for record in records for side in record.lengths),
     )
 
 
@@ -185,20 +186,77 @@ def bucket(length: int, multiple: int) -> int:
     return multiple * (three_quarters if power >= 4 and three_quarters >= needed else power)
 
 
-def sft_batch(batch: PairBatch, pad_id: int, multiple: int) -> SFTBatch:
-    """Prompts with their judgements, rows chosen 0, rejected 0, chosen 1, …; the leaves are numpy's."""
+def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Rows of indices whose lengths fit into `width` together: the longest first, each into the first row with room.
+
+    >>> pack([3, 9, 4, 6], 10)
+    [[1], [3, 2], [0]]
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, free in enumerate(room) if free >= lengths[index]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows
+
+
+@dataclass(frozen=True, order=True)
+class SFTShape:
+    """Sizes of an SFT batch that all processes agree on."""
+
+    rows: int  # B, of one process
+    width: int  # T
+    targets: int  # M
+
+
+def sft_shape(batch: PairBatch, multiple: int, rows_multiple: int = 1, packed: bool = True) -> SFTShape:
+    """Computed by every process from everyone's lengths.
+
+    Args:
+        batch: this process's records, and the lengths of everyone's.
+        multiple: widths are buckets of so many tokens.
+        rows_multiple: a process's number of rows is a multiple of this.
+        packed: whether sequences stand behind one another where a row has room, or each in a row of its own.
+    """
+    share = 2 * len(batch.records)
+    width = bucket(max(map(sum, batch.lengths)), multiple)
+    rows, targets = 0, 0
+    for start in range(0, len(batch.lengths), share):
+        lengths = batch.lengths[start : start + share]
+        plan = _plan(lengths, width, packed)
+        rows = max(rows, len(plan))
+        targets = max(targets, *(sum(lengths[i][1] for i in row) for row in plan))
+    parts, most = -(-rows // rows_multiple), -(-share // rows_multiple)
+    # Packed rows differ in number from batch to batch: buckets keep the compiled shapes few.
+    return SFTShape(min(bucket(parts, 1), most) * rows_multiple, width, bucket(targets, multiple))
+
+
+def sft_batch(batch: PairBatch, shape: SFTShape, pad_id: int, packed: bool = True) -> SFTBatch:
+    """Prompts with their judgements, as arrays of the batch's `sft_shape`; the leaves are numpy's."""
     prompts = [prompt for record in batch.records for prompt in record.prompt_tokens]
     completions = [text for record in batch.records for text in record.completion_tokens or ()]
-    rows = [np.concatenate(parts) for parts in zip(prompts, completions, strict=True)]
-    tokens, lengths = _padded(rows, bucket(batch.longest_sequence, multiple), pad_id)
+    tokens = np.full((shape.rows, shape.width), pad_id, np.int32)
+    starts = np.tile(np.arange(shape.width, dtype=np.int32), (shape.rows, 1))  # padding reads itself
+    read, targets = np.zeros((2, shape.rows, shape.targets), np.int32)
+    counts = np.zeros(shape.rows, np.int32)
+    lengths = [(len(prompt), len(text)) for prompt, text in zip(prompts, completions, strict=True)]
+    for row, members in enumerate(_plan(lengths, shape.width, packed)):
+        end = 0
+        for index in members:
+            prompt, completion = prompts[index], completions[index]
+            start, begin, end = end, end + len(prompt), end + len(prompt) + len(completion)
+            tokens[row, start:begin], tokens[row, begin:end], starts[row, start:end] = prompt, completion, start
+            judged = slice(counts[row], counts[row] + len(completion))
+            read[row, judged], targets[row, judged] = np.arange(begin - 1, end - 1), completion
+            counts[row] += len(completion)
     # The type speaks of the arrays a step takes. Placing these on devices is for whoever knows the mesh.
-    leaves = (tokens, lengths, np.asarray(list(map(len, prompts)), np.int32))
-    return SFTBatch(*cast(tuple[jax.Array, jax.Array, jax.Array], leaves))
+    return SFTBatch(*cast(tuple[jax.Array, ...], (tokens, starts, read, targets, counts)))
 
 
-def _padded(rows: Sequence[Tokens], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """([B, length] tokens, [B] lengths)."""
-    tokens = np.full((len(rows), length), pad_id, np.int32)
-    for padded, row in zip(tokens, rows, strict=True):
-        padded[: len(row)] = row
-    return tokens, np.asarray(list(map(len, rows)), np.int32)
+def _plan(lengths: Sequence[tuple[int, int]], width: int, packed: bool) -> list[list[int]]:
+    """Which sequences stand in which row."""
+    return pack(list(map(sum, lengths)), width) if packed else [[index] for index in range(len(lengths))]

@@ -3,48 +3,184 @@
 A completion attends to the prompt its group shares and to its own past. Each part is computed where its keys lie, and
 the parts are merged through their log-sum-exp, so the shared keys are never copied to the G rows that read them.
 
+Every query reads one contiguous span of keys; causal, padded, shared and packed rows differ only in their spans.
+
 Axis letters: B rows · T query tokens · S key positions · N query heads · K key-value heads · Q = N/K · H head width.
 """
+
+import functools
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 # The logit of a key that may not be read. Finite, so that a row without any readable key gives zeros and no NaN.
 MASKED = -1e30
-# Queries per step of the causal pass: bounds the [T, S] scores in memory, and skips keys after the step's last query.
-QUERY_CHUNK = 512
+# Queries whose scores exist at a time: few enough that [QUERY_BLOCK, S] scores of a head stay in a CPU's cache.
+QUERY_BLOCK = 64
+# A causal pass is cut into at most so many parts, each of which looks at no keys behind its own last query.
+CAUSAL_PARTS = 8
 
 # Normalised output [B, T, N, H] float32 and log-sum-exp of the logits [B, T, N] float32.
 Partial = tuple[jax.Array, jax.Array]
+# First key a query reads, and the first it does not: [B or 1, T] int32 each.
+Span = tuple[jax.Array, jax.Array]
 
 
-def partial_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Partial:
+def causal_span(length: int) -> Span:
+    """Each query reads the keys up to its own position. Right-padded rows need no more: no real token reads padding."""
+    stop = jnp.arange(1, length + 1, dtype=jnp.int32)[None]
+    return jnp.zeros_like(stop), stop
+
+
+def prefix_span(lengths: jax.Array, queries: int) -> Span:
+    """Every one of so many queries reads the first `lengths[b]` keys."""
+    stop = jnp.broadcast_to(lengths[:, None], (lengths.shape[0], queries)).astype(jnp.int32)
+    return jnp.zeros_like(stop), stop
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, span: Span, causal: bool) -> Partial:
     """Softmax attention over one set of keys, with what is needed to merge it with others.
 
-        z_s = q·k_s / √H,   lse = log Σ_s exp z_s,   out = Σ_s exp(z_s − lse) v_s
+        z_s = q·k_s / √H,   lse = log Σ_s exp z_s,   out = Σ_s exp(z_s − lse) v_s        over start ≤ s < stop
+
+    The backward pass recomputes the scores, a block of queries at a time, as in FlashAttention-2 (arXiv 2307.08691,
+    algorithm 2); the gradient of lse, which merging needs, joins that of the scores: ∂lse/∂z_s = exp(z_s − lse).
 
     Args:
         q: [B, T, N, H].
         k: [B, S, K, H], N a multiple of K.
         v: [B, S, K, H].
-        mask: [B or 1, T or 1, S] bool, True where a query may read a key.
+        span: which keys each query reads.
+        causal: promises stop[t] ≤ t + 1 and T = S, so that keys behind a block of queries need not be looked at.
 
     Returns:
-        out [B, T, N, H] and lse [B, T, N], both float32; where no key may be read, out is 0 and lse about −1e30.
+        out [B, T, N, H] and lse [B, T, N], both float32; where no key may be read, out is 0 and lse −1e30.
     """
-    b, t, n, h = q.shape
-    kv = k.shape[2]
-    grouped = q.reshape(b, t, kv, n // kv, h) * (h**-0.5)
-    logits = jnp.einsum("btkqh,bskh->bkqts", grouped, k, preferred_element_type=jnp.float32)
-    mask = mask[:, None, None]
-    logits = jnp.where(mask, logits, MASKED)
-    peak = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-    weights = jnp.where(mask, jnp.exp(logits - peak), 0.0)
-    total = weights.sum(axis=-1, keepdims=True)
-    safe = jnp.where(total > 0, total, 1.0)
-    out = jnp.einsum("bkqts,bskh->btkqh", (weights / safe).astype(v.dtype), v, preferred_element_type=jnp.float32)
-    lse = jnp.moveaxis((peak + jnp.log(safe))[..., 0], -1, 1)
-    return out.reshape(b, t, n, h), lse.reshape(b, t, n)
+    return _forward(q, k, v, span, causal)[0]
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, span: Span, causal: bool) -> tuple[Partial, Any]:
+    q_heads, k_heads, v_heads = _queries_by_head(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+    def block(carry: None, part: tuple[jax.Array, ...], k: jax.Array, v: jax.Array) -> tuple[None, Partial]:
+        q, start, stop = part
+        return carry, _softmax_read(q, k, v, _inside(start, stop, k.shape[2]))
+
+    parts = (q_heads, *_expanded(span))
+    _, (out, lse) = _over_queries(block, lambda keys: None, parts, (k_heads, v_heads), causal)
+    return (_by_token(out), _by_token(lse)), (q_heads, k_heads, v_heads, span, out, lse)
+
+
+def _backward(causal: bool, saved: Any, gradients: Partial) -> tuple[Any, ...]:
+    q, k, v, span, out, lse = saved
+    batch, heads, width, size = k.shape
+    d_out, d_lse = (_queries_by_head(x, heads) for x in gradients)
+    # Σ_s weight_s·d_weight_s, which the softmax takes off; the gradient of lse enters where that leaves.
+    delta = (d_out * out).sum(axis=-1) - d_lse
+
+    def block(sums: Any, part: tuple[jax.Array, ...], k: jax.Array, v: jax.Array) -> tuple[Any, jax.Array]:
+        q, d_out, lse, delta, start, stop = part
+        readable = _inside(start, stop, k.shape[2])
+        scores = jnp.einsum("bkqth,bksh->bkqts", q, k, preferred_element_type=jnp.float32) * size**-0.5
+        weights = jnp.where(readable, jnp.exp(jnp.where(readable, scores, MASKED) - lse[..., None]), 0.0)
+        d_weights = jnp.einsum("bkqth,bksh->bkqts", d_out, v, preferred_element_type=jnp.float32)
+        d_scores = (weights * (d_weights - delta[..., None]) * size**-0.5).astype(k.dtype)
+        d_q = jnp.einsum("bkqts,bksh->bkqth", d_scores, k, preferred_element_type=jnp.float32)
+        d_k = jnp.einsum("bkqts,bkqth->bksh", d_scores, q, preferred_element_type=jnp.float32)
+        d_v = jnp.einsum("bkqts,bkqth->bksh", weights.astype(v.dtype), d_out, preferred_element_type=jnp.float32)
+        return (sums[0] + d_k, sums[1] + d_v), d_q
+
+    def zeros(keys: int) -> tuple[jax.Array, jax.Array]:
+        nothing = jnp.zeros((batch, heads, keys, size), jnp.float32)
+        return nothing, nothing
+
+    parts = (q, d_out.astype(v.dtype), lse, delta, *_expanded(span))
+    sums, d_q = _over_queries(block, zeros, parts, (k, v), causal)
+    d_k, d_v = jax.tree.map(lambda *parts: _added_up(parts, width), *sums)
+    found = (_by_token(d_q).astype(q.dtype), d_k.swapaxes(1, 2).astype(k.dtype), d_v.swapaxes(1, 2).astype(v.dtype))
+    return (*found, None)
+
+
+attend.defvjp(_forward, _backward)
+
+
+def _added_up(parts: tuple[jax.Array, ...], width: int) -> jax.Array:
+    """The sum of gradients by the first keys, [B, K, ≤ S, H] each, as one by all S keys."""
+    return functools.reduce(jnp.add, (jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2]), (0, 0))) for x in parts))
+
+
+def _over_queries(
+    block: Any, init: Any, parts: tuple[jax.Array, ...], keys: tuple[jax.Array, ...], causal: bool
+) -> Any:
+    """`block(carry, part of the queries, keys, values)` over all queries, QUERY_BLOCK at a time.
+
+    Args:
+        block: gives a new carry and an output whose axis 3 is the queries'.
+        init: the first carry, given how many keys will be seen.
+        parts: arrays whose axis 3 is the queries'.
+        keys: keys and values, [B, K, S, H].
+        causal: whether queries are cut into parts that see no keys behind themselves.
+
+    Returns:
+        one carry per part, and the outputs put together.
+    """
+    length = parts[0].shape[3]
+    # Of two blocks at least: blocks of one part follow one another in the same memory, which parts need not do.
+    step = QUERY_BLOCK * max(2, -(-length // (QUERY_BLOCK * CAUSAL_PARTS))) if causal else length
+    carries, outputs = [], []
+    for start in range(0, length, step):
+        stop = min(start + step, length)
+        seen = tuple(x[:, :, :stop] for x in keys) if causal else keys
+        part = tuple(x[:, :, :, start:stop] for x in parts)
+        carry, output = _in_blocks(lambda c, p, seen=seen: block(c, p, *seen), init(seen[0].shape[2]), part)
+        carries.append(carry)
+        outputs.append(output)
+    return carries, jax.tree.map(lambda *x: jnp.concatenate(x, axis=3), *outputs)
+
+
+def _in_blocks(block: Any, carry: Any, part: tuple[jax.Array, ...]) -> Any:
+    """A scan over blocks of queries; those that fill the last one up read nothing, for their span is empty."""
+    length = part[0].shape[3]
+    count = -(-length // QUERY_BLOCK)
+    if count == 1:
+        return block(carry, part)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, count * QUERY_BLOCK - length if axis == 3 else 0) for axis in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:3], count, QUERY_BLOCK, *x.shape[4:]), 3, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 3)
+        return x.reshape(*x.shape[:3], count * QUERY_BLOCK, *x.shape[5:])[:, :, :, :length]
+
+    carry, output = jax.lax.scan(block, carry, jax.tree.map(split, part))
+    return carry, jax.tree.map(join, output)
+
+
+def _inside(start: jax.Array, stop: jax.Array, width: int) -> jax.Array:
+    """[B or 1, 1, 1, T] bounds of spans → [B or 1, 1, 1, T, S]."""
+    position = jnp.arange(width)
+    return (start[..., None] <= position) & (position < stop[..., None])
+
+
+def _expanded(span: Span) -> Span:
+    """[B or 1, T] → [B or 1, 1, 1, T], beside the heads."""
+    return span[0][:, None, None], span[1][:, None, None]
+
+
+def _queries_by_head(x: jax.Array, heads: int) -> jax.Array:
+    """[B, T, N, …] → [B, K, Q, T, …], the queries that share a key-value head together."""
+    b, t, n = x.shape[:3]
+    return jnp.moveaxis(x.reshape(b, t, heads, n // heads, *x.shape[3:]), 1, 3)
+
+
+def _by_token(x: jax.Array) -> jax.Array:
+    """[B, K, Q, T, …] → [B, T, N, …]."""
+    x = jnp.moveaxis(x, 3, 1)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def merge(a: Partial, b: Partial) -> jax.Array:
@@ -53,44 +189,8 @@ def merge(a: Partial, b: Partial) -> jax.Array:
     return share * a[0] + (1.0 - share) * b[0]
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> Partial:
-    """Each query reads the keys up to its own position, [B, T, …] against [B, T, …].
-
-    Right-padded rows need no further mask: a real token never reads past itself.
-    """
-    length = q.shape[1]
-    parts = [
-        # Recomputed in the backward pass, so that no chunk keeps its scores.
-        jax.checkpoint(_causal_chunk, static_argnums=3)(q[:, start : start + QUERY_CHUNK], k, v, start)
-        for start in range(0, length, QUERY_CHUNK)
-    ]
-    out, lse = (jnp.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
-    return out, lse
-
-
-def _causal_chunk(q: jax.Array, k: jax.Array, v: jax.Array, start: int) -> Partial:
-    stop = start + q.shape[1]
-    mask = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
-    return partial_attention(q, k[:, :stop], v[:, :stop], mask[None])
-
-
-def prompt_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> Partial:
-    """Every query reads the first `lengths[b]` keys: [B, T, N, H] against [B, S, K, H]."""
-
-    def chunk(q: jax.Array) -> Partial:
-        return partial_attention(q, k, v, jnp.arange(k.shape[1]) < lengths[:, None, None])
-
-    b, t, n, h = q.shape
-    if t <= QUERY_CHUNK:
-        return jax.checkpoint(chunk)(q)
-    pad = -t % QUERY_CHUNK
-    chunks = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(b, -1, QUERY_CHUNK, n, h).swapaxes(0, 1)
-    out, lse = jax.lax.map(jax.checkpoint(chunk), chunks)  # all alike, so that one is compiled
-    return out.swapaxes(0, 1).reshape(b, -1, n, h)[:, :t], lse.swapaxes(0, 1).reshape(b, -1, n)[:, :t]
-
-
 def shared_prompt_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, prompt_lengths: jax.Array, prompt_width: int, group: int
+    q: jax.Array, k: jax.Array, v: jax.Array, span: Span, prompt_lengths: jax.Array, group: int
 ) -> jax.Array:
     """Attention of a prompt and the G completions that share it, laid in one row.
 
@@ -98,19 +198,21 @@ def shared_prompt_attention(
         q: [R, S, N, H] with S = Tp + G·Tc: the prompt first, then its completions one after another.
         k: [R, S, K, H].
         v: [R, S, K, H].
+        span: of the prompt's tokens, [R or 1, Tp]; never past the token itself.
         prompt_lengths: [R].
-        prompt_width: Tp.
         group: G, 0 when there are no completions.
 
     Returns:
-        [R, S, N, H] float32: the prompt causal in itself, each completion reading all of the prompt and its own past.
+        [R, S, N, H] float32.
     """
-    prompt, _ = causal_attention(q[:, :prompt_width], k[:, :prompt_width], v[:, :prompt_width])
+    width = span[0].shape[1]
+    qp, kp, vp = (x[:, :width] for x in (q, k, v))
+    prompt, _ = attend(qp, kp, vp, span, True)
     if not group:
         return prompt
-    qc, kc, vc = (x[:, prompt_width:] for x in (q, k, v))
-    read = prompt_attention(qc, k[:, :prompt_width], v[:, :prompt_width], prompt_lengths)
-    own_out, own_lse = causal_attention(*(_split_group(x, group) for x in (qc, kc, vc)))
+    qc, kc, vc = (x[:, width:] for x in (q, k, v))
+    read = attend(qc, kp, vp, prefix_span(prompt_lengths, qc.shape[1]), False)
+    own_out, own_lse = attend(*(_split_group(x, group) for x in (qc, kc, vc)), causal_span(qc.shape[1] // group), True)
     own = own_out.reshape(qc.shape), own_lse.reshape(qc.shape[:3])
     return jnp.concatenate([prompt, merge(read, own)], axis=1)
 
@@ -120,33 +222,56 @@ def _split_group(x: jax.Array, group: int) -> jax.Array:
     return x.reshape(x.shape[0] * group, x.shape[1] // group, *x.shape[2:])
 
 
-def cached_attention(
+def seated_attention(
     q: jax.Array,
-    prompt_k: jax.Array,
-    prompt_v: jax.Array,
-    own_k: jax.Array,
-    own_v: jax.Array,
+    prompt: tuple[jax.Array, jax.Array],
     prompt_lengths: jax.Array,
-    start: jax.Array,
+    own: tuple[jax.Array, jax.Array],
+    readable: jax.Array,
+    seat: jax.Array,
+    row: jax.Array,
 ) -> jax.Array:
-    """Attention of newly decoded tokens to the cached prompt and their own cached past.
+    """Attention of one new token of every row to the prompt it shares with others, and to its own cached past.
+
+    The queries of a prompt's rows are brought together on its G seats, so that its keys are read once for all of them.
 
     Args:
-        q: [R, G, T, N, H], the tokens at completion positions start … start + T − 1.
-        prompt_k: [R, Tp, K, H], read once for the whole group.
-        prompt_v: [R, Tp, K, H].
-        own_k: [R, G, Tc, K, H], with the new tokens' keys already written.
-        own_v: [R, G, Tc, K, H].
+        q: [B, N, H].
+        prompt: keys and values [R, K, Tp, H].
         prompt_lengths: [R].
-        start: [] int32.
+        own: keys and values [B, K, Tc, H], the new token's already written.
+        readable: [B, Tc] bool, the places that hold the row's own past.
+        seat: [W, B/W], where a row sits: prompt·G + rollout, counted within each of W parts of the batch.
+        row: [W, R/W·G], who sits there; B/W: nobody.
 
     Returns:
-        [R, G, T, N, H] float32.
+        [B, N, H] float32.
     """
-    r, g, t, n, h = q.shape
-    read = prompt_attention(q.reshape(r, g * t, n, h), prompt_k, prompt_v, prompt_lengths)
-    mask = jnp.arange(own_k.shape[2]) <= start + jnp.arange(t)[:, None]
-    own_k, own_v = (x.reshape(r * g, *x.shape[2:]) for x in (own_k, own_v))
-    own_out, own_lse = partial_attention(q.reshape(r * g, t, n, h), own_k, own_v, mask[None])
-    own = own_out.reshape(r, g * t, n, h), own_lse.reshape(r, g * t, n)
-    return merge(read, own).reshape(q.shape)
+    (b, n, h), (r, kv, width, _), ways = q.shape, prompt[0].shape, seat.shape[0]
+    q = q.reshape(b, kv, n // kv, h)
+    past = _softmax_read(q[:, :, :, None], *own, readable[:, None, None, None])
+
+    apart = jnp.pad(q.reshape(ways, -1, *q.shape[1:]), ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))  # the last: nobody
+    seated = jnp.take_along_axis(apart, row[..., None, None, None], axis=1)
+    seated = jnp.moveaxis(seated.reshape(r, -1, *q.shape[1:]), 1, 3)  # [R, K, Q, G, H]
+    inside = jnp.arange(width) < prompt_lengths[:, None, None, None, None]
+    read = _softmax_read(seated, *prompt, inside)
+
+    def at_own_seat(x: jax.Array) -> jax.Array:  # [R, K, Q, G, …] → [B, K, Q, …]
+        x = jnp.moveaxis(x, 3, 1).reshape(ways, -1, *x.shape[1:3], *x.shape[4:])
+        return jnp.take_along_axis(x, seat.reshape(*seat.shape, *[1] * (x.ndim - 2)), axis=1).reshape(b, *x.shape[2:])
+
+    shared = at_own_seat(read[0]), at_own_seat(read[1])
+    return merge(shared, (past[0][:, :, :, 0], past[1][:, :, :, 0])).reshape(b, n, h)
+
+
+def _softmax_read(q: jax.Array, k: jax.Array, v: jax.Array, readable: jax.Array) -> Partial:
+    """Queries [B, K, Q, T, H] over keys [B, K, S, H] where `readable` [B, 1, 1, 1 or T, S]: output and log-sum-exp."""
+    scores = jnp.einsum("bkqth,bksh->bkqts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = jnp.where(readable, scores, MASKED)
+    peak = scores.max(axis=-1, keepdims=True)
+    weights = jnp.where(readable, jnp.exp(scores - peak), 0.0)
+    total = weights.sum(axis=-1, keepdims=True)
+    safe = jnp.where(total > 0, total, 1.0)
+    out = jnp.einsum("bkqts,bksh->bkqth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / safe
+    return out, (peak + jnp.log(safe))[..., 0]

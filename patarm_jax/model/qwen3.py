@@ -1,13 +1,15 @@
-"""Qwen3 as pure functions: `init_params`, `abstract_params`, `forward` and `init_cache`.
+"""Qwen3 as pure functions: `init_params`, `abstract_params`, `forward`, and `prefill` and `decode` over a cache.
 
 flax.linen lives in this file and does not leave it: parameters are a plain nested dict with Hugging Face's names, the
 layers stacked along a leading axis. Nothing here samples, computes a loss or reads a file.
 
-Axis letters: R rows · S tokens in a row · Tp prompt tokens · G completions per prompt · Tc completion tokens
-              D width · N query heads · K key-value heads · H head width · F MLP width · V vocabulary · L layers
+Axis letters: R prompts · S tokens in a row · Tp prompt tokens · G completions per prompt · Tc completion tokens
+              B rows being written · W devices that share them · D width · N query heads · K key-value heads
+              H head width · F MLP width · V vocabulary · L layers
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -18,6 +20,7 @@ from jax.sharding import Mesh
 from patarm_jax.model import attention
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.sharding import BATCH_AXES, TRAIN_RULES, Rules, constrain, named_sharding
+from patarm_jax.types import Seats
 
 Params = dict[str, Any]
 NO_MESH = jax.sharding.AbstractMesh((), ())
@@ -26,15 +29,27 @@ Remat = Literal["none", "dots", "full"]
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class KVCache:
-    """Keys and values of R prompts and of the G completions that share each of them."""
+class PromptCache:
+    """Keys and values of R prompts."""
 
-    prompt_keys: jax.Array  # [L, R, Tp, K, H]
-    prompt_values: jax.Array  # [L, R, Tp, K, H]
-    prompt_lengths: jax.Array  # [R] int32
-    keys: jax.Array  # [L, R, G, Tc, K, H]
-    values: jax.Array  # [L, R, G, Tc, K, H]
-    filled: jax.Array  # [] int32, completion positions written so far
+    keys: jax.Array  # [L, R, K, Tp, H]
+    values: jax.Array  # [L, R, K, Tp, H]
+    lengths: jax.Array  # [R] int32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """What B rows that are being written have read: R prompts, each shared by up to G rows, and their own past.
+
+    A row's own keys stand in a ring of Tc places that all rows write at the same place: the newest at `clock` mod Tc,
+    the ones before it behind. So a row may begin at any time, and writing is one slice whatever the rows' ages are.
+    """
+
+    prompt: PromptCache
+    keys: jax.Array  # [L, B, K, Tc, H]
+    values: jax.Array  # [L, B, K, Tc, H]
+    clock: jax.Array  # [] int32, tokens written since the cache was made
 
 
 @jax.tree_util.register_dataclass
@@ -42,18 +57,28 @@ class KVCache:
 class Output:
     """What the network says before the vocabulary; logits are `hidden @ head.T`, taken in parts by the caller."""
 
-    prompt: jax.Array | None  # [R, Tp, D], final hidden states of the prompt stream
+    prompt: jax.Array  # [R, Tp, D], final hidden states of the prompt stream
     completion: jax.Array | None  # [R, G, Tc, D], of the completion streams
     head: jax.Array  # [V, D]; the embedding itself when the head is tied
-    cache: KVCache | None
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Layout:
-    """How a row of S tokens is made up; static."""
+class _Streams:
+    """How rows of S tokens are made up of a prompt and of completions behind it, and what each part may read."""
 
-    prompt: int  # Tp, tokens of the prompt stream in the row
-    group: int  # G, completion streams behind it
+    span: attention.Span  # of the prompt's tokens; [B or 1, Tp] each
+    lengths: jax.Array  # [R], of the prompts
+    group: int = field(metadata={"static": True})  # G, completions behind a prompt
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Step:
+    """A token of every row, over a cache."""
+
+    cache: KVCache
+    seats: Seats
 
 
 def init_params(config: Qwen3Config, key: jax.Array, mesh: Mesh | None = None, rules: Rules = TRAIN_RULES) -> Params:
@@ -76,164 +101,227 @@ def abstract_params(
     return jax.tree.map(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
-def init_cache(config: Qwen3Config, rows: int, prompt: int, group: int, completion: int, dtype: Any) -> KVCache:
-    """An empty cache for R = `rows` prompts of Tp = `prompt` tokens, each with G × Tc completion positions."""
-    layers, heads = config.num_hidden_layers, (config.num_key_value_heads, config.head_dim)
-    shared = _constrain_cache(jnp.zeros((layers, rows, prompt, *heads), dtype))
-    own = _constrain_cache(jnp.zeros((layers, rows, group, completion, *heads), dtype))
-    return KVCache(shared, shared, jnp.zeros(rows, jnp.int32), own, own, jnp.int32(0))
+def init_cache(
+    config: Qwen3Config, prompts: int, prompt_width: int, rows: int, completion_width: int, dtype: Any
+) -> KVCache:
+    """An empty cache for R prompts of Tp tokens and for B rows of Tc."""
+    layers, heads, size = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    shared = _constrain_cache(jnp.zeros((layers, prompts, heads, prompt_width, size), dtype))
+    own = _constrain_cache(jnp.zeros((layers, rows, heads, completion_width, size), dtype))
+    return KVCache(PromptCache(shared, shared, jnp.ones(prompts, jnp.int32)), own, own, jnp.int32(0))
 
 
 def forward(
     params: Params,
     config: Qwen3Config,
-    prompt: jax.Array | None = None,
+    prompt: jax.Array,
     prompt_lengths: jax.Array | None = None,
     completion: jax.Array | None = None,
-    cache: KVCache | None = None,
     *,
+    starts: jax.Array | None = None,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
 ) -> Output:
-    """Hidden states of plain sequences, of prompts with the G completions that share them, or of a cached step.
+    """Hidden states of plain or packed sequences, or of prompts with the G completions that share them.
 
     What is given decides what is computed:
 
         prompt                       plain sequences, causal
+        prompt, starts               packed: a token reads its own sequence up to itself, positions count from its start
         prompt, completion           two streams: each completion reads all of its prompt and its own past
-        prompt, cache                prefill: the prompt's keys and values are written into the cache
-        completion, cache            decode: T new tokens of every completion, at positions cache.filled …
 
     Args:
         params: from `init_params` or `weights.load`, any float dtype; cast to `dtype` where used.
         config: the network's shape.
         prompt: [R, Tp] int32, right-padded.
-        prompt_lengths: [R] int32; needed with a completion or a cache, otherwise padding needs no mask.
+        prompt_lengths: [R] int32; needed with a completion, otherwise padding needs no mask.
         completion: [R, G, Tc] int32, right-padded.
-        cache: from `init_cache` or an earlier call.
+        starts: [R, Tp] int32, where in its row the sequence of a token begins.
         dtype: of the computation; norms, softmax and rotary embedding are float32 regardless.
         remat: what the backward pass recomputes.
 
     Returns:
         Output; hidden states at padded positions mean nothing.
     """
-    if prompt is None and (completion is None or cache is None):
-        raise ValueError("forward needs a prompt, or a completion with a cache")
-    if prompt is not None and completion is not None and cache is not None:
-        raise ValueError("with a cache, give the prompt (prefill) or the completion (decode), not both")
-    if prompt_lengths is None and prompt is not None and (completion is not None or cache is not None):
-        raise ValueError("prompt_lengths is needed when completions or a cache follow the prompt")
-    if cache is not None and prompt_lengths is not None:
-        cache = replace(cache, prompt_lengths=prompt_lengths)
-    if cache is not None:
-        prompt_lengths = cache.prompt_lengths
-    elif prompt_lengths is None and prompt is not None:
-        prompt_lengths = jnp.full(prompt.shape[0], prompt.shape[1], jnp.int32)
-
-    width, group = 0 if prompt is None else prompt.shape[1], 0 if completion is None else completion.shape[1]
-    layout = _Layout(width, group)
-    tokens, positions = _in_one_row(prompt, completion, prompt_lengths, cache)
-    network = _Qwen3(config, layout, dtype, remat)
-    result: Any = network.apply({"params": params}, tokens, positions, prompt_lengths, cache)
-    hidden, written = result
+    rows, width = prompt.shape
+    if completion is not None and (prompt_lengths is None or starts is not None):
+        raise ValueError("completions need the prompt_lengths of their prompts, and prompts that are not packed")
+    span = attention.causal_span(width)
+    if starts is not None:
+        span = (starts, span[1])
+    lengths = jnp.full(rows, width, jnp.int32) if prompt_lengths is None else prompt_lengths
+    tokens, positions = prompt, jnp.broadcast_to(span[1] - 1 - span[0], prompt.shape)
+    if completion is not None:  # in one row behind the prompt, so that each weight is used once
+        behind = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(completion.shape[2]), completion.shape)
+        tokens = jnp.concatenate([tokens, completion.reshape(rows, -1)], axis=1)
+        positions = jnp.concatenate([positions, behind.reshape(rows, -1)], axis=1)
+    streams = _Streams(span, lengths, 0 if completion is None else completion.shape[1])
+    hidden, _ = _apply(params, config, tokens, positions, streams, dtype, remat)
     completed = None if completion is None else hidden[:, width:].reshape(*completion.shape, -1)
+    return Output(hidden[:, :width], completed, _head(params, config, dtype))
+
+
+def prefill(
+    params: Params, config: Qwen3Config, prompt: jax.Array, lengths: jax.Array, *, dtype: Any = jnp.float32
+) -> tuple[jax.Array, PromptCache]:
+    """The last state [R, D] of prompts [R, Tp] of these lengths [R], and their keys and values."""
+    span = attention.causal_span(prompt.shape[1])
+    positions = jnp.broadcast_to(span[1] - 1, prompt.shape)
+    hidden, kept = _apply(params, config, prompt, positions, _Streams(span, lengths, 0), dtype, keep=True)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    keys, values = kept
+    return last, PromptCache(_constrain_cache(keys), _constrain_cache(values), lengths)
+
+
+def place_prompts(cache: PromptCache, new: PromptCache, place: jax.Array) -> PromptCache:
+    """The cache with new prompts, no wider than its own, at places [W, n] within each device; r: nowhere."""
+    ways = place.shape[0]
+
+    def all_ways(mine: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        def one(mine: jax.Array, new: jax.Array, place: jax.Array) -> jax.Array:
+            part = (slice(None), slice(new.shape[-2])) if new.ndim > 1 else ()
+            index = (slice(None),) * axis + (place, *part)
+            return mine.at[index].set(new.astype(mine.dtype), mode="drop")
+
+        mine_apart, new_apart = (x.reshape(*x.shape[:axis], ways, -1, *x.shape[axis + 1 :]) for x in (mine, new))
+        put = jax.vmap(one, in_axes=(axis, axis, 0), out_axes=axis)
+        return put(mine_apart, new_apart, place).reshape(mine.shape)
+
+    keys, values = all_ways(cache.keys, new.keys, 1), all_ways(cache.values, new.values, 1)
+    return PromptCache(_constrain_cache(keys), _constrain_cache(values), all_ways(cache.lengths, new.lengths, 0))
+
+
+def resize_cache(cache: KVCache, rows: jax.Array, prompts: jax.Array, prompt_width: int) -> KVCache:
+    """The cache with the rows [W, b] and prompts [W, r] named, counted within each device, and narrower prompts."""
+
+    def take(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+        ways = index.shape[0]
+        apart = x.reshape(*x.shape[:axis], ways, -1, *x.shape[axis + 1 :])
+        taken = jax.vmap(partial(jnp.take, axis=axis, mode="clip"), in_axes=(axis, 0), out_axes=axis)(apart, index)
+        return taken.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+    prompt = PromptCache(
+        _constrain_cache(take(cache.prompt.keys[..., :prompt_width, :], prompts, 1)),
+        _constrain_cache(take(cache.prompt.values[..., :prompt_width, :], prompts, 1)),
+        take(cache.prompt.lengths, prompts, 0),
+    )
+    keys, values = (_constrain_cache(take(x, rows, 1)) for x in (cache.keys, cache.values))
+    return KVCache(prompt, keys, values, cache.clock)
+
+
+def decode(
+    params: Params, config: Qwen3Config, tokens: jax.Array, cache: KVCache, seats: Seats, *, dtype: Any = jnp.float32
+) -> tuple[jax.Array, KVCache]:
+    """The states [B, D] behind one more token [B] of every row, and the cache with its keys and values."""
+    ways, per_way = seats.seat.shape
+    prompts = cache.prompt.lengths.reshape(ways, -1)
+    seats_of_one = seats.row.shape[1] // prompts.shape[1]
+    lengths = jnp.take_along_axis(prompts, seats.seat // seats_of_one, axis=1)
+    positions = (lengths + seats.age).reshape(ways * per_way, 1)
+    hidden, own = _apply(params, config, tokens[:, None], positions, _Step(cache, seats), dtype)
+    return hidden[:, 0], replace(cache, keys=own[0], values=own[1], clock=cache.clock + 1)
+
+
+def logits(params: Params, config: Qwen3Config, hidden: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """Hidden states [..., D] → [..., V] float32."""
+    return jnp.einsum("...d,vd->...v", hidden, _head(params, config, dtype), preferred_element_type=jnp.float32)
+
+
+def _head(params: Params, config: Qwen3Config, dtype: Any) -> jax.Array:
     head = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
-    return Output(None if prompt is None else hidden[:, :width], completed, head.astype(dtype), written)
+    # Whole along the width before it is used in chunks, which would otherwise gather it one by one.
+    return constrain(head.astype(dtype), "tensor", None)
 
 
-def _in_one_row(
-    prompt: jax.Array | None, completion: jax.Array | None, prompt_lengths: Any, cache: KVCache | None
-) -> tuple[jax.Array, jax.Array]:
-    """Tokens and positions [R, S]: the prompt, then its completions one after another, so each weight is used once."""
-    tokens, positions = [], []
-    if prompt is not None:
-        tokens.append(prompt)
-        positions.append(jnp.broadcast_to(jnp.arange(prompt.shape[1]), prompt.shape))
-    if completion is not None:
-        rows = completion.shape[0]
-        start = prompt_lengths + (0 if cache is None else cache.filled)
-        steps = start[:, None, None] + jnp.arange(completion.shape[2])
-        tokens.append(completion.reshape(rows, -1))
-        positions.append(jnp.broadcast_to(steps, completion.shape).reshape(rows, -1))
-    return jnp.concatenate(tokens, axis=1), jnp.concatenate(positions, axis=1)
+def _apply(
+    params: Params,
+    config: Qwen3Config,
+    tokens: jax.Array,
+    positions: jax.Array,
+    context: _Streams | _Step,
+    dtype: Any,
+    remat: Remat = "none",
+    keep: bool = False,
+) -> tuple[jax.Array, Any]:
+    """Final states [R, S, D]; and the keys and values of a prompt to keep, or of a cache that was written to."""
+    result: Any = _Qwen3(config, dtype, remat, keep).apply({"params": params}, tokens, positions, context)
+    return result
 
 
 class _Qwen3(nn.Module):
     config: Qwen3Config
-    layout: _Layout
     dtype: Any = jnp.float32
     remat: Remat = "none"
+    keep: bool = False
 
     @nn.compact
-    def __call__(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        prompt_lengths: jax.Array,
-        cache: KVCache | None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        c, layout = self.config, self.layout
+    def __call__(self, tokens: jax.Array, positions: jax.Array, context: _Streams | _Step) -> tuple[jax.Array, Any]:
+        c = self.config
         embedding = _weight(self, "embed_tokens", (c.vocab_size, c.hidden_size), ("vocab", "embed"))
         if not c.tie_word_embeddings:
             _weight(self, "lm_head", (c.vocab_size, c.hidden_size), ("vocab", "embed"))  # applied by the caller
         # Gathered over `fsdp` first: a lookup in a table split along the width would be repeated on every device.
         table = constrain(embedding.astype(self.dtype), "tensor", None)
         x = constrain(jnp.take(table, tokens, axis=0), BATCH_AXES, None, None)
-        rotary = _rotary(positions, c)
 
+        own = prompt = None
+        if isinstance(context, _Step):
+            cache = context.cache
+            own, prompt = (cache.keys, cache.values), (cache.prompt.keys, cache.prompt.values)
         layers = nn.scan(
             _rematerialised(self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=c.num_hidden_layers,
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype, layout, name="layers")
+        )(c, self.dtype, self.keep, name="layers")
         index = jnp.arange(c.num_hidden_layers)
-        (x, cache), _ = layers((x, cache), index, rotary[0], rotary[1], prompt_lengths)
-        if cache is not None and not layout.prompt:
-            cache = replace(cache, filled=cache.filled + tokens.shape[1] // layout.group)
-        return _norm(self, "norm", x, c.rms_norm_eps), cache
+        (x, own), kept = layers((x, own), index, prompt, _rotary(positions, c), context)
+        return _norm(self, "norm", x, c.rms_norm_eps), kept if own is None else own
 
 
 class _Block(nn.Module):
     config: Qwen3Config
     dtype: Any
-    layout: _Layout
+    keep: bool
 
     @nn.compact
     def __call__(
         self,
-        carry: tuple[jax.Array, KVCache | None],
+        carry: tuple[jax.Array, Any],
         layer: jax.Array,
-        cos: jax.Array,
-        sin: jax.Array,
-        prompt_lengths: jax.Array,
-    ) -> tuple[tuple[jax.Array, KVCache | None], None]:
-        x, cache = carry
+        prompt: Any,
+        rotary: tuple[jax.Array, jax.Array],
+        context: _Streams | _Step,
+    ) -> tuple[tuple[jax.Array, Any], Any]:
+        x, own = carry
         eps = self.config.rms_norm_eps
-        attend = _Attention(self.config, self.dtype, self.layout, name="self_attn")
-        mixed, cache = attend(_norm(self, "input_layernorm", x, eps), layer, cos, sin, prompt_lengths, cache)
+        attend = _Attention(self.config, self.dtype, name="self_attn")
+        mixed, new = attend(_norm(self, "input_layernorm", x, eps), layer, own, prompt, rotary, context)
         x = constrain(x + mixed, BATCH_AXES, None, None)
         x = x + _MLP(self.config, self.dtype, name="mlp")(_norm(self, "post_attention_layernorm", x, eps))
-        return (constrain(x, BATCH_AXES, None, None), cache), None
+        x = constrain(x, BATCH_AXES, None, None)
+        if isinstance(context, _Step):
+            return (x, new), None
+        return (x, None), tuple(y.swapaxes(1, 2) for y in new) if self.keep else None
 
 
 class _Attention(nn.Module):
     config: Qwen3Config
     dtype: Any
-    layout: _Layout
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,  # [R, S, D]
         layer: jax.Array,
-        cos: jax.Array,
-        sin: jax.Array,
-        prompt_lengths: jax.Array,
-        cache: KVCache | None,
-    ) -> tuple[jax.Array, KVCache | None]:
+        own: Any,
+        prompt: Any,
+        rotary: tuple[jax.Array, jax.Array],
+        context: _Streams | _Step,
+    ) -> tuple[jax.Array, Any]:
+        """What is added to x; and the new keys and values [R, S, K, H], or the rows' own with them written."""
         c = self.config
         d, n, k, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         q_proj = _weight(self, "q_proj", (d, n, h), ("embed", "heads", "head_dim")).astype(self.dtype)
@@ -245,20 +333,26 @@ class _Attention(nn.Module):
         keys = _norm(self, "k_norm", jnp.einsum("rsd,dkh->rskh", x, k_proj), c.rms_norm_eps)
         values = jnp.einsum("rsd,dkh->rskh", x, v_proj)
         q, keys, values = (constrain(y, BATCH_AXES, None, "tensor", None) for y in (q, keys, values))
-        q, keys = _rotate(q, cos, sin), _rotate(keys, cos, sin)
+        q, keys = _rotate(q, *rotary), _rotate(keys, *rotary)
 
-        if cache is not None and not self.layout.prompt:
-            out, cache = _decode(q, keys, values, layer, cache, self.layout.group)
+        new: Any = keys, values
+        if isinstance(context, _Step):
+            place = context.cache.clock % context.cache.keys.shape[3]
+            new = tuple(_write(into, y, layer, place) for into, y in zip(own, new, strict=True))
+            mine = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in new)
+            out = _read_seated(q[:, 0], prompt, tuple(mine), context)[:, None]
         else:
-            width, group = self.layout.prompt, self.layout.group
-            out = attention.shared_prompt_attention(q, keys, values, prompt_lengths, width, group)
-            if cache is not None:
-                cache = replace(
-                    cache,
-                    prompt_keys=_write(cache.prompt_keys, keys, layer),
-                    prompt_values=_write(cache.prompt_values, values, layer),
-                )
-        return jnp.einsum("rsnh,nhd->rsd", out.astype(self.dtype), o_proj), cache
+            out = attention.shared_prompt_attention(q, keys, values, context.span, context.lengths, context.group)
+        return jnp.einsum("rsnh,nhd->rsd", out.astype(self.dtype), o_proj), new
+
+
+def _read_seated(q: jax.Array, prompt: Any, own: Any, step: _Step) -> jax.Array:
+    """Attention [B, N, H] of one token of every row."""
+    cache, seats = step.cache, step.seats
+    width = cache.keys.shape[3]
+    passed = (cache.clock - jnp.arange(width)) % width  # tokens written since a place of the ring was
+    readable = passed <= seats.age.reshape(-1, 1)
+    return attention.seated_attention(q, prompt, cache.prompt.lengths, own, readable, seats.seat, seats.row)
 
 
 class _MLP(nn.Module):
@@ -275,40 +369,17 @@ class _MLP(nn.Module):
         return hidden @ down
 
 
-def _decode(
-    q: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array, cache: KVCache, group: int
-) -> tuple[jax.Array, KVCache]:
-    """Writes T new keys of every completion into the cache and attends; the prompt's part is only read."""
-    q, keys, values = (_by_completion(x, group) for x in (q, keys, values))
-    cache = replace(
-        cache,
-        keys=_write(cache.keys, keys, layer, cache.filled),
-        values=_write(cache.values, values, layer, cache.filled),
+def _write(into: jax.Array, new: jax.Array, layer: jax.Array, place: jax.Array) -> jax.Array:
+    """`into[layer, :, :, place] = new`, [B, 1, K, H] into [L, B, K, Tc, H]."""
+    zero = jnp.zeros_like(layer)
+    return jax.lax.dynamic_update_slice(
+        into, new.swapaxes(1, 2)[None].astype(into.dtype), (layer, zero, zero, place, zero)
     )
-    prompt_k, prompt_v, own_k, own_v = (
-        jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
-        for x in (cache.prompt_keys, cache.prompt_values, cache.keys, cache.values)
-    )
-    out = attention.cached_attention(q, prompt_k, prompt_v, own_k, own_v, cache.prompt_lengths, cache.filled)
-    return out.reshape(out.shape[0], -1, *out.shape[3:]), cache
-
-
-def _by_completion(x: jax.Array, group: int) -> jax.Array:
-    """[R, G·T, …] → [R, G, T, …]."""
-    return x.reshape(x.shape[0], group, -1, *x.shape[2:])
-
-
-def _write(into: jax.Array, new: jax.Array, layer: jax.Array, position: jax.Array | None = None) -> jax.Array:
-    """`into[layer, …, position : position + T, :, :] = new`; without a position the whole layer."""
-    start = [layer, *[jnp.zeros_like(layer)] * (into.ndim - 1)]
-    if position is not None:
-        start[-3] = position
-    return jax.lax.dynamic_update_slice(into, new[None].astype(into.dtype), start)
 
 
 def _constrain_cache(x: jax.Array) -> jax.Array:
-    """[L, R, …, K, H]: rows over the batch axes, heads over `tensor`."""
-    return constrain(x, None, BATCH_AXES, *[None] * (x.ndim - 4), "tensor", None)
+    """[L, R, K, T, H]: rows over the batch axes, heads over `tensor`."""
+    return constrain(x, None, BATCH_AXES, "tensor", None, None)
 
 
 def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Any:
@@ -349,4 +420,5 @@ def _boxed_params(config: Qwen3Config, key: jax.Array) -> Any:
     """Random parameters, each in a box that carries its logical axes."""
     one = jnp.zeros((1, 1), jnp.int32)
     with jax.sharding.use_abstract_mesh(NO_MESH):  # the one-token input could not be split
-        return _Qwen3(config, _Layout(1, 0)).init(key, one, one, jnp.ones(1, jnp.int32), None)["params"]
+        context = _Streams(attention.causal_span(1), jnp.ones(1, jnp.int32), 0)
+        return _Qwen3(config).init(key, one, one, context)["params"]

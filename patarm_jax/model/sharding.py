@@ -112,6 +112,14 @@ def place_batch(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
 
+def local_part(x: jax.Array) -> np.ndarray:
+    """This process's part of an array that is split along its leading axis: what `place_batch` was given."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
 def fetch(tree: Any) -> Any:
     """The whole of each array as numpy, on every process."""
     return jax.tree.map(_fetch_array, tree)

@@ -44,7 +44,6 @@ from patarm_jax.recipes.run import (
     stop_requests,
 )
 from patarm_jax.rollout.judging import (
-    WIDTH_MULTIPLE,
     Sampled,
     make_judge,
     read_judgements,
@@ -52,10 +51,11 @@ from patarm_jax.rollout.judging import (
     sample_judgements,
     score_arrays,
 )
+from patarm_jax.rollout.stream import WIDTH_MULTIPLE, abstract_programs
 from patarm_jax.train.metrics import Timer, progress, show_judgements, write_rollouts
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
-from patarm_jax.train.steps import completion_logprobs, grpo_loss, head_tokens_for, make_step, map_micro_batches
-from patarm_jax.types import GRPOBatch, Prompts, UserError
+from patarm_jax.train.steps import completion_logprobs, grpo_loss, make_step, map_micro_batches
+from patarm_jax.types import GRPOBatch, UserError
 
 
 def main(config: GRPOConfig, dry_run: bool = False) -> bool:
@@ -78,15 +78,14 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     updates = steps * config.policy.updates_per_rollout
     optimizer, schedule = make_optimizer(config.optimizer, updates), make_schedule(config.optimizer, updates)
     run_forward = partial(forward, config=model.config, dtype=config.model.dtype, remat=config.model.remat)
-    head_tokens = head_tokens_for(model.config.vocab_size, batch_ways(mesh))
-    temperature = config.sampling.temperature or 1.0
+    temperature, ways = config.sampling.temperature or 1.0, batch_ways(mesh)
 
     def two_streams(params: Any, prompt: jax.Array, lengths: jax.Array, completion: jax.Array) -> Any:
         return run_forward(params, prompt=prompt, prompt_lengths=lengths, completion=completion)
 
     shardings = state_shardings(model, mesh, optimizer)
     step_fn = jax.jit(
-        make_step(grpo_loss(two_streams, config.policy, temperature, head_tokens), optimizer, config.micro_batches),
+        make_step(grpo_loss(two_streams, config.policy, temperature, ways), optimizer, config.micro_batches),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, None),
         donate_argnums=0,
@@ -99,16 +98,15 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     )
 
     def logprobs(params: Any, batch: GRPOBatch) -> jax.Array:
-        return completion_logprobs(two_streams, params, batch, temperature, head_tokens)[0]
+        return completion_logprobs(two_streams, params, batch, temperature, ways)
 
     logprobs_fn = jax.jit(map_micro_batches(logprobs, config.micro_batches))
     judge = make_judge(model.config, model.tokenizer, mesh, config.sampling, config.group_size, config.model.dtype)
     if dry_run:
         width = bucket(max(record.longest_prompt for record in records), WIDTH_MULTIPLE)
-        prompts, batch = _abstract_batches(config, mesh, width)
-        key = jax.eval_shape(lambda: jax.random.key(0))
+        batch = _abstract_batch(config, mesh, width)
         programs = {
-            "sample": (judge.generate, (rollout_params, prompts, key)),
+            **abstract_programs(judge.engine, rollout_params, 2 * config.pairs_per_step, width),
             "update": (step_fn, (state_shape(model, mesh, optimizer), batch)),
         }
         if config.policy.kl_coef:
@@ -130,10 +128,7 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
             with timer.phase("sample"):
                 pairs = next(iterator)
                 key, width = jax.random.fold_in(run_key, step), bucket(pairs.longest_prompt, WIDTH_MULTIPLE)
-                sampled = sample_judgements(
-                    judge, to_rollout(state.params), requests_of(pairs.records), key, width=width
-                )
-                jax.block_until_ready(sampled)
+                sampled = sample_judgements(judge, to_rollout(state.params), requests_of(pairs.records), key, width)
             with timer.phase("parse"):
                 judgements = read_judgements(judge, sampled)
                 scores, status = (x.reshape(-1, 2, config.group_size) for x in score_arrays(judgements))
@@ -205,16 +200,15 @@ def _completion_width(longest: int, most: int) -> int:
     return min(bucket(longest, -(-most // 8)), most)
 
 
-def _abstract_batches(config: GRPOConfig, mesh: Mesh, width: int) -> tuple[Prompts, GRPOBatch]:
-    """The shapes of what is sampled from and of what is learnt from, for compiling ahead of time."""
+def _abstract_batch(config: GRPOConfig, mesh: Mesh, width: int) -> GRPOBatch:
+    """The shapes of what is learnt from, for compiling ahead of time."""
     pairs, group, new = config.pairs_per_step, config.group_size, config.sampling.max_new_tokens
 
     def leaf(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
-    prompts = Prompts(leaf(jnp.int32, 2 * pairs, width), leaf(jnp.int32, 2 * pairs), leaf(jnp.int32, 2 * pairs))
     logprobs = leaf(jnp.float32, pairs, 2, group, new)
-    batch = GRPOBatch(
+    return GRPOBatch(
         leaf(jnp.int32, pairs, 2, width),
         leaf(jnp.int32, pairs, 2),
         leaf(jnp.int32, pairs, 2, group, new),
@@ -223,4 +217,3 @@ def _abstract_batches(config: GRPOConfig, mesh: Mesh, width: int) -> tuple[Promp
         logprobs if config.policy.kl_coef else None,
         leaf(jnp.float32, pairs, 2, group),
     )
-    return prompts, batch

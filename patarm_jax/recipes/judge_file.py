@@ -63,7 +63,7 @@ def main(config: JudgeConfig) -> Accuracy | None:
             for start in range(len(lines), len(records), size):
                 batch = records[start : start + size]
                 # Row ids are the pairs' own, so a batch's size and order change no judgement.
-                judgements = judge(judging, params, requests_of(batch), key, rows=2 * size)
+                judgements = judge(judging, params, requests_of(batch), key)
                 new = [_line(record, judgements[2 * i : 2 * i + 2]) for i, record in enumerate(batch)]
                 file.write("".join(new).encode())
                 file.flush()

@@ -3,6 +3,7 @@
 The loss is on the judgement alone, its end token included. The same command resumes a run that was stopped.
 """
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from patarm_jax.config import SFTConfig, to_yaml
-from patarm_jax.data.pipeline import batches, bucket, encode_pairs, sft_batch
+from patarm_jax.data.pipeline import PairBatch, SFTShape, batches, batches_per_epoch, encode_pairs, sft_batch, sft_shape
 from patarm_jax.data.preferences import read_judged_preferences
 from patarm_jax.model.qwen3 import forward
 from patarm_jax.model.sharding import batch_sharding, batch_ways, fetch, make_mesh, place_batch
@@ -31,7 +32,7 @@ from patarm_jax.recipes.run import (
 )
 from patarm_jax.train.metrics import Timer, progress
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
-from patarm_jax.train.steps import head_tokens_for, make_step, sft_loss
+from patarm_jax.train.steps import make_step, sft_loss
 from patarm_jax.types import SFTBatch
 
 WIDTH_MULTIPLE = 64  # sequences are padded to buckets of this many tokens
@@ -56,8 +57,7 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
     optimizer = make_optimizer(config.optimizer, steps)
     schedule = make_schedule(config.optimizer, steps)
     run_forward = partial(forward, config=model.config, dtype=config.model.dtype, remat=config.model.remat)
-    head_tokens = head_tokens_for(model.config.vocab_size, batch_ways(mesh))
-    loss = sft_loss(lambda params, tokens: run_forward(params, prompt=tokens), head_tokens)
+    loss = sft_loss(lambda params, tokens, starts: run_forward(params, prompt=tokens, starts=starts), batch_ways(mesh))
     shardings = state_shardings(model, mesh, optimizer)
     step_fn = jax.jit(
         make_step(loss, optimizer, config.micro_batches),
@@ -65,10 +65,16 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
         out_shardings=(shardings, None),
         donate_argnums=0,
     )
+    rows_multiple = config.micro_batches * max(1, batch_ways(mesh) // jax.process_count())
+
+    def shape_of(pairs: PairBatch) -> SFTShape:
+        return sft_shape(pairs, WIDTH_MULTIPLE, rows_multiple, config.packing)
+
     if dry_run:
-        batch = _abstract_batch(config, mesh, bucket(max(r.longest_sequence for r in records), WIDTH_MULTIPLE))
-        programs = {"update": (step_fn, (state_shape(model, mesh, optimizer), batch))}
-        describe(to_yaml(config), mesh, programs, next(iterator), model.tokenizer, steps)
+        first, *others = itertools.islice(iterator, batches_per_epoch(len(records), config.pairs_per_step))
+        largest = max(map(shape_of, (first, *others)), key=lambda shape: shape.rows * shape.width)
+        programs = {"update": (step_fn, (state_shape(model, mesh, optimizer), _abstract_batch(largest, mesh)))}
+        describe(to_yaml(config), mesh, programs, first, model.tokenizer, steps)
         return True
 
     # ---------------------------------------------------------------------------------------------------------- train
@@ -78,7 +84,8 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
         for step in range(run.done + 1, steps + 1):
             timer = Timer()
             with timer.phase("data"):
-                batch = place_batch(mesh, sft_batch(next(iterator), model.tokenizer.pad_id, WIDTH_MULTIPLE))
+                pairs = next(iterator)
+                batch = place_batch(mesh, sft_batch(pairs, shape_of(pairs), model.tokenizer.pad_id, config.packing))
             with timer.phase("update"):
                 state, metrics = step_fn(state, batch)
                 values = {name: float(value) for name, value in fetch(metrics).items()}
@@ -94,10 +101,11 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
     return finish(run, step, state, model, card, config.model.dtype)
 
 
-def _abstract_batch(config: SFTConfig, mesh: Mesh, width: int) -> SFTBatch:
-    """The shapes of a batch, for compiling ahead of time."""
-    rows, sharding = 2 * config.pairs_per_step, batch_sharding(mesh)
+def _abstract_batch(shape: SFTShape, mesh: Mesh) -> SFTBatch:
+    """The shapes of a batch of all processes, for compiling ahead of time."""
+    rows, sharding = shape.rows * jax.process_count(), batch_sharding(mesh)
+    wide, judged = (rows, shape.width), (rows, shape.targets)
     leaves: list[Any] = [
-        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for shape in ((rows, width), (rows,), (rows,))
+        jax.ShapeDtypeStruct(each, jnp.int32, sharding=sharding) for each in (wide, wide, judged, judged, (rows,))
     ]
     return SFTBatch(*leaves)

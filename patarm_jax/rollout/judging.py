@@ -6,26 +6,24 @@ weight or writes a file.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from patarm_jax.config import SamplingSection
-from patarm_jax.data.pipeline import EncodedPair, bucket
+from patarm_jax.data.pipeline import EncodedPair
 from patarm_jax.data.tokenizer import Tokenizer, decode
 from patarm_jax.judge.parse import parse_pointwise
+from patarm_jax.model import qwen3
 from patarm_jax.model.config import Qwen3Config
-from patarm_jax.model.qwen3 import KVCache, Params, forward, init_cache
-from patarm_jax.model.sharding import batch_ways, fetch, place_batch
-from patarm_jax.rollout.sampler import Settings, sample
-from patarm_jax.types import Completions, Judgement, Prompts
-
-# Prompt widths are compiled for; they are multiples of this many tokens.
-WIDTH_MULTIPLE = 64
+from patarm_jax.model.qwen3 import KVCache, Params, PromptCache
+from patarm_jax.model.sharding import fetch, place_batch
+from patarm_jax.rollout.sampler import Network, Settings
+from patarm_jax.rollout.stream import Arrays, Engine, Request, complete, make_engine
+from patarm_jax.types import Completions, Judgement, Prompts, Seats
 
 
 @dataclass(frozen=True)
@@ -34,16 +32,7 @@ class Judge:
 
     tokenizer: Tokenizer
     mesh: Mesh
-    group: int  # G, judgements per response
-    generate: Any  # jitted, (params, Prompts, key) → Completions
-
-
-@dataclass(frozen=True)
-class Request:
-    """One response to be judged."""
-
-    tokens: Sequence[int] | np.ndarray  # the encoded prompt of the judge
-    row: int  # names the response: sampling keys are folded from it, so it must not depend on the batch
+    engine: Engine
 
 
 def requests_of(records: Sequence[EncodedPair]) -> list[Request]:
@@ -67,77 +56,73 @@ class Sampled:
 def make_judge(
     config: Qwen3Config, tokenizer: Tokenizer, mesh: Mesh, sampling: SamplingSection, group: int, dtype: str
 ) -> Judge:
-    """A judge for a network of this shape; compiled once per prompt width and batch size."""
+    """A judge for a network of this shape that gives G = `group` judgements of a response."""
     settings = Settings(
         tokenizer.stop_ids, sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p
     )
-    generate = jax.jit(lambda params, prompts, key: _generate(params, prompts, key, config, group, settings, dtype))
-    return Judge(tokenizer, mesh, group, generate)
+    return Judge(tokenizer, mesh, make_engine(network_of(config, dtype), mesh, group, settings, sampling.rows))
 
 
-def _generate(
-    params: Params, prompts: Prompts, key: jax.Array, config: Qwen3Config, group: int, settings: Settings, dtype: str
-) -> Completions:
-    rows, width = prompts.tokens.shape
+def network_of(config: Qwen3Config, dtype: str) -> Network[KVCache]:
+    """Qwen3 as the sampler sees it: tokens to logits."""
 
-    def prefill(tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, KVCache]:
-        # The last token drawn is never read, hence one position less; an empty axis would not compile.
-        cache = init_cache(config, rows, width, group, max(settings.max_new_tokens - 1, 1), dtype)
-        out: Any = forward(params, config, tokens, lengths, cache=cache, dtype=dtype)
-        last = jnp.take_along_axis(out.prompt, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return _logits(last, out.head), out.cache
+    def read(params: Params, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, PromptCache]:
+        hidden, kept = qwen3.prefill(params, config, tokens, lengths, dtype=dtype)
+        return qwen3.logits(params, config, hidden, dtype), kept
 
-    def decode_step(tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        out: Any = forward(params, config, completion=tokens[:, :, None], cache=cache, dtype=dtype)
-        return _logits(out.completion[:, :, 0], out.head), out.cache
+    def place(cache: KVCache, prompts: PromptCache, where: jax.Array) -> KVCache:
+        return replace(cache, prompt=qwen3.place_prompts(cache.prompt, prompts, where))
 
-    return sample(prefill, decode_step, prompts, key, group, settings)
+    def decode_step(params: Params, tokens: jax.Array, cache: KVCache, seats: Seats) -> tuple[jax.Array, KVCache]:
+        hidden, cache = qwen3.decode(params, config, tokens, cache, seats, dtype=dtype)
+        return qwen3.logits(params, config, hidden, dtype), cache
 
-
-def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """[..., D] → [..., V] float32."""
-    return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
-
-
-def judge(
-    judge: Judge, params: Params, requests: Sequence[Request], key: jax.Array, *, width: int = 0, rows: int = 0
-) -> list[list[Judgement]]:
-    """G judgements of each response, [R][G]: sampled, then read. Arguments as of `sample_judgements`."""
-    sampled = sample_judgements(judge, params, requests, key, width=width, rows=rows)
-    return read_judgements(judge, sampled)[: len(requests)]
+    return Network(
+        init=lambda prompts, width, rows, most: qwen3.init_cache(config, prompts, width, rows, most, dtype),
+        prefill=read,
+        place=place,
+        decode=decode_step,
+        resize=qwen3.resize_cache,
+    )
 
 
-def sample_judgements(
-    judge: Judge, params: Params, requests: Sequence[Request], key: jax.Array, *, width: int = 0, rows: int = 0
-) -> Sampled:
-    """Samples G judgements of each response.
+def judge(judge: Judge, params: Params, requests: Sequence[Request], key: jax.Array) -> list[list[Judgement]]:
+    """G judgements of each response, [R][G]: sampled, then read. Arguments as of `complete`."""
+    finished = complete(judge.engine, params, requests, key)
+    return _read(judge.tokenizer, finished.tokens, finished.lengths, finished.truncated)
+
+
+def sample_judgements(judge: Judge, params: Params, requests: Sequence[Request], key: jax.Array, width: int) -> Sampled:
+    """G completions of each response, on the devices beside their prompts, in the order of the processes.
 
     Args:
         judge: from `make_judge`.
         params: its weights.
-        requests: this process's responses.
+        requests: this process's responses, as many as every other's; the mesh must be able to share them.
         key: of this step; the same key, row and weights give the same judgements, in whatever batch.
-        width: tokens the prompts are padded to; 0: the bucket of the longest. Processes must agree.
-        rows: rows this process's batch is filled up to; 0: as many as the mesh needs.
-
-    Returns:
-        The completions of all processes' responses, in the order of the processes.
+        width: tokens the prompts are padded to; processes must agree.
     """
-    longest = max(len(request.tokens) for request in requests)
-    width = width or bucket(longest, WIDTH_MULTIPLE)
-    share = max(1, batch_ways(judge.mesh) // jax.process_count())
-    rows = max(rows, -(-len(requests) // share) * share)
-    prompts = place_batch(judge.mesh, _padded(requests, width, rows, judge.tokenizer.pad_id))
-    with jax.set_mesh(judge.mesh):
-        return Sampled(prompts, judge.generate(params, prompts, key))
+    finished = complete(judge.engine, params, requests, key)
+    tokens = np.full((len(requests), width), judge.tokenizer.pad_id, np.int32)
+    for row, request in zip(tokens, requests, strict=True):
+        row[: len(request.tokens)] = request.tokens
+    lengths = np.array([len(request.tokens) for request in requests], np.int32)
+    prompts = tokens, lengths, np.array([request.row for request in requests], np.int32)
+    completions = finished.tokens, finished.lengths, finished.logprobs, finished.truncated
+    return place_batch(judge.mesh, Sampled(Prompts(*cast(Arrays, prompts)), Completions(*cast(Arrays, completions))))
 
 
 def read_judgements(judge: Judge, sampled: Sampled) -> list[list[Judgement]]:
-    """What the completions say, [R][G], on every process; a filler row says nothing, in bad form."""
+    """What the completions say, [R][G], on every process."""
     completions = sampled.completions
-    tokens, lengths, truncated = fetch((completions.tokens, completions.lengths, completions.truncated))
+    return _read(judge.tokenizer, *fetch((completions.tokens, completions.lengths, completions.truncated)))
+
+
+def _read(
+    tokenizer: Tokenizer, tokens: np.ndarray, lengths: np.ndarray, truncated: np.ndarray
+) -> list[list[Judgement]]:
     return [
-        [parse_pointwise(_text(judge.tokenizer, *one)) for one in zip(*group, strict=True)]
+        [parse_pointwise(_text(tokenizer, *one)) for one in zip(*group, strict=True)]
         for group in zip(tokens, lengths, truncated, strict=True)
     ]
 
@@ -147,16 +132,6 @@ def score_arrays(judgements: Sequence[Sequence[Judgement]]) -> tuple[np.ndarray,
     scores = [[math.nan if one.score is None else one.score for one in group] for group in judgements]
     statuses = [[int(one.status) for one in group] for group in judgements]
     return np.asarray(scores, np.float32), np.asarray(statuses, np.int32)
-
-
-def _padded(requests: Sequence[Request], width: int, rows: int, pad_id: int) -> Prompts:
-    """Right-padded host arrays; filler rows have row id −1 and are never sampled."""
-    tokens = np.full((rows, width), pad_id, np.int32)
-    lengths, ids = np.ones(rows, np.int32), np.full(rows, -1, np.int32)
-    for i, request in enumerate(requests):
-        tokens[i, : len(request.tokens)] = request.tokens
-        lengths[i], ids[i] = len(request.tokens), request.row
-    return Prompts(tokens, lengths, ids)  # type: ignore[arg-type]  # host arrays, on their way to the devices
 
 
 def _text(tokenizer: Tokenizer, tokens: np.ndarray, length: int, truncated: bool) -> str:

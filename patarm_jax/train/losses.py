@@ -1,21 +1,24 @@
-"""Losses as functions of arrays to (sum, denominator), so that micro-batches add up exactly.
+"""Losses as sums over tokens, so that micro-batches add up exactly.
 
 The vocabulary is met only here, in chunks of tokens: [tokens, V] never exists for a whole batch.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-# A sum and what it is to be divided by, both [] float32.
-Mean = tuple[jax.Array, jax.Array]
+# Tokens whose logits exist at a time on a device: enough for the matmul to be bound by arithmetic, and 0.3 GB of
+# float32 at 151,936 tokens of vocabulary.
+HEAD_TOKENS = 512
 
 
 def token_logprobs(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, temperature: float = 1.0, chunk: int
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, temperature: float = 1.0, ways: int = 1
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each target and entropy of each distribution, the head's matmul inside.
+    """Log-probability of each target and entropy of each distribution, without a gradient.
 
         z = hidden·headᵀ / τ,   logprob = z[target] − log Σ exp z,   entropy = −Σ softmax(z)·log softmax(z)
 
@@ -24,30 +27,121 @@ def token_logprobs(
         head: [V, D].
         targets: [B, T] int32.
         temperature: τ, that of sampling.
-        chunk: tokens of each row whose logits exist at a time: [B, chunk, V]; recomputed in the backward pass.
+        ways: into how many parts the devices share B; each works through its own tokens.
 
     Returns:
-        logprobs [B, T] and entropy [B, T], float32; no gradient flows through the entropy.
+        logprobs [B, T] and entropy [B, T], float32.
     """
-    rows, length, width = hidden.shape
-    chunk = min(chunk, length)
-    pad = -length % chunk
-    parts = (length + pad) // chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, parts, chunk, width).swapaxes(0, 1)
-    targets = jnp.pad(targets, ((0, 0), (0, pad))).reshape(rows, parts, chunk).swapaxes(0, 1)
+    hidden, head = jax.lax.stop_gradient((hidden, head))
+    chunks = jax.tree.map(lambda x: _chunked(x, ways), (hidden, targets))
 
-    @jax.checkpoint
-    def one(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+    def one(carry: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         states, wanted = part
-        logits = jnp.einsum("btd,vd->btv", states, head, preferred_element_type=jnp.float32) / temperature
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
-        taken = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
-        fixed = jax.lax.stop_gradient(logits - normaliser[..., None])
-        entropy = -(jnp.exp(fixed) * fixed).sum(axis=-1)
-        return None, (taken - normaliser, entropy)
+        logprobs, entropy, _ = _read(states, wanted, head, temperature)
+        return carry, (logprobs, entropy)
 
-    _, (logprobs, entropy) = jax.lax.scan(one, None, (hidden, targets))
-    return tuple(x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for x in (logprobs, entropy))
+    _, (logprobs, entropy) = jax.lax.scan(one, None, chunks)
+    return _unchunked(logprobs, targets.shape), _unchunked(entropy, targets.shape)
+
+
+# Of logprobs, entropies and what else is known of the same tokens, all [W, C]: a sum to minimise and sums to report.
+TokenSum = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def sum_over_tokens(
+    fn: TokenSum, temperature: float, ways: int, hidden: jax.Array, head: jax.Array, targets: jax.Array, known: Any
+) -> tuple[jax.Array, Any]:
+    """Adds up a function of every token's log-prob and entropy, with the gradient of the sum by its log-probs.
+
+    The gradient by hidden states and head is taken along with the value, chunk by chunk, while the chunk's logits are
+    there; so they are computed once and never stored. No gradient flows through entropies, reported sums and `known`.
+
+    Args:
+        fn: static; a token for which all of `known` is 0 must count for nothing, since chunks are filled up with such.
+        temperature: τ, as in `token_logprobs`.
+        ways: as in `token_logprobs`.
+        hidden: [B, T, D].
+        head: [V, D].
+        targets: [B, T] int32.
+        known: a tree of [B, T].
+
+    Returns:
+        what fn gave, added up over all tokens.
+    """
+    chunks = jax.tree.map(lambda x: _chunked(x, ways), (hidden, targets, known))
+
+    def one(sums: Any, part: tuple[jax.Array, jax.Array, Any]) -> tuple[Any, None]:
+        states, wanted, known = part
+        logprobs, entropy, _ = _read(states, wanted, head, temperature)
+        return jax.tree.map(jnp.add, sums, fn(logprobs, entropy, known)), None
+
+    return jax.lax.scan(one, _zero_sums(fn, chunks), chunks)[0]
+
+
+def _sum_forward(
+    fn: TokenSum, temperature: float, ways: int, hidden: jax.Array, head: jax.Array, targets: jax.Array, known: Any
+) -> tuple[tuple[jax.Array, Any], Any]:
+    chunks = jax.tree.map(lambda x: _chunked(x, ways), (hidden, targets, known))
+
+    def one(carry: Any, part: tuple[jax.Array, jax.Array, Any]) -> tuple[Any, jax.Array]:
+        sums, d_head = carry
+        states, wanted, known = part
+        logprobs, entropy, softmax = _read(states, wanted, head, temperature)
+        value, pullback, reported = jax.vjp(lambda logprobs: fn(logprobs, entropy, known), logprobs, has_aux=True)
+        (weight,) = pullback(jnp.float32(1.0))
+        hit = wanted[..., None] == jnp.arange(head.shape[0])
+        d_logits = ((hit - softmax) * (weight / temperature)[..., None]).astype(head.dtype)
+        # One sum per part of the batch: devices that hold different parts meet once, behind the last chunk.
+        d_head += jnp.einsum("wcv,wcd->wvd", d_logits, states, preferred_element_type=jnp.float32)
+        d_states = jnp.einsum("wcv,vd->wcd", d_logits, head, preferred_element_type=jnp.float32)
+        return (jax.tree.map(jnp.add, sums, (value, reported)), d_head), d_states.astype(states.dtype)
+
+    zero = _zero_sums(fn, chunks), jnp.zeros((ways, *head.shape), jnp.float32)
+    (sums, d_head), d_hidden = jax.lax.scan(one, zero, chunks)
+    return sums, (_unchunked(d_hidden, hidden.shape), d_head.sum(axis=0).astype(head.dtype))
+
+
+def _sum_backward(fn: TokenSum, temperature: float, ways: int, saved: Any, gradient: Any) -> tuple[Any, ...]:
+    return (*((gradient[0] * x).astype(x.dtype) for x in saved), None, None)
+
+
+sum_over_tokens.defvjp(_sum_forward, _sum_backward)
+
+
+def _read(
+    states: jax.Array, targets: jax.Array, head: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probs [W, C], entropies [W, C] and the softmax [W, C, V] of a chunk."""
+    logits = jnp.einsum("wcd,vd->wcv", states, head, preferred_element_type=jnp.float32) / temperature
+    above = logits - logits.max(axis=-1, keepdims=True)
+    weights = jnp.exp(above)
+    total = weights.sum(axis=-1)
+    taken = jnp.take_along_axis(above, targets[..., None], axis=-1)[..., 0]
+    entropy = jnp.log(total) - (weights * above).sum(axis=-1) / total
+    return taken - jnp.log(total), entropy, weights / total[..., None]
+
+
+def _zero_sums(fn: TokenSum, chunks: Any) -> Any:
+    _, targets, known = jax.tree.map(lambda x: x[0], chunks)
+    nothing = jnp.zeros(targets.shape, jnp.float32)
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, nothing, nothing, known))
+
+
+def _chunked(x: jax.Array, ways: int) -> jax.Array:
+    """[B, T, …] → [number of chunks, W, C, …], the tokens of each part of the batch in order, filled up with zeros."""
+    tokens = x.reshape(ways, -1, *x.shape[2:])
+    chunk = min(HEAD_TOKENS, tokens.shape[1])
+    count = -(-tokens.shape[1] // chunk)
+    tokens = jnp.pad(tokens, [(0, count * chunk - tokens.shape[1] if axis == 1 else 0) for axis in range(tokens.ndim)])
+    return tokens.reshape(ways, count, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _unchunked(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """[number of chunks, W, C, …] → [B, T, …]."""
+    count, ways, chunk = x.shape[:3]
+    tokens = x.swapaxes(0, 1).reshape(ways, count * chunk, *x.shape[3:])
+    return tokens[:, : shape[0] * shape[1] // ways].reshape(shape)
 
 
 def mask_from_lengths(lengths: jax.Array, width: int) -> jax.Array:
@@ -55,24 +149,20 @@ def mask_from_lengths(lengths: jax.Array, width: int) -> jax.Array:
     return jnp.arange(width) < lengths[..., None]
 
 
-def masked_mean(
-    values: jax.Array, mask: jax.Array, aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-) -> Mean:
-    """Values [..., T] where mask [..., T] is True, averaged one of two ways, as (sum, denominator).
+def token_weights(
+    mask: jax.Array, aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+) -> tuple[jax.Array, jax.Array]:
+    """Weights of the tokens [..., T] of a mean, and what the weighted sum is to be divided by.
 
-    Either
-
-        token_mean:     Σ over all tokens / number of tokens              (DAPO; verl's default)
-        sequence_mean:  Σ over sequences of each one's token mean / number of non-empty sequences     (GRPO's paper)
+    token_mean:     Σ over all tokens / number of tokens              (DAPO; verl's default)
+    sequence_mean:  Σ over sequences of each one's token mean / number of non-empty sequences     (GRPO's paper)
     """
-    values = jnp.where(mask, values, 0.0)
     if aggregation == "token_mean":
-        return values.sum(), mask.sum().astype(jnp.float32)
+        return mask.astype(jnp.float32), mask.sum().astype(jnp.float32)
     if aggregation != "sequence_mean":
         raise ValueError(f"aggregation must be token_mean or sequence_mean, got {aggregation!r}")
-    count = mask.sum(axis=-1)
-    means = values.sum(axis=-1) / jnp.maximum(count, 1)
-    return means.sum(), (count > 0).sum().astype(jnp.float32)
+    count = mask.sum(axis=-1, keepdims=True)
+    return mask / jnp.maximum(count, 1), (count > 0).sum().astype(jnp.float32)
 
 
 def clipped_policy_loss(
@@ -85,7 +175,7 @@ def clipped_policy_loss(
     Args:
         logprobs: [..., T] under the policy being trained.
         old_logprobs: [..., T] under the policy that sampled.
-        advantages: [...], one per sequence.
+        advantages: [..., T], or [..., 1] for one per sequence.
         clip_low: ε_low.
         clip_high: ε_high.
 
@@ -94,7 +184,6 @@ def clipped_policy_loss(
 
     Source: PPO (arXiv 1707.06347) eq. 7, with the two bounds of DAPO (arXiv 2503.14476).
     """
-    advantages = advantages[..., None]
     ratio = jnp.exp(logprobs - old_logprobs)
     free = ratio * advantages
     bound = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages

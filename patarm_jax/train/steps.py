@@ -6,6 +6,7 @@ of micro-batches never changes a result.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -15,22 +16,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from patarm_jax.config import PolicySection
 from patarm_jax.train.losses import (
-    Mean,
     clipped_policy_loss,
     kl_k3,
     mask_from_lengths,
-    masked_mean,
+    sum_over_tokens,
     token_logprobs,
+    token_weights,
 )
 from patarm_jax.types import GRPOBatch, SFTBatch
 
 Params = Any
 Batch = TypeVar("Batch")
-Forward = Callable[..., Any]  # (params, prompt, prompt_lengths, completion) -> .prompt, .completion, .head
+Forward = Callable[..., Any]  # (params, arrays …) → hidden states .prompt and .completion, and the .head
 
-# Of float32 logits that exist at a time on a device. At 151,936 tokens of vocabulary these are 441 rows: enough for the
-# matmul to be bound by arithmetic, and little beside the weights.
-LOGIT_BYTES = 2**28
+# A sum and what it is to be divided by, both [] float32.
+Mean = tuple[jax.Array, jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -87,32 +87,40 @@ def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-def head_tokens_for(vocab_size: int, batch_ways: int) -> int:
-    """Tokens of a batch, split over so many devices, whose logits may exist at a time."""
-    return max(1, LOGIT_BYTES // (4 * vocab_size)) * batch_ways
+def sft_loss(forward: Forward, ways: int = 1) -> LossFn[SFTBatch]:
+    """Mean cross-entropy of the judgements' tokens, end tokens included; prompts are only read.
 
-
-def sft_loss(forward: Forward, head_tokens: int) -> LossFn[SFTBatch]:
-    """Mean cross-entropy of the judgement's tokens, its end token included; the prompt is only read."""
+    Args:
+        forward: (params, tokens [B, T], starts [B, T]) → Output.
+        ways: into how many parts the devices share the batch.
+    """
 
     def loss(params: Params, batch: SFTBatch) -> Loss:
-        out = forward(params, batch.tokens)
-        rows, width = batch.tokens.shape
-        predicted = jnp.roll(batch.tokens, -1, axis=1)
-        chunk = max(1, head_tokens // rows)
-        logprobs, entropy = token_logprobs(out.prompt, out.head, predicted, chunk=chunk)
-        position = jnp.arange(1, width + 1)  # of the token that is predicted
-        mask = (position >= batch.prompt_lengths[:, None]) & (position < batch.lengths[:, None])
-        cross_entropy = masked_mean(-logprobs, mask)
-        return Loss(cross_entropy, {"loss": cross_entropy, "entropy": masked_mean(entropy, mask)})
+        out = forward(params, batch.tokens, batch.starts)
+        states = jnp.take_along_axis(out.prompt, batch.read[..., None], axis=1)
+        mask = mask_from_lengths(batch.counts, batch.read.shape[1])
+        total, entropy = sum_over_tokens(_cross_entropy, 1.0, ways, states, out.head, batch.targets, mask)
+        count = mask.sum().astype(jnp.float32)
+        return Loss((total, count), {"loss": (total, count), "entropy": (entropy, count)})
 
     return loss
 
 
+def _cross_entropy(logprobs: jax.Array, entropy: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return -jnp.where(mask, logprobs, 0.0).sum(), jnp.where(mask, entropy, 0.0).sum()
+
+
 def completion_logprobs(
-    forward: Forward, params: Params, batch: GRPOBatch, temperature: float, head_tokens: int
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probs and entropies of sampled tokens, both [P, 2, G, Tc]; each prompt is computed once for its group."""
+    forward: Forward, params: Params, batch: GRPOBatch, temperature: float, ways: int = 1
+) -> jax.Array:
+    """Log-probs of sampled tokens, [P, 2, G, Tc]; each prompt is computed once for its group. Has no gradient."""
+    states, head, targets = _predicting(forward, params, batch)
+    logprobs, _ = token_logprobs(states, head, targets, temperature=temperature, ways=ways)
+    return logprobs.reshape(batch.completion_tokens.shape)
+
+
+def _predicting(forward: Forward, params: Params, batch: GRPOBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The states [R, G·Tc, D] that predict the sampled tokens, the head, and those tokens [R, G·Tc]."""
     pairs, sides, group, width = batch.completion_tokens.shape
     rows = pairs * sides
     completion = batch.completion_tokens.reshape(rows, group, width)
@@ -122,41 +130,65 @@ def completion_logprobs(
     last = jnp.take_along_axis(out.prompt, (lengths - 1)[:, None, None], axis=1)[:, None]
     last = jnp.broadcast_to(last, (rows, group, 1, last.shape[-1]))
     hidden = jnp.concatenate([last, out.completion[:, :, :-1]], axis=2)
-    logprobs, entropy = token_logprobs(
-        hidden.reshape(rows, group * width, -1),
-        out.head,
-        completion.reshape(rows, group * width),
-        temperature=temperature,
-        chunk=max(1, head_tokens // rows),
-    )
-    shape = batch.completion_tokens.shape
-    return logprobs.reshape(shape), entropy.reshape(shape)
+    return hidden.reshape(rows, group * width, -1), out.head, completion.reshape(rows, group * width)
 
 
-def grpo_loss(forward: Forward, policy: PolicySection, temperature: float, head_tokens: int) -> LossFn[GRPOBatch]:
-    """Clipped policy loss plus kl_coef times the k3 KL to the reference, over sampled tokens."""
+class _Known(NamedTuple):
+    """Of every sampled token, arrays of one shape."""
+
+    mask: jax.Array  # bool, False on padding
+    weights: jax.Array  # in the mean that is minimised
+    advantages: jax.Array
+    old_logprobs: jax.Array
+    ref_logprobs: jax.Array | None
+
+
+def grpo_loss(forward: Forward, policy: PolicySection, temperature: float, ways: int = 1) -> LossFn[GRPOBatch]:
+    """Clipped policy loss plus kl_coef times the k3 KL to the reference, over sampled tokens.
+
+    Args:
+        forward: (params, prompt [R, Tp], prompt_lengths [R], completion [R, G, Tc]) → Output.
+        policy: clipping, KL, aggregation.
+        temperature: of sampling.
+        ways: into how many parts the devices share the batch.
+    """
 
     def loss(params: Params, batch: GRPOBatch) -> Loss:
-        logprobs, entropy = completion_logprobs(forward, params, batch, temperature, head_tokens)
         mask = mask_from_lengths(batch.completion_lengths, batch.completion_tokens.shape[-1])
-        per_token, clipped = clipped_policy_loss(
-            logprobs, batch.old_logprobs, batch.advantages, policy.clip_low, policy.clip_high
+        weights, denominator = token_weights(mask, policy.aggregation)
+        advantages = jnp.broadcast_to(batch.advantages[..., None], mask.shape)
+        states, head, targets = _predicting(forward, params, batch)
+        known = _Known(mask, weights, advantages, batch.old_logprobs, batch.ref_logprobs)
+        known = jax.tree.map(lambda x: x.reshape(targets.shape), known)
+        total, sums = sum_over_tokens(partial(_policy_loss, policy), temperature, ways, states, head, targets, known)
+        count = mask.sum().astype(jnp.float32)
+        metrics = {name: (value, count) for name, value in sums.items()}
+        return Loss(
+            (total, denominator),
+            metrics | {"loss": (total, denominator), "policy_loss": (sums["policy_loss"], denominator)},
         )
-        gap = jnp.abs(jax.lax.stop_gradient(logprobs) - batch.old_logprobs)
-        metrics = {
-            "policy_loss": masked_mean(per_token, mask, policy.aggregation),
-            "entropy": masked_mean(entropy, mask),
-            "clip_ratio/region_mean": masked_mean(clipped.astype(jnp.float32), mask),
-            "sampling/logprob_gap_mean": masked_mean(gap, mask),
-        }
-        if batch.ref_logprobs is not None:
-            kl = kl_k3(logprobs, batch.ref_logprobs)
-            per_token = per_token + policy.kl_coef * kl
-            metrics["kl"] = masked_mean(kl, mask)
-        total = masked_mean(per_token, mask, policy.aggregation)
-        return Loss(total, {"loss": total} | metrics)
 
     return loss
+
+
+def _policy_loss(
+    policy: PolicySection, logprobs: jax.Array, entropy: jax.Array, known: _Known
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    mask, weights, advantages, old_logprobs, ref_logprobs = known
+    logprobs = jnp.where(mask, logprobs, 0.0)  # of padding, whose exponentials might not be finite
+    per_token, clipped = clipped_policy_loss(logprobs, old_logprobs, advantages, policy.clip_low, policy.clip_high)
+    total = (per_token * weights).sum()
+    sums = {
+        "policy_loss": total,
+        "entropy": (entropy * mask).sum(),
+        "clip_ratio/region_mean": (clipped & mask).sum().astype(jnp.float32),
+        "sampling/logprob_gap_mean": (jnp.abs(logprobs - old_logprobs) * mask).sum(),
+    }
+    if ref_logprobs is not None:
+        kl = kl_k3(logprobs, ref_logprobs)
+        total += policy.kl_coef * (kl * weights).sum()
+        sums["kl"] = (kl * mask).sum()
+    return total, sums
 
 
 # -------------------------------------------------------------------------------------------------------------- step

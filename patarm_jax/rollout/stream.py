@@ -1,0 +1,343 @@
+"""The schedule of a sampler: which prompt comes into which place when, and which row begins what.
+
+Runs on the host, between runs of the compiled loop. Longest prompts first, so that short ones do not pay for long ones:
+prompts are read in buckets of length, and when the long ones are through, and when rows run out, places shrink. The
+schedule decides when a completion is drawn, never what is drawn.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from patarm_jax.data.pipeline import bucket
+from patarm_jax.model.sharding import BATCH_AXES, batch_sharding, batch_ways, constrain, fetch, local_part, place_batch
+from patarm_jax.rollout import sampler
+from patarm_jax.rollout.sampler import Admission, Network, Settings, Slots
+from patarm_jax.types import Prompts
+
+# Host arrays, or shapes, where a type speaks of the arrays they become on the devices.
+Arrays = tuple[jax.Array, ...]
+
+# Prompt widths are compiled for; they are multiples of this many tokens.
+WIDTH_MULTIPLE = 64
+# Tokens of prompts that a device reads at a time: enough to be bound by arithmetic, and little memory beside the cache.
+PREFILL_TOKENS = 8192
+# A share of the rows that must have ended before waiting ones take their places: a pause costs about one step.
+REFILL_SHARE = 8
+# How often rows may be halved when nothing waits any more; each time is another compiled program.
+HALVINGS = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to be completed G times."""
+
+    tokens: Sequence[int] | np.ndarray
+    row: int  # names it: sampling keys are folded from it, so it must not depend on the batch
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The G completions of this process's requests, in their order; numpy's."""
+
+    tokens: np.ndarray  # [n, G, Tc] int32
+    lengths: np.ndarray  # [n, G] int32, the end token included
+    logprobs: np.ndarray  # [n, G, Tc] float32
+    truncated: np.ndarray  # [n, G] bool
+    row_steps: int  # rows × steps that were computed, over all devices: what the lengths' sum is to be compared with
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The compiled programs of a sampler on a mesh."""
+
+    mesh: Mesh
+    group: int  # G
+    settings: Settings
+    rows: int  # that are written at a time, over all devices; 0: as many as there are
+    start: Any
+    bring_in: Any
+    advance: Any
+    resize: Any
+
+
+def make_engine(network: Network[Any], mesh: Mesh, group: int, settings: Settings, rows: int = 0) -> Engine:
+    """Jits the sampler for a network; programs are compiled once per size of places."""
+    ways = batch_ways(mesh)
+
+    def start(prompts: int, width: int, rows: int) -> Slots[Any]:
+        return _pinned(sampler.empty_slots(network, ways, prompts, width, rows, group, settings))
+
+    def bring_in(params: Any, slots: Slots[Any], prompts: Prompts, place: jax.Array, key: jax.Array) -> Slots[Any]:
+        return _pinned(sampler.bring_in(network, params, slots, prompts, place, key, group, settings))
+
+    def advance(params: Any, slots: Slots[Any], begins: Admission, key: jax.Array, enough: jax.Array) -> Slots[Any]:
+        return _pinned(sampler.advance(network, params, slots, begins, key, enough, settings))
+
+    def resize(slots: Slots[Any], rows: jax.Array, prompts: jax.Array, seat: jax.Array, width: int) -> Slots[Any]:
+        return _pinned(sampler.resize(network, slots, rows, prompts, seat, width, group))
+
+    return Engine(
+        mesh,
+        group,
+        settings,
+        rows,
+        start=jax.jit(start, static_argnums=(0, 1, 2)),
+        bring_in=jax.jit(bring_in, donate_argnums=1),
+        advance=jax.jit(advance, donate_argnums=1),
+        resize=jax.jit(resize, static_argnums=4),
+    )
+
+
+def abstract_programs(engine: Engine, params: Any, requests: int, width: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """The largest programs of a run over so many requests, with abstract arguments, for compiling ahead of time."""
+    ways, new = batch_ways(engine.mesh), partial(jax.ShapeDtypeStruct, sharding=batch_sharding(engine.mesh))
+    prompts, rows = _places(engine, -(-requests // ways))
+    number = _prompts_at_a_time(width, prompts, prompts)
+    with jax.set_mesh(engine.mesh):
+        slots = jax.tree.map(
+            lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like),
+            jax.eval_shape(engine.start, prompts, width, rows),
+            engine.start.lower(prompts, width, rows).compile().output_shardings,
+        )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    size = ways * number
+    read = Prompts(*cast(Arrays, tuple(new(shape, jnp.int32) for shape in ((size, width), (size,), (size,)))))
+    begins = Admission(*cast(Arrays, tuple(new((ways, rows), kind) for kind in (jnp.bool, jnp.int32, jnp.int32))))
+    enough = jax.ShapeDtypeStruct((), jnp.int32)
+    return {
+        "prefill": (engine.bring_in, (params, slots, read, new((ways, number), jnp.int32), key)),
+        "decode": (engine.advance, (params, slots, begins, key, enough)),
+    }
+
+
+def _places(engine: Engine, requests: int) -> tuple[int, int]:
+    """How many prompts and rows a device has, for so many requests."""
+    wanted = -(-engine.rows // batch_ways(engine.mesh)) if engine.rows else requests * engine.group
+    rows = min(wanted, requests * engine.group)
+    # Groups end unevenly: with twice the prompts that the rows need, no row waits for one.
+    return min(requests, -(-rows // engine.group) * (1 if engine.group == 1 else 2)), rows
+
+
+def _prompts_at_a_time(width: int, places: int, wanted: int) -> int:
+    """A power of two, so that few sizes are compiled."""
+    limit = 1 << max(PREFILL_TOKENS // width, 1).bit_length() - 1
+    return min(limit, 1 << (wanted - 1).bit_length(), 1 << (places - 1).bit_length())
+
+
+def _pinned(slots: Slots[Any]) -> Slots[Any]:
+    """The arrays of rows and seats, [W, …], each part on its device; the cache's are the network's to place."""
+    own = {name: value for name, value in vars(slots).items() if name not in ("cache", "steps")}
+    return replace(slots, **{name: constrain(value, BATCH_AXES) for name, value in own.items()})
+
+
+@dataclass
+class _Device:
+    """What one of the devices that share the batch has to do, and where it stands."""
+
+    waiting: deque[int]  # requests whose prompt is not in yet
+    prompts: list[int | None]  # place → request
+    rows: list[tuple[int, int] | None]  # row → (request, rollout) that is written on it
+    ready: deque[tuple[int, int]] = field(default_factory=deque)  # (request, rollout) whose prompt is in
+    left: dict[int, int] = field(default_factory=dict)  # request whose prompt is in → rollouts that have not ended
+
+    def free_places(self) -> list[int]:
+        return [place for place, request in enumerate(self.prompts) if request is None]
+
+    def free_rows(self) -> list[int]:
+        return [row for row, work in enumerate(self.rows) if work is None]
+
+
+def complete(engine: Engine, params: Any, requests: Sequence[Request], key: jax.Array) -> Finished:
+    """Draws G completions of each request.
+
+    Args:
+        engine: from `make_engine`.
+        params: the network's weights.
+        requests: this process's; all processes have equally many.
+        key: of this run; the same key, row and weights give the same completions, in whatever company.
+
+    Returns:
+        the completions.
+    """
+    with jax.set_mesh(engine.mesh):
+        return _Schedule(engine, params, requests, key).run()
+
+
+class _Schedule:
+    """One run. Every process holds the whole schedule; each feeds and reads its own devices alone."""
+
+    def __init__(self, engine: Engine, params: Any, requests: Sequence[Request], key: jax.Array) -> None:
+        self.engine, self.params, self.key, self.requests = engine, params, key, requests
+        self.ways, group = batch_ways(engine.mesh), engine.group
+        self.first = len(requests) * jax.process_index()  # a request's number, over all processes
+        self.lengths = _everyones([len(request.tokens) for request in requests])
+        each = self.ways // jax.process_count() or 1
+        self.mine = range(jax.process_index() * each, (jax.process_index() + 1) * each)
+        shares = [self._share(way, each) for way in range(self.ways)]
+        prompts, rows = _places(engine, max(map(len, shares)))
+        self.devices = [_Device(deque(share), [None] * prompts, [None] * rows) for share in shares]
+        self.width = bucket(int(self.lengths.max()), WIDTH_MULTIPLE)
+        self.least = rows / 2**HALVINGS
+        self.slots = engine.start(prompts, self.width, rows)
+        self.row_steps = self.steps = 0
+        count, longest = len(requests), engine.settings.max_new_tokens
+        self.tokens = np.zeros((count, group, longest), np.int32)
+        self.logprobs = np.zeros((count, group, longest), np.float32)
+        self.drawn = np.zeros((count, group), np.int32)
+        self.truncated = np.zeros((count, group), bool)
+
+    def _share(self, way: int, each: int) -> list[int]:
+        """The requests of a device, longest prompt first, dealt so that devices have alike work."""
+        count = len(self.requests)
+        process, turn = divmod(way, each)
+        numbers = range(process * count, (process + 1) * count)
+        return sorted(numbers, key=lambda number: -int(self.lengths[number]))[turn::each]
+
+    def run(self) -> Finished:
+        while any(device.waiting or device.left for device in self.devices):
+            self._bring_in()
+            self._shrink()
+            self._advance()
+        return Finished(self.tokens, self.drawn, self.logprobs, self.truncated, self.row_steps)
+
+    # ------------------------------------------------------------------------------------------------------ prompts
+
+    def _bring_in(self) -> None:
+        """Reads prompts as long as there are places, on all devices together."""
+        while True:
+            wanted = [min(len(device.waiting), len(device.free_places())) for device in self.devices]
+            if not any(wanted):
+                return
+            width = bucket(
+                max(int(self.lengths[device.waiting[0]]) for device, n in zip(self.devices, wanted, strict=True) if n),
+                WIDTH_MULTIPLE,
+            )
+            self._read(width, _prompts_at_a_time(width, len(self.devices[0].prompts), max(wanted)))
+
+    def _read(self, width: int, number: int) -> None:
+        tokens = np.zeros((len(self.mine), number, width), np.int32)
+        lengths, rows = np.ones(tokens.shape[:2], np.int32), np.zeros(tokens.shape[:2], np.int32)
+        place = np.full(tokens.shape[:2], len(self.devices[0].prompts), np.int32)
+        for way, device in enumerate(self.devices):
+            for n, free in zip(range(number), device.free_places(), strict=False):
+                if not device.waiting:
+                    break
+                request = device.waiting.popleft()
+                device.prompts[free] = request
+                device.left[request] = self.engine.group
+                device.ready.extend((request, rollout) for rollout in range(self.engine.group))
+                if way in self.mine:
+                    given, index = self.requests[request - self.first], way - self.mine.start
+                    tokens[index, n, : len(given.tokens)] = given.tokens
+                    lengths[index, n], rows[index, n], place[index, n] = len(given.tokens), given.row, free
+        flat = tuple(x.reshape(-1, *x.shape[2:]) for x in (tokens, lengths, rows))
+        prompts = place_batch(self.engine.mesh, Prompts(*cast(Arrays, flat)))
+        self.slots = self.engine.bring_in(
+            self.params, self.slots, prompts, place_batch(self.engine.mesh, place), self.key
+        )
+
+    # --------------------------------------------------------------------------------------------------------- rows
+
+    def _advance(self) -> None:
+        """Lets waiting rollouts begin on free rows, draws for a while, and takes what has ended."""
+        engine, size = self.engine, len(self.devices[0].rows)
+        begins = np.zeros((len(self.mine), size), bool)
+        seat, ids = np.zeros((2, len(self.mine), size), np.int32)
+        for way, device in enumerate(self.devices):
+            for row in device.free_rows():
+                if not device.ready:
+                    break
+                request, rollout = device.rows[row] = device.ready.popleft()
+                if way in self.mine:
+                    index = way - self.mine.start
+                    begins[index, row] = True
+                    seat[index, row] = device.prompts.index(request) * engine.group + rollout
+                    ids[index, row] = self.requests[request - self.first].row * engine.group + rollout
+        admission = place_batch(engine.mesh, Admission(*cast(Arrays, (begins, seat, ids))))
+        self.slots = engine.advance(self.params, self.slots, admission, self.key, np.int32(self._enough(size)))
+        done, drawn, steps = fetch((self.slots.done, self.slots.drawn, self.slots.steps))
+        self.row_steps += (int(steps) - self.steps) * done.size
+        self.steps = int(steps)
+        self._take(done, drawn)
+
+    def _enough(self, size: int) -> int:
+        """How many rows, over all devices, must be done before it is worth looking again."""
+        everything = size * len(self.devices)
+        idle = sum(len(device.free_rows()) for device in self.devices)
+        if any(device.ready or device.waiting for device in self.devices):
+            return min(everything, idle + max(1, everything // REFILL_SHARE))
+        half = everything - everything // 2
+        return everything if size // 2 < self.least or size == 1 else max(half, idle + 1)
+
+    def _take(self, done: np.ndarray, drawn: np.ndarray) -> None:
+        tokens, logprobs, stopped = (
+            local_part(x) for x in (self.slots.tokens, self.slots.logprobs, self.slots.stopped)
+        )
+        for way, device in enumerate(self.devices):
+            for row, work in enumerate(device.rows):
+                if work is None or not done[way, row]:
+                    continue
+                request, rollout = work
+                device.rows[row] = None
+                device.left[request] -= 1
+                if not device.left[request]:
+                    del device.left[request]
+                    device.prompts[device.prompts.index(request)] = None
+                if way in self.mine:
+                    index, number = way - self.mine.start, request - self.first
+                    self.tokens[number, rollout] = tokens[index, row]
+                    self.logprobs[number, rollout] = logprobs[index, row]
+                    self.drawn[number, rollout] = drawn[way, row]
+                    self.truncated[number, rollout] = not stopped[index, row]
+
+    # ------------------------------------------------------------------------------------------------------- places
+
+    def _shrink(self) -> None:
+        """Halves rows and prompts once nothing waits for them, and narrows prompts once the long ones are through."""
+        size, prompts = len(self.devices[0].rows), len(self.devices[0].prompts)
+        new, kept = size, prompts
+        if not any(device.waiting or device.ready for device in self.devices):
+            busy = max(sum(work is not None for work in device.rows) for device in self.devices)
+            used = max(len(device.left) for device in self.devices)
+            while new > 1 and busy <= new // 2 and new // 2 >= self.least:
+                new //= 2
+            while kept > 1 and used <= kept // 2 and new < size:
+                kept //= 2
+        unread = (int(self.lengths[r]) for device in self.devices for r in (*device.left, *device.waiting))
+        width = bucket(max(unread), WIDTH_MULTIPLE)
+        if width > self.width // 2:
+            width = self.width
+        if (new, kept, width) != (size, prompts, self.width):
+            self._resize(new, kept, width)
+
+    def _resize(self, size: int, prompts: int, width: int) -> None:
+        """Moves what is being written, and its prompts, to the front."""
+        rows = np.full((self.ways, size), len(self.devices[0].rows), np.int32)
+        places, seat = np.zeros((self.ways, prompts), np.int32), np.zeros((self.ways, size), np.int32)
+        for way, device in enumerate(self.devices):
+            living = list(device.left)
+            places[way, : len(living)] = [device.prompts.index(request) for request in living]
+            writing = [(row, work) for row, work in enumerate(device.rows) if work is not None]
+            rows[way, : len(writing)] = [row for row, _ in writing]
+            seat[way, : len(writing)] = [living.index(r) * self.engine.group + g for _, (r, g) in writing]
+            device.prompts = [*living, *[None] * (prompts - len(living))]
+            device.rows = [*(work for _, work in writing), *[None] * (size - len(writing))]
+        mine = slice(self.mine.start, self.mine.stop)
+        arrays = place_batch(self.engine.mesh, (rows[mine], places[mine], seat[mine]))
+        self.slots, self.width = self.engine.resize(self.slots, *arrays, width), width
+
+
+def _everyones(numbers: list[int]) -> np.ndarray:
+    """The numbers of all processes, one process after another."""
+    if jax.process_count() == 1:
+        return np.asarray(numbers)
+    return np.asarray(multihost_utils.process_allgather(np.asarray(numbers, np.int32))).reshape(-1)
