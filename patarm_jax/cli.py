@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
+
 from patarm_jax import __version__
-from patarm_jax.config import GRPOConfig, JudgeConfig, SFTConfig, load, override
+from patarm_jax.config import BenchConfig, GRPOConfig, JudgeConfig, SFTConfig, load, override
 from patarm_jax.types import UsageError, UserError
 
 # Recipes are imported when their verb is called, so that `--help` and a typo answer at once.
@@ -17,6 +19,7 @@ from patarm_jax.types import UsageError, UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; 0 done, 1 failed, 2 wrong use."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
+    _keep_compiled_programs()
     try:
         options, rest = _parser().parse_known_args(arguments)
         return options.run(options, rest)
@@ -29,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `patarm … | head`
         sys.stderr.close()
         return 1
-    except RuntimeError as error:  # JAX's own, which is not imported here
+    except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(
@@ -39,6 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _keep_compiled_programs() -> None:
+    """On disk, for the next run, unless JAX is told otherwise; JAX_ENABLE_COMPILATION_CACHE=0 turns it off."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "patarm_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,6 +89,19 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--output", required=True, help="scores, one JSON line per pair")
     judge.add_argument("--votes", type=int, default=1, help="judgements of each response (default: %(default)s)")
     judge.epilog = f"{judge.epilog}\n\nfurther settings follow as --sampling.temperature, --data.domain, …"
+
+    examples = [
+        "patarm bench",
+        "patarm bench --quick",
+        "patarm bench grpo sample --mean_new 106 --json bench.json",
+        "patarm bench sft --model 4b --dtype bfloat16 --rows 8 --length 4096",
+    ]
+    bench = _verb(verbs, "bench", _bench, "measure speed and memory", examples)
+    tasks = "sft, sample, logprobs, grpo, attention, load or compile (default: all)"
+    bench.add_argument("tasks", nargs="*", metavar="TASK", help=tasks)
+    bench.add_argument("--quick", action="store_true", help="compare with plain implementations, in two minutes")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    bench.epilog = f"{bench.epilog}\n\nfurther settings follow as --model, --rows, --prompt, --group, …"
 
     examples = ["patarm export runs/grpo judge-8b", "patarm export runs/grpo/checkpoints/400 judge-8b"]
     export = _verb(verbs, "export", _export, "a checkpoint as a Hugging Face folder", examples)
@@ -128,6 +152,17 @@ def _judge(options: argparse.Namespace, rest: list[str]) -> int:
     model = dataclasses.replace(config.model, path=options.model)
     done = judge(dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, path=options.input)))
     return 0 if done else 1  # stopped before: there is no output yet
+
+
+def _bench(options: argparse.Namespace, rest: list[str]) -> int:
+    from patarm_jax.bench.main import main as bench
+    from patarm_jax.bench.main import quick
+
+    if options.quick:
+        _refuse([*options.tasks, *rest])
+        return 0 if quick(options.json) else 1
+    bench(options.tasks, override(BenchConfig(), rest), options.json)
+    return 0
 
 
 def _export(options: argparse.Namespace, rest: list[str]) -> int:

@@ -184,6 +184,29 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True)
+class BenchConfig:
+    """`patarm bench`: what is measured, on random weights and made-up tokens."""
+
+    model: Literal["tiny", "small", "0.6b", "1.7b", "4b", "8b", "14b"] = "tiny"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "full"
+    mesh: MeshSection = field(default_factory=MeshSection)
+    rows: int = 8  # of sft and attention
+    length: int = 512  # tokens of each of them
+    responses: int = 4  # of sample, logprobs and grpo: prompts, each completed by a group; even
+    prompt: int = 1024  # tokens of each of them
+    group: int = 8  # G
+    new: int = 256  # tokens of a completion at most
+    mean_new: float = 0  # mean of their lengths, before the longest are cut off; 0: all of `new`
+    decode_rows: int = 0  # completions written at a time; 0: all
+    halvings: int = 3  # how often they may be halved when they run out
+    kl_coef: float = 0.0  # above 0: the reference's log-probs are computed too
+    micro_batches: int = 1
+    repeats: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Range:
     """The finite numbers between two ends; an open end is not one of them.
 
@@ -214,9 +237,11 @@ class Range:
 RANGES: dict[str, Range] = {
     **dict.fromkeys(("pairs_per_step", "group_size", "micro_batches", "votes", "pairs_per_batch"), Range(1)),
     **dict.fromkeys(("max_prompt_tokens", "max_completion_tokens", "max_new_tokens"), Range(1)),
+    **dict.fromkeys(("length", "responses", "prompt", "group", "new", "repeats"), Range(1)),
     **dict.fromkeys(("epochs", "checkpoint_every", "keep_checkpoints", "updates_per_rollout"), Range(1)),
     **dict.fromkeys(("steps", "show_every", "warmup_steps", "top_k", "rows", "processes", "temperature"), Range(0)),
     **dict.fromkeys(("learning_rate", "weight_decay", "clip_high", "kl_coef"), Range(0)),
+    **dict.fromkeys(("mean_new", "decode_rows", "halvings"), Range(0)),
     **dict.fromkeys(("epsilon", "clip_norm"), Range(0, open_low=True)),
     **dict.fromkeys(("final_fraction", "clip_low"), Range(0, 1)),
     **dict.fromkeys(("beta1", "beta2"), Range(0, 1, open_high=True)),  # at 1 the average never moves

@@ -15,7 +15,7 @@ FLOORS = [
     ["rollout"],
     ["evaluate"],
     ["recipes"],
-    ["demo"],
+    ["demo", "bench"],
     ["cli"],
     ["__main__"],
 ]

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from patarm_jax.config import one_line
 from patarm_jax.types import UsageError, UserError
 
@@ -139,10 +137,12 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-# ---- Parquet and the Hub: by datasets -------------------------------------------------------------------------------
+# ---- Parquet and the Hub: by datasets, which is imported when it is needed, for it weighs 80 MB ---------------------
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:
+    import datasets
+
     try:
         # Streaming reads the file itself; otherwise a copy of it would be left in a cache.
         table = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
@@ -153,6 +153,8 @@ def _read_parquet(file: Path) -> Iterator[Row]:
 
 
 def _read_hub(path: str, split: str) -> Iterator[Row]:
+    import datasets
+
     try:
         table = datasets.load_dataset(path, split=split)
     except Exception as error:  # of datasets, the Hub and the network, which share no base class

@@ -89,18 +89,19 @@ def _backward(causal: bool, saved: Any, gradients: Partial) -> tuple[Any, ...]:
         d_weights = jnp.einsum("bkqth,bksh->bkqts", d_out, v, preferred_element_type=jnp.float32)
         d_scores = (weights * (d_weights - delta[..., None]) * size**-0.5).astype(k.dtype)
         d_q = jnp.einsum("bkqts,bksh->bkqth", d_scores, k, preferred_element_type=jnp.float32)
-        d_k = jnp.einsum("bkqts,bkqth->bksh", d_scores, q, preferred_element_type=jnp.float32)
-        d_v = jnp.einsum("bkqts,bkqth->bksh", weights.astype(v.dtype), d_out, preferred_element_type=jnp.float32)
+        # Keys last: the many keys are then a matrix's columns, which a CPU multiplies three times as fast as its rows.
+        d_k = jnp.einsum("bkqth,bkqts->bkhs", q, d_scores, preferred_element_type=jnp.float32)
+        d_v = jnp.einsum("bkqth,bkqts->bkhs", d_out, weights.astype(v.dtype), preferred_element_type=jnp.float32)
         return (sums[0] + d_k, sums[1] + d_v), d_q
 
     def zeros(keys: int) -> tuple[jax.Array, jax.Array]:
-        nothing = jnp.zeros((batch, heads, keys, size), jnp.float32)
+        nothing = jnp.zeros((batch, heads, size, keys), jnp.float32)
         return nothing, nothing
 
     parts = (q, d_out.astype(v.dtype), lse, delta, *_expanded(span))
     sums, d_q = _over_queries(block, zeros, parts, (k, v), causal)
     d_k, d_v = jax.tree.map(lambda *parts: _added_up(parts, width), *sums)
-    found = (_by_token(d_q).astype(q.dtype), d_k.swapaxes(1, 2).astype(k.dtype), d_v.swapaxes(1, 2).astype(v.dtype))
+    found = (_by_token(d_q).astype(q.dtype), *(jnp.moveaxis(x, 3, 1).astype(k.dtype) for x in (d_k, d_v)))
     return (*found, None)
 
 
@@ -108,8 +109,8 @@ attend.defvjp(_forward, _backward)
 
 
 def _added_up(parts: tuple[jax.Array, ...], width: int) -> jax.Array:
-    """The sum of gradients by the first keys, [B, K, ≤ S, H] each, as one by all S keys."""
-    return functools.reduce(jnp.add, (jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2]), (0, 0))) for x in parts))
+    """The sum of gradients by the first keys, [B, K, H, ≤ S] each, as one by all S keys."""
+    return functools.reduce(jnp.add, (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[3]))) for x in parts))
 
 
 def _over_queries(

@@ -3,23 +3,26 @@
 No score is labelled anywhere. The same command resumes a run that was stopped.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from patarm_jax.config import GRPOConfig, ModelSection, to_yaml
 from patarm_jax.data.pipeline import batches, bucket, encode_pairs
 from patarm_jax.data.preferences import read_preferences
+from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.qwen3 import abstract_params, forward
 from patarm_jax.model.sharding import (
     REPLICATED_RULES,
     ROLLOUT_RULES,
     TRAIN_RULES,
+    Rules,
     batch_sharding,
     batch_ways,
     fetch,
@@ -77,42 +80,20 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     # --------------------------------------------------------------------------------------------- the jitted programs
     updates = steps * config.policy.updates_per_rollout
     optimizer, schedule = make_optimizer(config.optimizer, updates), make_schedule(config.optimizer, updates)
-    run_forward = partial(forward, config=model.config, dtype=config.model.dtype, remat=config.model.remat)
-    temperature, ways = config.sampling.temperature or 1.0, batch_ways(mesh)
-
-    def two_streams(params: Any, prompt: jax.Array, lengths: jax.Array, completion: jax.Array) -> Any:
-        return run_forward(params, prompt=prompt, prompt_lengths=lengths, completion=completion)
-
-    shardings = state_shardings(model, mesh, optimizer)
-    step_fn = jax.jit(
-        make_step(grpo_loss(two_streams, config.policy, temperature, ways), optimizer, config.micro_batches),
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-    )
-    rules = ROLLOUT_RULES if config.mesh.rollout == "tensor" else REPLICATED_RULES
-    rollout_params = abstract_params(model.config, mesh, rules, config.model.dtype)
-    to_rollout = jax.jit(
-        lambda params: jax.tree.map(lambda x: x.astype(config.model.dtype), params),
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, rollout_params),
-    )
-
-    def logprobs(params: Any, batch: GRPOBatch) -> jax.Array:
-        return completion_logprobs(two_streams, params, batch, temperature, ways)
-
-    logprobs_fn = jax.jit(map_micro_batches(logprobs, config.micro_batches))
+    programs = make_programs(config, model.config, mesh, optimizer)
     judge = make_judge(model.config, model.tokenizer, mesh, config.sampling, config.group_size, config.model.dtype)
     if dry_run:
         width = bucket(max(record.longest_prompt for record in records), WIDTH_MULTIPLE)
         batch = _abstract_batch(config, mesh, width)
-        programs = {
+        rollout_params = abstract_params(model.config, mesh, _rollout_rules(config), config.model.dtype)
+        shown = {
             **abstract_programs(judge.engine, rollout_params, 2 * config.pairs_per_step, width),
-            "update": (step_fn, (state_shape(model, mesh, optimizer), batch)),
+            "update": (programs.update, (state_shape(model.config, mesh, optimizer), batch)),
         }
         if config.policy.kl_coef:
             frozen = abstract_params(model.config, mesh, dtype=config.model.dtype)
-            programs["reference log-probs"] = (logprobs_fn, (frozen, replace(batch, ref_logprobs=None)))
-        describe(to_yaml(config), mesh, programs, next(iterator), model.tokenizer, steps)
+            shown["reference log-probs"] = (programs.logprobs, (frozen, replace(batch, ref_logprobs=None)))
+        describe(to_yaml(config), mesh, shown, next(iterator), model.tokenizer, steps)
         return True
 
     # ---------------------------------------------------------------------------------------------------------- train
@@ -128,23 +109,25 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
             with timer.phase("sample"):
                 pairs = next(iterator)
                 key, width = jax.random.fold_in(run_key, step), bucket(pairs.longest_prompt, WIDTH_MULTIPLE)
-                sampled = sample_judgements(judge, to_rollout(state.params), requests_of(pairs.records), key, width)
+                sampled = sample_judgements(
+                    judge, programs.to_rollout(state.params), requests_of(pairs.records), key, width
+                )
             with timer.phase("parse"):
                 judgements = read_judgements(judge, sampled)
                 scores, status = (x.reshape(-1, 2, config.group_size) for x in score_arrays(judgements))
             with timer.phase("reward"):
                 rewards = fetch(rewards_of(scores, status, config.reward))
                 written = fetch((sampled.completions.lengths, sampled.completions.truncated))
-                longest = _completion_width(int(written[0].max()), config.sampling.max_new_tokens)
+                longest = completion_width(int(written[0].max()), config.sampling.max_new_tokens)
                 batch = assemble(sampled, jax.device_put(rewards.advantages, batch_sharding(mesh)), longest)
             with timer.phase("logprobs"), jax.set_mesh(mesh):
                 if ref_params is not None:
-                    batch = replace(batch, ref_logprobs=logprobs_fn(ref_params, batch))
+                    batch = replace(batch, ref_logprobs=programs.logprobs(ref_params, batch))
                     jax.block_until_ready(batch)
             with timer.phase("update"), jax.set_mesh(mesh):
                 passes = []
                 for _ in range(config.policy.updates_per_rollout):
-                    state, metrics = step_fn(state, batch)
+                    state, metrics = programs.update(state, batch)
                     passes.append(metrics)
                 values = {name: float(np.mean([one[name] for one in fetch(passes)])) for name in metrics}
                 values["skipped_updates"] = float(fetch(state.skipped))
@@ -166,6 +149,50 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     reward = f"PAR with the {config.reward.margin} margin, {config.group_size} judgements of each response"
     card = ModelCardFacts(config.model.path, "grpo", config.data.path, len(records), updates, reward, config.rubrics)
     return finish(run, step, state, model, card, config.model.dtype)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The jitted programs of GRPO beside the sampler's."""
+
+    update: Any  # (state, GRPOBatch) → (state, metrics); the state is donated
+    logprobs: Any  # (params, GRPOBatch) → log-probs [P, 2, G, Tc]
+    to_rollout: Any  # params → their copy for sampling
+
+
+def make_programs(
+    config: GRPOConfig, network: Qwen3Config, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> Programs:
+    """Jits a policy update, log-probs and the weight sync with their shardings."""
+    run_forward = partial(forward, config=network, dtype=config.model.dtype, remat=config.model.remat)
+    temperature, ways = config.sampling.temperature or 1.0, batch_ways(mesh)
+
+    def two_streams(params: Any, prompt: jax.Array, lengths: jax.Array, completion: jax.Array) -> Any:
+        return run_forward(params, prompt=prompt, prompt_lengths=lengths, completion=completion)
+
+    def logprobs(params: Any, batch: GRPOBatch) -> jax.Array:
+        return completion_logprobs(two_streams, params, batch, temperature, ways)
+
+    shardings = state_shardings(network, mesh, optimizer)
+    update = make_step(grpo_loss(two_streams, config.policy, temperature, ways), optimizer, config.micro_batches)
+    rollout_params = abstract_params(network, mesh, _rollout_rules(config), config.model.dtype)
+    return Programs(
+        update=jax.jit(
+            update,
+            in_shardings=(shardings, batch_sharding(mesh)),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+        ),
+        logprobs=jax.jit(map_micro_batches(logprobs, config.micro_batches)),
+        to_rollout=jax.jit(
+            lambda params: jax.tree.map(lambda x: x.astype(config.model.dtype), params),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, rollout_params),
+        ),
+    )
+
+
+def _rollout_rules(config: GRPOConfig) -> Rules:
+    return ROLLOUT_RULES if config.mesh.rollout == "tensor" else REPLICATED_RULES
 
 
 def _open_reference(config: GRPOConfig, model: Model) -> tuple[ModelSection, Model]:
@@ -195,7 +222,7 @@ def assemble(sampled: Sampled, advantages: jax.Array, width: int) -> GRPOBatch:
     return GRPOBatch(prompt_tokens, prompt_lengths, tokens, lengths, logprobs, None, advantages)
 
 
-def _completion_width(longest: int, most: int) -> int:
+def completion_width(longest: int, most: int) -> int:
     """Completions are cut to an eighth, a quarter, … of the limit before they are learnt from: few compiled shapes."""
     return min(bucket(longest, -(-most // 8)), most)
 

@@ -80,19 +80,19 @@ def load_params(section: ModelSection, model: Model, mesh: Mesh, seed: int, rule
 
 def new_state(section: ModelSection, model: Model, mesh: Mesh, seed: int, optimizer: Any) -> TrainState:
     """The state before the first step: float32 master weights and moments, sharded."""
-    shardings = state_shardings(model, mesh, optimizer)
+    shardings = state_shardings(model.config, mesh, optimizer)
     params = load_params(section, model, mesh, seed, TRAIN_RULES, jnp.float32)
     return jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(params)
 
 
-def state_shape(model: Model, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+def state_shape(network: Qwen3Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes and shardings of the state, for restoring and for compiling ahead of time."""
-    return abstract_state(abstract_params(model.config, mesh), optimizer, mesh)
+    return abstract_state(abstract_params(network, mesh), optimizer, mesh)
 
 
-def state_shardings(model: Model, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+def state_shardings(network: Qwen3Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
     """Where each part of the state lies."""
-    return jax.tree.map(lambda leaf: leaf.sharding, state_shape(model, mesh, optimizer))
+    return jax.tree.map(lambda leaf: leaf.sharding, state_shape(network, mesh, optimizer))
 
 
 # --------------------------------------------------------------------------------------------------------------- run
@@ -223,7 +223,7 @@ def begin_or_resume(
     if checkpoints.latest() is None:
         state = new_state(config.model, model, mesh, config.run.seed, optimizer)
     else:
-        state, data_state, done = checkpoints.restore(state_shape(model, mesh, optimizer))
+        state, data_state, done = checkpoints.restore(state_shape(model.config, mesh, optimizer))
         iterator.set_state(data_state)
         say(f"{folder}: {done} of {steps} steps are done")
     _write_config(folder, config)  # not before the checkpoint has turned out to be of this run

@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from patarm_jax.config import SFTConfig, to_yaml
 from patarm_jax.data.pipeline import PairBatch, SFTShape, batches, batches_per_epoch, encode_pairs, sft_batch, sft_shape
 from patarm_jax.data.preferences import read_judged_preferences
+from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.qwen3 import forward
 from patarm_jax.model.sharding import batch_sharding, batch_ways, fetch, make_mesh, place_batch
 from patarm_jax.recipes.dry_run import describe
@@ -56,15 +58,7 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
     # ----------------------------------------------------------------------------------------------------- the step
     optimizer = make_optimizer(config.optimizer, steps)
     schedule = make_schedule(config.optimizer, steps)
-    run_forward = partial(forward, config=model.config, dtype=config.model.dtype, remat=config.model.remat)
-    loss = sft_loss(lambda params, tokens, starts: run_forward(params, prompt=tokens, starts=starts), batch_ways(mesh))
-    shardings = state_shardings(model, mesh, optimizer)
-    step_fn = jax.jit(
-        make_step(loss, optimizer, config.micro_batches),
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-    )
+    step_fn = make_update(config, model.config, mesh, optimizer)
     rows_multiple = config.micro_batches * max(1, batch_ways(mesh) // jax.process_count())
 
     def shape_of(pairs: PairBatch) -> SFTShape:
@@ -73,7 +67,7 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
     if dry_run:
         first, *others = itertools.islice(iterator, batches_per_epoch(len(records), config.pairs_per_step))
         largest = max(map(shape_of, (first, *others)), key=lambda shape: shape.rows * shape.width)
-        programs = {"update": (step_fn, (state_shape(model, mesh, optimizer), _abstract_batch(largest, mesh)))}
+        programs = {"update": (step_fn, (state_shape(model.config, mesh, optimizer), _abstract_batch(largest, mesh)))}
         describe(to_yaml(config), mesh, programs, first, model.tokenizer, steps)
         return True
 
@@ -99,6 +93,19 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
 
     card = ModelCardFacts(config.model.path, "sft", config.data.path, len(records), steps, "", config.rubrics)
     return finish(run, step, state, model, card, config.model.dtype)
+
+
+def make_update(config: SFTConfig, network: Qwen3Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> Any:
+    """The jitted step, (state, SFTBatch) → (state, metrics); the state is donated."""
+    run_forward = partial(forward, config=network, dtype=config.model.dtype, remat=config.model.remat)
+    loss = sft_loss(lambda params, tokens, starts: run_forward(params, prompt=tokens, starts=starts), batch_ways(mesh))
+    shardings = state_shardings(network, mesh, optimizer)
+    return jax.jit(
+        make_step(loss, optimizer, config.micro_batches),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
 
 
 def _abstract_batch(shape: SFTShape, mesh: Mesh) -> SFTBatch:

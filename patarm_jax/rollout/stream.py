@@ -32,7 +32,6 @@ WIDTH_MULTIPLE = 64
 PREFILL_TOKENS = 8192
 # A share of the rows that must have ended before waiting ones take their places: a pause costs about one step.
 REFILL_SHARE = 8
-# How often rows may be halved when nothing waits any more; each time is another compiled program.
 HALVINGS = 3
 
 
@@ -63,13 +62,16 @@ class Engine:
     group: int  # G
     settings: Settings
     rows: int  # that are written at a time, over all devices; 0: as many as there are
+    halvings: int  # how often rows may be halved when nothing waits any more; each time is another compiled program
     start: Any
     bring_in: Any
     advance: Any
     resize: Any
 
 
-def make_engine(network: Network[Any], mesh: Mesh, group: int, settings: Settings, rows: int = 0) -> Engine:
+def make_engine(
+    network: Network[Any], mesh: Mesh, group: int, settings: Settings, rows: int = 0, halvings: int = HALVINGS
+) -> Engine:
     """Jits the sampler for a network; programs are compiled once per size of places."""
     ways = batch_ways(mesh)
 
@@ -90,6 +92,7 @@ def make_engine(network: Network[Any], mesh: Mesh, group: int, settings: Setting
         group,
         settings,
         rows,
+        halvings,
         start=jax.jit(start, static_argnums=(0, 1, 2)),
         bring_in=jax.jit(bring_in, donate_argnums=1),
         advance=jax.jit(advance, donate_argnums=1),
@@ -186,7 +189,7 @@ class _Schedule:
         prompts, rows = _places(engine, max(map(len, shares)))
         self.devices = [_Device(deque(share), [None] * prompts, [None] * rows) for share in shares]
         self.width = bucket(int(self.lengths.max()), WIDTH_MULTIPLE)
-        self.least = rows / 2**HALVINGS
+        self.least = rows / 2**engine.halvings
         self.slots = engine.start(prompts, self.width, rows)
         self.row_steps = self.steps = 0
         count, longest = len(requests), engine.settings.max_new_tokens

@@ -1,0 +1,1 @@
+"""How fast the pieces are, what limits them, and whether they became slower."""

@@ -1,0 +1,108 @@
+"""`patarm bench`: a table for people and JSON for programs."""
+
+import dataclasses
+import datetime
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from patarm_jax import __version__
+from patarm_jax.bench.measure import Limits, device_peak, host_peak, limits
+from patarm_jax.bench.quick import ratios
+from patarm_jax.bench.tasks import TASKS, Result, open_bench
+from patarm_jax.config import BenchConfig
+from patarm_jax.types import UsageError, UserError
+
+
+def main(tasks: Sequence[str], config: BenchConfig, output: Path | None = None) -> None:
+    """Measures the tasks named, all when none is, prints a table and writes JSON."""
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise UsageError(f"there is no task {unknown[0]}. The tasks are {', '.join(TASKS)}.")
+    if config.responses % 2:
+        raise UsageError(f"responses is {config.responses}; allowed is an even number: they are compared in pairs.")
+    bench, most = open_bench(config), limits(config.dtype)
+    rows: list[dict[str, Any]] = []
+    for task in tasks or TASKS:
+        print(f"{task} …", file=sys.stderr, flush=True)
+        rows.append(_row(TASKS[task](bench), most))
+    _show(rows, most, config)
+    _write(output, {"config": dataclasses.asdict(config), "limits": dataclasses.asdict(most), "results": rows})
+
+
+def quick(output: Path | None = None) -> bool:
+    """Prints how our ways compare with the plain ones; False when one fell below its floor."""
+    found = ratios()
+    table = Table("", "plain, ms", "ours, ms", "times faster", "floor", title="ours against the plain way", box=None)
+    for each in found:
+        values = (f"{1000 * each.plain:,.1f}", f"{1000 * each.ours:,.1f}", f"{each.value:.2f}", f"{each.floor:.1f}")
+        table.add_row(each.name, *values, style="" if each.value >= each.floor else "bold red")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    _write(output, {"ratios": {each.name: each.value for each in found}})
+    return all(each.value >= each.floor for each in found)
+
+
+def _row(result: Result, most: Limits) -> dict[str, Any]:
+    median = result.timing.median
+    # Decoding and loading are held back by memory, the rest by arithmetic.
+    used = result.read / median / most.bandwidth if result.read else result.flops / median / most.flops
+    return {
+        "task": result.task,
+        "shape": result.shape,
+        "first_s": result.timing.first,
+        "median_s": median,
+        "spread": result.timing.spread,
+        "tokens_per_s": result.tokens / median if result.tokens else None,
+        "of_limit": used or None,
+        "limit": ("memory" if result.read else "matmul") if used else None,
+        "phases_s": result.phases,
+        "host_peak_bytes": host_peak(),  # of the process so far: name one task to have its own
+        "device_peak_bytes": device_peak(),
+    }
+
+
+def _show(rows: list[dict[str, Any]], most: Limits, config: BenchConfig) -> None:
+    device = jax.devices()[0].device_kind
+    title = (
+        f"{config.model}, {config.dtype}, {jax.device_count()} × {device}: matmul {most.flops / 1e12:.2f} TFLOP/s, "
+        f"memory {most.bandwidth / 1e9:.0f} GB/s"
+    )
+    columns = "task", "shape", "first, s", "median, s", "spread", "tokens/s", "of limit", "peak"
+    table = Table(*columns, title=title, box=None)
+    for row in rows:
+        peak = row["device_peak_bytes"] or row["host_peak_bytes"]
+        table.add_row(
+            row["task"],
+            row["shape"],
+            f"{row['first_s']:.2f}",
+            f"{row['median_s']:.4f}",
+            f"{100 * row['spread']:.0f} %",
+            f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "–",
+            f"{100 * row['of_limit']:.0f} % {row['limit']}" if row["of_limit"] else "–",
+            f"{peak / 2**20:,.0f} MiB",
+        )
+        for name, seconds in row["phases_s"].items():
+            table.add_row("", f"  {name}", "", f"{seconds:.4f}")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _write(output: Path | None, content: dict[str, Any]) -> None:
+    if output is None:
+        return
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "patarm_jax": __version__,
+        "jax": jax.__version__,
+        "devices": [device.device_kind for device in jax.devices()],
+        "machine": platform.machine(),
+    }
+    try:
+        output.write_text(json.dumps(about | content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}. Name another file.") from error

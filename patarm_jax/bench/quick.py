@@ -1,0 +1,124 @@
+"""Ratios of what we do to the plain way of doing it, so that a regression shows without anyone else's program."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from patarm_jax.bench.measure import interleaved
+from patarm_jax.bench.tasks import Bench, open_bench, policy_update, sampling, sft_update
+from patarm_jax.config import BenchConfig
+from patarm_jax.data.pipeline import pack
+from patarm_jax.model import attention
+from patarm_jax.train.losses import sum_over_tokens
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster ours is than the plain way."""
+
+    name: str
+    plain: float  # median seconds
+    ours: float
+    floor: float  # below this something has become slower; set from several runs on two CPU cores, with room
+
+    @property
+    def value(self) -> float:
+        """Plain over ours."""
+        return self.plain / self.ours
+
+
+def ratios(repeats: int = 3) -> list[Ratio]:
+    """Every comparison, each in turns with its plain counterpart."""
+    bench = open_bench(BenchConfig())
+    return [
+        _ratio(name, floor, case(bench), repeats)
+        for name, floor, case in (
+            ("a group's prompt once, in sampling", 1.5, _shared_sampling),
+            ("a group's prompt once, in the update", 2.0, _shared_update),
+            ("rows that are refilled", 1.3, _refill),
+            ("short sequences share a row", 1.5, _packing),
+            ("attention in blocks", 1.5, _attention),
+            ("the head in chunks", 0.9, _head),
+        )
+    ]
+
+
+def _ratio(name: str, floor: float, calls: tuple[Callable[[], Any], Callable[[], Any]], repeats: int) -> Ratio:
+    timed = interleaved({"plain": calls[0], "ours": calls[1]}, repeats)
+    return Ratio(name, timed["plain"].median, timed["ours"].median, floor)
+
+
+def _with(bench: Bench, **changes: Any) -> Bench:
+    return replace(bench, config=replace(bench.config, **changes))
+
+
+def _shared_sampling(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Eight completions of two prompts, against sixteen prompts with one each."""
+    shared = _with(bench, responses=2, prompt=512, group=8, new=32)
+    return sampling(_with(shared, responses=16, group=1)), sampling(shared)
+
+
+def _shared_update(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    shared = _with(bench, responses=2, prompt=512, group=8, new=64)
+    return policy_update(_with(shared, responses=16, group=1)), policy_update(shared)
+
+
+def _refill(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Batches of 16 that wait for their longest, against 16 rows that are refilled."""
+    uneven = _with(bench, responses=64, prompt=64, group=1, new=128, mean_new=32.0)
+    batch = _with(uneven, responses=16, halvings=0)
+    waits = [sampling(_with(batch, seed=seed)) for seed in range(4)]
+    return lambda: [wait() for wait in waits], sampling(_with(uneven, decode_rows=16))
+
+
+def _packing(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """32 sequences of log-normal lengths, one to a row, against as few rows as hold them."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(128), 0.6, 32), 16, 512).astype(int)
+    rows = len(pack(list(lengths), 512))
+    return sft_update(_with(bench, rows=32, length=512)), sft_update(_with(bench, rows=rows, length=512))
+
+
+def _attention(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    c, n = bench.config, bench.network
+    heads = n.num_attention_heads, n.num_key_value_heads, n.num_key_value_heads
+    arrays = [jax.random.normal(jax.random.key(i), (c.rows, c.length, h, n.head_dim)) for i, h in enumerate(heads)]
+
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+
+    def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention.attend(q, k, v, attention.causal_span(q.shape[1]), True)[0]
+
+    def gradient(function: Any) -> Callable[[], Any]:
+        compiled = jax.jit(jax.grad(lambda *x: function(*x).sum(), argnums=(0, 1, 2)))
+        return lambda: compiled(*arrays)
+
+    return gradient(plain), gradient(ours)
+
+
+def _head(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    c, n = bench.config, bench.network
+    hidden = jax.random.normal(jax.random.key(0), (c.rows, c.length, n.hidden_size))
+    head = 0.05 * jax.random.normal(jax.random.key(1), (n.vocab_size, n.hidden_size))
+    targets = jnp.asarray(bench.tokens(c.rows, c.length))
+
+    def negative(logprobs: jax.Array, entropy: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return -(logprobs * mask).sum(), (entropy * mask).sum()
+
+    def ours(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return sum_over_tokens(negative, 1.0, 1, hidden, head, targets, jnp.ones(targets.shape))
+
+    def plain(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
+        log_softmax = jax.nn.log_softmax(hidden @ head.T)
+        taken = jnp.take_along_axis(log_softmax, targets[..., None], axis=-1)
+        return -taken.sum(), jax.lax.stop_gradient(-(jnp.exp(log_softmax) * log_softmax).sum())
+
+    def gradient(function: Any) -> Callable[[], Any]:
+        compiled = jax.jit(jax.value_and_grad(function, argnums=(0, 1), has_aux=True))
+        return lambda: compiled(hidden, head)
+
+    return gradient(plain), gradient(ours)

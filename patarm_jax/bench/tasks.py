@@ -1,0 +1,335 @@
+"""The tasks of `patarm bench`: the very programs that training runs, on made-up tokens and random weights."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+
+from patarm_jax.bench.measure import Timing, clock, time_calls
+from patarm_jax.bench.shapes import SHAPES, cache_bytes, forward_flops, layer_weights
+from patarm_jax.config import BenchConfig, GRPOConfig, OptimizerSection, SFTConfig
+from patarm_jax.model import attention, weights
+from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.qwen3 import init_params
+from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, make_mesh, place_batch
+from patarm_jax.recipes.grpo import completion_width, make_programs
+from patarm_jax.recipes.run import state_shardings
+from patarm_jax.recipes.sft import make_update
+from patarm_jax.rollout.judging import network_of
+from patarm_jax.rollout.sampler import Settings
+from patarm_jax.rollout.stream import Engine, Finished, Request, complete, make_engine
+from patarm_jax.train.optimizer import make_optimizer
+from patarm_jax.train.steps import TrainState, init_state
+from patarm_jax.types import GRPOBatch, SFTBatch
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a task took, and what it did in that time."""
+
+    task: str
+    shape: str
+    timing: Timing
+    tokens: int = 0  # useful ones: real tokens, each counted once whatever is recomputed or padded
+    flops: float = 0  # useful ones
+    read: float = 0  # bytes that had to be read from memory
+    phases: dict[str, float] = field(default_factory=dict)  # median seconds
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every task starts from."""
+
+    config: BenchConfig
+    network: Qwen3Config
+    mesh: Mesh
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """A fresh generator, the same each time."""
+        return np.random.default_rng(self.config.seed)
+
+    def tokens(self, *shape: int) -> np.ndarray:
+        """Made-up token ids."""
+        return self.rng.integers(0, self.network.vocab_size, shape, dtype=np.int32)
+
+
+def open_bench(config: BenchConfig) -> Bench:
+    """The network and mesh of a config."""
+    return Bench(config, SHAPES[config.model], make_mesh(config.mesh))
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def sft(bench: Bench) -> Result:
+    """One SFT step on `rows` sequences of `length` tokens, all of them predicted."""
+    c = bench.config
+    timing = time_calls(sft_update(bench), c.repeats)
+    reads = c.rows * c.length * (c.length + 1) // 2
+    flops = 3 * forward_flops(bench.network, c.rows * c.length, reads, c.rows * (c.length - 1))
+    return Result("sft", f"{c.rows} × {c.length}", timing, c.rows * c.length, flops)
+
+
+def sft_update(bench: Bench) -> Callable[[], Any]:
+    """A call that takes one SFT step."""
+    update, state, batch = _sft_case(bench)
+    holder = [state]
+
+    def step() -> Any:
+        with jax.set_mesh(bench.mesh):
+            holder[0], metrics = update(holder[0], batch)
+        return holder[0], metrics
+
+    return step
+
+
+def policy_update(bench: Bench) -> Callable[[], Any]:
+    """A call that takes one policy update on completions of full length."""
+    config, optimizer = _grpo_config(bench), make_optimizer(OptimizerSection(), 100)
+    programs = make_programs(config, bench.network, bench.mesh, optimizer)
+    holder, batch = [_state(bench, optimizer)], _learnt_from(bench, _requests(bench), _full_length(bench))
+
+    def step() -> Any:
+        with jax.set_mesh(bench.mesh):
+            holder[0], metrics = programs.update(holder[0], batch)
+        return holder[0], metrics
+
+    return step
+
+
+def sampling(bench: Bench) -> Callable[[], Any]:
+    """A call that samples G completions of every prompt, each time the same."""
+    run, params = _rollouts(bench), init_params(bench.network, jax.random.key(bench.config.seed), bench.mesh)
+    return lambda: run.sample(params, bench.config.seed)
+
+
+def _grpo_config(bench: Bench) -> GRPOConfig:
+    c, default = bench.config, GRPOConfig()
+    model = replace(default.model, dtype=c.dtype, remat=c.remat)
+    policy = replace(default.policy, kl_coef=c.kl_coef)
+    return replace(default, model=model, policy=policy, micro_batches=c.micro_batches)
+
+
+def _sft_case(bench: Bench) -> tuple[Any, TrainState, SFTBatch]:
+    c = bench.config
+    config = SFTConfig(model=replace(SFTConfig().model, dtype=c.dtype, remat=c.remat), micro_batches=c.micro_batches)
+    optimizer = make_optimizer(config.optimizer, 100)
+    update = make_update(config, bench.network, bench.mesh, optimizer)
+    tokens, last = bench.tokens(c.rows, c.length), c.length - 1
+    read = np.tile(np.arange(last, dtype=np.int32), (c.rows, 1))
+    arrays = tokens, np.zeros_like(tokens), read, tokens[:, 1:], np.full(c.rows, last, np.int32)
+    batch = place_batch(bench.mesh, SFTBatch(*cast(tuple[jax.Array, ...], arrays)))
+    return update, _state(bench, optimizer), batch
+
+
+def grpo(bench: Bench) -> Result:
+    """One GRPO step: sampling, then an update on what was sampled, with made-up rewards."""
+    c = bench.config
+    run = _rollouts(bench)
+    optimizer = make_optimizer(OptimizerSection(), 100)
+    programs = make_programs(_grpo_config(bench), bench.network, bench.mesh, optimizer)
+    state = _state(bench, optimizer)
+    reference = programs.to_rollout(state.params) if c.kl_coef else None
+    phases: dict[str, list[float]] = {name: [] for name in ("sample", "logprobs", "update")}
+    finished: list[Finished] = []
+    holder = [state]
+
+    def step() -> Any:
+        number = len(finished)
+        finished.append(_timed(phases["sample"], lambda: run.sample(programs.to_rollout(holder[0].params), number)))
+        batch = _learnt_from(bench, run.requests, finished[-1])
+        with jax.set_mesh(bench.mesh):
+            if reference is not None:
+                logprobs = _timed(phases["logprobs"], lambda: programs.logprobs(reference, batch))
+                batch = replace(batch, ref_logprobs=logprobs)
+            holder[0], metrics = _timed(phases["update"], lambda: programs.update(holder[0], batch))
+        return metrics
+
+    timing = time_calls(step, c.repeats)
+    written = [int(each.lengths.sum()) for each in finished[-c.repeats :]]
+    tokens = c.responses * c.prompt + int(np.mean(written))
+    medians = {name: float(np.median(each[-c.repeats :])) for name, each in phases.items() if each}
+    shape = f"{c.responses} × {c.prompt}, G {c.group}, {int(np.mean(written)) / c.responses / c.group:.0f} of {c.new}"
+    return Result("grpo", shape, timing, tokens, phases=medians)
+
+
+def logprobs(bench: Bench) -> Result:
+    """Log-probs of G completions of each prompt, which is computed once for them."""
+    c = bench.config
+    programs = make_programs(_grpo_config(bench), bench.network, bench.mesh, make_optimizer(OptimizerSection(), 100))
+    params = programs.to_rollout(init_params(bench.network, jax.random.key(c.seed), bench.mesh))
+    batch = _learnt_from(bench, _requests(bench), _full_length(bench))
+    with jax.set_mesh(bench.mesh):
+        timing = time_calls(lambda: programs.logprobs(params, batch), c.repeats)
+    written = c.responses * c.group * c.new
+    own = c.responses * c.group * c.new * (c.new + 1) // 2
+    reads = c.responses * c.prompt * (c.prompt + 1) // 2 + written * c.prompt + own
+    flops = forward_flops(bench.network, c.responses * c.prompt + written, reads, written)
+    return Result("logprobs", f"{c.responses} × {c.prompt}, G {c.group} × {c.new}", timing, written, flops)
+
+
+# ----------------------------------------------------------------------------------------------------------- sampling
+
+
+def sample(bench: Bench) -> Result:
+    """G completions of each prompt, of at most `new` tokens and, with `mean_new`, of geometric lengths."""
+    c, run = bench.config, _rollouts(bench)
+    rules = ROLLOUT_RULES if c.mesh.rollout == "tensor" else REPLICATED_RULES
+    cast_down = jax.jit(lambda params: jax.tree.map(lambda x: x.astype(c.dtype), params))
+    params = cast_down(init_params(bench.network, jax.random.key(c.seed), bench.mesh, rules))
+    finished: list[Finished] = []
+
+    def call() -> None:
+        finished.append(run.sample(params, len(finished)))
+
+    timing = time_calls(call, c.repeats)
+    written = float(np.mean([each.lengths.sum() for each in finished[-c.repeats :]]))
+    steps = float(np.mean([each.row_steps for each in finished[-c.repeats :]])) / run.rows
+    item = jnp.dtype(c.dtype).itemsize
+    each = (layer_weights(bench.network) + bench.network.vocab_size * bench.network.hidden_size) * item
+    prompts = min(c.responses, -(-run.rows // c.group)) * c.prompt
+    own = written / (c.responses * c.group) / 2 * run.rows
+    read = steps * (each + (prompts + own) * cache_bytes(bench.network, item))
+    mean = written / (c.responses * c.group)
+    shape = f"{c.responses} × {c.prompt}, G {c.group}, {mean:.0f} of {c.new}, {run.rows} rows"
+    return Result("sample", shape, timing, int(written), read=read)
+
+
+@dataclass(frozen=True)
+class _Rollouts:
+    engine: Engine
+    requests: list[Request]
+    rows: int
+
+    def sample(self, params: Any, number: int) -> Finished:
+        return complete(self.engine, params, self.requests, jax.random.key(number))
+
+
+def _rollouts(bench: Bench) -> _Rollouts:
+    c, vocab = bench.config, bench.network.vocab_size
+    # Random weights give every token about the same chance: so many stop ids end a completion after mean_new tokens.
+    stops = tuple(range(round(vocab / c.mean_new))) if c.mean_new else (-1,)
+    network, settings = network_of(bench.network, c.dtype), Settings(stops, c.new)
+    engine = make_engine(network, bench.mesh, c.group, settings, c.decode_rows, c.halvings)
+    return _Rollouts(engine, _requests(bench), min(c.decode_rows or c.responses * c.group, c.responses * c.group))
+
+
+def _requests(bench: Bench) -> list[Request]:
+    prompts = bench.tokens(bench.config.responses, bench.config.prompt)
+    return [Request(tokens, row) for row, tokens in enumerate(prompts)]
+
+
+# ------------------------------------------------------------------------------------------------------------- pieces
+
+
+def attend(bench: Bench) -> Result:
+    """Causal attention of one layer, forward and backward, on `rows` sequences of `length` tokens."""
+    c, n = bench.config, bench.network
+    shapes = [(c.rows, c.length, heads, n.head_dim) for heads in (n.num_attention_heads, *[n.num_key_value_heads] * 2)]
+    q, k, v = (jax.random.normal(jax.random.key(i), shape, c.dtype) for i, shape in enumerate(shapes))
+
+    def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention.attend(q, k, v, attention.causal_span(c.length), True)[0].sum()
+
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+    timing = time_calls(lambda: gradient(q, k, v), c.repeats)
+    reads = c.rows * c.length * (c.length + 1) // 2
+    flops = 3 * 4 * n.num_attention_heads * n.head_dim * reads
+    return Result("attention", f"{c.rows} × {c.length}", timing, c.rows * c.length, flops)
+
+
+def load(bench: Bench) -> Result:
+    """Weights from a Hugging Face folder, in the disk's cache, onto the devices."""
+    c = bench.config
+    with tempfile.TemporaryDirectory() as folder:
+        params = init_params(bench.network, jax.random.key(c.seed), bench.mesh)
+        size = sum(x.size for x in jax.tree.leaves(params))
+        weights.save(params, bench.network, Path(folder) / "model")
+        del params
+        timing = time_calls(lambda: weights.load(Path(folder) / "model", bench.mesh), c.repeats)
+    return Result("load", f"{size / 1e6:,.0f}M weights, bfloat16", timing, read=2 * size)
+
+
+def compile_update(bench: Bench) -> Result:
+    """Tracing and compiling the SFT step anew, and once more from the disk's cache where there is one."""
+    update, state, batch = _sft_case(bench)
+
+    def anew() -> None:
+        jax.clear_caches()
+        update.lower(state, batch).compile()
+
+    kept = jax.config.values["jax_compilation_cache_dir"]
+    with jax.set_mesh(bench.mesh):
+        _keep_programs_in(None)
+        timing = time_calls(anew, max(1, bench.config.repeats // 3))
+        _keep_programs_in(kept)
+        clock(anew)
+        phases = {"from the disk": clock(anew)} if kept else {}
+    return Result("compile", f"sft {bench.config.rows} × {bench.config.length}", timing, phases=phases)
+
+
+def _keep_programs_in(folder: str | None) -> None:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()  # which otherwise remembers whether there was one
+
+
+TASKS: dict[str, Callable[[Bench], Result]] = {
+    "sft": sft,
+    "sample": sample,
+    "logprobs": logprobs,
+    "grpo": grpo,
+    "attention": attend,
+    "load": load,
+    "compile": compile_update,
+}
+
+
+def _state(bench: Bench, optimizer: Any) -> TrainState:
+    shardings = state_shardings(bench.network, bench.mesh, optimizer)
+    params = init_params(bench.network, jax.random.key(bench.config.seed), bench.mesh)
+    return jax.jit(partial(init_state, optimizer=optimizer), out_shardings=shardings, donate_argnums=0)(params)
+
+
+def _full_length(bench: Bench) -> Finished:
+    """Made-up completions, all of `new` tokens."""
+    c = bench.config
+    return Finished(
+        bench.tokens(c.responses, c.group, c.new),
+        np.full((c.responses, c.group), c.new, np.int32),
+        np.zeros((c.responses, c.group, c.new), np.float32),
+        np.ones((c.responses, c.group), bool),
+        0,
+    )
+
+
+def _learnt_from(bench: Bench, requests: list[Request], finished: Finished) -> GRPOBatch:
+    c, pairs = bench.config, bench.config.responses // 2
+    width = completion_width(int(finished.lengths.max()), c.new)
+    prompts = np.stack([np.asarray(request.tokens) for request in requests])
+    arrays = (
+        prompts.reshape(pairs, 2, -1),
+        np.full((pairs, 2), c.prompt, np.int32),
+        finished.tokens[:, :, :width].reshape(pairs, 2, c.group, width),
+        finished.lengths.reshape(pairs, 2, c.group),
+        finished.logprobs[:, :, :width].reshape(pairs, 2, c.group, width),
+        None,
+        bench.rng.normal(size=(pairs, 2, c.group)).astype(np.float32),
+    )
+    return place_batch(bench.mesh, GRPOBatch(*cast(tuple[jax.Array, ...], arrays)))
+
+
+def _timed(seconds: list[float], call: Callable[[], Any]) -> Any:
+    start = time.perf_counter()
+    result = jax.block_until_ready(call())
+    seconds.append(time.perf_counter() - start)
+    return result
