@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -97,11 +98,13 @@ def _parser() -> argparse.ArgumentParser:
         "patarm bench sft --model 4b --dtype bfloat16 --rows 8 --length 4096",
     ]
     bench = _verb(verbs, "bench", _bench, "measure speed and memory", examples)
-    tasks = "sft, sample, logprobs, grpo, attention, load or compile (default: all)"
-    bench.add_argument("tasks", nargs="*", metavar="TASK", help=tasks)
+    bench.usage = "patarm bench [TASK …] [--quick] [--json FILE] [--setting value …]"
     bench.add_argument("--quick", action="store_true", help="compare with plain implementations, in two minutes")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
-    bench.epilog = f"{bench.epilog}\n\nfurther settings follow as --model, --rows, --prompt, --group, …"
+    bench.epilog = (
+        "tasks: sft, sample, logprobs, grpo, attention, load, compile; all when none is named\n\n"
+        f"{bench.epilog}\n\nfurther settings follow as --model, --rows, --prompt, --group, …"
+    )
 
     examples = ["patarm export runs/grpo judge-8b", "patarm export runs/grpo/checkpoints/400 judge-8b"]
     export = _verb(verbs, "export", _export, "a checkpoint as a Hugging Face folder", examples)
@@ -159,9 +162,11 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
     from patarm_jax.bench.main import quick
 
     if options.quick:
-        _refuse([*options.tasks, *rest])
+        _refuse(rest)
         return 0 if quick(options.json) else 1
-    bench(options.tasks, override(BenchConfig(), rest), options.json)
+    # Not argparse's: it would take the value of a setting for a task.
+    tasks = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
+    bench(tasks, override(BenchConfig(), rest[len(tasks) :]), options.json)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Sampling equals transformers where it is greedy, and the exact distribution where it is not."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -145,6 +146,22 @@ def test_rows_that_are_taken_over_draw_what_they_would_have_drawn_alone(count, g
         assert whole.truncated.all() and (whole.lengths == 11).all()
     if stops == "at once":
         assert (whole.lengths == 1).all() and whole.row_steps == 0
+
+
+def test_the_loop_does_not_talk_to_the_host():
+    def guarded(program):
+        def run(*arguments):
+            placed = jax.device_put(arguments)
+            with jax.transfer_guard("disallow"):
+                return jax.block_until_ready(program(*placed))
+
+        return run
+
+    choice = Settings((5, 6), 10)
+    free = engine(2, choice)
+    closed = replace(free, bring_in=guarded(free.bring_in), advance=guarded(free.advance))
+    requests = requests_for(np.random.default_rng(8), 5, 10)
+    assert_same(complete(closed, lively(), requests, KEY), complete(free, lively(), requests, KEY))
 
 
 def test_a_completion_is_the_same_in_any_company():

@@ -277,6 +277,18 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(params):
     assert not np.array_equal(state.params["embed_tokens"], start.params["embed_tokens"])
 
 
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_a_step_does_not_talk_to_the_host(params, name):
+    loss_fn, case = CASES[name]
+    optimizer = make_optimizer(SECTION, 10)
+    step = jax.jit(make_step(loss_fn, optimizer, 2), donate_argnums=0)
+    state, batch = init_state(jax.tree.map(jnp.copy, params), optimizer), case()
+    with jax.transfer_guard("disallow"):
+        for _ in range(2):
+            state, _ = step(state, batch)
+    assert int(state.step) == 2
+
+
 def test_schedule_warms_up_and_decays():
     section = OptimizerSection(learning_rate=2.0, warmup_steps=4, decay="linear", final_fraction=0.25)
     schedule = make_schedule(section, 12)

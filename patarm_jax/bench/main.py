@@ -18,6 +18,7 @@ from patarm_jax.bench.measure import Limits, device_peak, host_peak, limits
 from patarm_jax.bench.quick import ratios
 from patarm_jax.bench.tasks import TASKS, Result, open_bench
 from patarm_jax.config import BenchConfig
+from patarm_jax.recipes.run import check_batch
 from patarm_jax.types import UsageError, UserError
 
 
@@ -27,7 +28,10 @@ def main(tasks: Sequence[str], config: BenchConfig, output: Path | None = None) 
         raise UsageError(f"there is no task {unknown[0]}. The tasks are {', '.join(TASKS)}.")
     if config.responses % 2:
         raise UsageError(f"responses is {config.responses}; allowed is an even number: they are compared in pairs.")
-    bench, most = open_bench(config), limits(config.dtype)
+    bench = open_bench(config)
+    check_batch(bench.mesh, config.rows, config.micro_batches, f"rows {config.rows}")
+    check_batch(bench.mesh, config.responses // 2, config.micro_batches, f"responses {config.responses}, in pairs,")
+    most = limits(config.dtype)
     rows: list[dict[str, Any]] = []
     for task in tasks or TASKS:
         print(f"{task} …", file=sys.stderr, flush=True)

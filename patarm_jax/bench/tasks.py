@@ -21,7 +21,7 @@ from patarm_jax.model import attention, weights
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.qwen3 import init_params
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, make_mesh, place_batch
-from patarm_jax.recipes.grpo import completion_width, make_programs
+from patarm_jax.recipes.grpo import Programs, completion_width, make_programs
 from patarm_jax.recipes.run import state_shardings
 from patarm_jax.recipes.sft import make_update
 from patarm_jax.rollout.judging import network_of
@@ -134,33 +134,47 @@ def _sft_case(bench: Bench) -> tuple[Any, TrainState, SFTBatch]:
 
 def grpo(bench: Bench) -> Result:
     """One GRPO step: sampling, then an update on what was sampled, with made-up rewards."""
-    c = bench.config
-    run = _rollouts(bench)
+    c, step = bench.config, grpo_step(bench)
+    timing = time_calls(step, c.repeats)
+    written = float(np.mean([each.lengths.sum() for each in step.finished[-c.repeats :]]))
+    medians = {name: float(np.median(each[-c.repeats :])) for name, each in step.phases.items() if each}
+    shape = f"{c.responses} × {c.prompt}, G {c.group}, {written / c.responses / c.group:.0f} of {c.new}"
+    return Result("grpo", shape, timing, c.responses * c.prompt + int(written), phases=medians)
+
+
+@dataclass
+class GRPOStep:
+    """A call that samples with the newest weights and updates them."""
+
+    bench: Bench
+    run: "_Rollouts"
+    programs: Programs
+    state: TrainState
+    reference: Any  # params, or None
+    finished: list[Finished] = field(default_factory=list)
+    phases: dict[str, list[float]] = field(default_factory=lambda: {"sample": [], "logprobs": [], "update": []})
+
+    def __call__(self) -> Any:
+        """One step; gives its metrics."""
+        policy, number = self.programs.to_rollout(self.state.params), len(self.finished)
+        self.finished.append(_timed(self.phases["sample"], lambda: self.run.sample(policy, number)))
+        batch = _learnt_from(self.bench, self.run.requests, self.finished[-1])
+        with jax.set_mesh(self.bench.mesh):
+            if self.reference is not None:
+                score = partial(self.programs.logprobs, self.reference, batch)
+                batch = replace(batch, ref_logprobs=_timed(self.phases["logprobs"], score))
+            self.state, metrics = _timed(self.phases["update"], lambda: self.programs.update(self.state, batch))
+        return metrics
+
+
+def grpo_step(bench: Bench) -> GRPOStep:
+    """A GRPO step with its programs and its state."""
     optimizer = make_optimizer(OptimizerSection(), 100)
     programs = make_programs(_grpo_config(bench), bench.network, bench.mesh, optimizer)
     state = _state(bench, optimizer)
-    reference = programs.to_rollout(state.params) if c.kl_coef else None
-    phases: dict[str, list[float]] = {name: [] for name in ("sample", "logprobs", "update")}
-    finished: list[Finished] = []
-    holder = [state]
-
-    def step() -> Any:
-        number = len(finished)
-        finished.append(_timed(phases["sample"], lambda: run.sample(programs.to_rollout(holder[0].params), number)))
-        batch = _learnt_from(bench, run.requests, finished[-1])
-        with jax.set_mesh(bench.mesh):
-            if reference is not None:
-                logprobs = _timed(phases["logprobs"], lambda: programs.logprobs(reference, batch))
-                batch = replace(batch, ref_logprobs=logprobs)
-            holder[0], metrics = _timed(phases["update"], lambda: programs.update(holder[0], batch))
-        return metrics
-
-    timing = time_calls(step, c.repeats)
-    written = [int(each.lengths.sum()) for each in finished[-c.repeats :]]
-    tokens = c.responses * c.prompt + int(np.mean(written))
-    medians = {name: float(np.median(each[-c.repeats :])) for name, each in phases.items() if each}
-    shape = f"{c.responses} × {c.prompt}, G {c.group}, {int(np.mean(written)) / c.responses / c.group:.0f} of {c.new}"
-    return Result("grpo", shape, timing, tokens, phases=medians)
+    # A copy in any case: the update donates the state's own buffers.
+    reference = jax.tree.map(jnp.copy, state.params) if bench.config.kl_coef else None
+    return GRPOStep(bench, _rollouts(bench), programs, state, reference)
 
 
 def logprobs(bench: Bench) -> Result:

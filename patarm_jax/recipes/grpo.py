@@ -55,7 +55,7 @@ from patarm_jax.rollout.judging import (
     score_arrays,
 )
 from patarm_jax.rollout.stream import WIDTH_MULTIPLE, abstract_programs
-from patarm_jax.train.metrics import Timer, progress, show_judgements, write_rollouts
+from patarm_jax.train.metrics import Timer, compilations, progress, show_judgements, write_rollouts
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.steps import completion_logprobs, grpo_loss, make_step, map_micro_batches
 from patarm_jax.types import GRPOBatch, UserError
@@ -103,6 +103,7 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     if config.policy.kl_coef:
         ref_params = load_params(ref_section, reference, mesh, config.run.seed, TRAIN_RULES, config.model.dtype)
     run_key, step = jax.random.key(config.run.seed), run.done
+    compilations().since_last()  # what was compiled before belongs to no step
     with stop_requests() as stop_asked, progress(steps, run.done) as report:
         for step in range(run.done + 1, steps + 1):
             timer = Timer()
@@ -134,7 +135,7 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
 
             values |= rollout_metrics(scores, status, rewards, *written)
             values["learning_rate"] = float(schedule(int(state.step) - 1 - int(state.skipped)))
-            run.writer.write(step, values | timer.seconds)
+            run.writer.write(step, values | timer.seconds | compilations().since_last())
             report(step, {"reward": values["reward"], "valid": values["judge/valid"]})
             rows = rollout_rows(pairs.ids, judgements, rewards)
             if jax.process_index() == 0:

@@ -32,7 +32,7 @@ from patarm_jax.recipes.run import (
     state_shardings,
     stop_requests,
 )
-from patarm_jax.train.metrics import Timer, progress
+from patarm_jax.train.metrics import Timer, compilations, progress
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.steps import make_step, sft_loss
 from patarm_jax.types import SFTBatch
@@ -74,6 +74,7 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
     # ---------------------------------------------------------------------------------------------------------- train
     run, state = begin_or_resume(config, model, records, iterator, mesh, optimizer, steps)
     step = run.done
+    compilations().since_last()  # what was compiled before belongs to no step
     with stop_requests() as stop_asked, progress(steps, run.done) as report, jax.set_mesh(mesh):
         for step in range(run.done + 1, steps + 1):
             timer = Timer()
@@ -84,7 +85,7 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
                 state, metrics = step_fn(state, batch)
                 values = {name: float(value) for name, value in fetch(metrics).items()}
             values["learning_rate"] = float(schedule(step - 1 - int(values["skipped_updates"])))
-            run.writer.write(step, values | timer.seconds)
+            run.writer.write(step, values | timer.seconds | compilations().since_last())
             report(step, {"loss": values["loss"]})
             stopping = stop_asked(step)
             run.save_when_due(step, state, iterator.get_state(), stopping)

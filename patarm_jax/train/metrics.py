@@ -6,6 +6,7 @@ writes and shows.
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import math
@@ -184,6 +185,39 @@ class Timer:
         finally:
             key = f"time/{name}"
             self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+
+
+class Compilations:
+    """Counts what JAX compiles in this process: one program per shape, so a count that grows on tells of a shape lost.
+
+    Of a resumed run's they differ from an uninterrupted one's, as times do; hence their names.
+    """
+
+    def __init__(self) -> None:
+        self._counts = {"time/compile": 0.0, "time/compiled_programs": 0.0, "time/programs_from_disk": 0.0}
+        jax.monitoring.register_event_duration_secs_listener(self._took)
+        jax.monitoring.register_event_listener(self._happened)
+
+    def since_last(self) -> dict[str, float]:
+        """Seconds and programs since the last call."""
+        counts = dict(self._counts)
+        self._counts.update(dict.fromkeys(counts, 0.0))
+        return counts
+
+    def _took(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self._counts["time/compile"] += duration_secs
+            self._counts["time/compiled_programs"] += 1
+
+    def _happened(self, event: str, **kwargs: str | int) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            self._counts["time/programs_from_disk"] += 1
+
+
+@functools.cache
+def compilations() -> Compilations:
+    """The one count of this process; JAX forgets no listener."""
+    return Compilations()
 
 
 Report = Callable[[int, Mapping[str, float]], None]
