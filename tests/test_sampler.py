@@ -1,5 +1,7 @@
 """Sampling equals transformers where it is greedy, and the exact distribution where it is not."""
 
+import math
+import re
 from dataclasses import replace
 from functools import cache, partial
 
@@ -16,10 +18,10 @@ from patarm_jax.config import MeshSection
 from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.qwen3 import abstract_params, forward, init_params
-from patarm_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, TRAIN_RULES, make_mesh
+from patarm_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, TRAIN_RULES, batch_sharding, make_mesh
 from patarm_jax.rollout.judging import network_of
 from patarm_jax.rollout.sampler import Network, Settings, draw, keep_top_k, keep_top_p, pick
-from patarm_jax.rollout.stream import Request, complete, make_engine
+from patarm_jax.rollout.stream import Request, abstract_programs, complete, make_engine
 from patarm_jax.train.steps import completion_logprobs
 from patarm_jax.types import GRPOBatch
 from tests.toys import TINY, hf_model
@@ -293,3 +295,25 @@ def test_the_loop_ends_when_every_row_has_ended():
     )
     assert got.lengths.tolist() == [[3, 3, 3]] * 2
     assert got.row_steps == 2 * 6
+
+
+@pytest.mark.parametrize("program", ["bring_in", "advance", "resize"])
+def test_caches_stay_on_their_devices(program):
+    """No program of the sampler sends keys or values to another part of the batch."""
+    mesh = make_mesh(MeshSection(data=2, fsdp=2, tensor=2))
+    engine = make_engine(network_of(CONFIG, "float32"), mesh, 4, Settings((5,), 200))
+    programs = abstract_programs(engine, abstract_params(CONFIG, mesh, ROLLOUT_RULES), 16, 512)
+    function, arguments = programs["prefill" if program == "bring_in" else "decode"]
+    if program == "resize":
+        places = (jax.ShapeDtypeStruct((4, n), jnp.int32, sharding=batch_sharding(mesh)) for n in (8, 2, 8))
+        function, arguments = engine.resize, (arguments[1], *places, 256)
+    with jax.set_mesh(mesh):
+        text = function.lower(*arguments).compile().as_text()
+    moved = {
+        line.strip()[:150]: math.prod(int(size) for size in shape.split(",") if size)
+        for line in text.splitlines()
+        if re.search(r" (all-gather|all-to-all|collective-permute)(-start)?\(", line)
+        for shape in re.findall(r"\w+\[([\d,]*)\]", line.split(" = ")[1].split("(")[0])
+    }
+    keys_of_a_layer = 4 * 256 * 8  # on one device: prompts or rows, tokens of the narrowest, head width
+    assert max(moved.values(), default=0) < keys_of_a_layer, max(moved, key=lambda line: moved[line])

@@ -157,14 +157,17 @@ def check_batch(mesh: Mesh, rows: int, micro_batches: int, what: str) -> None:
 
 
 def fingerprint(config: SFTConfig | GRPOConfig, model: Model, records: Sequence[EncodedPair]) -> dict[str, Any]:
-    """What must not change between a checkpoint and its continuation; placement and logging may."""
+    """What must not change between a checkpoint and its continuation; placement, logging and batching may."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(record.preference.id.encode())
         for tokens in (*record.prompt_tokens, *(record.completion_tokens or ())):
             digest.update(tokens.tobytes())
     settings = dataclasses.asdict(config)
-    kept = {name: settings[name] for name in settings if name not in ("model", "mesh", "data", "run", "micro_batches")}
+    free = ("model", "mesh", "data", "run", "micro_batches", "packing")
+    kept = {name: settings[name] for name in settings if name not in free}
+    if "sampling" in kept:
+        kept["sampling"] = {name: value for name, value in kept["sampling"].items() if name != "rows"}
     return {
         "recipe": type(config).__name__,
         "model": dataclasses.asdict(model.config) | {"dtype": config.model.dtype},
