@@ -160,13 +160,15 @@ def _judge(options: argparse.Namespace, rest: list[str]) -> int:
 def _bench(options: argparse.Namespace, rest: list[str]) -> int:
     from patarm_jax.bench.main import main as bench
     from patarm_jax.bench.main import quick
+    from patarm_jax.bench.quick import QUICK
 
-    if options.quick:
-        _refuse(rest)
-        return 0 if quick(options.json) else 1
     # Not argparse's: it would take the value of a setting for a task.
     tasks = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
-    bench(tasks, override(BenchConfig(), rest[len(tasks) :]), options.json)
+    config = override(QUICK if options.quick else BenchConfig(), rest[len(tasks) :])
+    if options.quick:
+        _refuse(tasks)
+        return 0 if quick(config, options.json) else 1
+    bench(tasks, config, options.json)
     return 0
 
 

@@ -28,6 +28,16 @@ def test_every_task_runs_and_is_written_down(tmp_path, capsys):
     assert all(task in printed for task in by_task)
 
 
+def test_quick_compares_every_pair_of_ways(tmp_path, capsys):
+    """Sizes at which nothing is won: what is tested is that both ways run, and that a low ratio is told."""
+    code = main(["bench", "--quick", *SMALL, "--json", str(tmp_path / "quick.json")])
+    found = json.loads((tmp_path / "quick.json").read_text())["ratios"]
+    assert len(found) == 6 and all(each["times_faster"] == each["plain"] / each["ours"] for each in found)
+    assert code == (0 if all(each["times_faster"] >= each["floor"] for each in found) else 1)
+    printed = capsys.readouterr().out
+    assert all(each["name"] in printed for each in found)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_weights_are_counted_right(name):
     layers = jax.tree.leaves(abstract_params(SHAPES[name])["layers"])

@@ -13,6 +13,7 @@ from patarm_jax.bench.tasks import Bench, open_bench, policy_update, sampling, s
 from patarm_jax.config import BenchConfig
 from patarm_jax.data.pipeline import pack
 from patarm_jax.model import attention
+from patarm_jax.model.sharding import batch_ways
 from patarm_jax.train.losses import sum_over_tokens
 
 
@@ -31,11 +32,15 @@ class Ratio:
         return self.plain / self.ours
 
 
-def ratios(repeats: int = 3) -> list[Ratio]:
+# What `patarm bench --quick` starts from.
+QUICK = BenchConfig(responses=2, prompt=512, new=64, repeats=3)
+
+
+def ratios(config: BenchConfig) -> list[Ratio]:
     """Every comparison, each in turns with its plain counterpart."""
-    bench = open_bench(BenchConfig())
+    bench = open_bench(config)
     return [
-        _ratio(name, floor, case(bench), repeats)
+        _ratio(name, floor, case(bench), config.repeats)
         for name, floor, case in (
             ("a group's prompt once, in sampling", 1.5, _shared_sampling),
             ("a group's prompt once, in the update", 2.0, _shared_update),
@@ -57,29 +62,32 @@ def _with(bench: Bench, **changes: Any) -> Bench:
 
 
 def _shared_sampling(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Eight completions of two prompts, against sixteen prompts with one each."""
-    shared = _with(bench, responses=2, prompt=512, group=8, new=32)
-    return sampling(_with(shared, responses=16, group=1)), sampling(shared)
+    """G completions of each prompt, against G times the prompts with one each."""
+    c = bench.config
+    return sampling(_with(bench, responses=c.responses * c.group, group=1)), sampling(bench)
 
 
 def _shared_update(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    shared = _with(bench, responses=2, prompt=512, group=8, new=64)
-    return policy_update(_with(shared, responses=16, group=1)), policy_update(shared)
+    c = bench.config
+    return policy_update(_with(bench, responses=c.responses * c.group, group=1)), policy_update(bench)
 
 
 def _refill(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Batches of 16 that wait for their longest, against 16 rows that are refilled."""
-    uneven = _with(bench, responses=64, prompt=64, group=1, new=128, mean_new=32.0)
+    new = 2 * bench.config.new
+    uneven = _with(bench, responses=64, prompt=bench.config.prompt // 8, group=1, new=new, mean_new=new / 4)
     batch = _with(uneven, responses=16, halvings=0)
     waits = [sampling(_with(batch, seed=seed)) for seed in range(4)]
     return lambda: [wait() for wait in waits], sampling(_with(uneven, decode_rows=16))
 
 
 def _packing(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """32 sequences of log-normal lengths, one to a row, against as few rows as hold them."""
-    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(128), 0.6, 32), 16, 512).astype(int)
-    rows = len(pack(list(lengths), 512))
-    return sft_update(_with(bench, rows=32, length=512)), sft_update(_with(bench, rows=rows, length=512))
+    """Four sequences a row, of log-normal lengths about a quarter of one, against as few rows as hold them."""
+    rows, width = 4 * bench.config.rows, bench.config.length
+    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(width / 4), 0.6, rows), 1, width).astype(int)
+    ways = batch_ways(bench.mesh)
+    packed = -(-len(pack(list(lengths), width)) // ways) * ways
+    return sft_update(_with(bench, rows=rows)), sft_update(_with(bench, rows=packed))
 
 
 def _attention(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:

@@ -32,6 +32,7 @@ WIDTH_MULTIPLE = 64
 PREFILL_TOKENS = 8192
 # A share of the rows that must have ended before waiting ones take their places: a pause costs about one step.
 REFILL_SHARE = 8
+# How often rows are halved when nothing waits any more, unless told otherwise.
 HALVINGS = 3
 
 
@@ -183,7 +184,7 @@ class _Schedule:
         self.ways, group = batch_ways(engine.mesh), engine.group
         self.first = len(requests) * jax.process_index()  # a request's number, over all processes
         self.lengths = _everyones([len(request.tokens) for request in requests])
-        each = self.ways // jax.process_count() or 1
+        each = self.ways // jax.process_count()
         self.mine = range(jax.process_index() * each, (jax.process_index() + 1) * each)
         shares = [self._share(way, each) for way in range(self.ways)]
         prompts, rows = _places(engine, max(map(len, shares)))
