@@ -108,7 +108,8 @@ class SamplingSection:
     top_p: float = 1.0
     max_new_tokens: int = 1024
     # Completions written at a time, over all devices; those that wait take the places of those that end; 0: all at
-    # once. Never changes what is drawn; fewer need less memory, and waste less where lengths differ.
+    # once. Never changes what is drawn, save for rounding in bfloat16; fewer need less memory, and waste less where
+    # lengths differ.
     rows: int = 0
 
 

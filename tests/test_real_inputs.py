@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def patarm(*arguments, flags=""):
     command = [sys.executable, "-m", "patarm_jax", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stderr
+    return done.stderr + done.stdout
 
 
 def write_config(folder, name, **sections):
@@ -106,4 +107,7 @@ def test_the_8b_config_compiles_on_its_mesh(folder, real_inputs, recipe, devices
     config = Path(__file__).parents[1] / "configs" / f"qwen3_8b_{recipe}.yaml"
     settings = ["--model.path", eight, "--data.path", real_inputs / "preferences.jsonl", "--data.domain", "chat"]
     settings += ["--data.missing_judgements", "template", "--dry-run"]
-    patarm(recipe, config, *settings, flags=f"--xla_force_host_platform_device_count={devices}")
+    said = patarm(recipe, config, *settings, flags=f"--xla_force_host_platform_device_count={devices}")
+    programs = {"sft": ["update"], "grpo": ["prefill", "decode", "update", "reference log-probs"]}[recipe]
+    for program in programs:
+        assert re.search(rf"^{program}: batch .* per device \d+\.\d+ GiB of arguments and \d+\.\d+ GiB", said, re.M)

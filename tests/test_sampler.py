@@ -116,8 +116,9 @@ def assert_same(one, other):
         (MeshSection(data=2, fsdp=2, tensor=2), ROLLOUT_RULES, 0),
         (MeshSection(data=2, fsdp=2, tensor=2), TRAIN_RULES, 8),
         (MeshSection(data=1, fsdp=8, tensor=1), ROLLOUT_RULES, 8),
+        (MeshSection(data=1, fsdp=8, tensor=1), TRAIN_RULES, 0),
     ],
-    ids=["2x2x2", "2x2x2, training's rules, refilled", "8, refilled"],
+    ids=["2x2x2", "2x2x2, training's rules, refilled", "8, refilled", "8, training's rules"],
 )
 def test_the_same_draws_on_one_and_on_eight_devices(section, rules, rows):
     params, choice = lively(), Settings((5, 6), 10)
@@ -134,9 +135,12 @@ def test_the_same_draws_on_one_and_on_eight_devices(section, rules, rows):
         (1, 1, 1, 1, "often", 0),
         (7, 1, 2, 20, "often", 1),
         (5, 2, 3, 80, "often", 2),
+        (3, 3, 20, 9, "often", 3),
         (4, 8, 5, 30, "never", 4),
         (3, 5, 4, 30, "at once", 5),
         (9, 4, 7, 70, "often", 6),
+        (2, 7, 6, 11, "often", 7),
+        (3, 6, 4, 9, "often", 8),
     ],
 )
 def test_rows_that_are_taken_over_draw_what_they_would_have_drawn_alone(count, group, rows, longest, stops, seed):

@@ -1,14 +1,16 @@
-"""Clocks and limits. The only room beside the recipes that reads a clock."""
+"""Clocks and limits: how long a call takes, how fast this machine is, how much memory was needed."""
 
 import resource
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,16 @@ class Limits:
     bandwidth: float  # bytes per second read from the devices' memory
 
 
+def timed(call: Callable[[], Result]) -> tuple[Result, float]:
+    """What a call gives, and the seconds until it is there."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(call())
+    return result, time.perf_counter() - start
+
+
 def clock(call: Callable[[], Any]) -> float:
     """Seconds until what a call gives is there."""
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
+    return timed(call)[1]
 
 
 def time_calls(call: Callable[[], Any], repeats: int) -> Timing:

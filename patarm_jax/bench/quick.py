@@ -24,7 +24,7 @@ class Ratio:
     name: str
     plain: float  # median seconds
     ours: float
-    floor: float  # below this something has become slower; set from several runs on two CPU cores, with room
+    floor: float  # below this something has become slower; set with room from a run on two CPU cores
 
     @property
     def value(self) -> float:

@@ -1,7 +1,6 @@
 """The tasks of `patarm bench`: the very programs that training runs, on made-up tokens and random weights."""
 
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +13,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from patarm_jax.bench.measure import Timing, clock, time_calls
+from patarm_jax.bench.measure import Timing, clock, time_calls, timed
 from patarm_jax.bench.shapes import SHAPES, cache_bytes, forward_flops, layer_weights
 from patarm_jax.config import BenchConfig, GRPOConfig, OptimizerSection, SFTConfig
 from patarm_jax.model import attention, weights
@@ -157,14 +156,19 @@ class GRPOStep:
     def __call__(self) -> Any:
         """One step; gives its metrics."""
         policy, number = self.programs.to_rollout(self.state.params), len(self.finished)
-        self.finished.append(_timed(self.phases["sample"], lambda: self.run.sample(policy, number)))
+        self.finished.append(self._timed("sample", lambda: self.run.sample(policy, number)))
         batch = _learnt_from(self.bench, self.run.requests, self.finished[-1])
         with jax.set_mesh(self.bench.mesh):
             if self.reference is not None:
                 score = partial(self.programs.logprobs, self.reference, batch)
-                batch = replace(batch, ref_logprobs=_timed(self.phases["logprobs"], score))
-            self.state, metrics = _timed(self.phases["update"], lambda: self.programs.update(self.state, batch))
+                batch = replace(batch, ref_logprobs=self._timed("logprobs", score))
+            self.state, metrics = self._timed("update", lambda: self.programs.update(self.state, batch))
         return metrics
+
+    def _timed(self, phase: str, call: Callable[[], Any]) -> Any:
+        result, seconds = timed(call)
+        self.phases[phase].append(seconds)
+        return result
 
 
 def grpo_step(bench: Bench) -> GRPOStep:
@@ -340,10 +344,3 @@ def _learnt_from(bench: Bench, requests: list[Request], finished: Finished) -> G
         bench.rng.normal(size=(pairs, 2, c.group)).astype(np.float32),
     )
     return place_batch(bench.mesh, GRPOBatch(*cast(tuple[jax.Array, ...], arrays)))
-
-
-def _timed(seconds: list[float], call: Callable[[], Any]) -> Any:
-    start = time.perf_counter()
-    result = jax.block_until_ready(call())
-    seconds.append(time.perf_counter() - start)
-    return result

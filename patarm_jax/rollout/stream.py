@@ -30,7 +30,7 @@ Arrays = tuple[jax.Array, ...]
 WIDTH_MULTIPLE = 64
 # Tokens of prompts that a device reads at a time: enough to be bound by arithmetic, and little memory beside the cache.
 PREFILL_TOKENS = 8192
-# A share of the rows that must have ended before waiting ones take their places: a pause costs about one step.
+# The share of the rows, one in so many, that must have ended before waiting ones take their places.
 REFILL_SHARE = 8
 # How often rows are halved when nothing waits any more, unless told otherwise.
 HALVINGS = 3
