@@ -32,6 +32,8 @@ class ModelSection:
     weights: Literal["load", "random"] = "load"  # random: only config.json and the tokenizer are read from path
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; the trained master copy is float32
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes: nothing, all but matmuls, all
+    # By which kernel: cudnn and pallas are for NVIDIA GPUs, splash for TPUs. Never changes the result.
+    attention: Literal["auto", "portable", "cudnn", "pallas", "splash"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,7 @@ class BenchConfig:
     model: Literal["tiny", "small", "0.6b", "1.7b", "4b", "8b", "14b"] = "tiny"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "full"
+    attention: Literal["auto", "portable", "cudnn", "pallas", "splash"] = "auto"
     mesh: MeshSection = field(default_factory=MeshSection)
     rows: int = 8  # of sft and attention
     length: int = 512  # tokens of each of them

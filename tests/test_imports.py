@@ -19,7 +19,18 @@ FLOORS = [
     ["cli"],
     ["__main__"],
 ]
-PURE = ["types", "reward", "judge", "model.attention", "model.qwen3", "rollout.sampler", "train.losses", "train.steps"]
+PURE = [
+    "types",
+    "reward",
+    "judge",
+    "model.attention",
+    "model.flash",
+    "model.kernels",
+    "model.qwen3",
+    "rollout.sampler",
+    "train.losses",
+    "train.steps",
+]
 IMPURE = {"os", "io", "time", "pathlib", "shutil", "logging", "sys", "socket", "subprocess", "random", "datetime"}
 ONE_HOME = {
     "transformers": "data.tokenizer",

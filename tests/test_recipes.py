@@ -113,7 +113,8 @@ class Started:
 
 def lines_of(folder):
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""  # the last may still be being written
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def timeless(folder):

@@ -15,9 +15,11 @@ from jax.sharding import Mesh
 
 from patarm_jax.bench.measure import Timing, clock, time_calls, timed
 from patarm_jax.bench.shapes import SHAPES, cache_bytes, forward_flops, layer_weights
-from patarm_jax.config import BenchConfig, GRPOConfig, OptimizerSection, SFTConfig
-from patarm_jax.model import attention, weights
+from patarm_jax.config import BenchConfig, GRPOConfig, ModelSection, OptimizerSection, SFTConfig
+from patarm_jax.model import kernels, weights
+from patarm_jax.model.attention import Streams
 from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.kernels import kernel_for
 from patarm_jax.model.qwen3 import init_params
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, make_mesh, place_batch
 from patarm_jax.recipes.grpo import Programs, completion_width, make_programs
@@ -51,6 +53,12 @@ class Bench:
     config: BenchConfig
     network: Qwen3Config
     mesh: Mesh
+
+    @property
+    def section(self) -> ModelSection:
+        """How the network computes."""
+        c = self.config
+        return ModelSection(dtype=c.dtype, remat=c.remat, attention=c.attention)
 
     @property
     def rng(self) -> np.random.Generator:
@@ -114,14 +122,13 @@ def sampling(bench: Bench) -> Callable[[], Any]:
 
 def _grpo_config(bench: Bench) -> GRPOConfig:
     c, default = bench.config, GRPOConfig()
-    model = replace(default.model, dtype=c.dtype, remat=c.remat)
     policy = replace(default.policy, kl_coef=c.kl_coef)
-    return replace(default, model=model, policy=policy, micro_batches=c.micro_batches)
+    return replace(default, model=bench.section, policy=policy, micro_batches=c.micro_batches)
 
 
 def _sft_case(bench: Bench) -> tuple[Any, TrainState, SFTBatch]:
     c = bench.config
-    config = SFTConfig(model=replace(SFTConfig().model, dtype=c.dtype, remat=c.remat), micro_batches=c.micro_batches)
+    config = SFTConfig(model=bench.section, micro_batches=c.micro_batches, packing=False)
     optimizer = make_optimizer(config.optimizer, 100)
     update = make_update(config, bench.network, bench.mesh, optimizer)
     tokens, last = bench.tokens(c.rows, c.length), c.length - 1
@@ -237,7 +244,8 @@ def _rollouts(bench: Bench) -> _Rollouts:
     c, vocab = bench.config, bench.network.vocab_size
     # Random weights give every token about the same chance: so many stop ids end a completion after mean_new tokens.
     stops = tuple(range(round(vocab / c.mean_new))) if c.mean_new else (-1,)
-    network, settings = network_of(bench.network, c.dtype), Settings(stops, c.new)
+    kernel = kernel_for(bench.section, bench.network, bench.mesh, "causal")
+    network, settings = network_of(bench.network, c.dtype, kernel), Settings(stops, c.new)
     engine = make_engine(network, bench.mesh, c.group, settings, c.decode_rows, c.halvings)
     return _Rollouts(engine, _requests(bench), min(c.decode_rows or c.responses * c.group, c.responses * c.group))
 
@@ -256,14 +264,17 @@ def attend(bench: Bench) -> Result:
     shapes = [(c.rows, c.length, heads, n.head_dim) for heads in (n.num_attention_heads, *[n.num_key_value_heads] * 2)]
     q, k, v = (jax.random.normal(jax.random.key(i), shape, c.dtype) for i, shape in enumerate(shapes))
 
+    kernel = kernel_for(bench.section, n, bench.mesh, "causal")
+    streams = Streams(jnp.full(c.rows, c.length), None, c.length, 0)
+
     def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention.attend(q, k, v, attention.causal_span(c.length), True)[0].sum()
+        return kernels.attend(q, k, v, streams, kernel).astype(jnp.float32).sum()
 
     gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
     timing = time_calls(lambda: gradient(q, k, v), c.repeats)
     reads = c.rows * c.length * (c.length + 1) // 2
     flops = 3 * 4 * n.num_attention_heads * n.head_dim * reads
-    return Result("attention", f"{c.rows} × {c.length}", timing, c.rows * c.length, flops)
+    return Result("attention", f"{c.rows} × {c.length}, {kernel.name}", timing, c.rows * c.length, flops)
 
 
 def load(bench: Bench) -> Result:

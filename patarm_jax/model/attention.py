@@ -9,6 +9,7 @@ Axis letters: B rows · T query tokens · S key positions · N query heads · K 
 """
 
 import functools
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -28,10 +29,21 @@ Partial = tuple[jax.Array, jax.Array]
 Span = tuple[jax.Array, jax.Array]
 
 
-def causal_span(length: int) -> Span:
-    """Each query reads the keys up to its own position. Right-padded rows need no more: no real token reads padding."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Streams:
+    """What rows of S tokens are made of: a prompt, or packed sequences, and completions that share the prompt."""
+
+    lengths: jax.Array  # [R], of the prompts
+    starts: jax.Array | None  # [R, Tp], where in its row the sequence of a token begins; None: one sequence
+    width: int = field(metadata={"static": True})  # Tp
+    group: int = field(metadata={"static": True})  # G, completions behind the prompt
+
+
+def causal_span(length: int, starts: jax.Array | None = None) -> Span:
+    """Each query reads its sequence up to itself. Right-padded rows need no more: no real token reads padding."""
     stop = jnp.arange(1, length + 1, dtype=jnp.int32)[None]
-    return jnp.zeros_like(stop), stop
+    return jnp.zeros_like(stop) if starts is None else starts, stop
 
 
 def prefix_span(lengths: jax.Array, queries: int) -> Span:
@@ -190,29 +202,25 @@ def merge(a: Partial, b: Partial) -> jax.Array:
     return share * a[0] + (1.0 - share) * b[0]
 
 
-def shared_prompt_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, span: Span, prompt_lengths: jax.Array, group: int
-) -> jax.Array:
-    """Attention of a prompt and the G completions that share it, laid in one row.
+def attend_streams(q: jax.Array, k: jax.Array, v: jax.Array, streams: Streams) -> jax.Array:
+    """Attention of rows of tokens as `streams` says what each reads.
 
     Args:
-        q: [R, S, N, H] with S = Tp + G·Tc: the prompt first, then its completions one after another.
+        q: [R, S, N, H], S = Tp + G·Tc: the prompt first, then its completions one after another.
         k: [R, S, K, H].
         v: [R, S, K, H].
-        span: of the prompt's tokens, [R or 1, Tp]; never past the token itself.
-        prompt_lengths: [R].
-        group: G, 0 when there are no completions.
+        streams: what the rows are made of.
 
     Returns:
         [R, S, N, H] float32.
     """
-    width = span[0].shape[1]
+    width, group = streams.width, streams.group
     qp, kp, vp = (x[:, :width] for x in (q, k, v))
-    prompt, _ = attend(qp, kp, vp, span, True)
+    prompt, _ = attend(qp, kp, vp, causal_span(width, streams.starts), True)
     if not group:
         return prompt
     qc, kc, vc = (x[:, width:] for x in (q, k, v))
-    read = attend(qc, kp, vp, prefix_span(prompt_lengths, qc.shape[1]), False)
+    read = attend(qc, kp, vp, prefix_span(streams.lengths, qc.shape[1]), False)
     own_out, own_lse = attend(*(_split_group(x, group) for x in (qc, kc, vc)), causal_span(qc.shape[1] // group), True)
     own = own_out.reshape(qc.shape), own_lse.reshape(qc.shape[:3])
     return jnp.concatenate([prompt, merge(read, own)], axis=1)

@@ -8,7 +8,7 @@ Axis letters: R prompts · S tokens in a row · Tp prompt tokens · G completion
               H head width · F MLP width · V vocabulary · L layers
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from patarm_jax.model import attention
+from patarm_jax.model import attention, kernels
+from patarm_jax.model.attention import Streams
 from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.kernels import PORTABLE, Kernel
 from patarm_jax.model.sharding import BATCH_AXES, TRAIN_RULES, Rules, constrain, named_sharding
 from patarm_jax.types import Seats
 
@@ -64,21 +66,21 @@ class Output:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Streams:
-    """How rows of S tokens are made up of a prompt and of completions behind it, and what each part may read."""
-
-    span: attention.Span  # of the prompt's tokens; [B or 1, Tp] each
-    lengths: jax.Array  # [R], of the prompts
-    group: int = field(metadata={"static": True})  # G, completions behind a prompt
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
 class _Step:
     """A token of every row, over a cache."""
 
     cache: KVCache
     seats: Seats
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """How one pass through the network is computed."""
+
+    dtype: Any
+    kernel: Kernel = PORTABLE  # of attention to prompts and completions as wholes
+    remat: Remat = "none"
+    keep: bool = False  # the keys and values of a prompt
 
 
 def init_params(config: Qwen3Config, key: jax.Array, mesh: Mesh | None = None, rules: Rules = TRAIN_RULES) -> Params:
@@ -121,6 +123,7 @@ def forward(
     starts: jax.Array | None = None,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
+    kernel: Kernel = PORTABLE,
 ) -> Output:
     """Hidden states of plain or packed sequences, or of prompts with the G completions that share them.
 
@@ -139,6 +142,7 @@ def forward(
         starts: [R, Tp] int32, where in its row the sequence of a token begins.
         dtype: of the computation; norms, softmax and rotary embedding are float32 regardless.
         remat: what the backward pass recomputes.
+        kernel: of attention, from `kernels.choose` for rows of this form.
 
     Returns:
         Output; hidden states at padded positions mean nothing.
@@ -146,28 +150,34 @@ def forward(
     rows, width = prompt.shape
     if completion is not None and (prompt_lengths is None or starts is not None):
         raise ValueError("completions need the prompt_lengths of their prompts, and prompts that are not packed")
-    span = attention.causal_span(width)
-    if starts is not None:
-        span = (starts, span[1])
     lengths = jnp.full(rows, width, jnp.int32) if prompt_lengths is None else prompt_lengths
-    tokens, positions = prompt, jnp.broadcast_to(span[1] - 1 - span[0], prompt.shape)
+    streams = Streams(lengths, starts, width, 0 if completion is None else completion.shape[1])
+    tokens, positions = prompt, jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompt.shape)
+    if starts is not None:
+        positions = positions - starts
     if completion is not None:  # in one row behind the prompt, so that each weight is used once
         behind = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(completion.shape[2]), completion.shape)
         tokens = jnp.concatenate([tokens, completion.reshape(rows, -1)], axis=1)
         positions = jnp.concatenate([positions, behind.reshape(rows, -1)], axis=1)
-    streams = _Streams(span, lengths, 0 if completion is None else completion.shape[1])
-    hidden, _ = _apply(params, config, tokens, positions, streams, dtype, remat)
+    hidden, _ = _apply(params, config, tokens, positions, streams, _Pass(dtype, kernel, remat))
     completed = None if completion is None else hidden[:, width:].reshape(*completion.shape, -1)
     return Output(hidden[:, :width], completed, _head(params, config, dtype))
 
 
 def prefill(
-    params: Params, config: Qwen3Config, prompt: jax.Array, lengths: jax.Array, *, dtype: Any = jnp.float32
+    params: Params,
+    config: Qwen3Config,
+    prompt: jax.Array,
+    lengths: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
+    kernel: Kernel = PORTABLE,
 ) -> tuple[jax.Array, PromptCache]:
     """The last state [R, D] of prompts [R, Tp] of these lengths [R], and their keys and values."""
-    span = attention.causal_span(prompt.shape[1])
-    positions = jnp.broadcast_to(span[1] - 1, prompt.shape)
-    hidden, kept = _apply(params, config, prompt, positions, _Streams(span, lengths, 0), dtype, keep=True)
+    width = prompt.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompt.shape)
+    streams = Streams(lengths, None, width, 0)
+    hidden, kept = _apply(params, config, prompt, positions, streams, _Pass(dtype, kernel, keep=True))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     keys, values = kept
     return last, PromptCache(_constrain_cache(keys), _constrain_cache(values), lengths)
@@ -218,7 +228,7 @@ def decode(
     seats_of_one = seats.row.shape[1] // prompts.shape[1]
     lengths = jnp.take_along_axis(prompts, seats.seat // seats_of_one, axis=1)
     positions = (lengths + seats.age).reshape(ways * per_way, 1)
-    hidden, own = _apply(params, config, tokens[:, None], positions, _Step(cache, seats), dtype)
+    hidden, own = _apply(params, config, tokens[:, None], positions, _Step(cache, seats), _Pass(dtype))
     return hidden[:, 0], replace(cache, keys=own[0], values=own[1], clock=cache.clock + 1)
 
 
@@ -238,30 +248,26 @@ def _apply(
     config: Qwen3Config,
     tokens: jax.Array,
     positions: jax.Array,
-    context: _Streams | _Step,
-    dtype: Any,
-    remat: Remat = "none",
-    keep: bool = False,
+    context: Streams | _Step,
+    how: _Pass,
 ) -> tuple[jax.Array, Any]:
     """Final states [R, S, D]; and the keys and values of a prompt to keep, or of a cache that was written to."""
-    result: Any = _Qwen3(config, dtype, remat, keep).apply({"params": params}, tokens, positions, context)
+    result: Any = _Qwen3(config, how).apply({"params": params}, tokens, positions, context)
     return result
 
 
 class _Qwen3(nn.Module):
     config: Qwen3Config
-    dtype: Any = jnp.float32
-    remat: Remat = "none"
-    keep: bool = False
+    how: _Pass
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array, context: _Streams | _Step) -> tuple[jax.Array, Any]:
+    def __call__(self, tokens: jax.Array, positions: jax.Array, context: Streams | _Step) -> tuple[jax.Array, Any]:
         c = self.config
         embedding = _weight(self, "embed_tokens", (c.vocab_size, c.hidden_size), ("vocab", "embed"))
         if not c.tie_word_embeddings:
             _weight(self, "lm_head", (c.vocab_size, c.hidden_size), ("vocab", "embed"))  # applied by the caller
         # Gathered over `fsdp` first: a lookup in a table split along the width would be repeated on every device.
-        table = constrain(embedding.astype(self.dtype), "tensor", None)
+        table = constrain(embedding.astype(self.how.dtype), "tensor", None)
         x = constrain(jnp.take(table, tokens, axis=0), BATCH_AXES, None, None)
 
         own = prompt = None
@@ -269,13 +275,13 @@ class _Qwen3(nn.Module):
             cache = context.cache
             own, prompt = (cache.keys, cache.values), (cache.prompt.keys, cache.prompt.values)
         layers = nn.scan(
-            _rematerialised(self.remat),
+            _rematerialised(self.how.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=c.num_hidden_layers,
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype, self.keep, name="layers")
+        )(c, self.how, name="layers")
         index = jnp.arange(c.num_hidden_layers)
         (x, own), kept = layers((x, own), index, prompt, _rotary(positions, c), context)
         return _norm(self, "norm", x, c.rms_norm_eps), kept if own is None else own
@@ -283,8 +289,7 @@ class _Qwen3(nn.Module):
 
 class _Block(nn.Module):
     config: Qwen3Config
-    dtype: Any
-    keep: bool
+    how: _Pass
 
     @nn.compact
     def __call__(
@@ -293,23 +298,23 @@ class _Block(nn.Module):
         layer: jax.Array,
         prompt: Any,
         rotary: tuple[jax.Array, jax.Array],
-        context: _Streams | _Step,
+        context: Streams | _Step,
     ) -> tuple[tuple[jax.Array, Any], Any]:
         x, own = carry
         eps = self.config.rms_norm_eps
-        attend = _Attention(self.config, self.dtype, name="self_attn")
+        attend = _Attention(self.config, self.how, name="self_attn")
         mixed, new = attend(_norm(self, "input_layernorm", x, eps), layer, own, prompt, rotary, context)
         x = constrain(x + mixed, BATCH_AXES, None, None)
-        x = x + _MLP(self.config, self.dtype, name="mlp")(_norm(self, "post_attention_layernorm", x, eps))
+        x = x + _MLP(self.config, self.how.dtype, name="mlp")(_norm(self, "post_attention_layernorm", x, eps))
         x = constrain(x, BATCH_AXES, None, None)
         if isinstance(context, _Step):
             return (x, new), None
-        return (x, None), tuple(y.swapaxes(1, 2) for y in new) if self.keep else None
+        return (x, None), tuple(y.swapaxes(1, 2) for y in new) if self.how.keep else None
 
 
 class _Attention(nn.Module):
     config: Qwen3Config
-    dtype: Any
+    how: _Pass
 
     @nn.compact
     def __call__(
@@ -319,15 +324,15 @@ class _Attention(nn.Module):
         own: Any,
         prompt: Any,
         rotary: tuple[jax.Array, jax.Array],
-        context: _Streams | _Step,
+        context: Streams | _Step,
     ) -> tuple[jax.Array, Any]:
         """What is added to x; and the new keys and values [R, S, K, H], or the rows' own with them written."""
-        c = self.config
+        c, dtype = self.config, self.how.dtype
         d, n, k, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        q_proj = _weight(self, "q_proj", (d, n, h), ("embed", "heads", "head_dim")).astype(self.dtype)
-        k_proj = _weight(self, "k_proj", (d, k, h), ("embed", "kv_heads", "head_dim")).astype(self.dtype)
-        v_proj = _weight(self, "v_proj", (d, k, h), ("embed", "kv_heads", "head_dim")).astype(self.dtype)
-        o_proj = _weight(self, "o_proj", (n, h, d), ("heads", "head_dim", "embed")).astype(self.dtype)
+        q_proj = _weight(self, "q_proj", (d, n, h), ("embed", "heads", "head_dim")).astype(dtype)
+        k_proj = _weight(self, "k_proj", (d, k, h), ("embed", "kv_heads", "head_dim")).astype(dtype)
+        v_proj = _weight(self, "v_proj", (d, k, h), ("embed", "kv_heads", "head_dim")).astype(dtype)
+        o_proj = _weight(self, "o_proj", (n, h, d), ("heads", "head_dim", "embed")).astype(dtype)
 
         q = _norm(self, "q_norm", jnp.einsum("rsd,dnh->rsnh", x, q_proj), c.rms_norm_eps)
         keys = _norm(self, "k_norm", jnp.einsum("rsd,dkh->rskh", x, k_proj), c.rms_norm_eps)
@@ -342,8 +347,8 @@ class _Attention(nn.Module):
             mine = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in new)
             out = _read_seated(q[:, 0], prompt, tuple(mine), context)[:, None]
         else:
-            out = attention.shared_prompt_attention(q, keys, values, context.span, context.lengths, context.group)
-        return jnp.einsum("rsnh,nhd->rsd", out.astype(self.dtype), o_proj), new
+            out = kernels.attend(q, keys, values, context, self.how.kernel)
+        return jnp.einsum("rsnh,nhd->rsd", out.astype(dtype), o_proj), new
 
 
 def _read_seated(q: jax.Array, prompt: Any, own: Any, step: _Step) -> jax.Array:
@@ -420,5 +425,5 @@ def _boxed_params(config: Qwen3Config, key: jax.Array) -> Any:
     """Random parameters, each in a box that carries its logical axes."""
     one = jnp.zeros((1, 1), jnp.int32)
     with jax.sharding.use_abstract_mesh(NO_MESH):  # the one-token input could not be split
-        context = _Streams(attention.causal_span(1), jnp.ones(1, jnp.int32), 0)
-        return _Qwen3(config).init(key, one, one, context)["params"]
+        context = Streams(jnp.ones(1, jnp.int32), None, 1, 0)
+        return _Qwen3(config, _Pass(jnp.float32)).init(key, one, one, context)["params"]

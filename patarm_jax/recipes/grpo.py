@@ -17,6 +17,7 @@ from patarm_jax.config import GRPOConfig, ModelSection, to_yaml
 from patarm_jax.data.pipeline import batches, bucket, encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.kernels import kernel_for, kernels_in_use
 from patarm_jax.model.qwen3 import abstract_params, forward
 from patarm_jax.model.sharding import (
     REPLICATED_RULES,
@@ -81,7 +82,8 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     updates = steps * config.policy.updates_per_rollout
     optimizer, schedule = make_optimizer(config.optimizer, updates), make_schedule(config.optimizer, updates)
     programs = make_programs(config, model.config, mesh, optimizer)
-    judge = make_judge(model.config, model.tokenizer, mesh, config.sampling, config.group_size, config.model.dtype)
+    judge = make_judge(model.config, model.tokenizer, mesh, config.model, config.sampling, config.group_size)
+    say(kernels_in_use(config.model, model.config, mesh, "causal", "shared"))
     if dry_run:
         width = bucket(max(record.longest_prompt for record in records), WIDTH_MULTIPLE)
         batch = _abstract_batch(config, mesh, width)
@@ -165,7 +167,8 @@ def make_programs(
     config: GRPOConfig, network: Qwen3Config, mesh: Mesh, optimizer: optax.GradientTransformation
 ) -> Programs:
     """Jits a policy update, log-probs and the weight sync with their shardings."""
-    run_forward = partial(forward, config=network, dtype=config.model.dtype, remat=config.model.remat)
+    kernel = kernel_for(config.model, network, mesh, "shared")
+    run_forward = partial(forward, config=network, dtype=config.model.dtype, remat=config.model.remat, kernel=kernel)
     temperature, ways = config.sampling.temperature or 1.0, batch_ways(mesh)
 
     def two_streams(params: Any, prompt: jax.Array, lengths: jax.Array, completion: jax.Array) -> Any:

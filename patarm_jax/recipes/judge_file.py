@@ -20,6 +20,7 @@ from patarm_jax.config import JudgeConfig
 from patarm_jax.data.pipeline import EncodedPair, encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import Accuracy, pairwise_accuracy, side_means
+from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, make_mesh
 from patarm_jax.recipes.run import Model, load_params, open_model, say, stop_requests
 from patarm_jax.rollout.judging import judge, make_judge, requests_of
@@ -49,7 +50,8 @@ def main(config: JudgeConfig) -> Accuracy | None:
     say(f"{config.data.path}: {read}. Encoded: {encoded}.")
     rules = ROLLOUT_RULES if config.mesh.rollout == "tensor" else REPLICATED_RULES
     params = load_params(config.model, model, mesh, config.seed, rules, jnp.dtype(config.model.dtype))
-    judging = make_judge(model.config, model.tokenizer, mesh, config.sampling, config.votes, config.model.dtype)
+    judging = make_judge(model.config, model.tokenizer, mesh, config.model, config.sampling, config.votes)
+    say(kernels_in_use(config.model, model.config, mesh, "causal"))
 
     # ---------------------------------------------------------------------------------------------------------- judge
     part = output.with_name(f"{output.name}.{_identity(config, model, records)}.partial")

@@ -16,6 +16,7 @@ from patarm_jax.config import SFTConfig, to_yaml
 from patarm_jax.data.pipeline import PairBatch, SFTShape, batches, batches_per_epoch, encode_pairs, sft_batch, sft_shape
 from patarm_jax.data.preferences import read_judged_preferences
 from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.kernels import Form, kernel_for, kernels_in_use
 from patarm_jax.model.qwen3 import forward
 from patarm_jax.model.sharding import batch_sharding, batch_ways, fetch, make_mesh, place_batch
 from patarm_jax.recipes.dry_run import describe
@@ -59,6 +60,7 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
     optimizer = make_optimizer(config.optimizer, steps)
     schedule = make_schedule(config.optimizer, steps)
     step_fn = make_update(config, model.config, mesh, optimizer)
+    say(kernels_in_use(config.model, model.config, mesh, _form(config)))
     rows_multiple = config.micro_batches * max(1, batch_ways(mesh) // jax.process_count())
 
     def shape_of(pairs: PairBatch) -> SFTShape:
@@ -98,8 +100,13 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
 
 def make_update(config: SFTConfig, network: Qwen3Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> Any:
     """The jitted step, (state, SFTBatch) → (state, metrics); the state is donated."""
-    run_forward = partial(forward, config=network, dtype=config.model.dtype, remat=config.model.remat)
-    loss = sft_loss(lambda params, tokens, starts: run_forward(params, prompt=tokens, starts=starts), batch_ways(mesh))
+    kernel = kernel_for(config.model, network, mesh, _form(config))
+    run_forward = partial(forward, config=network, dtype=config.model.dtype, remat=config.model.remat, kernel=kernel)
+
+    def read(params: Any, tokens: jax.Array, starts: jax.Array) -> Any:
+        return run_forward(params, prompt=tokens, starts=starts if config.packing else None)
+
+    loss = sft_loss(read, batch_ways(mesh))
     shardings = state_shardings(network, mesh, optimizer)
     return jax.jit(
         make_step(loss, optimizer, config.micro_batches),
@@ -107,6 +114,10 @@ def make_update(config: SFTConfig, network: Qwen3Config, mesh: Mesh, optimizer: 
         out_shardings=(shardings, None),
         donate_argnums=0,
     )
+
+
+def _form(config: SFTConfig) -> Form:
+    return "packed" if config.packing else "causal"
 
 
 def _abstract_batch(shape: SFTShape, mesh: Mesh) -> SFTBatch:

@@ -13,12 +13,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from patarm_jax.config import SamplingSection
+from patarm_jax.config import ModelSection, SamplingSection
 from patarm_jax.data.pipeline import EncodedPair
 from patarm_jax.data.tokenizer import Tokenizer, decode
 from patarm_jax.judge.parse import parse_pointwise
 from patarm_jax.model import qwen3
 from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.kernels import PORTABLE, Kernel, kernel_for
 from patarm_jax.model.qwen3 import KVCache, Params, PromptCache
 from patarm_jax.model.sharding import fetch, place_batch
 from patarm_jax.rollout.sampler import Network, Settings
@@ -54,20 +55,26 @@ class Sampled:
 
 
 def make_judge(
-    config: Qwen3Config, tokenizer: Tokenizer, mesh: Mesh, sampling: SamplingSection, group: int, dtype: str
+    config: Qwen3Config,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    section: ModelSection,
+    sampling: SamplingSection,
+    group: int,
 ) -> Judge:
     """A judge for a network of this shape that gives G = `group` judgements of a response."""
     settings = Settings(
         tokenizer.stop_ids, sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p
     )
-    return Judge(tokenizer, mesh, make_engine(network_of(config, dtype), mesh, group, settings, sampling.rows))
+    network = network_of(config, section.dtype, kernel_for(section, config, mesh, "causal"))
+    return Judge(tokenizer, mesh, make_engine(network, mesh, group, settings, sampling.rows))
 
 
-def network_of(config: Qwen3Config, dtype: str) -> Network[KVCache]:
-    """Qwen3 as the sampler sees it: tokens to logits."""
+def network_of(config: Qwen3Config, dtype: str, kernel: Kernel = PORTABLE) -> Network[KVCache]:
+    """Qwen3 as the sampler sees it: tokens to logits. The kernel is that of prompts."""
 
     def read(params: Params, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, PromptCache]:
-        hidden, kept = qwen3.prefill(params, config, tokens, lengths, dtype=dtype)
+        hidden, kept = qwen3.prefill(params, config, tokens, lengths, dtype=dtype, kernel=kernel)
         return qwen3.logits(params, config, hidden, dtype), kept
 
     def place(cache: KVCache, prompts: PromptCache, where: jax.Array) -> KVCache:
