@@ -323,3 +323,17 @@ def test_caches_stay_on_their_devices(program):
     }
     keys_of_a_layer = 4 * 256 * 8  # on one device: prompts or rows, tokens of the narrowest, head width
     assert max(moved.values(), default=0) < keys_of_a_layer, max(moved, key=lambda line: moved[line])
+
+
+def test_decoding_reads_weights_and_caches_where_they_lie():
+    """A step makes no copy of a layer's weight or cache: it would read, write and read again."""
+    engine = make_engine(network_of(CONFIG, "float32"), ALONE, 4, Settings((5,), 200))
+    function, arguments = abstract_programs(engine, abstract_params(CONFIG, ALONE, apart=True), 16, 512)["decode"]
+    with jax.set_mesh(ALONE):
+        text = function.lower(*arguments).compile().as_text()
+    read = [*arguments[1].cache.keys, *arguments[1].cache.prompt.values, *jax.tree.leaves(arguments[0]["layers_0"])]
+    shapes = {tuple(sorted(leaf.shape)) for leaf in read if leaf.ndim > 1}
+    body = text[text.index("jit(advance)/while/body") :]
+    made = re.findall(r"= \w+\[([\d,]+)\]\{[\d,]*\} (copy|slice|dynamic-slice|transpose|concatenate)\(", body)
+    assert made
+    assert not [each for each in made if tuple(sorted(int(n) for n in each[0].split(",") if n != "1")) in shapes]

@@ -79,7 +79,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, span: Span, causal: bool)
 
     def block(carry: None, part: tuple[jax.Array, ...], k: jax.Array, v: jax.Array) -> tuple[None, Partial]:
         q, start, stop = part
-        return carry, _softmax_read(q, k, v, _inside(start, stop, k.shape[2]))
+        return carry, _softmax_read(q, k.swapaxes(2, 3), v, _inside(start, stop, k.shape[2]))
 
     parts = (q_heads, *_expanded(span))
     _, (out, lse) = _over_queries(block, lambda keys: None, parts, (k_heads, v_heads), causal)
@@ -246,9 +246,9 @@ def seated_attention(
 
     Args:
         q: [B, N, H].
-        prompt: keys and values [R, K, Tp, H].
+        prompt: keys [R, K, H, Tp] and values [R, K, Tp, H].
         prompt_lengths: [R].
-        own: keys and values [B, K, Tc, H], the new token's already written.
+        own: keys [B, K, H, Tc] and values [B, K, Tc, H], the new token's already written.
         readable: [B, Tc] bool, the places that hold the row's own past.
         seat: [W, B/W], where a row sits: prompt·G + rollout, counted within each of W parts of the batch.
         row: [W, R/W·G], who sits there; B/W: nobody.
@@ -256,7 +256,7 @@ def seated_attention(
     Returns:
         [B, N, H] float32.
     """
-    (b, n, h), (r, kv, width, _), ways = q.shape, prompt[0].shape, seat.shape[0]
+    (b, n, h), (r, kv, width, _), ways = q.shape, prompt[1].shape, seat.shape[0]
     q = q.reshape(b, kv, n // kv, h)
     past = _softmax_read(q[:, :, :, None], *own, readable[:, None, None, None])
 
@@ -275,8 +275,8 @@ def seated_attention(
 
 
 def _softmax_read(q: jax.Array, k: jax.Array, v: jax.Array, readable: jax.Array) -> Partial:
-    """Queries [B, K, Q, T, H] over keys [B, K, S, H] where `readable` [B, 1, 1, 1 or T, S]: output and log-sum-exp."""
-    scores = jnp.einsum("bkqth,bksh->bkqts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    """Queries [B, K, Q, T, H] over keys [B, K, H, S] where `readable` [B, 1, 1, 1 or T, S]: output and log-sum-exp."""
+    scores = jnp.einsum("bkqth,bkhs->bkqts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     scores = jnp.where(readable, scores, MASKED)
     peak = scores.max(axis=-1, keepdims=True)
     weights = jnp.where(readable, jnp.exp(scores - peak), 0.0)

@@ -8,6 +8,7 @@ Axis letters: R prompts · S tokens in a row · Tp prompt tokens · G completion
               H head width · F MLP width · V vocabulary · L layers
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from patarm_jax.model import attention, kernels
 from patarm_jax.model.attention import Streams
@@ -32,10 +33,10 @@ Remat = Literal["none", "dots", "full"]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PromptCache:
-    """Keys and values of R prompts."""
+    """Keys and values of R prompts, an array for each of L layers; keys lie as a matrix that queries multiply."""
 
-    keys: jax.Array  # [L, R, K, Tp, H]
-    values: jax.Array  # [L, R, K, Tp, H]
+    keys: tuple[jax.Array, ...]  # L × [R, K, H, Tp]
+    values: tuple[jax.Array, ...]  # L × [R, K, Tp, H]
     lengths: jax.Array  # [R] int32
 
 
@@ -49,8 +50,8 @@ class KVCache:
     """
 
     prompt: PromptCache
-    keys: jax.Array  # [L, B, K, Tc, H]
-    values: jax.Array  # [L, B, K, Tc, H]
+    keys: tuple[jax.Array, ...]  # L × [B, K, H, Tc]
+    values: tuple[jax.Array, ...]  # L × [B, K, Tc, H]
     clock: jax.Array  # [] int32, tokens written since the cache was made
 
 
@@ -72,6 +73,13 @@ class _Step:
     cache: KVCache
     seats: Seats
 
+    @property
+    def readable(self) -> jax.Array:
+        """[B, Tc]: the places of the ring that hold a row's own past and its new token."""
+        width = self.cache.values[0].shape[2]
+        passed = (self.cache.clock - jnp.arange(width)) % width  # tokens written since a place was
+        return passed <= self.seats.age.reshape(-1, 1)
+
 
 @dataclass(frozen=True)
 class _Pass:
@@ -90,9 +98,13 @@ def init_params(config: Qwen3Config, key: jax.Array, mesh: Mesh | None = None, r
 
 
 def abstract_params(
-    config: Qwen3Config, mesh: Mesh | None = None, rules: Rules = TRAIN_RULES, dtype: Any = jnp.float32
+    config: Qwen3Config,
+    mesh: Mesh | None = None,
+    rules: Rules = TRAIN_RULES,
+    dtype: Any = jnp.float32,
+    apart: bool = False,
 ) -> Params:
-    """Shape, dtype and, given a mesh, sharding of every parameter, without a single weight."""
+    """Shape, dtype and, given a mesh, sharding of every parameter, without a weight; `apart` as of `layers_apart`."""
     boxed = jax.eval_shape(lambda: _boxed_params(config, jax.random.key(0)))
 
     def leaf(box: nn.Partitioned) -> jax.ShapeDtypeStruct:
@@ -100,17 +112,48 @@ def abstract_params(
         sharding = named_sharding(mesh, rules, box.names, shape) if mesh else None
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    return jax.tree.map(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    stacked = jax.tree.map(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    return _taken_apart(stacked, lambda leaf, i: layer_shape(leaf)) if apart else stacked
+
+
+def layer_shape(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """One layer's part of an abstract parameter that is stacked along the layers."""
+    sharding = leaf.sharding and NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+
+
+def layers_apart(params: Params) -> Params:
+    """The same parameters with a subtree `layers_i` for each layer, for sampling.
+
+    Training goes through stacked layers in one compiled body. A step of decoding does nothing but read weights and
+    caches, and reading a layer out of a stack copies it first.
+    """
+    return _taken_apart(params, lambda x, i: x[i]) if "layers" in params else params
+
+
+def _taken_apart(params: Params, take: Callable[[Any, int], Any]) -> Params:
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    layers = {f"layers_{i}": jax.tree.map(lambda x, i=i: take(x, i), params["layers"]) for i in range(count)}
+    return {name: part for name, part in params.items() if name != "layers"} | layers
 
 
 def init_cache(
     config: Qwen3Config, prompts: int, prompt_width: int, rows: int, completion_width: int, dtype: Any
 ) -> KVCache:
     """An empty cache for R prompts of Tp tokens and for B rows of Tc."""
-    layers, heads, size = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    shared = _constrain_cache(jnp.zeros((layers, prompts, heads, prompt_width, size), dtype))
-    own = _constrain_cache(jnp.zeros((layers, rows, heads, completion_width, size), dtype))
-    return KVCache(PromptCache(shared, shared, jnp.ones(prompts, jnp.int32)), own, own, jnp.int32(0))
+    heads, size = config.num_key_value_heads, config.head_dim
+
+    def empty(rows: int, width: int) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        shapes = (rows, heads, size, width), (rows, heads, width, size)
+        keys, values = (
+            tuple(_by_rows(jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)) for shape in shapes
+        )
+        return keys, values
+
+    lengths = jnp.ones(prompts, jnp.int32)
+    return KVCache(
+        PromptCache(*empty(prompts, prompt_width), lengths), *empty(rows, completion_width), clock=jnp.int32(0)
+    )
 
 
 def forward(
@@ -173,50 +216,50 @@ def prefill(
     dtype: Any = jnp.float32,
     kernel: Kernel = PORTABLE,
 ) -> tuple[jax.Array, PromptCache]:
-    """The last state [R, D] of prompts [R, Tp] of these lengths [R], and their keys and values."""
+    """The last state [R, D] of prompts [R, Tp] of these lengths [R], and their keys and values.
+
+    As in `decode`, parameters whose layers are stacked are taken apart on the spot, which copies them.
+    """
     width = prompt.shape[1]
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompt.shape)
     streams = Streams(lengths, None, width, 0)
-    hidden, kept = _apply(params, config, prompt, positions, streams, _Pass(dtype, kernel, keep=True))
+    hidden, kept = _apply(layers_apart(params), config, prompt, positions, streams, _Pass(dtype, kernel, keep=True))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    keys, values = kept
-    return last, PromptCache(_constrain_cache(keys), _constrain_cache(values), lengths)
+    keys, values = zip(*kept, strict=True)
+    return last, PromptCache(keys, values, lengths)
 
 
 def place_prompts(cache: PromptCache, new: PromptCache, place: jax.Array) -> PromptCache:
     """The cache with new prompts, no wider than its own, at places [W, n] within each device; r: nowhere."""
     ways = place.shape[0]
 
-    def all_ways(mine: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+    def put(mine: jax.Array, new: jax.Array) -> jax.Array:
         def one(mine: jax.Array, new: jax.Array, place: jax.Array) -> jax.Array:
-            part = (slice(None), slice(new.shape[-2])) if new.ndim > 1 else ()
-            index = (slice(None),) * axis + (place, *part)
-            return mine.at[index].set(new.astype(mine.dtype), mode="drop")
+            part = tuple(slice(size) for size in new.shape[1:])
+            return mine.at[(place, *part)].set(new.astype(mine.dtype), mode="drop")
 
-        mine_apart, new_apart = (x.reshape(*x.shape[:axis], ways, -1, *x.shape[axis + 1 :]) for x in (mine, new))
-        put = jax.vmap(one, in_axes=(axis, axis, 0), out_axes=axis)
-        return put(mine_apart, new_apart, place).reshape(mine.shape)
+        mine_apart, new_apart = (x.reshape(ways, -1, *x.shape[1:]) for x in (mine, new))
+        return _by_rows(jax.vmap(one)(mine_apart, new_apart, place).reshape(mine.shape))
 
-    keys, values = all_ways(cache.keys, new.keys, 1), all_ways(cache.values, new.values, 1)
-    return PromptCache(_constrain_cache(keys), _constrain_cache(values), all_ways(cache.lengths, new.lengths, 0))
+    return jax.tree.map(put, cache, new)
 
 
 def resize_cache(cache: KVCache, rows: jax.Array, prompts: jax.Array, prompt_width: int) -> KVCache:
     """The cache with the rows [W, b] and prompts [W, r] named, counted within each device, and narrower prompts."""
 
-    def take(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    def take(index: jax.Array, x: jax.Array) -> jax.Array:
         ways = index.shape[0]
-        apart = x.reshape(*x.shape[:axis], ways, -1, *x.shape[axis + 1 :])
-        taken = jax.vmap(partial(jnp.take, axis=axis, mode="clip"), in_axes=(axis, 0), out_axes=axis)(apart, index)
-        return taken.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+        taken = jax.vmap(partial(jnp.take, axis=0, mode="clip"))(x.reshape(ways, -1, *x.shape[1:]), index)
+        return _by_rows(taken.reshape(-1, *x.shape[1:]))
 
-    prompt = PromptCache(
-        _constrain_cache(take(cache.prompt.keys[..., :prompt_width, :], prompts, 1)),
-        _constrain_cache(take(cache.prompt.values[..., :prompt_width, :], prompts, 1)),
-        take(cache.prompt.lengths, prompts, 0),
+    old = cache.prompt
+    narrow = PromptCache(
+        tuple(keys[..., :prompt_width] for keys in old.keys),
+        tuple(values[..., :prompt_width, :] for values in old.values),
+        old.lengths,
     )
-    keys, values = (_constrain_cache(take(x, rows, 1)) for x in (cache.keys, cache.values))
-    return KVCache(prompt, keys, values, cache.clock)
+    keys, values = jax.tree.map(partial(take, rows), (cache.keys, cache.values))
+    return KVCache(jax.tree.map(partial(take, prompts), narrow), keys, values, cache.clock)
 
 
 def decode(
@@ -228,8 +271,10 @@ def decode(
     seats_of_one = seats.row.shape[1] // prompts.shape[1]
     lengths = jnp.take_along_axis(prompts, seats.seat // seats_of_one, axis=1)
     positions = (lengths + seats.age).reshape(ways * per_way, 1)
-    hidden, own = _apply(params, config, tokens[:, None], positions, _Step(cache, seats), _Pass(dtype))
-    return hidden[:, 0], replace(cache, keys=own[0], values=own[1], clock=cache.clock + 1)
+    step = _Step(cache, seats)
+    hidden, own = _apply(layers_apart(params), config, tokens[:, None], positions, step, _Pass(dtype))
+    keys, values = zip(*own, strict=True)
+    return hidden[:, 0], replace(cache, keys=keys, values=values, clock=cache.clock + 1)
 
 
 def logits(params: Params, config: Qwen3Config, hidden: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
@@ -251,14 +296,15 @@ def _apply(
     context: Streams | _Step,
     how: _Pass,
 ) -> tuple[jax.Array, Any]:
-    """Final states [R, S, D]; and the keys and values of a prompt to keep, or of a cache that was written to."""
-    result: Any = _Qwen3(config, how).apply({"params": params}, tokens, positions, context)
+    """Final states [R, S, D]; and of layers that are apart, what each keeps: see `_Block`."""
+    result: Any = _Qwen3(config, how, "layers" in params).apply({"params": params}, tokens, positions, context)
     return result
 
 
 class _Qwen3(nn.Module):
     config: Qwen3Config
     how: _Pass
+    stacked: bool = True
 
     @nn.compact
     def __call__(self, tokens: jax.Array, positions: jax.Array, context: Streams | _Step) -> tuple[jax.Array, Any]:
@@ -270,63 +316,55 @@ class _Qwen3(nn.Module):
         table = constrain(embedding.astype(self.how.dtype), "tensor", None)
         x = constrain(jnp.take(table, tokens, axis=0), BATCH_AXES, None, None)
 
-        own = prompt = None
-        if isinstance(context, _Step):
-            cache = context.cache
-            own, prompt = (cache.keys, cache.values), (cache.prompt.keys, cache.prompt.values)
-        layers = nn.scan(
-            _rematerialised(self.how.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=c.num_hidden_layers,
-            in_axes=(0, 0, nn.broadcast, nn.broadcast),
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.how, name="layers")
-        index = jnp.arange(c.num_hidden_layers)
-        (x, own), kept = layers((x, own), index, prompt, _rotary(positions, c), context)
-        return _norm(self, "norm", x, c.rms_norm_eps), kept if own is None else own
+        block, rotary, kept = _rematerialised(self.how.remat), _rotary(positions, c), []
+        if self.stacked:
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=c.num_hidden_layers,
+                in_axes=(nn.broadcast, nn.broadcast),
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c, self.how, name="layers")
+            x, _ = layers(x, rotary, context)
+        else:
+            for layer in range(c.num_hidden_layers):
+                x, new = block(c, self.how, layer, name=f"layers_{layer}")(x, rotary, context)
+                kept.append(new)
+        return _norm(self, "norm", x, c.rms_norm_eps), kept
 
 
 class _Block(nn.Module):
     config: Qwen3Config
     how: _Pass
+    layer: int = 0  # which of a cache's
 
     @nn.compact
     def __call__(
-        self,
-        carry: tuple[jax.Array, Any],
-        layer: jax.Array,
-        prompt: Any,
-        rotary: tuple[jax.Array, jax.Array],
-        context: Streams | _Step,
-    ) -> tuple[tuple[jax.Array, Any], Any]:
-        x, own = carry
+        self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], context: Streams | _Step
+    ) -> tuple[jax.Array, Any]:
+        """The next states; and of a step, the layer's own cache with it; of prompts to keep, their keys and values."""
         eps = self.config.rms_norm_eps
-        attend = _Attention(self.config, self.how, name="self_attn")
-        mixed, new = attend(_norm(self, "input_layernorm", x, eps), layer, own, prompt, rotary, context)
+        attend = _Attention(self.config, self.how, self.layer, name="self_attn")
+        mixed, kept = attend(_norm(self, "input_layernorm", x, eps), rotary, context)
         x = constrain(x + mixed, BATCH_AXES, None, None)
         x = x + _MLP(self.config, self.how.dtype, name="mlp")(_norm(self, "post_attention_layernorm", x, eps))
-        x = constrain(x, BATCH_AXES, None, None)
-        if isinstance(context, _Step):
-            return (x, new), None
-        return (x, None), tuple(y.swapaxes(1, 2) for y in new) if self.how.keep else None
+        return constrain(x, BATCH_AXES, None, None), kept
 
 
 class _Attention(nn.Module):
     config: Qwen3Config
     how: _Pass
+    layer: int
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,  # [R, S, D]
-        layer: jax.Array,
-        own: Any,
-        prompt: Any,
         rotary: tuple[jax.Array, jax.Array],
         context: Streams | _Step,
     ) -> tuple[jax.Array, Any]:
-        """What is added to x; and the new keys and values [R, S, K, H], or the rows' own with them written."""
+        """What is added to x, and what `_Block` says."""
         c, dtype = self.config, self.how.dtype
         d, n, k, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         q_proj = _weight(self, "q_proj", (d, n, h), ("embed", "heads", "head_dim")).astype(dtype)
@@ -340,24 +378,34 @@ class _Attention(nn.Module):
         q, keys, values = (constrain(y, BATCH_AXES, None, "tensor", None) for y in (q, keys, values))
         q, keys = _rotate(q, *rotary), _rotate(keys, *rotary)
 
-        new: Any = keys, values
         if isinstance(context, _Step):
-            place = context.cache.clock % context.cache.keys.shape[3]
-            new = tuple(_write(into, y, layer, place) for into, y in zip(own, new, strict=True))
-            mine = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in new)
-            out = _read_seated(q[:, 0], prompt, tuple(mine), context)[:, None]
+            cache, prompt = context.cache, context.cache.prompt
+            kept: Any = _written(cache.keys[self.layer], cache.values[self.layer], *_by_head(keys, values), cache.clock)
+            shared = prompt.keys[self.layer], prompt.values[self.layer]
+            seat, row = context.seats.seat, context.seats.row
+            out = attention.seated_attention(q[:, 0], shared, prompt.lengths, kept, context.readable, seat, row)
+            out = out[:, None]
         else:
+            kept = _by_head(keys, values) if self.how.keep else None
             out = kernels.attend(q, keys, values, context, self.how.kernel)
-        return jnp.einsum("rsnh,nhd->rsd", out.astype(dtype), o_proj), new
+        # One contracted axis: XLA would lay the weight anew, each time, to contract two.
+        return out.astype(dtype).reshape(*x.shape[:2], n * h) @ o_proj.reshape(n * h, d), kept
 
 
-def _read_seated(q: jax.Array, prompt: Any, own: Any, step: _Step) -> jax.Array:
-    """Attention [B, N, H] of one token of every row."""
-    cache, seats = step.cache, step.seats
-    width = cache.keys.shape[3]
-    passed = (cache.clock - jnp.arange(width)) % width  # tokens written since a place of the ring was
-    readable = passed <= seats.age.reshape(-1, 1)
-    return attention.seated_attention(q, prompt, cache.prompt.lengths, own, readable, seats.seat, seats.row)
+def _by_head(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[B, T, K, H] each as a cache holds them: keys [B, K, H, T], values [B, K, T, H]."""
+    return _by_rows(keys.transpose(0, 2, 3, 1)), _by_rows(values.swapaxes(1, 2))
+
+
+def _written(
+    keys: jax.Array, values: jax.Array, key: jax.Array, value: jax.Array, clock: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A layer's ring of own keys and values with those of a new token at its place."""
+    place = clock % values.shape[2]
+    return (
+        jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), place, axis=3),
+        jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), place, axis=2),
+    )
 
 
 class _MLP(nn.Module):
@@ -374,17 +422,9 @@ class _MLP(nn.Module):
         return hidden @ down
 
 
-def _write(into: jax.Array, new: jax.Array, layer: jax.Array, place: jax.Array) -> jax.Array:
-    """`into[layer, :, :, place] = new`, [B, 1, K, H] into [L, B, K, Tc, H]."""
-    zero = jnp.zeros_like(layer)
-    return jax.lax.dynamic_update_slice(
-        into, new.swapaxes(1, 2)[None].astype(into.dtype), (layer, zero, zero, place, zero)
-    )
-
-
-def _constrain_cache(x: jax.Array) -> jax.Array:
-    """[L, R, K, T, H]: rows over the batch axes, heads over `tensor`."""
-    return constrain(x, None, BATCH_AXES, "tensor", None, None)
+def _by_rows(x: jax.Array) -> jax.Array:
+    """A layer's part of a cache, [B, K, …]: rows over the batch axes, heads over `tensor`; lengths, [B], stay."""
+    return x if x.ndim == 1 else constrain(x, BATCH_AXES, "tensor", None, None)
 
 
 def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Any:

@@ -24,9 +24,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from patarm_jax.model.config import Qwen3Config, read_config, read_json_object, to_hf
-from patarm_jax.model.qwen3 import Params, abstract_params
+from patarm_jax.model.qwen3 import Params, abstract_params, layer_shape
 from patarm_jax.model.sharding import TRAIN_RULES, Rules, fetch
 from patarm_jax.types import UserError
+
+# From the index of a device's part to that part.
+Read = Callable[[Any], np.ndarray]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -76,7 +79,11 @@ def _table(config: Qwen3Config) -> list[_Entry]:
 
 
 def load(
-    folder: Path | str, mesh: Mesh | None = None, rules: Rules = TRAIN_RULES, dtype: Any = jnp.float32
+    folder: Path | str,
+    mesh: Mesh | None = None,
+    rules: Rules = TRAIN_RULES,
+    dtype: Any = jnp.float32,
+    apart: bool = False,
 ) -> tuple[Params, Qwen3Config]:
     """Parameters and config of a Hugging Face Qwen3 folder, in one file or in shards.
 
@@ -85,6 +92,7 @@ def load(
         mesh: where the parameters are placed; None: on the default device.
         rules: how they are placed.
         dtype: the dtype they are given.
+        apart: with a subtree for each layer, as `qwen3.layers_apart` gives, but never stacked on the way.
 
     Raises:
         UserError: naming file and tensor, when a file is missing or cut short, a tensor is missing, unknown or of
@@ -103,24 +111,32 @@ def load(
             opened = {file: _open(file, stack) for file in {files[name] for name in entry.names(config)}}
             stored = [opened[files[name]].get_slice(name) for name in entry.names(config)]
             read = _reader(entry, leaf, stored)
-            _set(params, entry.path, jax.make_array_from_callback(leaf.shape, leaf.sharding or default, read))
+            if not (apart and entry.stacked):
+                _set(params, entry.path, jax.make_array_from_callback(leaf.shape, leaf.sharding or default, read))
+                continue
+            one = layer_shape(leaf)
+            for layer in range(leaf.shape[0]):
+                array = jax.make_array_from_callback(one.shape, one.sharding or default, _of_layer(read, layer))
+                _set(params, (f"layers_{layer}", *entry.path[1:]), array)
     return params, config
 
 
-def _reader(
-    entry: _Entry, leaf: jax.ShapeDtypeStruct, stored: list[Any]
-) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
-    """A function from the index of a device's part to that part, read from the files and from nothing else."""
-    layer_shape = leaf.shape[1:] if entry.stacked else leaf.shape
+def _of_layer(read: Read, layer: int) -> Read:
+    """The reader of one layer's part of a stacked parameter."""
+    return lambda index: read((slice(layer, layer + 1), *index))[0]
 
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        whole = (slice(None),) * len(leaf.shape)
-        spans = [slice(*span.indices(size)) for span, size in zip(index or whole, leaf.shape, strict=True)]
+
+def _reader(entry: _Entry, leaf: jax.ShapeDtypeStruct, stored: list[Any]) -> Read:
+    """A function from the index of a device's part to that part, read from the files and from nothing else."""
+    of_layer = leaf.shape[1:] if entry.stacked else leaf.shape
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        spans = [slice(*span.indices(size)) for span, size in zip(index, leaf.shape, strict=True)]
         part = spans[1:] if entry.stacked else spans
         shape = [span.stop - span.start for span in part]
 
         def one(tensor: Any) -> np.ndarray:
-            found = tensor[_hf_slices(entry, part, layer_shape)]
+            found = tensor[_hf_slices(entry, part, of_layer)]
             return (found.T if entry.inputs else found).reshape(shape)
 
         if not entry.stacked:

@@ -18,7 +18,7 @@ from patarm_jax.data.pipeline import batches, bucket, encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.kernels import kernel_for, kernels_in_use
-from patarm_jax.model.qwen3 import abstract_params, forward
+from patarm_jax.model.qwen3 import abstract_params, forward, layers_apart
 from patarm_jax.model.sharding import (
     REPLICATED_RULES,
     ROLLOUT_RULES,
@@ -87,7 +87,7 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     if dry_run:
         width = bucket(max(record.longest_prompt for record in records), WIDTH_MULTIPLE)
         batch = _abstract_batch(config, mesh, width)
-        rollout_params = abstract_params(model.config, mesh, _rollout_rules(config), config.model.dtype)
+        rollout_params = abstract_params(model.config, mesh, _rollout_rules(config), config.model.dtype, apart=True)
         shown = {
             **abstract_programs(judge.engine, rollout_params, 2 * config.pairs_per_step, width),
             "update": (programs.update, (state_shape(model.config, mesh, optimizer), batch)),
@@ -179,7 +179,7 @@ def make_programs(
 
     shardings = state_shardings(network, mesh, optimizer)
     update = make_step(grpo_loss(two_streams, config.policy, temperature, ways), optimizer, config.micro_batches)
-    rollout_params = abstract_params(network, mesh, _rollout_rules(config), config.model.dtype)
+    rollout_params = abstract_params(network, mesh, _rollout_rules(config), config.model.dtype, apart=True)
     return Programs(
         update=jax.jit(
             update,
@@ -189,7 +189,7 @@ def make_programs(
         ),
         logprobs=jax.jit(map_micro_batches(logprobs, config.micro_batches)),
         to_rollout=jax.jit(
-            lambda params: jax.tree.map(lambda x: x.astype(config.model.dtype), params),
+            lambda params: layers_apart(jax.tree.map(lambda x: x.astype(config.model.dtype), params)),
             out_shardings=jax.tree.map(lambda leaf: leaf.sharding, rollout_params),
         ),
     )

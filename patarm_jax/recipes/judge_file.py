@@ -49,7 +49,7 @@ def main(config: JudgeConfig) -> Accuracy | None:
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
     say(f"{config.data.path}: {read}. Encoded: {encoded}.")
     rules = ROLLOUT_RULES if config.mesh.rollout == "tensor" else REPLICATED_RULES
-    params = load_params(config.model, model, mesh, config.seed, rules, jnp.dtype(config.model.dtype))
+    params = load_params(config.model, model, mesh, config.seed, rules, jnp.dtype(config.model.dtype), apart=True)
     judging = make_judge(model.config, model.tokenizer, mesh, config.model, config.sampling, config.votes)
     say(kernels_in_use(config.model, model.config, mesh, "causal"))
 

@@ -24,7 +24,7 @@ from patarm_jax.data.pipeline import EncodedPair, batches_per_epoch
 from patarm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config, read_config
-from patarm_jax.model.qwen3 import Params, abstract_params, init_params
+from patarm_jax.model.qwen3 import Params, abstract_params, init_params, layers_apart
 from patarm_jax.model.sharding import TRAIN_RULES, Rules, batch_ways
 from patarm_jax.recipes.export import ModelCardFacts, write_export
 from patarm_jax.train.checkpoint import Checkpoints, open_checkpoints
@@ -70,12 +70,15 @@ def open_model(path: str) -> Model:
     return model
 
 
-def load_params(section: ModelSection, model: Model, mesh: Mesh, seed: int, rules: Rules, dtype: Any) -> Params:
-    """The model's weights in their places; or random ones, when the config asks for them."""
+def load_params(
+    section: ModelSection, model: Model, mesh: Mesh, seed: int, rules: Rules, dtype: Any, apart: bool = False
+) -> Params:
+    """The model's weights in their places, or random ones, when the config asks for them; `apart` for sampling."""
     if section.weights == "random":
         params = init_params(model.config, jax.random.key(seed), mesh, rules)
-        return jax.tree.map(lambda x: x.astype(dtype), params)
-    return weights.load(model.folder, mesh, rules, dtype)[0]
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        return layers_apart(params) if apart else params
+    return weights.load(model.folder, mesh, rules, dtype, apart)[0]
 
 
 def new_state(section: ModelSection, model: Model, mesh: Mesh, seed: int, optimizer: Any) -> TrainState:

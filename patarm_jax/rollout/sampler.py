@@ -77,9 +77,9 @@ def empty_slots(
     network: Network[Cache], ways: int, prompts: int, prompt_width: int, rows: int, group: int, settings: Settings
 ) -> Slots[Cache]:
     """Places for so many prompts and rows per device, all free."""
-    # The last token drawn is never read, hence one place less; an empty axis would not compile.
+    # The last token drawn is never read, but one place less would not be the round number that hardware reads fast.
     width = settings.max_new_tokens
-    cache = network.init(ways * prompts, prompt_width, ways * rows, max(width - 1, 1))
+    cache = network.init(ways * prompts, prompt_width, ways * rows, width)
     zero = jnp.zeros((ways, rows), jnp.int32)
     return Slots(
         cache,
