@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from patarm_jax.model.qwen3 import Params, abstract_params, init_params, layers_
 from patarm_jax.model.sharding import TRAIN_RULES, Rules, batch_ways
 from patarm_jax.recipes.export import ModelCardFacts, write_export
 from patarm_jax.train.checkpoint import Checkpoints, open_checkpoints
-from patarm_jax.train.metrics import MetricsWriter, open_metrics
+from patarm_jax.train.metrics import MetricsWriter, compilations, open_metrics
 from patarm_jax.train.steps import TrainState, abstract_state, init_state
 from patarm_jax.types import UsageError, UserError
 
@@ -210,6 +211,15 @@ class Run:
             self.checkpoints.save(step, state, data_state)
         else:
             self.checkpoints.check()
+
+
+def compile_ahead(name: str, program: Any, *arguments: Any) -> None:
+    """Compiles a jitted program before its first call, which may take minutes and then says so beforehand."""
+    begun, _ = time.perf_counter(), compilations().since_last()
+    say(f"compiling {name} …")
+    program.lower(*arguments).compile()
+    from_disk = compilations().since_last()["time/programs_from_disk"]
+    say(f"compiled in {time.perf_counter() - begun:.1f} s{', from what was kept on disk' if from_disk else ''}")
 
 
 def begin_or_resume(

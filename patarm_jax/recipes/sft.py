@@ -24,6 +24,7 @@ from patarm_jax.recipes.export import ModelCardFacts
 from patarm_jax.recipes.run import (
     begin_or_resume,
     check_batch,
+    compile_ahead,
     finish,
     number_of_steps,
     open_model,
@@ -76,23 +77,31 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
     # ---------------------------------------------------------------------------------------------------------- train
     run, state = begin_or_resume(config, model, records, iterator, mesh, optimizer, steps)
     step = run.done
-    compilations().since_last()  # what was compiled before belongs to no step
-    with stop_requests() as stop_asked, progress(steps, run.done) as report, jax.set_mesh(mesh):
-        for step in range(run.done + 1, steps + 1):
-            timer = Timer()
-            with timer.phase("data"):
-                pairs = next(iterator)
-                batch = place_batch(mesh, sft_batch(pairs, shape_of(pairs), model.tokenizer.pad_id, config.packing))
-            with timer.phase("update"):
-                state, metrics = step_fn(state, batch)
-                values = {name: float(value) for name, value in fetch(metrics).items()}
-            values["learning_rate"] = float(schedule(step - 1 - int(values["skipped_updates"])))
-            run.writer.write(step, values | timer.seconds | compilations().since_last())
-            report(step, {"loss": values["loss"]})
-            stopping = stop_asked(step)
-            run.save_when_due(step, state, iterator.get_state(), stopping)
-            if stopping:
-                break
+
+    def next_batch() -> SFTBatch:
+        pairs = next(iterator)
+        return place_batch(mesh, sft_batch(pairs, shape_of(pairs), model.tokenizer.pad_id, config.packing))
+
+    with stop_requests() as stop_asked, jax.set_mesh(mesh):
+        batch = next_batch() if step < steps else None
+        if batch is not None:
+            compile_ahead("the update", step_fn, state, batch)
+        with progress(steps, run.done) as report:
+            for step in range(run.done + 1, steps + 1):
+                timer, data_state = Timer(), iterator.get_state()
+                with timer.phase("update"):
+                    state, metrics = step_fn(state, batch)  # returns while the devices compute
+                with timer.phase("data"):
+                    batch = next_batch() if step < steps else None
+                with timer.phase("update"):
+                    values = {name: float(value) for name, value in fetch(metrics).items()}
+                values["learning_rate"] = float(schedule(step - 1 - int(values["skipped_updates"])))
+                run.writer.write(step, values | timer.seconds | compilations().since_last())
+                report(step, {"loss": values["loss"]})
+                stopping = stop_asked(step)
+                run.save_when_due(step, state, data_state, stopping)
+                if stopping:
+                    break
 
     card = ModelCardFacts(config.model.path, "sft", config.data.path, len(records), steps, "", config.rubrics)
     return finish(run, step, state, model, card, config.model.dtype)

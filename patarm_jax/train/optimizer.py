@@ -19,7 +19,8 @@ def make_schedule(section: OptimizerSection, steps: int) -> optax.Schedule:
     if section.decay not in decay:
         raise UserError(f"optimizer.decay is {section.decay!r}; allowed are {', '.join(decay)}.")
     warmup = optax.linear_schedule(0.0, peak, section.warmup_steps)
-    return optax.join_schedules([warmup, decay[section.decay]()], [section.warmup_steps])
+    # Jitted, for it is also asked for by itself: a dozen little programs otherwise.
+    return jax.jit(optax.join_schedules([warmup, decay[section.decay]()], [section.warmup_steps]))
 
 
 def make_optimizer(section: OptimizerSection, steps: int) -> optax.GradientTransformation:
