@@ -42,12 +42,12 @@ def ratios(config: BenchConfig) -> list[Ratio]:
     return [
         _ratio(name, floor, case(bench), config.repeats)
         for name, floor, case in (
-            ("a group's prompt once, in sampling", 1.5, _shared_sampling),
-            ("a group's prompt once, in the update", 2.0, _shared_update),
-            ("rows that are refilled", 1.3, _refill),
-            ("short sequences share a row", 1.5, _packing),
-            ("attention in blocks", 1.5, _attention),
-            ("the head in chunks", 0.9, _head),
+            ("a group's prompt once, in sampling", 2.5, _shared_sampling),
+            ("a group's prompt once, in the update", 3.0, _shared_update),
+            ("rows that are refilled", 1.6, _refill),
+            ("short sequences share a row", 2.5, _packing),
+            ("attention in blocks", 1.3, _attention),
+            ("the head in chunks", 1.5, _head),
         )
     ]
 
