@@ -32,7 +32,7 @@ class ModelSection:
     weights: Literal["load", "random"] = "load"  # random: only config.json and the tokenizer are read from path
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; the trained master copy is float32
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes: nothing, all but matmuls, all
-    # By which kernel: cudnn and pallas are for NVIDIA GPUs, splash for TPUs. Never changes the result.
+    # By which kernel: on NVIDIA GPUs cudnn for plain rows and pallas for all, splash on TPUs. They differ in rounding.
     attention: Literal["auto", "portable", "cudnn", "pallas", "splash"] = "auto"
 
 
@@ -197,6 +197,7 @@ class BenchConfig:
     mesh: MeshSection = field(default_factory=MeshSection)
     rows: int = 8  # of sft and attention
     length: int = 512  # tokens of each of them
+    packing: bool = False  # sft by the program for packed rows, though each holds one sequence
     responses: int = 4  # of sample, logprobs and grpo: prompts, each completed by a group; even
     prompt: int = 1024  # tokens of each of them
     group: int = 8  # G

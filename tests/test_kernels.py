@@ -4,6 +4,7 @@ Pallas kernels run here in interpret mode; that they are programs for their hard
 """
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from patarm_jax.config import MeshSection, ModelSection
 from patarm_jax.model import flash, kernels
 from patarm_jax.model.attention import Streams
 from patarm_jax.model.config import Qwen3Config
-from patarm_jax.model.kernels import PORTABLE, Kernel, choose, kernels_in_use
-from patarm_jax.model.qwen3 import abstract_params, forward, init_params
+from patarm_jax.model.kernels import PORTABLE, Kernel, choose, hardware_of, kernels_in_use
+from patarm_jax.model.qwen3 import abstract_params, forward, init_params, layers_apart, prefill
 from patarm_jax.model.sharding import MESH_AXES, make_mesh
 from patarm_jax.types import UserError
 from tests.toys import TINY
@@ -90,12 +91,59 @@ def test_pallas_does_other_heads(heads, kv_heads, size):
     assert_same(PALLAS, *CASES["shared"], heads, kv_heads, size)
 
 
-@settings(max_examples=6, deadline=None)
-@given(st.data())
-def test_pallas_does_any_group_and_length(data):
+@pytest.mark.parametrize("kernel", [PALLAS, SPLASH], ids=lambda kernel: kernel.name)
+@settings(max_examples=5, deadline=None)
+@given(data=st.data())
+def test_any_group_and_length(kernel, data):
     group, width, each = (data.draw(st.integers(1, most)) for most in (8, 150, 40))
     lengths = data.draw(st.lists(st.integers(1, width), min_size=1, max_size=3))
-    assert_same(PALLAS, *shared(lengths, width, group, each), 2, 1, 16)
+    assert_same(kernel, *shared(lengths, width, group, each), 2, 1, 16 if kernel is PALLAS else 128)
+
+
+@pytest.mark.parametrize("kernel", [PALLAS, SPLASH], ids=lambda kernel: kernel.name)
+def test_bfloat16_is_near_float32(kernel):
+    """As near as bfloat16's three digits let it: sums are float32's."""
+    streams, length = CASES["shared"]
+    single = arrays(2, length, 4, 2, 128)
+
+    def total(kernel, *x):
+        return jnp.where(real(streams, length), kernels.attend(*x, streams, kernel).astype(jnp.float32) ** 2, 0).sum()
+
+    gradient = jax.jit(jax.grad(total, argnums=(1, 2, 3)), static_argnums=0)
+    half = gradient(kernel, *(x.astype(jnp.bfloat16) for x in single))
+    for one, other in zip(gradient(PORTABLE, *single), half, strict=True):
+        assert other.dtype == jnp.bfloat16
+        assert float(jnp.abs(one - other.astype(jnp.float32)).mean() / jnp.abs(one).mean()) < 0.02
+
+
+def test_cudnn_is_asked_for_causal_rows(monkeypatch):
+    """The library's own plain implementation stands in for the one that needs a GPU."""
+    library = jax.nn.dot_product_attention
+    asked = []
+
+    def plain(*x, implementation, **options):
+        asked.append(implementation)
+        return library(*x, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
+    assert_same(Kernel("cudnn"), *CASES["causal"])
+    assert asked == ["cudnn"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("name", "case"), [("cudnn", "causal"), *(("pallas", case) for case in CASES)])
+def test_on_the_hardware_itself(name, case):
+    streams, length = CASES[case]
+    x = [each.astype(jnp.bfloat16) for each in arrays(streams.lengths.shape[0], length, 4, 2, 128)]
+
+    def total(kernel, *x):
+        return jnp.where(real(streams, length), kernels.attend(*x, streams, kernel).astype(jnp.float32) ** 2, 0).sum()
+
+    gradient = jax.jit(jax.grad(total, argnums=(1, 2, 3)), static_argnums=0)
+    for one, other in zip(gradient(PORTABLE, *x), gradient(Kernel(name), *x), strict=True):
+        one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+        assert float(jnp.abs(one - other).mean() / jnp.abs(one).mean()) < 0.02
 
 
 @settings(max_examples=50, deadline=None)
@@ -129,10 +177,12 @@ def test_blocks_are_visited_if_and_only_if_they_are_read(data):
 def test_on_many_devices_each_does_its_rows_and_heads(kernel, section):
     streams, length = shared([20, 3, 11, 7, 20, 1, 5, 9], 20, 2, 6)
     q, k, v = arrays(8, length, 4, 2, 128)
-    alone = kernels.attend(q, k, v, streams, kernel)
+    gradient = jax.grad(lambda *x: jnp.sin(kernels.attend(*x, streams, kernel)).sum(), argnums=(0, 1, 2))
+    alone = jax.jit(gradient)(q, k, v)
     with jax.set_mesh(make_mesh(section)):
-        together = jax.jit(lambda *x: kernels.attend(*x, streams, kernel))(q, k, v)
-    np.testing.assert_allclose(alone, together, atol=1e-6)
+        together = jax.jit(gradient)(q, k, v)
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", [PALLAS, SPLASH], ids=lambda kernel: kernel.name)
@@ -151,11 +201,25 @@ def test_the_network_is_the_same_with_any_kernel(kernel, remat):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(a).max())))
 
 
+@pytest.mark.parametrize("kernel", [PALLAS, SPLASH], ids=lambda kernel: kernel.name)
+def test_prompts_are_read_alike(kernel):
+    params = layers_apart(init_params(WIDE, KEY))
+    tokens, lengths = jax.random.randint(KEY, (2, 30), 0, WIDE.vocab_size), jnp.array([30, 17])
+    (state, cache), (other_state, other) = (
+        prefill(params, WIDE, tokens, lengths, kernel=each) for each in (PORTABLE, kernel)
+    )
+    np.testing.assert_allclose(state, other_state, atol=1e-5)
+    inside = (jnp.arange(30) < lengths[:, None])[:, None]
+    for name, mask in (("keys", inside[:, :, None]), ("values", inside[..., None])):
+        for one, two in zip(getattr(cache, name), getattr(other, name), strict=True):
+            np.testing.assert_allclose(jnp.where(mask, one, 0), jnp.where(mask, two, 0), atol=1e-5)
+
+
 # -------------------------------------------------------------------------------------------------------- the choice
 
 
 @pytest.mark.parametrize(
-    ("platform", "form", "dtype", "head_dim", "chosen"),
+    ("hardware", "form", "dtype", "head_dim", "chosen"),
     [
         ("cpu", "causal", "bfloat16", 128, "portable"),
         ("gpu", "causal", "bfloat16", 128, "cudnn"),
@@ -164,14 +228,25 @@ def test_the_network_is_the_same_with_any_kernel(kernel, remat):
         ("gpu", "shared", "bfloat16", 80, "portable"),
         ("gpu", "causal", "bfloat16", 80, "cudnn"),
         ("gpu", "causal", "float32", 128, "portable"),
+        ("other gpu", "causal", "bfloat16", 128, "portable"),
+        ("other gpu", "packed", "bfloat16", 128, "portable"),
         ("tpu", "causal", "bfloat16", 128, "splash"),
         ("tpu", "shared", "float32", 128, "splash"),
         ("tpu", "packed", "bfloat16", 64, "portable"),
     ],
 )
-def test_what_fits_is_chosen(platform, form, dtype, head_dim, chosen):
-    assert choose("auto", form, platform, dtype, head_dim) == Kernel(chosen)
-    assert choose("portable", form, platform, dtype, head_dim) == PORTABLE
+def test_what_fits_is_chosen(hardware, form, dtype, head_dim, chosen):
+    assert choose("auto", form, hardware, dtype, head_dim) == Kernel(chosen)
+    assert choose("portable", form, hardware, dtype, head_dim) == PORTABLE
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "hardware"),
+    [("gpu", "9.0", "gpu"), ("gpu", "12.0", "gpu"), ("gpu", "7.5", "other gpu"), ("gpu", "gfx942", "other gpu"),
+     ("tpu", None, "tpu"), ("cpu", None, "cpu")],
+)  # fmt: skip
+def test_what_a_device_is(platform, capability, hardware):
+    assert hardware_of(SimpleNamespace(platform=platform, compute_capability=capability)) == hardware
 
 
 def test_a_kernel_that_cannot_is_refused_with_all_its_reasons():

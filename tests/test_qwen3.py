@@ -10,7 +10,16 @@ import pytest
 
 from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config
-from patarm_jax.model.qwen3 import decode, forward, init_cache, init_params, logits, place_prompts, prefill
+from patarm_jax.model.qwen3 import (
+    decode,
+    forward,
+    init_cache,
+    init_params,
+    layers_apart,
+    logits,
+    place_prompts,
+    prefill,
+)
 from patarm_jax.types import Seats
 from tests.toys import TINY, hf_model
 
@@ -112,12 +121,13 @@ def test_decoding_over_a_cache_equals_two_streams(clock, ways):
     prompts, group, width = 4, 3, 6
     params, tokens, lengths, completions, _ = shared_case(4, config, prompts, 9, group, width)
     expected = np.asarray(two_streams(params, config, tokens, lengths, completions)).reshape(12, width, -1)
+    apart = layers_apart(params)
     cache = replace(init_cache(config, prompts + ways, 11, 12, width, jnp.float32), clock=jnp.int32(clock))
     places = [2, 0] if ways == 2 else [4, 0, 2, 1]  # within each device, which has one more than it needs
     per_way = prompts // ways
     for n in range(per_way):
         mine = np.array([way * per_way + n for way in range(ways)])
-        last, new = jax.jit(prefill, static_argnums=1)(params, config, tokens[mine], lengths[mine])
+        last, new = jax.jit(prefill, static_argnums=1)(apart, config, tokens[mine], lengths[mine])
         where = jnp.full((ways, 1), places[n], jnp.int32)
         cache = replace(cache, prompt=jax.jit(place_prompts)(cache.prompt, new, where))
         plain = forward(params, config, tokens[mine]).prompt[jnp.arange(ways), lengths[mine] - 1]
@@ -133,7 +143,7 @@ def test_decoding_over_a_cache_equals_two_streams(clock, ways):
     step = jax.jit(decode, static_argnums=1)
     for t in range(width):
         seats = Seats(jnp.asarray(seat), jnp.asarray(row), jnp.full(seat.shape, t))
-        hidden, cache = step(params, config, completions.reshape(12, width)[who, t], cache, seats)
+        hidden, cache = step(apart, config, completions.reshape(12, width)[who, t], cache, seats)
         np.testing.assert_allclose(logits(params, config, hidden), expected[who, t], rtol=1e-5, atol=1e-5)
 
 
@@ -159,3 +169,12 @@ def test_padding_of_a_prompt_is_never_read():
         two_streams(params, config, tokens, lengths, completions),
         two_streams(params, config, other, lengths, completions),
     )
+
+
+def test_layers_that_lie_the_wrong_way_are_refused():
+    config = Qwen3Config(**TINY)
+    params, tokens = init_params(config, jax.random.key(0)), jnp.ones((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match=r"are stacked.*layers_apart"):
+        prefill(params, config, tokens, jnp.array([4]))
+    with pytest.raises(ValueError, match=r"are apart.*layers_apart"):
+        forward(layers_apart(params), config, tokens)

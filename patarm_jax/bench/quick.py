@@ -12,7 +12,8 @@ from patarm_jax.bench.measure import interleaved
 from patarm_jax.bench.tasks import Bench, open_bench, policy_update, sampling, sft_update
 from patarm_jax.config import BenchConfig
 from patarm_jax.data.pipeline import pack
-from patarm_jax.model import attention
+from patarm_jax.model import kernels
+from patarm_jax.model.attention import Streams
 from patarm_jax.model.sharding import batch_ways
 from patarm_jax.train.losses import sum_over_tokens
 
@@ -87,7 +88,7 @@ def _packing(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
     lengths = np.clip(np.random.default_rng(0).lognormal(np.log(width / 4), 0.6, rows), 1, width).astype(int)
     ways = batch_ways(bench.mesh)
     packed = -(-len(pack(list(lengths), width)) // ways) * ways
-    return sft_update(_with(bench, rows=rows)), sft_update(_with(bench, rows=packed))
+    return sft_update(_with(bench, rows=rows)), sft_update(_with(bench, rows=packed, packing=True))
 
 
 def _attention(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -98,8 +99,11 @@ def _attention(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
     def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
 
+    kernel = kernels.kernel_for(bench.section, n, bench.mesh, "causal")
+    streams = Streams(jnp.full(c.rows, c.length), None, c.length, 0)
+
     def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention.attend(q, k, v, attention.causal_span(q.shape[1]), True)[0]
+        return kernels.attend(q, k, v, streams, kernel)
 
     def gradient(function: Any) -> Callable[[], Any]:
         compiled = jax.jit(jax.grad(lambda *x: function(*x).sum(), argnums=(0, 1, 2)))

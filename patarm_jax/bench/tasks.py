@@ -84,7 +84,8 @@ def sft(bench: Bench) -> Result:
     timing = time_calls(sft_update(bench), c.repeats)
     reads = c.rows * c.length * (c.length + 1) // 2
     flops = 3 * forward_flops(bench.network, c.rows * c.length, reads, c.rows * (c.length - 1))
-    return Result("sft", f"{c.rows} × {c.length}", timing, c.rows * c.length, flops)
+    shape = f"{c.rows} × {c.length}, {'packed' if c.packing else 'plain'} rows"
+    return Result("sft", shape, timing, c.rows * c.length, flops)
 
 
 def sft_update(bench: Bench) -> Callable[[], Any]:
@@ -129,7 +130,7 @@ def _grpo_config(bench: Bench) -> GRPOConfig:
 
 def _sft_case(bench: Bench) -> tuple[Any, TrainState, SFTBatch]:
     c = bench.config
-    config = SFTConfig(model=bench.section, micro_batches=c.micro_batches, packing=False)
+    config = SFTConfig(model=bench.section, micro_batches=c.micro_batches, packing=c.packing)
     optimizer = make_optimizer(config.optimizer, 100)
     update = make_update(config, bench.network, bench.mesh, optimizer)
     tokens, last = bench.tokens(c.rows, c.length), c.length - 1
@@ -193,7 +194,7 @@ def logprobs(bench: Bench) -> Result:
     """Log-probs of G completions of each prompt, which is computed once for them."""
     c = bench.config
     programs = make_programs(_grpo_config(bench), bench.network, bench.mesh, make_optimizer(OptimizerSection(), 100))
-    params = programs.to_rollout(init_params(bench.network, jax.random.key(c.seed), bench.mesh))
+    params = jax.tree.map(lambda x: x.astype(c.dtype), init_params(bench.network, jax.random.key(c.seed), bench.mesh))
     batch = _learnt_from(bench, _requests(bench), _full_length(bench))
     with jax.set_mesh(bench.mesh):
         timing = time_calls(lambda: programs.logprobs(params, batch), c.repeats)

@@ -4,7 +4,7 @@ A query reads the first so many keys (the prompt it shares) and one span (its ow
 blocks of keys that one of them reads. So a group's completions read their prompt's keys where they lie, and neither
 scores nor masks ever exist beyond a block. FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2, with these ranges.
 
-Axis letters: R rows · S tokens of a row · N query heads · K key-value heads · Q = N/K · H head width
+Axis letters: R rows · S tokens of a row · N query heads · K key-value heads · H head width
 """
 
 import math
@@ -107,14 +107,14 @@ def _backward(interpret: bool, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
         name="shared_prompt_attention_d_q",
     )(*given, *visits)
 
-    shared = heads // kv_heads
+    heads_per_key = heads // kv_heads
     of_keys = pl.BlockSpec((None, keys, None, width), lambda j, r, n: (r, j, n, 0))
-    of_queries = pl.BlockSpec((None, length, shared, width), lambda j, r, n: (r, 0, n, 0))
-    per_head = pl.BlockSpec((None, shared, length), lambda j, r, n: (r, n, 0))
+    of_queries = pl.BlockSpec((None, length, heads_per_key, width), lambda j, r, n: (r, 0, n, 0))
+    per_head = pl.BlockSpec((None, heads_per_key, length), lambda j, r, n: (r, n, 0))
     per_query = pl.BlockSpec((None, length), lambda j, r, n: (r, 0))
     per_block = pl.BlockSpec((None, None), lambda j, r, n: (r, j))
     d_k, d_v = call(
-        partial(_d_keys_kernel, queries=queries, shared=shared),
+        partial(_d_keys_kernel, queries=queries, heads=heads_per_key),
         grid=(length // keys, rows, kv_heads),
         in_specs=[of_queries, of_keys, of_keys, of_queries, *[per_head] * 2, *[per_query] * 3, *[per_block] * 2],
         out_specs=[of_keys, of_keys],
@@ -129,10 +129,10 @@ _attend.defvjp(_forward, _backward)
 
 def _specs(q: jax.Array, kv_heads: int, queries: int) -> tuple[pl.BlockSpec, ...]:
     """Of a grid over (block of queries, row, query head): tokens of a block, of a row, and numbers of each kind."""
-    length, width, shared = q.shape[1], q.shape[3], q.shape[2] // kv_heads
+    length, width, heads_per_key = q.shape[1], q.shape[3], q.shape[2] // kv_heads
     return (
         pl.BlockSpec((None, queries, None, width), lambda i, r, n: (r, i, n, 0)),
-        pl.BlockSpec((None, length, None, width), lambda i, r, n: (r, 0, n // shared, 0)),
+        pl.BlockSpec((None, length, None, width), lambda i, r, n: (r, 0, n // heads_per_key, 0)),
         pl.BlockSpec((None, queries), lambda i, r, n: (r, i)),
         pl.BlockSpec((None, None, queries), lambda i, r, n: (r, n, i)),
         pl.BlockSpec((None, None), lambda i, r, n: (r, i)),
@@ -270,7 +270,7 @@ def _d_keys_kernel(
     d_v_ref: Any,
     *,
     queries: int,
-    shared: int,
+    heads: int,
 ) -> None:
     k, v = k_ref[...], v_ref[...]
     begin = pl.program_id(0) * k.shape[0]
@@ -292,7 +292,7 @@ def _d_keys_kernel(
         return jax.lax.fori_loop(first_ref[...], last_ref[...], partial(visit, head), sums)
 
     zeros = jnp.zeros(k.shape, jnp.float32)
-    sums = jax.lax.fori_loop(0, shared, visit_head, (zeros, zeros))  # over the query heads that share these keys
+    sums = jax.lax.fori_loop(0, heads, visit_head, (zeros, zeros))  # over the query heads that share these keys
     d_k_ref[...], d_v_ref[...] = sums[0].astype(d_k_ref.dtype), sums[1].astype(d_v_ref.dtype)
 
 

@@ -32,6 +32,7 @@ from patarm_jax.types import UserError
 
 Name = Literal["portable", "cudnn", "pallas", "splash"]
 Form = Literal["causal", "packed", "shared"]  # plain rows · several sequences in a row · a prompt and its completions
+Hardware = Literal["cpu", "gpu", "other gpu", "tpu"]  # gpu: NVIDIA's from Ampere on
 
 # Splash works on blocks of a multiple of so many tokens, and holds a block of keys and values in fast memory.
 SPLASH_LANES = 128
@@ -49,13 +50,13 @@ class Kernel:
 PORTABLE = Kernel()
 
 
-def choose(asked: Name | Literal["auto"], form: Form, platform: str, dtype: Any, head_dim: int) -> Kernel:
+def choose(asked: Name | Literal["auto"], form: Form, hardware: Hardware, dtype: Any, head_dim: int) -> Kernel:
     """The kernel for such rows on such devices.
 
     Args:
         asked: a kernel, or "auto" for the first of cudnn, pallas and splash that can do it, else portable.
         form: what the rows look like.
-        platform: "cpu", "gpu" or "tpu".
+        hardware: from `hardware_of`.
         dtype: of the computation.
         head_dim: H.
 
@@ -65,18 +66,18 @@ def choose(asked: Name | Literal["auto"], form: Form, platform: str, dtype: Any,
     kind = jnp.dtype(dtype)
     lacks: dict[Name, list[str]] = {
         "cudnn": [
-            *_unless(platform == "gpu", f"needs an NVIDIA GPU, not {platform}"),
+            *_unless(hardware == "gpu", f"needs an NVIDIA GPU from Ampere on, not {hardware}"),
             *_unless(form == "causal", f"has no mask for {form} rows"),
-            *_unless(kind in (jnp.bfloat16, jnp.float16), f"computes in bfloat16, not {kind}"),
+            *_unless(kind == jnp.bfloat16, f"computes in bfloat16, not {kind}"),
             *_unless(head_dim % 8 == 0 and head_dim <= 128, f"needs heads of at most 128 and 8·n, not {head_dim}"),
         ],
         "pallas": [
-            *_unless(platform == "gpu", f"needs an NVIDIA GPU, not {platform}"),
-            *_unless(kind in (jnp.bfloat16, jnp.float16), f"computes in bfloat16, not {kind}"),
+            *_unless(hardware == "gpu", f"needs an NVIDIA GPU from Ampere on, not {hardware}"),
+            *_unless(kind == jnp.bfloat16, f"computes in bfloat16, not {kind}"),
             *_unless(head_dim in (16, 32, 64, 128), f"needs heads of 16, 32, 64 or 128, not {head_dim}"),
         ],
         "splash": [
-            *_unless(platform == "tpu", f"needs a TPU, not {platform}"),
+            *_unless(hardware == "tpu", f"needs a TPU, not {hardware}"),
             *_unless(head_dim % SPLASH_LANES == 0, f"needs heads of 128·n, not {head_dim}"),
         ],
         "portable": [],
@@ -90,15 +91,23 @@ def choose(asked: Name | Literal["auto"], form: Form, platform: str, dtype: Any,
     return Kernel(asked)
 
 
+def hardware_of(device: jax.Device) -> Hardware:
+    """What of a device decides about kernels. Triton compiles for NVIDIA's compute capability 8.0 and up."""
+    if device.platform != "gpu":
+        return "tpu" if device.platform == "tpu" else "cpu"
+    generation = device.compute_capability.partition(".")[0]  # AMD's are names, such as gfx942
+    return "gpu" if generation.isdigit() and int(generation) >= 8 else "other gpu"
+
+
 def kernel_for(section: ModelSection, network: Qwen3Config, mesh: Mesh, form: Form) -> Kernel:
     """The kernel a config gets for rows of this form on the devices of a mesh."""
-    return choose(section.attention, form, mesh.devices.flat[0].platform, section.dtype, network.head_dim)
+    return choose(section.attention, form, hardware_of(mesh.devices.flat[0]), section.dtype, network.head_dim)
 
 
 def kernels_in_use(section: ModelSection, network: Qwen3Config, mesh: Mesh, *forms: Form) -> str:
     """What a run says of the kernels it has chosen."""
     chosen = ", ".join(f"{kernel_for(section, network, mesh, form).name} for {form} rows" for form in forms)
-    return f"attention: {chosen} ({mesh.devices.flat[0].platform}, {section.dtype}, heads of {network.head_dim})"
+    return f"attention: {chosen} ({hardware_of(mesh.devices.flat[0])}, {section.dtype}, heads of {network.head_dim})"
 
 
 def _unless(fits: bool, reason: str) -> list[str]:
@@ -116,7 +125,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, streams: Streams, kernel: K
         kernel: that `choose` gave for their form.
 
     Returns:
-        [R, S, N, H]; at padded positions something finite.
+        [R, S, N, H], float32 from the portable kernel, else in q's dtype; at padded positions something finite.
     """
     if kernel.name == "portable":  # which XLA divides among devices by itself
         return attention.attend_streams(q, k, v, streams)
@@ -182,7 +191,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, streams: Streams, interpre
 
     A token reads only keys of its segment: its sequence in packed rows, 0 for whatever is real in the others.
     """
-    length, size = q.shape[1:2] + q.shape[3:]
+    length, size = q.shape[1], q.shape[3]
     block = min(SPLASH_BLOCK, length + -length % SPLASH_LANES)
     padding = -length % block
     whole = length + padding

@@ -1,7 +1,8 @@
 """Qwen3 as pure functions: `init_params`, `abstract_params`, `forward`, and `prefill` and `decode` over a cache.
 
 flax.linen lives in this file and does not leave it: parameters are a plain nested dict with Hugging Face's names, the
-layers stacked along a leading axis. Nothing here samples, computes a loss or reads a file.
+layers stacked along a leading axis for training and apart for sampling. Nothing here samples, computes a loss or reads
+a file.
 
 Axis letters: R prompts · S tokens in a row · Tp prompt tokens · G completions per prompt · Tc completion tokens
               B rows being written · W devices that share them · D width · N query heads · K key-value heads
@@ -128,7 +129,7 @@ def layers_apart(params: Params) -> Params:
     Training goes through stacked layers in one compiled body. A step of decoding does nothing but read weights and
     caches, and reading a layer out of a stack copies it first.
     """
-    return _taken_apart(params, lambda x, i: x[i]) if "layers" in params else params
+    return _taken_apart(params, lambda x, i: x[i])
 
 
 def _taken_apart(params: Params, take: Callable[[Any, int], Any]) -> Params:
@@ -218,12 +219,12 @@ def prefill(
 ) -> tuple[jax.Array, PromptCache]:
     """The last state [R, D] of prompts [R, Tp] of these lengths [R], and their keys and values.
 
-    As in `decode`, parameters whose layers are stacked are taken apart on the spot, which copies them.
+    Its parameters, and those of `decode`, have their layers apart: see `layers_apart`.
     """
     width = prompt.shape[1]
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompt.shape)
     streams = Streams(lengths, None, width, 0)
-    hidden, kept = _apply(layers_apart(params), config, prompt, positions, streams, _Pass(dtype, kernel, keep=True))
+    hidden, kept = _apply(params, config, prompt, positions, streams, _Pass(dtype, kernel, keep=True))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     keys, values = zip(*kept, strict=True)
     return last, PromptCache(keys, values, lengths)
@@ -272,7 +273,7 @@ def decode(
     lengths = jnp.take_along_axis(prompts, seats.seat // seats_of_one, axis=1)
     positions = (lengths + seats.age).reshape(ways * per_way, 1)
     step = _Step(cache, seats)
-    hidden, own = _apply(layers_apart(params), config, tokens[:, None], positions, step, _Pass(dtype))
+    hidden, own = _apply(params, config, tokens[:, None], positions, step, _Pass(dtype))
     keys, values = zip(*own, strict=True)
     return hidden[:, 0], replace(cache, keys=keys, values=values, clock=cache.clock + 1)
 
@@ -297,7 +298,13 @@ def _apply(
     how: _Pass,
 ) -> tuple[jax.Array, Any]:
     """Final states [R, S, D]; and of layers that are apart, what each keeps: see `_Block`."""
-    result: Any = _Qwen3(config, how, "layers" in params).apply({"params": params}, tokens, positions, context)
+    stacked = not (how.keep or isinstance(context, _Step))
+    if stacked != ("layers" in params):
+        raise ValueError(
+            f"the layers of these parameters are {'apart' if stacked else 'stacked'}. `forward` reads them stacked, "
+            "`prefill` and `decode` apart: see `layers_apart`."
+        )
+    result: Any = _Qwen3(config, how, stacked).apply({"params": params}, tokens, positions, context)
     return result
 
 

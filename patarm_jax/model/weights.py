@@ -28,8 +28,8 @@ from patarm_jax.model.qwen3 import Params, abstract_params, layer_shape
 from patarm_jax.model.sharding import TRAIN_RULES, Rules, fetch
 from patarm_jax.types import UserError
 
-# From the index of a device's part to that part.
-Read = Callable[[Any], np.ndarray]
+# From the index of a device's part, None for all of it, to that part.
+Read = Callable[[tuple[slice, ...] | None], np.ndarray]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -116,22 +116,24 @@ def load(
                 continue
             one = layer_shape(leaf)
             for layer in range(leaf.shape[0]):
-                array = jax.make_array_from_callback(one.shape, one.sharding or default, _of_layer(read, layer))
+                of_layer = _of_layer(read, layer, len(one.shape))
+                array = jax.make_array_from_callback(one.shape, one.sharding or default, of_layer)
                 _set(params, (f"layers_{layer}", *entry.path[1:]), array)
     return params, config
 
 
-def _of_layer(read: Read, layer: int) -> Read:
+def _of_layer(read: Read, layer: int, rank: int) -> Read:
     """The reader of one layer's part of a stacked parameter."""
-    return lambda index: read((slice(layer, layer + 1), *index))[0]
+    return lambda index: read((slice(layer, layer + 1), *(index or (slice(None),) * rank)))[0]
 
 
 def _reader(entry: _Entry, leaf: jax.ShapeDtypeStruct, stored: list[Any]) -> Read:
     """A function from the index of a device's part to that part, read from the files and from nothing else."""
     of_layer = leaf.shape[1:] if entry.stacked else leaf.shape
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        spans = [slice(*span.indices(size)) for span, size in zip(index, leaf.shape, strict=True)]
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        whole = (slice(None),) * len(leaf.shape)
+        spans = [slice(*span.indices(size)) for span, size in zip(index or whole, leaf.shape, strict=True)]
         part = spans[1:] if entry.stacked else spans
         shape = [span.stop - span.start for span in part]
 

@@ -213,12 +213,12 @@ class Run:
             self.checkpoints.check()
 
 
-def compile_ahead(name: str, program: Any, *arguments: Any) -> None:
-    """Compiles a jitted program before its first call, which may take minutes and then says so beforehand."""
-    begun, _ = time.perf_counter(), compilations().since_last()
-    say(f"compiling {name} …")
-    program.lower(*arguments).compile()
-    from_disk = compilations().since_last()["time/programs_from_disk"]
+def compile_ahead(step: Any, state: TrainState, batch: Any) -> None:
+    """Compiles a jitted step before its first call: it may take minutes, and says so beforehand."""
+    begun, before = time.perf_counter(), compilations().counts["time/programs_from_disk"]
+    say("compiling the step …")
+    step.lower(state, batch).compile()
+    from_disk = compilations().counts["time/programs_from_disk"] > before
     say(f"compiled in {time.perf_counter() - begun:.1f} s{', from what was kept on disk' if from_disk else ''}")
 
 

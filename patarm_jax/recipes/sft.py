@@ -84,14 +84,15 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
 
     with stop_requests() as stop_asked, jax.set_mesh(mesh):
         batch = next_batch() if step < steps else None
+        compilations().since_last()  # what was compiled before belongs to no step
         if batch is not None:
-            compile_ahead("the update", step_fn, state, batch)
+            compile_ahead(step_fn, state, batch)
         with progress(steps, run.done) as report:
             for step in range(run.done + 1, steps + 1):
                 timer, data_state = Timer(), iterator.get_state()
                 with timer.phase("update"):
                     state, metrics = step_fn(state, batch)  # returns while the devices compute
-                with timer.phase("data"):
+                with timer.phase("data"):  # beside the devices' work: "update" is the rest of it
                     batch = next_batch() if step < steps else None
                 with timer.phase("update"):
                     values = {name: float(value) for name, value in fetch(metrics).items()}

@@ -194,24 +194,24 @@ class Compilations:
     """
 
     def __init__(self) -> None:
-        self._counts = {"time/compile": 0.0, "time/compiled_programs": 0.0, "time/programs_from_disk": 0.0}
+        self.counts = {"time/compile": 0.0, "time/compiled_programs": 0.0, "time/programs_from_disk": 0.0}
         jax.monitoring.register_event_duration_secs_listener(self._took)
         jax.monitoring.register_event_listener(self._happened)
 
     def since_last(self) -> dict[str, float]:
         """Seconds and programs since the last call."""
-        counts = dict(self._counts)
-        self._counts.update(dict.fromkeys(counts, 0.0))
+        counts = dict(self.counts)
+        self.counts.update(dict.fromkeys(counts, 0.0))
         return counts
 
     def _took(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self._counts["time/compile"] += duration_secs
-            self._counts["time/compiled_programs"] += 1
+            self.counts["time/compile"] += duration_secs
+            self.counts["time/compiled_programs"] += 1
 
     def _happened(self, event: str, **kwargs: str | int) -> None:
         if event == "/jax/compilation_cache/cache_hits":
-            self._counts["time/programs_from_disk"] += 1
+            self.counts["time/programs_from_disk"] += 1
 
 
 @functools.cache
