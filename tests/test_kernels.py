@@ -100,20 +100,25 @@ def test_any_group_and_length(kernel, data):
     assert_same(kernel, *shared(lengths, width, group, each), 2, 1, 16 if kernel is PALLAS else 128)
 
 
-@pytest.mark.parametrize("kernel", [PALLAS, SPLASH], ids=lambda kernel: kernel.name)
-def test_bfloat16_is_near_float32(kernel):
-    """As near as bfloat16's three digits let it: sums are float32's."""
-    streams, length = CASES["shared"]
-    single = arrays(2, length, 4, 2, 128)
+def assert_near(kernel, streams, length, dtype):
+    """Gradients in bfloat16 are those of plain JAX in `dtype`, as near as three digits let them: sums are float32's."""
+    single = arrays(streams.lengths.shape[0], length, 4, 2, 128)
 
     def total(kernel, *x):
         return jnp.where(real(streams, length), kernels.attend(*x, streams, kernel).astype(jnp.float32) ** 2, 0).sum()
 
     gradient = jax.jit(jax.grad(total, argnums=(1, 2, 3)), static_argnums=0)
+    plain = gradient(PORTABLE, *(x.astype(dtype) for x in single))
     half = gradient(kernel, *(x.astype(jnp.bfloat16) for x in single))
-    for one, other in zip(gradient(PORTABLE, *single), half, strict=True):
+    for one, other in zip(plain, half, strict=True):
         assert other.dtype == jnp.bfloat16
-        assert float(jnp.abs(one - other.astype(jnp.float32)).mean() / jnp.abs(one).mean()) < 0.02
+        one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+        assert float(jnp.abs(one - other).mean() / jnp.abs(one).mean()) < 0.02
+
+
+@pytest.mark.parametrize("kernel", [PALLAS, SPLASH], ids=lambda kernel: kernel.name)
+def test_bfloat16_is_near_float32(kernel):
+    assert_near(kernel, *CASES["shared"], jnp.float32)
 
 
 def test_cudnn_is_asked_for_causal_rows(monkeypatch):
@@ -134,16 +139,7 @@ def test_cudnn_is_asked_for_causal_rows(monkeypatch):
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(("name", "case"), [("cudnn", "causal"), *(("pallas", case) for case in CASES)])
 def test_on_the_hardware_itself(name, case):
-    streams, length = CASES[case]
-    x = [each.astype(jnp.bfloat16) for each in arrays(streams.lengths.shape[0], length, 4, 2, 128)]
-
-    def total(kernel, *x):
-        return jnp.where(real(streams, length), kernels.attend(*x, streams, kernel).astype(jnp.float32) ** 2, 0).sum()
-
-    gradient = jax.jit(jax.grad(total, argnums=(1, 2, 3)), static_argnums=0)
-    for one, other in zip(gradient(PORTABLE, *x), gradient(Kernel(name), *x), strict=True):
-        one, other = one.astype(jnp.float32), other.astype(jnp.float32)
-        assert float(jnp.abs(one - other).mean() / jnp.abs(one).mean()) < 0.02
+    assert_near(Kernel(name), *CASES[case], jnp.bfloat16)
 
 
 @settings(max_examples=50, deadline=None)

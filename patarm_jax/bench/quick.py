@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from patarm_jax.bench.measure import interleaved
-from patarm_jax.bench.tasks import Bench, open_bench, policy_update, sampling, sft_update
+from patarm_jax.bench.tasks import Bench, causal_attention, open_bench, policy_update, sampling, sft_update
 from patarm_jax.config import BenchConfig
 from patarm_jax.data.pipeline import pack
-from patarm_jax.model import kernels
-from patarm_jax.model.attention import Streams
 from patarm_jax.model.sharding import batch_ways
 from patarm_jax.train.losses import sum_over_tokens
 
@@ -92,18 +90,10 @@ def _packing(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
 
 
 def _attention(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    c, n = bench.config, bench.network
-    heads = n.num_attention_heads, n.num_key_value_heads, n.num_key_value_heads
-    arrays = [jax.random.normal(jax.random.key(i), (c.rows, c.length, h, n.head_dim)) for i, h in enumerate(heads)]
+    arrays, ours, _ = causal_attention(bench)
 
     def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
-
-    kernel = kernels.kernel_for(bench.section, n, bench.mesh, "causal")
-    streams = Streams(jnp.full(c.rows, c.length), None, c.length, 0)
-
-    def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return kernels.attend(q, k, v, streams, kernel)
 
     def gradient(function: Any) -> Callable[[], Any]:
         compiled = jax.jit(jax.grad(lambda *x: function(*x).sum(), argnums=(0, 1, 2)))

@@ -260,23 +260,30 @@ def _requests(bench: Bench) -> list[Request]:
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
+def causal_attention(bench: Bench) -> tuple[Any, Callable[..., jax.Array], str]:
+    """Queries, keys and values of one layer, the attention that a run would use on them, and its name."""
+    c, n = bench.config, bench.network
+    heads = n.num_attention_heads, n.num_key_value_heads, n.num_key_value_heads
+    shapes = [(c.rows, c.length, number, n.head_dim) for number in heads]
+    arrays = tuple(jax.random.normal(jax.random.key(i), shape, c.dtype) for i, shape in enumerate(shapes))
+    kernel = kernel_for(bench.section, n, bench.mesh, "causal")
+    streams = Streams(jnp.full(c.rows, c.length), None, c.length, 0)
+    return arrays, lambda q, k, v: kernels.attend(q, k, v, streams, kernel), kernel.name
+
+
 def attend(bench: Bench) -> Result:
     """Causal attention of one layer, forward and backward, on `rows` sequences of `length` tokens."""
     c, n = bench.config, bench.network
-    shapes = [(c.rows, c.length, heads, n.head_dim) for heads in (n.num_attention_heads, *[n.num_key_value_heads] * 2)]
-    q, k, v = (jax.random.normal(jax.random.key(i), shape, c.dtype) for i, shape in enumerate(shapes))
-
-    kernel = kernel_for(bench.section, n, bench.mesh, "causal")
-    streams = Streams(jnp.full(c.rows, c.length), None, c.length, 0)
+    arrays, attention, name = causal_attention(bench)
 
     def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return kernels.attend(q, k, v, streams, kernel).astype(jnp.float32).sum()
+        return attention(q, k, v).astype(jnp.float32).sum()
 
     gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
-    timing = time_calls(lambda: gradient(q, k, v), c.repeats)
+    timing = time_calls(lambda: gradient(*arrays), c.repeats)
     reads = c.rows * c.length * (c.length + 1) // 2
     flops = 3 * 4 * n.num_attention_heads * n.head_dim * reads
-    return Result("attention", f"{c.rows} × {c.length}, {kernel.name}", timing, c.rows * c.length, flops)
+    return Result("attention", f"{c.rows} × {c.length}, {name}", timing, c.rows * c.length, flops)
 
 
 def load(bench: Bench) -> Result:

@@ -64,16 +64,18 @@ def choose(asked: Name | Literal["auto"], form: Form, hardware: Hardware, dtype:
         UserError: the kernel asked for cannot do it.
     """
     kind = jnp.dtype(dtype)
+    gpu = _unless(hardware == "gpu", f"needs an NVIDIA GPU from Ampere on, not {hardware}")
+    half = _unless(kind == jnp.bfloat16, f"computes in bfloat16, not {kind}")
     lacks: dict[Name, list[str]] = {
         "cudnn": [
-            *_unless(hardware == "gpu", f"needs an NVIDIA GPU from Ampere on, not {hardware}"),
+            *gpu,
             *_unless(form == "causal", f"has no mask for {form} rows"),
-            *_unless(kind == jnp.bfloat16, f"computes in bfloat16, not {kind}"),
+            *half,
             *_unless(head_dim % 8 == 0 and head_dim <= 128, f"needs heads of at most 128 and 8·n, not {head_dim}"),
         ],
         "pallas": [
-            *_unless(hardware == "gpu", f"needs an NVIDIA GPU from Ampere on, not {hardware}"),
-            *_unless(kind == jnp.bfloat16, f"computes in bfloat16, not {kind}"),
+            *gpu,
+            *half,
             *_unless(head_dim in (16, 32, 64, 128), f"needs heads of 16, 32, 64 or 128, not {head_dim}"),
         ],
         "splash": [
