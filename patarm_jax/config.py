@@ -72,7 +72,7 @@ class DataSection:
     """Which preferences are read, and how their columns are called."""
 
     path: str = ""  # a .jsonl, .json or .parquet file, a folder of them, or a Hub id
-    split: str = "train"  # of a Hub id
+    split: str = "train"  # of a Hub id; in a folder, files whose names tell their split are read alone
     # Ours → theirs, where they differ; several columns are joined without a space. Ours are: prompt, chosen, rejected,
     # id, source, domain, chosen_judgement, rejected_judgement.
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import datasets
 import jax
 import pyarrow.parquet
 import pytest
@@ -154,6 +155,44 @@ def test_of_a_repository_only_the_benchmark_is_read(tmp_path):
         (tmp_path / "repo" / folder / "dataset.json").write_text(json.dumps([ROWS["llmbar"]]))
     items, _ = read_benchmark("llmbar", DataSection(path=str(tmp_path / "repo"), split=""))
     assert [one.subset for one in items] == ["GPTOut"]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "files", "read"),
+    [
+        ("rewardbench", ["data/filtered-00000-of-00001.jsonl", "data/raw-00000-of-00001.jsonl"], 1),
+        ("judgebench", ["data/response_model=claude-3-5.jsonl", "data/response_model=gpt-4o.jsonl"], 1),
+        ("judgebench", ["data/x,response_model=gpt-4o.jsonl", "outputs/x,response_model=gpt-4o,judge=y.jsonl"], 1),
+        ("ppe", ["PPE-Human-Preference-V1/data/test-0.jsonl", "PPE-MBPP-Plus-Best-of-K/data/train-0.jsonl"], 2),
+    ],
+)
+def test_of_a_copied_repository_the_official_split_is_read(benchmark, files, read, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_rows(tmp_path / name, ROWS[benchmark])
+    items, _ = read_benchmark(benchmark, DataSection(path=str(tmp_path), split=""))
+    assert len(items) == read
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "path", "wanted"),
+    [
+        ("rewardbench", "", ("allenai/reward-bench", "filtered")),
+        ("judgebench", "", ("ScalerLab/JudgeBench", "gpt")),
+        ("ppe", "", ("lmarena-ai/PPE-Human-Preference-V1", "test")),
+        ("ppe", "lmarena-ai/PPE-MATH-Best-of-K", ("lmarena-ai/PPE-MATH-Best-of-K", "train")),
+    ],
+)
+def test_the_hub_is_asked_for_the_official_split(benchmark, path, wanted, monkeypatch):
+    """No network here: what datasets is asked for is seen, and given from a list."""
+    asked = []
+    row = ROWS[benchmark]
+    if path:
+        row = {"question_id": 1, "prompt": "Hi", "scores": [True, False], "sampled_conflict_pairs": [[1, 0]],
+               "response_1": GOOD, "response_2": BAD}  # fmt: skip
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: asked.append((path, split)) or [row])
+    assert len(read_benchmark(benchmark, DataSection(path=path, split=""))[0]) == 1
+    assert asked == [wanted]
 
 
 def test_ids_are_unique_whatever_they_look_like(tmp_path):

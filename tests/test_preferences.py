@@ -338,6 +338,23 @@ def test_a_hub_data_set_is_loaded_by_its_id_and_split(tmp_path, monkeypatch):
     assert "cannot tell what org/sky is" in refusal(DataSection(path="org/sky", domain="chat"))
 
 
+@pytest.mark.parametrize("names", [("data/train-0.jsonl", "data/test-0.jsonl"), ("train/x.jsonl", "test/x.jsonl")])
+def test_of_a_folder_with_splits_one_is_read(tmp_path, names):
+    """A copy of a Hub data set; what lies beside no file of the split is read whole."""
+    for name in (*names, "other/retrained.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path, [EXPLICIT | {"source": name}], name)
+
+    def read(folder, split):
+        return [one.source for one in read_preferences(DataSection(str(folder), split=split, domain="chat"))[0]]
+
+    first = tmp_path / names[0].split("/")[0]
+    others = [] if first.name == "train" else ["other/retrained.jsonl"]
+    assert read(tmp_path, "train") == [names[0], *others]
+    assert read(tmp_path, "test") == [names[1], *others]
+    assert sorted(read(tmp_path, "validation")) == sorted([*names, "other/retrained.jsonl"])
+
+
 def test_a_folder_without_data(tmp_path):
     message = refusal(DataSection(path=str(tmp_path)))
     assert str(tmp_path) in message

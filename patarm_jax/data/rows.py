@@ -32,14 +32,15 @@ def read_rows(path: str, split: str, unwanted: str = "") -> Iterator[Row]:
 
     Args:
         path: of the file or folder, or the Hub id.
-        split: of a Hub id.
+        split: of a Hub id. In a folder, files and folders whose names hold it are read without those beside them, as
+            a copy of a Hub data set needs it: `data/train-00000-of-00001.parquet`, and not `data/test-…`.
         unwanted: files of a folder that are left out where there are others, as a regular expression over their paths.
     """
     if not path:
         raise UsageError(f"data.path is empty. Give a {_KINDS} file, a folder of them, or a Hub id such as org/name.")
     local = Path(path).expanduser()
     if local.is_dir():
-        yield from _read_folder(local, unwanted)
+        yield from _read_folder(local, split, unwanted)
     elif local.exists():
         yield from _read_file(local)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and local.suffix not in SUFFIXES:
@@ -48,20 +49,29 @@ def read_rows(path: str, split: str, unwanted: str = "") -> Iterator[Row]:
         raise UserError(f"data.path {path} does not exist. Give a {_KINDS} file, a folder of them, or a Hub id.")
 
 
-def _read_folder(folder: Path, unwanted: str) -> Iterator[Row]:
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix in SUFFIXES
-        and file.is_file()
-        and not any(p.startswith(".") for p in file.parts[len(folder.parts) :])
-    )
-    wanted = [file for file in files if not (unwanted and re.search(unwanted, file.as_posix()))]
-    files = wanted or files
+def _read_folder(folder: Path, split: str, unwanted: str) -> Iterator[Row]:
+    # No part of a longer word; a slice such as train[:100] names no file.
+    of_split = re.compile(rf"(?<![^\W\d_]){re.escape(split)}(?![^\W\d_])" if split else "(?!)")
+    files = _data_files(folder, of_split)
     if not files:
         raise UserError(f"the folder {folder} holds no {_KINDS} file. Give the folder that the files lie in.")
-    for file in files:
+    wanted = [file for file in files if not (unwanted and re.search(unwanted, file.as_posix()))]
+    for file in wanted or files:
         yield from _read_file(file)
+
+
+def _data_files(folder: Path, of_split: re.Pattern[str]) -> list[Path]:
+    """The files in a folder and its folders, by their names; of those beside each other, only ones of the split."""
+    found: dict[str, list[Path]] = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            found[entry.name] = _data_files(entry, of_split)
+        elif entry.suffix in SUFFIXES:
+            found[entry.name] = [entry]
+    named = [name for name, files in found.items() if files and of_split.search(name)]
+    return [file for name in (named or found) for file in found[name]]
 
 
 def _read_file(file: Path) -> Iterator[Row]:

@@ -47,6 +47,12 @@ class Source:
     shapes: tuple[Any, ...]  # msgspec.Structs: the fields of a row and their types
     read: Callable[[Row, Any], Iterator[Item]]
     unwanted: str = ""  # which files of its repository are not it, as a regular expression over their paths
+    further: tuple[str, str] = ("", "")  # how the Hub ids of its further parts end, and their split
+
+    def split_of(self, path: str) -> str:
+        """The split of a Hub id."""
+        ending, split = self.further
+        return split if ending and path.endswith(ending) else self.split
 
 
 def read_benchmark(name: Name, section: DataSection) -> tuple[list[Item], str]:
@@ -272,10 +278,16 @@ SOURCES: dict[str, Source] = {
     "rewardbench": Source("allenai/reward-bench", "filtered", (_RewardBench,), _rewardbench),
     "rewardbench2": Source("allenai/reward-bench-2", "test", (_RewardBench2,), _rewardbench2),
     "rm-bench": Source("THU-KEG/RM-Bench", "train", (_RMBench,), _rm_bench, r"/total_dataset\.json$"),
-    "judgebench": Source("ScalerLab/JudgeBench", "gpt", (_JudgeBench,), _judgebench),
+    "judgebench": Source("ScalerLab/JudgeBench", "gpt", (_JudgeBench,), _judgebench, "/outputs/"),
     "llmbar": Source("princeton-nlp/LLMBar", "", (_LLMBar,), _llmbar, "/CaseStudy/|/evaluators/"),
     "rmb": Source("Zhou-Zoey/RMB-Reward-Model-Benchmark", "", (_RMB,), _rmb),
-    "ppe": Source("lmarena-ai/PPE-Human-Preference-V1", "test", (_PPEHuman, _PPECorrectness), _ppe),
+    "ppe": Source(
+        "lmarena-ai/PPE-Human-Preference-V1",
+        "test",
+        (_PPEHuman, _PPECorrectness),
+        _ppe,
+        further=("-Best-of-K", "train"),
+    ),
 }
 # No data sets of the Hub: LLMBar's is a script, which nothing runs any more, and RMB lies in its repository alone.
 _FILES_ONLY = {
@@ -294,7 +306,7 @@ def _read_official(name: str, section: DataSection) -> tuple[list[Item], str]:
         raise UsageError(f"{name} is not on the Hub. Give its files as --data PATH; they lie in {_FILES_ONLY[name]}.")
     items: list[Item] = []
     rows = without = 0
-    for row in read_rows(path, section.split or source.split, source.unwanted):
+    for row in read_rows(path, section.split or source.split_of(path), source.unwanted):
         found = list(source.read(row, _converted(name, source, row)))
         rows, without, items = rows + 1, without + (not found), items + found
     left_out = f"; {without:,} rows prefer neither response and are left out" if without else ""
