@@ -188,7 +188,7 @@ def test_lines_of_progress_without_a_terminal():
             report(step, {"loss": 1.234 if step < 200 else 0.0001234})
     lines = stream.getvalue().splitlines()
     assert lines[:3] == [
-        "step 9/200  loss 1.234  40 s/step  2 h 7 min left",
+        "step 9/200  loss 1.234  the first in 40 s",
         "step 19/200  loss 1.234  2.1 s/step  6 min left",
         "step 29/200  loss 1.234  2.1 s/step  6 min left",
     ]

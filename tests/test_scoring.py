@@ -322,6 +322,14 @@ def present(items, size):
 # ---- Votes ----------------------------------------------------------------------------------------------------------
 
 
+def test_equal_means_are_a_tie_and_single_scores_are_never_rounded():
+    one = np.ones((1, 1), bool)
+    means = Scores(np.array([[[7.3, 7.3, 7.3]]]), np.array([[[7.1, 7.3, 7.5]]]), one, one)
+    assert outcomes(means).ravel().tolist() == [0.5]
+    single = Scores(np.array([[[1.0000001]]]), np.array([[[1.0]]]), one, one)  # as of a scalar head
+    assert outcomes(single).ravel().tolist() == [1.0]
+
+
 def test_majority_and_mean_differ_as_they_should():
     """Two narrow wins and one crushing defeat: the majority is for it, the mean against."""
     judged = Scores(

@@ -54,8 +54,11 @@ class Choices:
 def mean_scores(scores: np.ndarray) -> np.ndarray:
     """[..., N] → [...]: the mean of the valid ones, NaN where there are none.
 
-    To six decimals: scores are decimals and their sums are not quite, so that equal means could differ by rounding.
+    Of several to six decimals: written scores are decimals and their sums are not quite, so that equal means could
+    differ by rounding. A single score, such as a scalar head's, stays as it is.
     """
+    if scores.shape[-1] == 1:
+        return scores[..., 0].astype(np.float64)
     valid = ~np.isnan(scores)
     count = valid.sum(axis=-1)
     total = np.where(valid, scores, 0.0).sum(axis=-1, dtype=np.float64)

@@ -240,6 +240,8 @@ def progress(
 
         step 10/200  loss 1.234  2.1 s/step  6 min left
 
+    The first line tells no time left, for the first step compiles.
+
     Args:
         steps: of the whole run.
         done: steps that were done when the run was resumed.
@@ -273,8 +275,11 @@ def _lines(steps: int, done: int, unit: str, every: float, stream: TextIO, clock
             return
         rate = (now - last_time) / max(1, step - last_step)
         parts = [f"{unit} {step}/{steps}", *(f"{name} {value:.4g}" for name, value in values.items())]
-        pace = f"{rate:.2g}" if rate < 10 else f"{rate:.0f}"
-        parts += [f"{pace} s/{unit}", f"{_span(rate * (steps - step))} left"]
+        if step == first < steps:
+            parts.append(f"the first in {_span(now - last_time)}")
+        else:
+            pace = f"{rate:.2g}" if rate < 10 else f"{rate:.0f}"
+            parts += [f"{pace} s/{unit}", f"{_span(rate * (steps - step))} left"]
         print("  ".join(parts), file=stream, flush=True)
         last_step, last_time = step, now
 
