@@ -574,6 +574,18 @@ def test_a_server_that_is_gone(pairs, capsys):
     assert "endpoint.url is no address" in capsys.readouterr().err
 
 
+def test_a_finished_evaluation_needs_no_server(pairs, capsys):
+    with served() as (url, _):
+        assert main(remote(pairs, url)) == 0
+    before = files_of(pairs / "out")
+    assert main(remote(pairs, url)) == 0
+    assert files_of(pairs / "out") == before
+    assert main(remote(pairs, url, "--votes", 2, "--endpoint.tries", 1)) == 0  # the rest failed, and is asked again
+    assert overall(pairs)[0]["failed"] == 12
+    assert main(remote(pairs, url, "--dry-run", output="later")) == 0  # one that is not up yet
+    assert "requests: 12; prompts of" in capsys.readouterr().out and not (pairs / "later").exists()
+
+
 def test_judges_are_compared(pairs, capsys):
     with served() as (url, _):
         assert main(remote(pairs, url)) == 0

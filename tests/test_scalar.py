@@ -90,3 +90,11 @@ def test_a_model_of_the_other_kind_is_refused(folder, capsys):
     (several / "config.json").write_text(json.dumps(config | labels))
     assert main(["eval", "pairs", "--model", str(several), "--judge", "scalar", *common]) == 1
     assert "several classes" in capsys.readouterr().err
+
+
+def test_a_dry_run_counts_reading_alone(folder, capsys):
+    common = ["--data", str(folder / "pairs.jsonl"), "--output", str(folder / "dry"), "--dry-run"]
+    assert main(["eval", "pairs", "--model", str(folder / "saved"), "--judge", "scalar", *common]) == 0
+    said = capsys.readouterr().out
+    assert "questions: 14, each answered 1 times" in said and "reading: " in said
+    assert "completion tokens" not in said and "writing" not in said

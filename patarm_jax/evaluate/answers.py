@@ -119,11 +119,24 @@ def _lock(path: Path, file: IO[bytes]) -> None:
         ) from error
 
 
+def identity_of(path: Path) -> dict[str, Any] | None:
+    """Whose answers a file holds, as they were opened first; None where nothing is written yet."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        first = file.readline()
+    if not first.endswith(b"\n"):
+        return None
+    try:
+        return dict(json.loads(first)["judge"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} holds no answers of a judge. Name another folder, or remove the file.") from error
+
+
 def _opened(path: Path, wanted: Mapping[str, Any], file: IO[bytes]) -> Answers:
-    with path.open("rb") as there:
-        first = there.readline()
-    if first.endswith(b"\n"):
-        _refuse_another(path, wanted, first)  # before anything of a foreign file is touched
+    found = identity_of(path)
+    if found is not None:
+        _refuse_another(path, wanted, found)  # before anything of a foreign file is touched
     lines = _whole_lines(path)
     known = {}
     for number, line in enumerate(lines[1:], start=2):
@@ -146,11 +159,7 @@ def _whole_lines(path: Path) -> list[str]:
     return [line.decode() for line in lines]
 
 
-def _refuse_another(path: Path, wanted: Mapping[str, Any], first: bytes) -> None:
-    try:
-        found = json.loads(first)["judge"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no answers of a judge. Name another folder, or remove the file.") from error
+def _refuse_another(path: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     for name in (*wanted, *found):
         if found.get(name) != wanted.get(name):
             raise UserError(

@@ -75,9 +75,7 @@ def connect(section: EndpointSection) -> httpx.AsyncClient:
 
 
 async def served_model(client: httpx.AsyncClient, section: EndpointSection) -> str:
-    """The model that is asked: the one named, or the first the server lists."""
-    if section.model:
-        return section.model
+    """The first model that the server lists."""
     try:
         listed = await _send(client, "GET", "models", None)
         name = listed["data"][0]["id"]

@@ -23,7 +23,7 @@ class Remote:
     """A judge that a server serves."""
 
     section: EndpointSection
-    name: str  # of the model, as the server calls it
+    name: str  # of the model, as the server calls it; empty while nothing is asked
     sampling: SamplingSection
     votes: int
     seed: int
@@ -43,14 +43,14 @@ class Remote:
         }
 
 
-def open_endpoint(section: EndpointSection, sampling: SamplingSection, votes: int, seed: int) -> Remote:
-    """Asks the server which model it serves, unless one is named."""
+def ask_name(section: EndpointSection) -> str:
+    """The model that the server lists first."""
 
     async def ask() -> str:
         async with connect(section) as client:
             return await served_model(client, section)
 
-    return Remote(section, asyncio.run(ask()), sampling, votes, seed)
+    return asyncio.run(ask())
 
 
 def ask_endpoint(remote: Remote, answers: Answers, questions: Sequence[Question], parse: Parse) -> bool:
@@ -61,6 +61,8 @@ def ask_endpoint(remote: Remote, answers: Answers, questions: Sequence[Question]
     done = total - len(work)
     if done:
         say(f"{done} of {total} answers are there")
+    if not work:
+        return True
     say(f"asking {remote.name} at {remote.section.url}, {remote.section.concurrency} at a time")
     with stop_requests() as asked, progress(total, done, unit="answer") as report:
         asking = _Asking(remote, answers, parse, iter(work), lambda: asked(0), report, done)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from patarm_jax.config import EvalConfig, to_yaml
-from patarm_jax.evaluate.answers import Answers, Question, open_answers
+from patarm_jax.evaluate.answers import Answers, Question, identity_of, open_answers
 from patarm_jax.evaluate.benchmarks import SOURCES, Item, limited, read_benchmark
 from patarm_jax.evaluate.files import UNITS, compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find
@@ -22,15 +22,17 @@ from patarm_jax.evaluate.scoring import plan
 from patarm_jax.evaluate.summary import show
 from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.recipes.ask import Local, ask_local, ask_scalar, encode_questions, open_local, writing
-from patarm_jax.recipes.ask_endpoint import Remote, ask_endpoint, open_endpoint
+from patarm_jax.recipes.ask_endpoint import Remote, ask_endpoint, ask_name
 from patarm_jax.recipes.run import say
 from patarm_jax.types import UsageError, UserError
+
+ANSWERS = "answers.jsonl"
 
 
 def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     """Writes `config.output`; gives what was found, or None when it was asked to stop before the end."""
     folder, _ = _output(config), _against(config)  # a mistake is told before anything is asked
-    judge = _open_judge(config)
+    judge = _open_judge(config, folder, dry_run)
 
     # ------------------------------------------------------------------------------------------------------ questions
     items, read = read_benchmark(config.benchmark, config.data)
@@ -43,12 +45,12 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     if not questions:
         raise UserError(f"nothing is left to ask of {config.benchmark}{left_out}. Give the whole benchmark.")
     if dry_run:
-        _estimate(config, judge, questions)
+        print(_estimate(config, judge, questions))
         return None
 
     # ------------------------------------------------------------------------------------------------------------ ask
     with writing(folder):
-        with open_answers(folder / "answers.jsonl", _identity(config, judge)) as answers:
+        with open_answers(folder / ANSWERS, _identity(config, judge)) as answers:
             (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             if not _ask(judge, config.judge, answers, questions):
                 return None
@@ -71,7 +73,7 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     return result
 
 
-def _open_judge(config: EvalConfig) -> Local | Remote:
+def _open_judge(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remote:
     if not config.endpoint.url:
         longest = config.data.max_prompt_tokens
         scalar = config.judge == "scalar"
@@ -82,7 +84,10 @@ def _open_judge(config: EvalConfig) -> Local | Remote:
         raise UsageError("both --model and --endpoint.url are given. Give one; the server's model is endpoint.model.")
     if config.judge == "scalar":
         raise UsageError("a scalar head is no chat model. Give --model instead of --endpoint.url, or another --judge.")
-    return open_endpoint(config.endpoint, config.sampling, config.votes, config.seed)
+    begun = (identity_of(folder / ANSWERS) or {}).get("endpoint model")
+    # A dry run plans for a server that may not be up yet, and a finished evaluation for one that may not be any more.
+    name = config.endpoint.model or begun or ("" if dry_run else ask_name(config.endpoint))
+    return Remote(config.endpoint, name, config.sampling, config.votes, config.seed)
 
 
 def _ask(judge: Local | Remote, way: Way, answers: Answers, questions: Sequence[Question]) -> bool:
@@ -128,21 +133,26 @@ def _read(answers: Answers, questions: Sequence[Question], votes: int) -> tuple[
     return sum(answer.status == "OK" for answer in given) / len(given), failed
 
 
-def _estimate(config: EvalConfig, judge: Local | Remote, questions: Sequence[Question]) -> None:
+def _estimate(config: EvalConfig, judge: Local | Remote, questions: Sequence[Question]) -> str:
     """What asking will cost, before anything is loaded or sent."""
-    written = len(questions) * config.votes * config.sampling.max_new_tokens
-    print(to_yaml(config))
-    print(f"questions: {len(questions):,}, each answered {config.votes} times")
-    print(f"completion tokens: {written:,} at most")
+    asked = len(questions) * config.votes
+    written = 0 if config.judge == "scalar" else asked * config.sampling.max_new_tokens
+    lines = [to_yaml(config), f"questions: {len(questions):,}, each answered {config.votes} times"]
+    lines += [f"completion tokens: {written:,} at most"] if written else []
     if isinstance(judge, Remote):
         characters = [sum(len(message["content"]) for message in question.messages) for question in questions]
         # Its tokenizer is not here; English has some four characters to a token.
-        print(f"requests: {len(questions) * config.votes:,}; prompts of {sum(characters):,} characters in all,")
-        print(f"about {config.votes * sum(characters) // 4:,} tokens over all votes, {max(characters) // 4:,} at most")
-        return
+        lines += [
+            f"requests: {asked:,}; prompts of {sum(characters):,} characters in all,",
+            f"about {config.votes * sum(characters) // 4:,} tokens over all votes, {max(characters) // 4:,} at most",
+        ]
+        return "\n".join(lines)
     lengths = [len(one.tokens) for one in encode_questions(judge, questions)]
-    print(f"prompt tokens: {sum(lengths):,} in all, {np.mean(lengths):,.0f} in the mean, {max(lengths):,} at most")
+    lines.append(
+        f"prompt tokens: {sum(lengths):,} in all, {np.mean(lengths):,.0f} in the mean, {max(lengths):,} at most"
+    )
     weights = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(judge.model.config, judge.mesh)))
-    for part, tokens in (("reading", sum(lengths)), ("writing, at most", written)):
-        print(f"{part}: {2 * weights * tokens / 1e15:,.2f} PFLOP in matrix products ({weights / 1e9:,.2f} B weights)")
-    print("for a rate and a time, judge some: --limit 50")
+    for part, tokens in {"reading": sum(lengths), "writing, at most": written}.items():
+        flop = 2 * weights * tokens / 1e15
+        lines += [f"{part}: {flop:,.2f} PFLOP in matrix products ({weights / 1e9:,.2f} B weights)"] if tokens else []
+    return "\n".join([*lines, "for a rate and a time, judge some: --limit 50"])
