@@ -40,7 +40,8 @@ def run(tmp_path_factory):
     writer = open_metrics(folder, 0, tensorboard=False, wandb_project="", config={})
     for step in range(1, 7):
         values = {"judge/score_gap": 0.5 * step, "entropy": float("nan") if step == 3 else 1 / step, "reward": 0.1}
-        values |= {"judge/valid": 1.0, "judge/accuracy_strict": 0.75, "time/sample": 1.0}
+        values |= {"judge/valid": 1.0, "judge/accuracy_strict": 0.75}
+        values |= {"time/sample": 100.0 if step == 1 else 1.0, "time/parse": 0.01}
         writer.write(step, values | ({"eval/score_gap": 2.0, "eval/accuracy_strict": 0.7} if step % 3 == 0 else {}))
         write_rollouts(folder / "rollouts", step, list(judged(step)))
     writer.close()
@@ -116,6 +117,37 @@ def test_curves(opened):
     page.mouse.move(box["x"] + box["width"] * 0.99, box["y"] + 40)
     shown = [legend.inner_text() for legend in page.query_selector_all(".legend")[:2]]
     assert "3" in shown[0] and all("step 6" in one for one in shown)  # one cursor for all charts
+
+
+def test_seconds_are_drawn_by_their_orders_of_magnitude(opened):
+    """A hundredth, one and a hundred stand equally far from each other."""
+    figure = opened().query_selector("figure[data-title='Seconds of a step']")
+    sample, parse = (path.get_attribute("d") for path in figure.query_selector_all("path.raw"))
+    first, second = (float(point.split()[1]) for point in sample.removeprefix("M").split("L")[:2])
+    least = float(parse.removeprefix("M").split("L")[0].split()[1])
+    assert first < second < least and second - first == pytest.approx(least - second, abs=0.2)
+    assert [text.text_content() for text in figure.query_selector_all("text[text-anchor=end]")][:2] == ["0.01", "0.1"]
+
+
+def test_only_steps_that_are_looked_at_are_unpacked(opened):
+    page = opened("#step=2")
+    assert page.evaluate("[...unpackedSteps.keys()]") == [2]
+    page.select_option("#step", "5")
+    page.wait_for_function("unpackedSteps.has(5)")
+    assert "step 5, right" in page.text_content("#pair")
+    assert page.evaluate("[...unpackedSteps.keys()]") == [2, 5]
+
+
+def test_no_script_but_the_pages_own_runs(run, browser, tmp_path):
+    """Were markup ever to come in, the browser would not run it."""
+    assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
+    page_ = (tmp_path / "report.html").read_text()
+    (tmp_path / "report.html").write_text(page_.replace("</main>", "</main><script>document.title = 'owned'</script>"))
+    page = browser.new_page()
+    page.goto(f"file://{tmp_path / 'report.html'}")
+    page.wait_for_selector("body[data-ready=yes]")
+    assert page.title() == "judge" and page.evaluate("document.querySelectorAll('script:not([type])').length") == 2
+    page.close()
 
 
 def test_both_sides_are_read(opened):

@@ -1,10 +1,13 @@
 """`patarm report RUN`: one HTML file that opens without a network, with a run's curves and its rollouts to read.
 
-The data travel inside the page, compressed; what a judge wrote reaches the page as text and never as markup.
+The data travel inside the page, compressed, each step's rollouts by themselves: only those that are looked at are
+unpacked. What a judge wrote reaches the page as text and never as markup.
 """
 
 import base64
+import functools
 import gzip
+import hashlib
 import json
 import math
 import random
@@ -23,7 +26,6 @@ from patarm_jax.config import GRPOConfig, SFTConfig, from_mapping, read_yaml
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.types import UsageError, UserError
 
-_SLOT = "__PAYLOAD__"  # in page.html, where the data go
 _PROMPTS = 4000  # characters of a prompt or response that are shown
 
 
@@ -33,6 +35,7 @@ class Panel:
 
     title: str
     series: Mapping[str, str]  # label → name in metrics.jsonl
+    log: bool = False  # whether the values are drawn by their orders of magnitude
 
 
 # Those of PaTaRM's Figure 3 first. A metric `eval/…` is one of held-out pairs, measured at some steps only.
@@ -56,6 +59,7 @@ PANELS = (
     Panel(
         "Seconds of a step",
         {name: f"time/{name}" for name in ("sample", "parse", "reward", "logprobs", "update", "data", "eval")},
+        log=True,  # the first step compiles, and parsing takes a thousandth of sampling
     ),
 )
 
@@ -76,32 +80,47 @@ def main(run: Path, out: Path | None = None, megabytes: int = 25) -> tuple[Path,
     config = _config(run)
     metrics = _metrics(run / "metrics.jsonl")
     steps = sorted(p for p in (run / "rollouts").glob("step_*") if re.fullmatch(r"step_\d+\.parquet", p.name))
-    taken = within(steps, lambda path: len(_packed(_rollouts(path))), megabytes * 1_000_000)
-    rollouts = [_rollouts(path) for path in taken]
-    shown = {pair["id"] for step in rollouts for pair in step["pairs"]}
-    preferences, missing = _preferences(config, shown)
+    packed = functools.cache(_step)
+    taken = within(steps, lambda path: len(packed(path).data), megabytes * 1_000_000)
+    rollouts = [packed(path) for path in taken]
+    preferences, missing = _preferences(config, {pair for step in rollouts for pair in step.pairs})
     payload = {
         "name": run.resolve().name,
         "facts": _facts(config, metrics),
         "panels": [panel for panel in map(_drawn(metrics), PANELS) if panel["series"]],
         "steps": [line["step"] for line in metrics],
-        "rollouts": rollouts,
+        "rollouts": [step.number for step in rollouts],
         "rollout_steps": len(steps),
         "preferences": preferences,
         "missing": missing,
     }
     out = out or run / "report.html"
     try:
-        out.write_text(_page(payload), encoding="utf-8")
+        out.write_text(_page(payload, rollouts), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}. Name another file as --out.") from error
     part = f", rollouts of {len(taken)} of {len(steps)} steps" if steps else ", no rollouts"
     return out, f"{len(metrics)} steps{part}"
 
 
-def _page(payload: Mapping[str, Any]) -> str:
-    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    return template.replace(_SLOT, _packed(payload))
+@dataclass(frozen=True)
+class _Step:
+    """The rollouts of a step, as they travel."""
+
+    number: int
+    pairs: tuple[str, ...]  # ids
+    data: str
+
+
+def _page(payload: Mapping[str, Any], rollouts: Sequence[_Step]) -> str:
+    page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    script = page.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    kind = 'type="application/octet-stream"'
+    steps = [f'<script {kind} data-step="{step.number}">{step.data}</script>' for step in rollouts]
+    # The browser runs this script and no other.
+    page = page.replace("__SCRIPT__", f"sha256-{digest}", 1)
+    return page.replace("__PAYLOAD__", _packed(payload), 1).replace("__STEPS__", "\n".join(steps), 1)
 
 
 def _packed(value: Any) -> str:
@@ -166,7 +185,7 @@ def within(steps: Sequence[Path], size: Callable[[Path], int], limit: int) -> li
         count = max(2, fit)
 
 
-def _rollouts(path: Path) -> dict[str, Any]:
+def _step(path: Path) -> _Step:
     """The pairs of a step: judgements of the chosen and of the rejected response."""
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
@@ -179,7 +198,7 @@ def _rollouts(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} holds no rollouts: {error}. Remove the file; the report is made without it."
         ) from error
-    return {"step": int(path.stem.removeprefix("step_")), "pairs": list(pairs.values())}
+    return _Step(int(path.stem.removeprefix("step_")), tuple(pairs), _packed({"pairs": list(pairs.values())}))
 
 
 def _finite(value: float | None) -> float | None:
@@ -246,6 +265,6 @@ def _drawn(metrics: Sequence[Mapping[str, Any]]) -> Any:
             values = [line.get(name) for line in metrics]
             if any(value is not None for value in values):
                 series.append({"label": label, "name": name, "dots": name.startswith("eval/"), "values": values})
-        return {"title": given.title, "series": series}
+        return {"title": given.title, "series": series, "log": given.log}
 
     return panel
