@@ -49,6 +49,10 @@ def test_the_interval_equals_scipys_bootstrap():
     assert ours == pytest.approx(tuple(theirs.confidence_interval), abs=0.004)
 
 
+def test_one_pair_has_no_interval():
+    assert all(map(math.isnan, accuracy([[8], [5]]).interval))
+
+
 def test_swapping_the_sides_mirrors_the_accuracy():
     scores = np.random.default_rng(0).integers(0, 11, (200, 2, 3)).astype(float)
     valid = np.random.default_rng(1).random(scores.shape) < 0.9

@@ -381,9 +381,27 @@ def test_intervals_of_few_units():
     few = Measured(np.array([[0.0], [1.0], [1.0], [1.0]]), np.zeros(4, int))
     low, high = intervals(few, lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
     assert low == pytest.approx(0.75 - 0.5 * np.sqrt(4 / 3)) and high == 1.0
-    one = Measured(np.array([[0.0], [1.0], [1.0]]), np.array([0, 1, 1]))
-    got = intervals(one, lambda m: {"x": m[..., 0, 0], "y": m[..., 1, 0]}, seed=0)
-    assert np.isnan(got["x"]).all() and got["y"] == (1.0, 1.0)
+    one = Measured(np.array([[1.0]]), np.zeros(1, int))
+    assert np.isnan(intervals(one, lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]).all()
+
+
+def test_strata_of_one_unit_are_taken_together_for_their_spread():
+    """Where others have more units too; and as wide as when they had been one stratum all along."""
+    values = np.random.default_rng(1).integers(0, 2, 60).astype(float)[:, None]
+
+    def overall(m):
+        return {"x": m[..., 0].mean(-1)}
+
+    each, one = Measured(values, np.arange(60)), Measured(values, np.zeros(60, int))
+    (low, high), (low_1, high_1) = (intervals(measured, overall, seed=0)["x"] for measured in (each, one))
+    assert (low, high) == pytest.approx((low_1, high_1), abs=1.01 / 60)  # a unit's worth
+    lone = Measured(np.append(values, [[1.0]], axis=0), np.repeat([0, 1], [60, 1]))
+
+    def weighted(m):
+        return {"x": (60 * m[..., 0, 0] + m[..., 1, 0]) / 61}
+
+    low, high = intervals(lone, weighted, seed=0)["x"]
+    assert low < values.mean() < high and high - low == pytest.approx(high_1 - low_1, abs=1.01 / 60)
 
 
 def test_a_paired_comparison_is_that_of_the_permutation_library():

@@ -9,7 +9,7 @@ import numpy as np
 
 from patarm_jax.config import EvalConfig
 from patarm_jax.evaluate.benchmarks import Item
-from patarm_jax.evaluate.outcomes import Choices, Rule, Scores, mean_scores, outcomes, votes_curve
+from patarm_jax.evaluate.outcomes import Choices, Rule, Scores, gaps, outcomes, votes_curve
 from patarm_jax.evaluate.scoring import TIE_RULES, Plan, measure, numbers
 from patarm_jax.evaluate.statistics import Difference, Measured, intervals
 
@@ -141,7 +141,7 @@ def _position(judged: Choices) -> dict[str, float]:
 
 
 def _calibration(judged: Scores) -> list[dict[str, float]]:
-    gap = mean_scores(judged.chosen)[:, :, None] - mean_scores(judged.rejected)[:, None, :]
+    gap = gaps(judged)
     gap = gap[~np.isnan(gap)]
     bins = []
     for low, high in itertools.pairwise(GAPS):

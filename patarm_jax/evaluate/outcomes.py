@@ -65,6 +65,11 @@ def mean_scores(scores: np.ndarray) -> np.ndarray:
     return np.where(count > 0, np.round(total / np.maximum(count, 1), 6), np.nan)
 
 
+def gaps(judged: Scores) -> np.ndarray:
+    """[I, M, K]: mean score of a chosen response minus a rejected one's; NaN where one has no valid judgement."""
+    return mean_scores(judged.chosen)[:, :, None] - mean_scores(judged.rejected)[:, None, :]
+
+
 def outcomes(judged: Scores | Choices, rule: Rule = "mean") -> np.ndarray:
     """[I, M, K] in {0, ½, 1}, NaN where there is no such pair.
 
@@ -78,7 +83,7 @@ def outcomes(judged: Scores | Choices, rule: Rule = "mean") -> np.ndarray:
         return np.where(judged.has_pair, _as_outcome(lead), np.nan)
     pairs = judged.has_chosen[:, :, None] & judged.has_rejected[:, None, :]
     if rule == "mean":
-        lead = mean_scores(judged.chosen)[:, :, None] - mean_scores(judged.rejected)[:, None, :]
+        lead = gaps(judged)
     else:
         lead = np.nansum(np.sign(judged.chosen[:, :, None] - judged.rejected[:, None, :]), axis=-1)
     return np.where(pairs, _as_outcome(lead), np.nan)

@@ -12,7 +12,7 @@ import numpy as np
 RESAMPLES = 10_000
 _AT_A_TIME = 500  # resamples, so that [resamples, units] stays small
 
-# [..., S, k] means of k measures over each of S strata → numbers by name, each [...].
+# [..., S, k] means of k measures over each of S strata → numbers by name, each [...] and a weighted mean of theirs.
 Aggregate = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
 
@@ -32,14 +32,20 @@ def means(measured: Measured) -> np.ndarray:
 def intervals(measured: Measured, aggregate: Aggregate, seed: int) -> dict[str, tuple[float, float]]:
     """95 % bootstrap intervals of every number: units are resampled within their stratum; percentile method.
 
-    NaN where a stratum has but one unit.
+    A stratum of one unit says nothing of its spread, so that such strata are taken together for it, and a single one
+    with all others (collapsed strata, as in surveys). NaN where there is but one unit in all.
 
     Args:
         measured: of each unit.
         aggregate: from means to numbers.
         seed: of the resampling.
     """
-    return {name: _percentiles(draws) for name, draws in aggregate(_resampled(measured, seed)).items()}
+    spreads = _spreads(measured)
+    lowest, highest = (aggregate(np.stack([end(values, axis=0) for values in spreads])) for end in (np.min, np.max))
+    return {
+        name: _percentiles(np.clip(draws, lowest[name], highest[name]))  # widened, they may leave what a mean can be
+        for name, draws in aggregate(_resampled(measured, seed)).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,7 @@ class Difference:
     p_value: float  # two-sided, paired permutation test
 
 
-def compare(
-    ours: Measured, theirs: Measured, aggregate: Aggregate, seed: int, permutations: int = RESAMPLES
-) -> dict[str, Difference]:
+def compare(ours: Measured, theirs: Measured, aggregate: Aggregate, seed: int) -> dict[str, Difference]:
     """Two judges on the same units.
 
     Interval: both are resampled together. p-value: if the judges were alike, it would not matter whose measures of a
@@ -65,13 +69,13 @@ def compare(
         theirs: of the same units, in the same order.
         aggregate: from means to numbers.
         seed: of the resampling.
-        permutations: how many exchanges are drawn.
     """
     if not np.array_equal(ours.stratum, theirs.stratum):
         raise ValueError("the two judges were not measured on the same units")
     observed = _differences(aggregate, means(ours), means(theirs))
-    drawn = _differences(aggregate, _resampled(ours, seed), _resampled(theirs, seed))
-    exchanged = _differences(aggregate, *_exchanged(ours, theirs, seed, permutations))
+    together = Measured(np.concatenate([ours.values, theirs.values], axis=1), ours.stratum)
+    drawn = _differences(aggregate, *np.split(_resampled(together, seed), 2, axis=-1))
+    exchanged = _differences(aggregate, *_exchanged(ours, theirs, seed))
     return {
         name: Difference(float(value), _percentiles(drawn[name]), _share_as_large(exchanged[name], float(value)))
         for name, value in observed.items()
@@ -95,31 +99,42 @@ def _strata(measured: Measured) -> list[np.ndarray]:
     return [np.flatnonzero(measured.stratum == each) for each in range(int(measured.stratum.max()) + 1)]
 
 
+def _spreads(measured: Measured) -> list[np.ndarray]:
+    """For each stratum the values, [n, k], that tell how much a unit of it may differ from another."""
+    strata = _strata(measured)
+    single = [row for rows in strata if len(rows) == 1 for row in rows]
+    collapsed = measured.values[single] if len(single) > 1 else measured.values
+    return [measured.values[rows] if len(rows) > 1 else collapsed for rows in strata]
+
+
 def _resampled(measured: Measured, seed: int) -> np.ndarray:
-    """[resamples, S, k]: the same seed and strata draw the same units."""
-    rng, columns = np.random.default_rng(seed), []
-    for rows in _strata(measured):
-        count, values = len(rows), measured.values[rows]
-        parts = [
-            rng.multinomial(count, np.full(count, 1 / count), size=size) @ values / count
-            for size in _portions(RESAMPLES)
-        ]
-        mean = values.mean(axis=0)
-        # Resamples of n units vary by a factor of √((n − 1)/n) too little; of one unit, by nothing.
-        wider = np.sqrt(count / (count - 1)) if count > 1 else np.nan
-        drawn = mean + wider * (np.concatenate(parts) - mean)
-        columns.append(np.clip(drawn, values.min(axis=0), values.max(axis=0)))  # no mean lies outside
+    """[resamples, S, k]: the mean of each stratum, as often as it is drawn anew."""
+    rng = np.random.default_rng(seed)
+    columns = [
+        measured.values[rows].mean(axis=0) + _deviations(spread, len(rows), rng)
+        for rows, spread in zip(_strata(measured), _spreads(measured), strict=True)
+    ]
     return np.stack(columns, axis=1)
 
 
-def _exchanged(ours: Measured, theirs: Measured, seed: int, permutations: int) -> tuple[np.ndarray, np.ndarray]:
+def _deviations(values: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """[resamples, k]: how far the mean of `count` of the values, drawn with replacement, lies from the mean of all."""
+    # Units are alike in what was measured more often than not: their kinds are drawn.
+    kinds, numbers = np.unique(values, axis=0, return_counts=True)
+    parts = [rng.multinomial(count, numbers / len(values), size=size) @ kinds for size in _portions(RESAMPLES)]
+    # Resamples of n units vary by a factor of √((n − 1)/n) too little; of one unit, by nothing.
+    wider = np.sqrt(len(values) / (len(values) - 1)) if len(values) > 1 else np.nan
+    return wider * (np.concatenate(parts) / count - values.mean(axis=0))
+
+
+def _exchanged(ours: Measured, theirs: Measured, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng([seed, 1])  # another stream than the resamples'
     first, second = [], []
     for rows in _strata(ours):
         a, b = ours.values[rows], theirs.values[rows]
         moved = [
             rng.integers(0, 2, size=(size, len(rows))).astype(float) @ (b - a) / len(rows)
-            for size in _portions(permutations)
+            for size in _portions(RESAMPLES)
         ]
         first.append(a.mean(axis=0) + np.concatenate(moved))
         second.append(b.mean(axis=0) - np.concatenate(moved))

@@ -57,9 +57,10 @@ def main(config: JudgeConfig) -> Accuracy | None:
         part.unlink()
     result = _accuracy(rows)
     low, high = (100 * bound for bound in result.interval)
+    interval = f" (95 % interval {low:.1f} to {high:.1f})" if low == low else ""  # one pair has none
     say(
         f"done: {output}. The chosen response scored higher in {100 * result.accuracy_strict:.1f} % of the pairs, "
-        f"{100 * result.accuracy_half:.1f} % with a tie as half (95 % interval {low:.1f} to {high:.1f}); "
+        f"{100 * result.accuracy_half:.1f} % with a tie as half{interval}; "
         f"{100 * result.valid:.1f} % of the judgements could be read"
     )
     return result
