@@ -16,13 +16,16 @@ from typing import IO, Any, Literal
 
 from patarm_jax.types import Judgement, Message, UserError
 
+FAILED = "FAILED"
+_BEGINNING = '{"judge": '  # of a file of answers
+
 
 @dataclass(frozen=True)
 class Question:
     """What a judge is asked, N times."""
 
     id: str  # of what is judged, such as "17/chosen/0"
-    row: int  # its place among all questions of the benchmark, whatever part of them is asked: sampling keys hang on it
+    row: int  # its index among all questions, not only those asked with a limit: sampling keys are derived from it
     messages: Sequence[Message]
 
     @functools.cached_property
@@ -38,7 +41,7 @@ class Answer:
 
     question: str  # Question.key
     vote: int  # 0 … N − 1
-    status: Literal["OK", "BAD_SCORE", "BAD_TAGS", "FAILED"]  # a Status; FAILED: there is no answer, reason says why
+    status: str  # the name of a Status, or FAILED: there is no answer, reason says why
     score: float | None = None  # None unless status is OK
     choice: Literal["A", "B"] | None = None  # of two responses
     text: str = ""
@@ -48,21 +51,35 @@ class Answer:
 
 def answer_of(question: Question, vote: int, judgement: Judgement, tokens: int = 0) -> Answer:
     """A judgement as the answer to a question."""
-    one, status = judgement, judgement.status.name
-    return Answer(question.key, vote, status, one.score, one.choice, one.text, one.reason, tokens)  # type: ignore[arg-type]
+    return Answer(
+        question.key,
+        vote,
+        judgement.status.name,
+        judgement.score,
+        judgement.choice,
+        judgement.text,
+        judgement.reason,
+        tokens,
+    )
 
 
 def failed(question: Question, vote: int, reason: str) -> Answer:
     """The record that there is no answer."""
-    return Answer(question.key, vote, "FAILED", reason=reason)
+    return Answer(question.key, vote, FAILED, reason=reason)
 
 
 @dataclass
 class Answers:
     """The answers of one judge, in memory and on disk."""
 
+    path: Path
     file: IO[bytes]
     known: dict[tuple[str, int], Answer]  # (question, vote) → answer
+
+    @property
+    def any_came(self) -> bool:
+        """Whether any question was ever answered."""
+        return any(answer.status != FAILED for answer in self.known.values())
 
     def add(self, answers: Iterable[Answer]) -> None:
         """Writes them down together, at once."""
@@ -72,8 +89,9 @@ class Answers:
                 continue  # it failed before for the same reason
             self.known[answer.question, answer.vote] = answer
             lines.append(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
-        self.file.write("".join(lines).encode())
-        self.file.flush()
+        with writing(self.path):
+            self.file.write("".join(lines).encode())
+            self.file.flush()
 
     def of(self, question: Question, votes: int) -> list[Answer]:
         """The N answers to a question."""
@@ -86,7 +104,7 @@ class Answers:
         for question in questions:
             key = question.key
             found = (self.known.get((key, vote)) for vote in range(votes))
-            lacks = [vote for vote, answer in enumerate(found) if answer is None or answer.status == "FAILED"]
+            lacks = [vote for vote, answer in enumerate(found) if answer is None or answer.status == FAILED]
             if lacks:
                 lacking.append((question, lacks))
         return lacking
@@ -103,10 +121,26 @@ def open_answers(path: Path, identity: Mapping[str, Any]) -> Iterator[Answers]:
         identity: JSON that tells whose answers these are: who judged, how, and what else a draw depends on.
     """
     wanted = json.loads(json.dumps(identity))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    with file:
         _lock(path, file)
-        yield _opened(path, wanted, file)
+        with writing(path):
+            answers = _opened(path, wanted, file)
+        yield answers
+
+
+@contextlib.contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """What cannot be written, as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"cannot write {output}: {reason}. Free some space or name another place; what is judged is kept."
+        ) from error
 
 
 def _lock(path: Path, file: IO[bytes]) -> None:
@@ -130,13 +164,17 @@ def identity_of(path: Path) -> dict[str, Any] | None:
     try:
         return dict(json.loads(first)["judge"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no answers of a judge. Name another folder, or remove the file.") from error
+        raise _foreign(path) from error
+
+
+def _foreign(path: Path) -> UserError:
+    return UserError(f"{path} holds no answers of a judge. Name another folder, or remove the file.")
 
 
 def _opened(path: Path, wanted: Mapping[str, Any], file: IO[bytes]) -> Answers:
     found = identity_of(path)
     if found is not None:
-        _refuse_another(path, wanted, found)  # before anything of a foreign file is touched
+        _refuse_another(path, wanted, found)
     lines = _whole_lines(path)
     known = {}
     for number, line in enumerate(lines[1:], start=2):
@@ -148,12 +186,14 @@ def _opened(path: Path, wanted: Mapping[str, Any], file: IO[bytes]) -> Answers:
     if not lines:
         file.write((json.dumps({"judge": wanted}, ensure_ascii=False) + "\n").encode())
         file.flush()
-    return Answers(file, known)
+    return Answers(path, file, known)
 
 
 def _whole_lines(path: Path) -> list[str]:
     """The lines of the file, after cutting off what a killed process did not finish writing."""
     *lines, rest = path.read_bytes().split(b"\n")  # not splitlines: an answer may hold other ends of lines
+    if rest and not lines and not rest.startswith(_BEGINNING.encode()[: len(rest)]):
+        raise _foreign(path)
     if rest:
         os.truncate(path, path.stat().st_size - len(rest))
     return [line.decode() for line in lines]

@@ -1,8 +1,8 @@
 """One request to an OpenAI-compatible server, such as vLLM's or SGLang's: sent, tried again, read.
 
-What may pass is tried again with growing pauses: a server that does not answer, refuses, is too busy (429) or broken
-(5xx), or returns nonsense. What will not pass is not: a question it refuses is `Refused`, and a request it refuses
-whatever the question (no key, no such model) is the user's to mend.
+Temporary failures are tried again with growing pauses: a server that does not answer, cannot be reached, is too busy
+(429) or broken (5xx), or returns nonsense. A question that the server rejects raises `Refused`; whether it would reject
+every question alike (a wrong key, an unknown model) is for the caller to tell.
 """
 
 import asyncio
@@ -33,6 +33,7 @@ class Unavailable(Exception):
         super().__init__(reason)
         self.pause = pause  # seconds the server asked for
         self.busy = busy  # it does answer, only not so many at a time
+        self.requests = 0  # that were sent before it was given up
 
 
 class Refused(Exception):
@@ -112,15 +113,23 @@ async def complete(
 ) -> Reply:
     """The answer to a request; raises Unavailable after so many tries, Refused, or Stopped when all is to stop.
 
-    That a server is too busy is no try; it is waited for, half an hour at most.
+    An answer of 429 does not count as a try; the server is waited for, half an hour at most.
     """
     growing = tenacity.wait_exponential_jitter(initial=1.0, max=_LONGEST_PAUSE)
     tries = 0
 
-    def pause(state: tenacity.RetryCallState) -> float:
+    def error_of(state: tenacity.RetryCallState) -> Unavailable:
         error = state.outcome.exception() if state.outcome else None
-        asked = error.pause if isinstance(error, Unavailable) else 0.0
-        return max(asked, growing(state))
+        assert isinstance(error, Unavailable)
+        return error
+
+    def pause(state: tenacity.RetryCallState) -> float:
+        return max(error_of(state).pause, growing(state))
+
+    def enough(state: tenacity.RetryCallState) -> bool:
+        error = error_of(state)
+        error.requests = state.attempt_number
+        return tries >= section.tries or (error.busy and (state.seconds_since_start or 0.0) > _BUSY_FOR)
 
     async def send() -> Reply:
         nonlocal tries
@@ -143,7 +152,7 @@ async def complete(
 
     retrying = tenacity.AsyncRetrying(
         sleep=wait,
-        stop=lambda state: tries >= section.tries or (state.seconds_since_start or 0.0) > _BUSY_FOR,
+        stop=enough,
         wait=pause,
         retry=tenacity.retry_if_exception_type(Unavailable),
         reraise=True,

@@ -1,6 +1,5 @@
 """Puts questions to a Qwen3 on this machine's devices: all of them, all votes, one stream, longest prompts first."""
 
-import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +53,7 @@ class Local:
         random, sampling = self.section.weights == "random", self.sampling
         return {
             "model": self.name,
-            "weights": f"random, seed {self.seed}" if random else _digest(self.model.folder),
+            "weights": f"random, seed {self.seed}" if random else _digest(self.model),
             "dtype": self.section.dtype,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
@@ -166,26 +165,18 @@ def load_weights(local: Local) -> Params:
     return load_params(local.section, local.model, local.mesh, local.seed, rules, dtype, apart=True)
 
 
-def _digest(folder: Path) -> str:
-    """Tells weights from others by both ends of every file, the same wherever the folder is moved."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_SAMPLED))
-            stream.seek(max(0, size - _SAMPLED))
-            digest.update(stream.read(_SAMPLED))
+def _digest(model: Model) -> str:
+    """Tells a judge from others, wherever its folder is moved: network, tokenizer, and both ends of its weights."""
+    tokenizer = model.tokenizer
+    digest = hashlib.sha256(repr((model.config, tokenizer.stop_ids, sorted(tokenizer.files.items()))).encode())
+    for file in sorted(model.folder.glob("*.safetensors")):
+        try:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(_SAMPLED))
+                stream.seek(max(0, size - _SAMPLED))
+                digest.update(stream.read(_SAMPLED))
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}. See whether the model is there whole.") from error
     return digest.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def writing(output: Path) -> Iterator[None]:
-    """What cannot be written, as one sentence."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"cannot write {output}: {reason}. Free some space or name another place; what is judged is kept."
-        ) from error

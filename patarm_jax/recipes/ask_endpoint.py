@@ -15,7 +15,7 @@ from patarm_jax.rollout.judging import Parse
 from patarm_jax.train.metrics import Report, progress
 from patarm_jax.types import UserError
 
-_MOST_LOST = 2  # times as many as are under way: when so many in a row get no answer, the server is gone
+_MOST_LOST = 2  # times the concurrency: after so many failures in a row, and 20 at least, the evaluation stops
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def ask_endpoint(remote: Remote, answers: Answers, questions: Sequence[Question]
     """Answers what is not answered yet; False when it was asked to stop before the end."""
     lacking = answers.missing(questions, remote.votes)
     work = [(question, vote) for question, votes in lacking for vote in votes]
+    work.sort(key=lambda one: (one[0].key, one[1]) in answers.known)  # what failed before comes last
     total = len(questions) * remote.votes
     done = total - len(work)
     if done:
@@ -65,7 +66,7 @@ def ask_endpoint(remote: Remote, answers: Answers, questions: Sequence[Question]
         return True
     say(f"asking {remote.name} at {remote.section.url}, {remote.section.concurrency} at a time")
     with stop_requests() as asked, progress(total, done, unit="answer") as report:
-        asking = _Asking(remote, answers, parse, iter(work), lambda: asked(0), report, done)
+        asking = _Asking(remote, answers, parse, iter(work), lambda: asked(0), report, done, answers.any_came)
         asyncio.run(asking.run())
     if asking.done < total:
         say(f"stopped after {asking.done} of {total} answers; the same command goes on from there")
@@ -75,7 +76,7 @@ def ask_endpoint(remote: Remote, answers: Answers, questions: Sequence[Question]
 
 @dataclass
 class _Asking:
-    """The requests that are under way, and what came of those that are not any more."""
+    """The requests under way, and counts of those that are finished."""
 
     remote: Remote
     answers: Answers
@@ -84,8 +85,8 @@ class _Asking:
     stopping: Callable[[], bool]
     report: Report
     done: int
-    lost: int = 0  # in a row
-    answered: bool = False  # whether any request was
+    answered: bool  # whether any question ever was
+    lost: int = 0  # failures in a row that say that it is not the question's fault
 
     async def run(self) -> None:
         """Until all is asked; what is under way when it is to stop is waited for, since it is paid for."""
@@ -118,15 +119,16 @@ class _Asking:
                     f"{remote.section.api_key_env}."
                 ) from refusal
             answer = failed(question, vote, f"refused: {refusal}")
-            self.lost += 1
+            # Where other questions are answered, a refusal such as 400 is this one's own: too long, for example.
+            self.lost = 0 if self.answered and not refusal.perhaps_all else self.lost + 1
         except Unavailable as error:
-            answer = failed(question, vote, f"after {remote.section.tries} tries: {error}")
+            answer = failed(question, vote, f"after {error.requests} requests: {error}")
             self.lost += 1
         self.answers.add([answer])
         self.done += 1
         self.report(self.done, {})
         if self.lost > max(20, _MOST_LOST * remote.section.concurrency):
             raise UserError(
-                f"the last {self.lost} requests to {remote.section.url} got no answer, the last one {answer.reason}. "
-                "See whether the server is up; the same command goes on from here."
+                f"{remote.section.url} did not answer the last {self.lost} questions, the last one {answer.reason}. "
+                "See whether the server is up and takes such requests; the same command goes on from here."
             )

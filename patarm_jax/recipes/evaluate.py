@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from patarm_jax.config import EvalConfig, to_yaml
-from patarm_jax.evaluate.answers import Answers, Question, identity_of, open_answers
+from patarm_jax.evaluate.answers import FAILED, Answers, Question, identity_of, open_answers, writing
 from patarm_jax.evaluate.benchmarks import SOURCES, Item, limited, read_benchmark
 from patarm_jax.evaluate.files import UNITS, compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find
@@ -21,7 +21,7 @@ from patarm_jax.evaluate.judges import PARSERS, Way, ask_about, judged
 from patarm_jax.evaluate.scoring import plan
 from patarm_jax.evaluate.summary import show
 from patarm_jax.model.qwen3 import abstract_params
-from patarm_jax.recipes.ask import Local, ask_local, ask_scalar, encode_questions, open_local, writing
+from patarm_jax.recipes.ask import Local, ask_local, ask_scalar, encode_questions, open_local
 from patarm_jax.recipes.ask_endpoint import Remote, ask_endpoint, ask_name
 from patarm_jax.recipes.run import say
 from patarm_jax.types import UsageError, UserError
@@ -49,11 +49,11 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
         return None
 
     # ------------------------------------------------------------------------------------------------------------ ask
-    with writing(folder):
-        with open_answers(folder / ANSWERS, _identity(config, judge)) as answers:
+    with open_answers(folder / ANSWERS, _identity(config, judge)) as answers:
+        with writing(folder):
             (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-            if not _ask(judge, config.judge, answers, questions):
-                return None
+        if not _ask(judge, config.judge, answers, questions):
+            return None
 
     # ---------------------------------------------------------------------------------------------------------- score
     groups = plan(config.benchmark, items, whole)
@@ -129,7 +129,7 @@ def _identity(config: EvalConfig, judge: Local | Remote) -> dict[str, Any]:
 def _read(answers: Answers, questions: Sequence[Question], votes: int) -> tuple[float, int]:
     """The share of answers that could be read, and how many never came."""
     given = [answer for question in questions for answer in answers.of(question, votes)]
-    failed = sum(answer.status == "FAILED" for answer in given)
+    failed = sum(answer.status == FAILED for answer in given)
     return sum(answer.status == "OK" for answer in given) / len(given), failed
 
 

@@ -15,12 +15,12 @@ import numpy as np
 from patarm_jax.config import JudgeConfig
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import Accuracy, pairwise_accuracy
-from patarm_jax.evaluate.answers import Answer, Answers, Question, open_answers
+from patarm_jax.evaluate.answers import Answer, Answers, Question, open_answers, writing
 from patarm_jax.evaluate.judges import SIDES
 from patarm_jax.evaluate.outcomes import mean_scores
 from patarm_jax.judge.parse import parse_pointwise
 from patarm_jax.judge.prompts import pointwise
-from patarm_jax.recipes.ask import ask_local, open_local, writing
+from patarm_jax.recipes.ask import ask_local, open_local
 from patarm_jax.recipes.run import say
 from patarm_jax.types import CHOSEN, REJECTED, Preference, Status, UsageError
 
@@ -46,11 +46,11 @@ def main(config: JudgeConfig) -> Accuracy | None:
 
     # ---------------------------------------------------------------------------------------------------------- judge
     part = output.with_name(output.name + ".partial")
+    with open_answers(part, local.identity | {"rubrics": config.rubrics}) as answers:
+        if not ask_local(local, answers, questions, parse_pointwise):
+            return None
+    rows = [_row(one, questions[2 * i : 2 * i + 2], answers, config.votes) for i, one in enumerate(preferences)]
     with writing(output):
-        with open_answers(part, local.identity | {"rubrics": config.rubrics}) as answers:
-            if not ask_local(local, answers, questions, parse_pointwise):
-                return None
-        rows = [_row(one, questions[2 * i : 2 * i + 2], answers, config.votes) for i, one in enumerate(preferences)]
         whole = output.with_name(output.name + ".whole")
         whole.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         os.replace(whole, output)
