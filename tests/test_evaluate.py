@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -360,6 +360,7 @@ class Chat(BaseHTTPRequestHandler):
 
     plan: list  # what to do to the next requests: "429", "500", "nonsense", "empty", "slow", "hang up", "400"
     asked: list
+    retry_after = "0.1"
     lock = threading.Lock()
 
     def do_GET(self):
@@ -372,11 +373,19 @@ class Chat(BaseHTTPRequestHandler):
             do = self.plan.pop(0) if self.plan else ""
         if do == "slow":
             time.sleep(1.5)
+        if do == "trickle":  # a byte now and then, without an end
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                for _ in range(200):
+                    self.wfile.write(b" ")
+                    time.sleep(0.1)
+            return
         if do == "hang up":
             self.connection.close()
             return
         if do in ("429", "500", "400", "401", "403"):
-            self.reply(int(do), {"error": do}, **({"Retry-After": "0.1"} if do == "429" else {}))
+            self.reply(int(do), {"error": do}, **({"Retry-After": self.retry_after} if do == "429" else {}))
         elif do == "nonsense":
             self.reply(200, None)
         elif do == "empty":
@@ -462,8 +471,33 @@ def test_an_endpoint_judges(pairs, judge):
     assert all(row["text"].startswith("<think>hm</think><generate_rubrics>") and row["tokens"] == 12 for row in table)
 
 
+def test_what_a_server_is_asked(pairs):
+    """The settings of sampling, and seeds that hang on --seed, the question and the vote alone."""
+
+    def requests(*more):
+        with served() as (url, chat):
+            command = remote(pairs, url, "--endpoint.concurrency", 1, *more, output=f"asked{len(more)}")
+            assert main(command) == 0
+        return chat.asked
+
+    (request, *_), seeds = requests(), [one["seed"] for one in requests("--votes", 2)]
+    assert request | {"seed": 0, "messages": []} == {
+        "model": "served-judge", "messages": [], "temperature": 1.0, "top_p": 1.0, "max_tokens": 1024, "seed": 0,
+    }  # fmt: skip
+    assert [turn["role"] for turn in request["messages"]] == ["system", "user"]
+    assert request["seed"] == seeds[0] and seeds[0] != seeds[1]  # of the second vote
+    other = ["--seed", 1, "--endpoint.model", "named", "--endpoint.thinking", "off"]
+    other += ["--sampling.temperature", 0.6, "--sampling.top_p", 0.95, "--sampling.top_k", 20]
+    (request, *_) = requests(*other, "--sampling.max_new_tokens", 64)
+    assert request["seed"] not in seeds
+    assert request | {"seed": 0, "messages": []} == {
+        "model": "named", "messages": [], "temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_tokens": 64, "seed": 0,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }  # fmt: skip
+
+
 def test_what_may_pass_is_tried_again(pairs):
-    trouble = ["429", "500", "nonsense", "empty", "hang up", "slow"]
+    trouble = ["429", "500", "nonsense", "empty", "hang up", "slow", "trickle"]
     with served(*trouble) as (url, chat):
         assert main(remote(pairs, url, "--endpoint.timeout", 1.0)) == 0
     results, value = overall(pairs)
@@ -493,10 +527,63 @@ def test_a_busy_server_is_waited_for(pairs):
     assert overall(pairs)[1] == 1.0 and len(chat.asked) == 20
 
 
+def test_as_long_as_the_server_says(pairs):
+    with served("429") as (url, chat):
+        chat.retry_after = "3"
+        begun = time.monotonic()
+        assert main(remote(pairs, url, "--endpoint.concurrency", 1)) == 0
+        assert time.monotonic() - begun > 3  # it would have been a second or two
+    with served("429") as (url, chat):
+        chat.retry_after = "Fri, 31 Dec 1999 23:59:59 GMT"  # a date is passed over
+        assert main(remote(pairs, url, output="dated")) == 0
+    assert overall(pairs, "dated")[1] == 1.0
+
+
+def test_only_a_busy_server_is_given_up_by_the_clock(pairs, monkeypatch):
+    """A broken one gets all its tries, however long they take; the record says how often it was asked."""
+    monkeypatch.setattr("patarm_jax.evaluate.endpoint._BUSY_FOR", 0.5)
+    alone = ["--endpoint.concurrency", 1]
+    with served(*["500"] * 3) as (url, chat):
+        assert main(remote(pairs, url, *alone, "--endpoint.tries", 4)) == 0
+    assert overall(pairs)[0]["failed"] == 0 and len(chat.asked) == 15
+    with served(*["429"] * 2) as (url, chat):
+        assert main(remote(pairs, url, *alone, output="busy")) == 0
+    assert overall(pairs, "busy")[0]["failed"] == 1
+    table = pyarrow.parquet.read_table(pairs / "busy" / "judgements.parquet").to_pylist()
+    assert [row["reason"] for row in table if row["status"] == "FAILED"] == ['after 2 requests: 429: {"error": "429"}']
+
+
 def test_one_refusal_among_answers_is_that_questions_own(pairs):
     with served("", "", "", "403") as (url, _):
         assert main(remote(pairs, url, "--endpoint.concurrency", 1)) == 0
     assert overall(pairs)[0]["failed"] == 1
+    with served("403") as (url, _):  # nor is it another time, when it is the first that is asked
+        assert main(remote(pairs, url, "--endpoint.concurrency", 1)) == 0
+    assert overall(pairs)[0]["failed"] == 1
+
+
+def test_many_questions_may_be_refused_where_others_are_answered(pairs):
+    """So long that the model cannot read them, say; what was never asked comes before what was refused."""
+    alone = ["--endpoint.concurrency", 1, "--votes", 3]
+    with served("", *["400"] * 30) as (url, chat):
+        assert main(remote(pairs, url, *alone)) == 0
+    assert overall(pairs)[0]["failed"] == 30 and len(chat.asked) == 36
+    with served() as (url, chat):
+        assert main(remote(pairs, url, "--endpoint.concurrency", 1, "--votes", 4)) == 0
+    new = 12  # the fourth votes
+    before = [json.loads(line) for line in (pairs / "out" / "answers.jsonl").read_text().splitlines()[1:]]
+    assert [one["vote"] for one in before[36 : 36 + new]] == [3] * new and len(chat.asked) == new + 30
+
+
+def test_a_server_that_went_away_stops_the_evaluation(pairs, capsys):
+    with served("", "", *["500"] * 100) as (url, chat):
+        command = remote(pairs, url, "--endpoint.concurrency", 1, "--votes", 4)
+        assert main([*command, "--endpoint.tries", "1"]) == 1
+        assert "did not answer the last 21 questions, the last one after 1 requests: 500" in capsys.readouterr().err
+        assert len(chat.asked) == 23
+        chat.plan.clear()
+        assert main(command) == 0
+    assert overall(pairs)[1] == 1.0 and len(chat.asked) == 23 + 46
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path):
@@ -511,6 +598,15 @@ def test_two_runs_do_not_write_one_folder(tmp_path):
     with pytest.raises(UserError, match="holds no answers of a judge"), open_answers(foreign, {"judge": "me"}):
         pass
     assert foreign.read_text() == '{"a": 1}\n{"b": 2}'
+    for text in ("of someone else", '{"judge": "me"}\n'):
+        foreign.write_text(text)
+        with pytest.raises(UserError, match="holds no answers of a judge"), open_answers(foreign, {"judge": "me"}):
+            pass
+        assert foreign.read_text() == text
+    foreign.write_text('{"judge": {"na')  # killed while it began
+    with open_answers(foreign, {"judge": "me"}):
+        pass
+    assert json.loads(foreign.read_text()) == {"judge": {"judge": "me"}}
 
 
 def test_what_never_comes_is_failed_counted_and_asked_again(pairs):
