@@ -19,7 +19,7 @@ import msgspec
 import tyro
 import yaml
 
-from patarm_jax.types import RubricMode, UsageError, UserError
+from patarm_jax.types import Benchmark, JudgeKind, RubricMode, UsageError, UserError
 
 Config = TypeVar("Config")
 
@@ -32,7 +32,8 @@ class ModelSection:
     weights: Literal["load", "random"] = "load"  # random: only config.json and the tokenizer are read from path
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; the trained master copy is float32
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes: nothing, all but matmuls, all
-    # By which kernel: on NVIDIA GPUs cudnn for plain rows and pallas for all, splash on TPUs. They differ in rounding.
+    # Which kernel computes attention. NVIDIA: cudnn for rows of one sequence, pallas for all; TPU: splash. They differ
+    # in rounding.
     attention: Literal["auto", "portable", "cudnn", "pallas", "splash"] = "auto"
 
 
@@ -77,9 +78,12 @@ class DataSection:
     # id, source, domain, chosen_judgement, rejected_judgement.
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
     domain: str = ""  # of every row, when the rows do not say
-    source_domains: dict[str, str] = field(default_factory=dict)  # source → domain, before `domain`
+    # Source → domain, before `domain`; of a benchmark, subset → domain, before its own table.
+    source_domains: dict[str, str] = field(default_factory=dict)
     drop_sources: tuple[str, ...] = ()
-    max_prompt_tokens: int = 2048  # of the whole encoded judge prompt; longer preferences are dropped and counted
+    # Of the whole encoded judge prompt. Training drops longer preferences and counts them, `judge` and `eval` record
+    # them as failed.
+    max_prompt_tokens: int = 2048
     max_completion_tokens: int = 1024  # of an SFT judgement with its end token; longer rows are dropped and counted
     # What SFT does with a preference that carries no judgements: refuse, or write one that has the form and a score on
     # the right side of the middle, and nothing to learn but the form.
@@ -217,12 +221,8 @@ class EndpointSection:
 class EvalConfig:
     """`patarm eval`: the knobs of an evaluation; BENCHMARK, --model, --data and --output come beside them."""
 
-    benchmark: Literal["rewardbench", "rewardbench2", "rm-bench", "judgebench", "llmbar", "rmb", "ppe", "pairs"] = (
-        "rewardbench"
-    )
-    # How it is asked: for a score of each response, which of two is better, for a score without rubrics (what a general
-    # model is asked as a baseline); scalar: a Bradley-Terry head gives the score, and nothing is written.
-    judge: Literal["pointwise", "pairwise", "baseline", "scalar"] = "pointwise"
+    benchmark: Benchmark = "rewardbench"
+    judge: JudgeKind = "pointwise"
     model: ModelSection = field(default_factory=ModelSection)
     endpoint: EndpointSection = field(default_factory=EndpointSection)
     mesh: MeshSection = field(default_factory=MeshSection)

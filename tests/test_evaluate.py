@@ -143,6 +143,48 @@ def test_a_domain_may_be_chosen_by_subset(tmp_path):
         read_benchmark("llmbar", DataSection(path=path, split="", source_domains={"Natural": "poetry"}))
 
 
+def test_settings_without_effect_are_refused(tmp_path):
+    path = tmp_path / "Natural.jsonl"
+    write_rows(path, ROWS["llmbar"])
+    for given, words in (
+        ({"source_domains": {"natural": "math"}}, "source_domains names natural, which is no subset here. Use Natural"),
+        ({"domain": "math"}, "data.domain is given, and llmbar has its own format"),
+        ({"drop_sources": ("Natural",)}, "data.drop_sources is given"),
+        ({"columns": {"chosen": ("output_1",)}}, "data.columns is given"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_benchmark("llmbar", DataSection(path=str(path), split="", **given))
+
+
+def test_pairs_are_read_as_training_reads_them(tmp_path):
+    """Domains by source, columns of other names, sources left out."""
+    rows = [{"q": "Hi", "chosen": GOOD, "rejected": BAD, "source": source} for source in ("x", "y", "z")]
+    write_rows(tmp_path / "pairs.jsonl", *rows)
+    section = DataSection(
+        path=str(tmp_path / "pairs.jsonl"), columns={"prompt": ("q",)}, domain="chat", drop_sources=("z",),
+        source_domains={"x": "Instruction-Following"},
+    )  # fmt: skip
+    items, _ = read_benchmark("pairs", section)
+    assert [(one.subset, one.domain) for one in items] == [("x", "instruction_following"), ("y", "chat")]
+
+
+@pytest.mark.parametrize(
+    ("name", "subset"),
+    [
+        ("PPE-GPQA-Best-of-K.jsonl", "gpqa"),
+        ("PPE-MMLU-Pro-Best-of-K/data/train-00000.jsonl", "mmlu_pro"),
+        ("mbpp_plus_best_of_k.jsonl", "mbpp_plus"),
+        ("mathias/ifeval.jsonl", "ifeval"),
+    ],
+)
+def test_the_subset_of_ppe_stands_in_a_name(name, subset, tmp_path):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    row = {"question_id": 1, "prompt": "Hi", "scores": [True, False], "sampled_conflict_pairs": [[1, 0]],
+           "response_1": GOOD, "response_2": BAD}  # fmt: skip
+    (one,), _ = read_benchmark("ppe", write_rows(tmp_path / name, row))
+    assert one.subset == subset and one.chosen == (GOOD,)
+
+
 def test_of_a_repository_only_the_benchmark_is_read(tmp_path):
     """RM-Bench's folder holds all rows twice; LLMBar's other folders hold other things."""
     for name in ("chat_filtered.json", "total_dataset.json"):

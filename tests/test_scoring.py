@@ -26,8 +26,8 @@ def official(name):
     return json.loads((GOLDENS / f"{name}.json").read_text())
 
 
-def item(name, subset, chosen=1, rejected=1, group=None):
-    return Item(name, subset, "chat", PROMPT, ("c",) * chosen, ("r",) * rejected, group or name, {})
+def item(name, subset, chosen=1, rejected=1, group=None, kind=""):
+    return Item(name, subset, "chat", PROMPT, ("c",) * chosen, ("r",) * rejected, group or name, {}, kind)
 
 
 def scored(chosen, rejected):
@@ -128,7 +128,7 @@ def test_rewardbench2_ties(case):
     rows = case["rows"]
     right = [row["num_correct"] for row in rows]
     items = [
-        item(f"Ties/{row['id']}", "Ties", n, len(row["scores"]) - n, row["id"].split(":")[1])
+        item(f"Ties/{row['id']}", "Ties", n, len(row["scores"]) - n, *reversed(row["id"].split(":")))
         for row, n in zip(rows, right, strict=True)
     ]
     # In its own code a failed rating is -1; scores of a scalar head may be -1 and valid.

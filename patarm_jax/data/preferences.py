@@ -89,7 +89,7 @@ def _collect(
         values = _our_columns(row, section.columns)
         try:
             preference = _preference(row, values, section)
-            unique = replace(preference, id=_free_id(preference.id, numbers))
+            unique = replace(preference, id=free_id(preference.id, numbers))
             kept.append(finish(unique, row, values))
         except _Dropped as reason:
             dropped[str(reason)] += 1
@@ -107,11 +107,11 @@ def _refuse_unknown_names(section: DataSection) -> None:
             raise UsageError(f"data.columns maps {ours} to {list(theirs)}. Map any of {', '.join(COLUMNS)} to columns.")
     named = {"data.domain": section.domain} if section.domain else {}
     for where, domain in (named | {f"data.source_domains.{k}": v for k, v in section.source_domains.items()}).items():
-        if _known_domain(domain) is None:
+        if known_domain(domain) is None:
             raise UsageError(f"{where} is {domain!r}. Use one of {', '.join(_DOMAINS)}.")
 
 
-def _free_id(wanted: str, numbers: dict[str, int]) -> str:
+def free_id(wanted: str, numbers: dict[str, int]) -> str:
     """The id, with a number where it is taken; `numbers` remembers the last one, so that equal ids cost no search."""
     free, number = wanted, numbers.get(wanted, 1)
     while free in numbers:
@@ -170,7 +170,7 @@ def _preference(row: Row, values: Mapping[str, Any], section: DataSection) -> Pr
         raise _Dropped(DROPPED_SOURCE)
     said = _text(row, values, "domain") or section.source_domains.get(source, section.domain)
     prompt, chosen, rejected = _sides(row, values)
-    domain = _known_domain(said)
+    domain = known_domain(said)
     if domain is None:
         raise _Dropped(UNKNOWN_DOMAIN)
     _drop_what_teaches_nothing(prompt, chosen, rejected)
@@ -179,10 +179,10 @@ def _preference(row: Row, values: Mapping[str, Any], section: DataSection) -> Pr
     return Preference(name, prompt, chosen, rejected, domain, source)
 
 
-def _known_domain(name: str) -> Domain | None:
+def known_domain(name: str) -> Domain | None:
     """The domain meant by a name, whatever its capitals, spaces and hyphens.
 
-    >>> _known_domain("Instruction-Following")
+    >>> known_domain("Instruction-Following")
     'instruction_following'
     """
     return _DOMAINS.get("_".join(name.lower().replace("-", " ").replace("_", " ").split()))

@@ -55,7 +55,8 @@ def _read_folder(folder: Path, split: str, unwanted: str) -> Iterator[Row]:
     files = _data_files(folder, of_split)
     if not files:
         raise UserError(f"the folder {folder} holds no {_KINDS} file. Give the folder that the files lie in.")
-    wanted = [file for file in files if not (unwanted and re.search(unwanted, file.as_posix()))]
+    paths = {file: f"/{file.relative_to(folder).as_posix()}" for file in files}
+    wanted = [file for file in files if not (unwanted and re.search(unwanted, paths[file]))]
     for file in wanted or files:
         yield from _read_file(file)
 

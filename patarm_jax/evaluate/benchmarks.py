@@ -6,22 +6,19 @@ benchmark it looks like.
 
 import contextlib
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import msgspec
 import numpy as np
 
 from patarm_jax.config import DataSection
-from patarm_jax.data.preferences import read_preferences
+from patarm_jax.data.preferences import free_id, known_domain, read_preferences
 from patarm_jax.data.rows import Row, read_rows
 from patarm_jax.evaluate import domains
-from patarm_jax.types import Conversation, Domain, Message, UsageError, UserError
-
-Name = Literal["rewardbench", "rewardbench2", "rm-bench", "judgebench", "llmbar", "rmb", "ppe", "pairs"]
+from patarm_jax.types import Benchmark, Conversation, Domain, Message, UsageError, UserError
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,7 @@ class Item:
     rejected: tuple[str, ...]
     group: str  # what is resampled together: items of one group speak of one prompt
     row: Mapping[str, Any]  # as it was read, for result files that repeat it
+    kind: str = ""  # of RewardBench 2's Ties: ref, with one right response, or tied, with several
 
 
 @dataclass(frozen=True)
@@ -55,19 +53,19 @@ class Source:
         return split if ending and path.endswith(ending) else self.split
 
 
-def read_benchmark(name: Name, section: DataSection) -> tuple[list[Item], str]:
+def read_benchmark(name: Benchmark, section: DataSection) -> tuple[list[Item], str]:
     """All items, ids unique, and a clause on what was read.
 
     Args:
         name: of the benchmark.
-        section: path (a file, a folder or a Hub id; empty: the official Hub id), split, and source_domains, which
-            overrides the table of domains by subset.
+        section: of `pairs`, as training takes it. Of the others, path (a file, a folder or a Hub id; empty: the
+            official Hub id), split, and source_domains, which overrides the table of domains by subset.
     """
     if name == "pairs":
-        items, report = _read_pairs(section)
-    else:
-        items, report = _read_official(name, section)
-    return [replace(one, domain=_overridden(one, section)) for one in _with_free_ids(items)], report
+        return _read_pairs(section)
+    _refuse_what_has_no_effect(name, section)
+    items, report = _read_official(name, section)
+    return _with_free_ids(_with_domains(items, section.source_domains)), report
 
 
 def limited(items: Sequence[Item], limit: int) -> list[Item]:
@@ -127,17 +125,18 @@ class _RewardBench2(msgspec.Struct):
 def _rewardbench2(row: Row, given: _RewardBench2) -> Iterator[Item]:
     subset = _known(row, "subset", given.subset, domains.REWARDBENCH_2)
     _not_empty(row, chosen=given.chosen, rejected=given.rejected)
-    group = None
+    group, kind = None, ""
     if subset == "Ties":
         if not (match := re.fullmatch(r"(ref|tied):(\d+)", str(given.id))):
             raise _wrong(row, "id", f"{given.id!r}", "ref:NUMBER or tied:NUMBER, as all of Ties")
         if match[1] == "tied" and len(given.chosen) < 2:
             raise _wrong(row, "chosen", "one response", "several where the id begins with tied")
-        group = match[2]
+        kind, group = match[1], match[2]
     elif len(given.chosen) != 1:
         raise _wrong(row, "chosen", f"{len(given.chosen)} responses", "one, save in the subset Ties")
     table = domains.REWARDBENCH_2
-    yield _item(row, f"{subset}/{given.id}", subset, table, given.prompt, given.chosen, given.rejected, group)
+    item = _item(row, f"{subset}/{given.id}", subset, table, given.prompt, given.chosen, given.rejected, group)
+    yield replace(item, kind=kind)
 
 
 class _RMBench(msgspec.Struct):
@@ -256,11 +255,12 @@ def _ppe_human(row: Row, given: _PPEHuman) -> Iterator[Item]:
 
 def _ppe_correctness(row: Row, given: _PPECorrectness) -> Iterator[Item]:
     """Pairs of a right and a wrong response to one question; they are resampled together."""
-    names = {name.replace("_", ""): name for name in domains.PPE if not name.startswith("human")}
-    where = re.sub(r"[^a-z]", "", "".join(Path(row.origin).parts[-2:]).lower())
-    # mmlupro before math: the longer name first.
-    subset = next((names[name] for name in sorted(names, key=len, reverse=True) if name in where), row.origin)
-    subset = _known(row, "the file's name", subset, domains.PPE)
+    # The subset stands in the name of the file, or of a folder above it: …/PPE-MATH-Best-of-K/data/train-0.parquet.
+    parts = ["-".join(re.findall("[a-z]+", part.lower())) for part in reversed(Path(row.origin).parts[-3:])]
+    names = [name for name in domains.PPE if not name.startswith("human")]
+    found = (name for part in parts for name in names if re.search(rf"\b{name.replace('_', '-')}\b", part))
+    subset = next(found, row.origin)
+    subset = _known(row, "the name of the file or its folder", subset, domains.PPE)
     for number, (i, j) in enumerate(given.sampled_conflict_pairs):
         if not (0 <= min(i, j) and max(i, j) < len(given.scores)) or given.scores[i] == given.scores[j]:
             raise _wrong(row, "sampled_conflict_pairs", f"[{i}, {j}]", "the numbers of a right and a wrong response")
@@ -321,7 +321,7 @@ def _refuse_half_of_ties(items: Sequence[Item]) -> None:
     kinds: dict[str, set[str]] = {}
     for item in items:
         if item.subset == "Ties":
-            kinds.setdefault(item.group, set()).add(item.id.split("/")[1].split(":")[0])
+            kinds.setdefault(item.group, set()).add(item.kind)
     for number, found in kinds.items():
         for kind in ("ref", "tied"):
             if kind not in found:
@@ -329,7 +329,7 @@ def _refuse_half_of_ties(items: Sequence[Item]) -> None:
 
 
 def _read_pairs(section: DataSection) -> tuple[list[Item], str]:
-    preferences, report = read_preferences(replace(section, split=section.split or "train", source_domains={}))
+    preferences, report = read_preferences(replace(section, split=section.split or "train"))
     items = [
         Item(
             one.id,
@@ -410,23 +410,32 @@ def _wrong(row: Row, field: str, got: str, allowed: str) -> UserError:
     return UserError(f"{row.where}: {field} is {got}; allowed is {allowed}. Mend the file, or give the official one.")
 
 
-def _overridden(item: Item, section: DataSection) -> Domain:
-    said = section.source_domains.get(item.subset, item.domain)
-    if said not in get_args(Domain):
-        raise UsageError(f"data.source_domains.{item.subset} is {said!r}. Use one of {', '.join(get_args(Domain))}.")
-    return next(domain for domain in get_args(Domain) if domain == said)
+def _refuse_what_has_no_effect(name: str, section: DataSection) -> None:
+    given = {"columns": section.columns, "domain": section.domain, "drop_sources": section.drop_sources}
+    for setting, value in given.items():
+        if value:
+            raise UsageError(
+                f"data.{setting} is given, and {name} has its own format. Leave it out; source_domains gives a subset "
+                "other rubrics, and `patarm eval pairs` reads any file."
+            )
+
+
+def _with_domains(items: Sequence[Item], wanted: Mapping[str, str]) -> list[Item]:
+    """Subsets by the rubrics of other domains, where the user says so."""
+    subsets = dict.fromkeys(item.subset for item in items)
+    domains_ = {}
+    for subset, said in wanted.items():
+        if subset not in subsets:
+            raise UsageError(f"data.source_domains names {subset}, which is no subset here. Use {', '.join(subsets)}.")
+        if (domain := known_domain(said)) is None:
+            allowed = ", ".join(get_args(Domain))
+            raise UsageError(f"data.source_domains.{subset} is {said!r}. Use one of {allowed}.")
+        domains_[subset] = domain
+    return [replace(item, domain=domains_.get(item.subset, item.domain)) for item in items]
 
 
 def _with_free_ids(items: Sequence[Item]) -> list[Item]:
     """Ids are unique: one that is taken gets `#2`, `#3`, …, in the order of the file."""
-    taken: set[str] = set()
-    numbers: Counter[str] = Counter()
-    free = []
-    for item in items:
-        name = item.id
-        while name in taken:
-            numbers[item.id] += 1
-            name = f"{item.id}#{numbers[item.id] + 1}"
-        taken.add(name)
-        free.append(replace(item, id=name, group=name if item.group == item.id else item.group))
-    return free
+    numbers: dict[str, int] = {}
+    free = [(item, free_id(item.id, numbers)) for item in items]
+    return [replace(item, id=name, group=name if item.group == item.id else item.group) for item, name in free]

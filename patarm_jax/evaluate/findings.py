@@ -22,11 +22,13 @@ class Findings:
     """What the answers of a judge say; shares are from 0 to 1, None where there is nothing to take a share of."""
 
     scores: dict[str, tuple[float, float, float]]  # "strict/overall/accuracy" → (value, low, high)
-    majority: dict[str, float]  # the same names, by majority of votes instead of their mean; empty without a choice
+    # The same names, by majority of votes instead of their mean; empty where the two cannot differ: of one vote, and
+    # of a pairwise judge.
+    majority: dict[str, float]
     votes: list[dict[str, Any]]  # per number of votes and rule: the overall accuracy under both tie rules
     valid: float  # of all answers
     failed: int  # answers that never came
-    ties: float | None  # of all pairs of a chosen and a rejected response: neither won
+    ties: float  # of all pairs of a chosen and a rejected response: neither won
     length: dict[str, dict[str, float]]  # accuracy by which of the two responses is longer, in characters
     position: dict[str, float] | None  # of a pairwise judge
     calibration: list[dict[str, float]]  # by |gap| of mean scores: how often its sign is right
@@ -71,17 +73,16 @@ def find(
 ) -> tuple[Findings, Measured]:
     """Everything there is to say, and what was measured of each unit, for comparing with another judge."""
     measured = measure(plan, items, judged)
-    value, spread = numbers(plan, measured), intervals(measured, plan.aggregate, seed)
     both = isinstance(judged, Scores) and judged.votes > 1
-    won, longer = outcomes(judged), _length_difference(items, judged)
-    decided = won[~np.isnan(won)]
+    won = outcomes(judged)
+    longer, pairs = _length_difference(items, won.shape), won[~np.isnan(won)]
     findings = Findings(
-        scores={name: (value[name], *spread[name]) for name in value},
+        scores=_with_intervals(plan, measured, seed),
         majority=numbers(plan, measure(plan, items, judged, "majority")) if both else {},
         votes=_votes(plan, items, judged, seed),
         valid=valid,
         failed=failed,
-        ties=float((decided == 0.5).mean()) if decided.size else None,
+        ties=float((pairs == 0.5).mean()),
         length=_by_length(won, longer),
         position=_position(judged) if isinstance(judged, Choices) else None,
         calibration=_calibration(judged) if isinstance(judged, Scores) else [],
@@ -90,13 +91,23 @@ def find(
     return findings, measured
 
 
+def _with_intervals(plan: Plan, measured: Measured, seed: int) -> dict[str, tuple[float, float, float]]:
+    """(value, low, high) of every number; low and high are NaN of a subset of one unit, which tells nothing of them."""
+    value, spread = numbers(plan, measured), intervals(measured, plan.aggregate, seed)
+    units = np.bincount(measured.stratum)
+    lone = tuple(f"{rule}/subset {plan.subsets[s]}/" for rule in TIE_RULES for s in np.flatnonzero(units == 1))
+    unknown = (np.nan, np.nan)
+    return {name: (value[name], *(unknown if name.startswith(lone) else spread[name])) for name in value}
+
+
 def _votes(plan: Plan, items: Sequence[Item], judged: Scores | Choices, seed: int) -> list[dict[str, Any]]:
     """Each number of votes is taken many times out of the N that there are, and averaged."""
     rules: tuple[Rule, ...] = ("mean", "majority") if isinstance(judged, Scores) else ("majority",)
     curve: list[dict[str, Any]] = []
     for size, subsets in votes_curve(judged, seed).items():
+        some = [judged.some(subset) for subset in subsets]
         for rule in rules:
-            drawn = [numbers(plan, measure(plan, items, judged.some(subset), rule)) for subset in subsets]
+            drawn = [numbers(plan, measure(plan, items, each, rule)) for each in some]
             point: dict[str, Any] = {"votes": size, "rule": rule}
             for name in TIE_RULES:
                 point[name] = float(np.mean([each[f"{name}/overall/accuracy"] for each in drawn]))
@@ -104,9 +115,8 @@ def _votes(plan: Plan, items: Sequence[Item], judged: Scores | Choices, seed: in
     return curve
 
 
-def _length_difference(items: Sequence[Item], judged: Scores | Choices) -> np.ndarray:
+def _length_difference(items: Sequence[Item], shape: tuple[int, ...]) -> np.ndarray:
     """[I, M, K]: characters of the chosen response beyond those of the rejected one."""
-    shape = outcomes(judged).shape
     difference = np.zeros(shape)
     for index, item in enumerate(items):
         chosen, rejected = (np.array([len(text) for text in side]) for side in (item.chosen, item.rejected))
@@ -127,12 +137,12 @@ def _by_length(won: np.ndarray, longer: np.ndarray) -> dict[str, dict[str, float
 def _position(judged: Choices) -> dict[str, float]:
     """What the order of the two responses does to a pairwise judge."""
     first, second = judged.choices[..., 0, :], judged.choices[..., 1, :]
-    valid = np.concatenate([first[~np.isnan(first)] == 1.0, second[~np.isnan(second)] == -1.0])
+    chose_first = np.concatenate([first[~np.isnan(first)] == 1.0, second[~np.isnan(second)] == -1.0])
     both = ~np.isnan(first) & ~np.isnan(second)
     here = judged.has_pair[..., None] & np.ones(first.shape, bool)
     right = [float(np.mean(side[here] == 1.0)) for side in (first, second)]
     return {
-        "chose the first": float(valid.mean()) if valid.size else np.nan,
+        "chose the first": float(chose_first.mean()) if chose_first.size else np.nan,
         "same in both orders": float((first == second)[both].mean()) if both.any() else np.nan,
         "right with chosen first": right[0],
         "right with rejected first": right[1],

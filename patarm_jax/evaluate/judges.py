@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
 
 import numpy as np
 
@@ -12,9 +11,8 @@ from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.outcomes import Choices, Scores
 from patarm_jax.judge.parse import parse_baseline, parse_pairwise, parse_pointwise
 from patarm_jax.judge.prompts import baseline, pairwise, pointwise
-from patarm_jax.types import Judgement, Message, RubricMode
+from patarm_jax.types import JudgeKind, Judgement, Message, RubricMode
 
-Way = Literal["pointwise", "pairwise", "baseline", "scalar"]
 SIDES = ("chosen", "rejected")
 ORDERS = ("chosen first", "rejected first")
 
@@ -23,7 +21,7 @@ ORDERS = ("chosen first", "rejected first")
 class Asked:
     """The questions about one item: a list for each side, or one of (i, j, order) for each pair and order."""
 
-    of_sides: tuple[list[Question], list[Question]] = ([], [])  # (chosen, rejected), one for each response
+    of_sides: tuple[Sequence[Question], Sequence[Question]] = ((), ())  # (chosen, rejected), one for each response
     of_pairs: tuple[tuple[int, int, int, Question], ...] = ()  # (chosen, rejected, index in ORDERS, question)
 
     @property
@@ -33,28 +31,28 @@ class Asked:
 
 
 # How an answer is read; a scalar head writes nothing that could be.
-PARSERS: dict[Way, Callable[[str], Judgement]] = {
+PARSERS: dict[JudgeKind, Callable[[str], Judgement]] = {
     "pointwise": parse_pointwise,
     "pairwise": parse_pairwise,
     "baseline": parse_baseline,
 }
 
 
-def ask_about(items: Sequence[Item], way: Way, rubrics: RubricMode) -> list[Asked]:
+def ask_about(items: Sequence[Item], kind: JudgeKind, rubrics: RubricMode) -> list[Asked]:
     """The questions about every item; their rows number all of them, in order."""
     asked, row = [], 0
     for item in items:
-        one = _pairs(item, rubrics, row) if way == "pairwise" else _sides(item, way, rubrics, row)
+        one = _pairs(item, rubrics, row) if kind == "pairwise" else _sides(item, kind, rubrics, row)
         row += len(one.questions)
         asked.append(one)
     return asked
 
 
-def _sides(item: Item, way: Way, rubrics: RubricMode, row: int) -> Asked:
+def _sides(item: Item, kind: JudgeKind, rubrics: RubricMode, row: int) -> Asked:
     def messages(response: str) -> list[Message]:
-        if way == "pointwise":
+        if kind == "pointwise":
             return pointwise(item.prompt, response, item.domain, rubrics)
-        if way == "baseline":
+        if kind == "baseline":
             return baseline(item.prompt, response)
         return [*item.prompt, Message(role="assistant", content=response)]
 

@@ -9,7 +9,8 @@ All numbers are linear in means over subsets, hence so are their bootstrap resam
     RewardBench 2  best of 4, ties share: 1/k when the chosen one is among k best; Ties by margins; overall = mean
     RM-Bench       M[i][j] = share of chosen i above rejected j; hard = upper triangle (the chosen response is the
                    plainer one), normal = diagonal, easy = lower; domain = mean of M; overall = mean of four domains
-    the others     subsets pooled; RMB: mean of Helpfulness and Harmlessness
+    RMB, PPE       overall = mean of sections
+    the others     all rows alike
 """
 
 from collections import Counter
@@ -27,8 +28,8 @@ from patarm_jax.evaluate.statistics import Aggregate, Measured, means
 TieRule = Literal["strict", "half"]
 TIE_RULES: tuple[TieRule, ...] = ("strict", "half")
 
-# How many rows a subset of RewardBench counts for, whatever part of it is there: as many as it has, save that the 447
-# problems of math-prm weigh as much as the six languages of hep.
+# The official number of rows of each subset, also where only some were judged. The 447 rows of math-prm count as 984,
+# as many as the six languages of hep have together.
 _REWARDBENCH_COUNTS = {
     "alpacaeval-easy": 100,
     "alpacaeval-length": 95,
@@ -54,7 +55,7 @@ _REWARDBENCH_COUNTS = {
     "hep-python": 164,
     "hep-rust": 164,
 }
-# A failed judgement in RewardBench 2 is a rating below all others; a scalar head has scores below this one.
+# RewardBench 2 rates an unreadable answer -1. A scalar head's scores may be lower; then it is below the lowest.
 _FAILED_RATING = -1.0
 
 
@@ -63,6 +64,7 @@ class Layout:
     """How a benchmark reports."""
 
     columns: tuple[str, ...]  # what is measured of an item under each tie rule; the first is its accuracy
+    measure: Literal["pair", "best of four", "matrix"]  # how it is measured
     sections: Mapping[str, tuple[str, ...]]  # section → beginnings of its subsets' names
     overall: Literal["mean of sections", "pooled"]
     official: TieRule
@@ -97,16 +99,21 @@ _REWARDBENCH_2 = {name: (name,) for name in ("Factuality", "Precise IF", "Math",
 _ONE = ("accuracy",)
 
 LAYOUTS: dict[str, Layout] = {
-    "rewardbench": Layout(_ONE, _REWARDBENCH, "mean of sections", "half", "arXiv 2403.13787"),
-    "rewardbench2": Layout(_ONE, _REWARDBENCH_2, "mean of sections", "half", "arXiv 2506.01937"),
+    "rewardbench": Layout(_ONE, "pair", _REWARDBENCH, "mean of sections", "half", "arXiv 2403.13787"),
+    "rewardbench2": Layout(_ONE, "best of four", _REWARDBENCH_2, "mean of sections", "half", "arXiv 2506.01937"),
     "rm-bench": Layout(
-        ("accuracy", "hard", "normal", "easy", *_CELLS), _RM_BENCH, "mean of sections", "strict", "arXiv 2410.16184"
+        ("accuracy", "hard", "normal", "easy", *_CELLS),
+        "matrix",
+        _RM_BENCH,
+        "mean of sections",
+        "strict",
+        "arXiv 2410.16184",
     ),
-    "judgebench": Layout(_ONE, _JUDGEBENCH, "pooled", "strict", "arXiv 2410.12784"),
-    "llmbar": Layout(_ONE, _LLMBAR, "pooled", "half", "arXiv 2310.07641"),
-    "rmb": Layout(_ONE, _RMB, "mean of sections", "strict", "arXiv 2410.09893"),
-    "ppe": Layout(_ONE, _PPE, "mean of sections", "half", "arXiv 2410.14872; ties by our own rule"),
-    "pairs": Layout(_ONE, {}, "pooled", "strict", "no benchmark: a file of pairs"),
+    "judgebench": Layout(_ONE, "pair", _JUDGEBENCH, "pooled", "strict", "arXiv 2410.12784"),
+    "llmbar": Layout(_ONE, "pair", _LLMBAR, "pooled", "half", "arXiv 2310.07641"),
+    "rmb": Layout(_ONE, "pair", _RMB, "mean of sections", "strict", "arXiv 2410.09893"),
+    "ppe": Layout(_ONE, "pair", _PPE, "mean of sections", "half", "arXiv 2410.14872; ties by our own rule"),
+    "pairs": Layout(_ONE, "pair", {}, "pooled", "strict", "no benchmark: a file of pairs"),
 }
 
 
@@ -154,17 +161,17 @@ def plan(benchmark: str, items: Sequence[Item], whole: Sequence[Item] | None = N
 
 
 def _as_other(items: Sequence[Item], rare: Collection[str]) -> list[Item]:
-    """Sources of which a single row was judged, which nothing can be resampled from, as one."""
+    """Merges sources of which a single row was judged into `other`: there may be as many as rows."""
     return [replace(item, subset="other") if item.subset in rare else item for item in items]
 
 
 def measure(plan: Plan, items: Sequence[Item], judged: Scores | Choices, rule: Rule = "mean") -> Measured:
     """What is measured of each unit, [units, 2·columns]: under `strict`, then under `half`."""
-    if plan.layout is LAYOUTS["rewardbench2"]:
+    if plan.layout.measure == "best of four":
         values = _best_of(judged, rule)
         if isinstance(judged, Scores):
             values = _with_ties(plan, items, judged, values)
-    elif plan.layout is LAYOUTS["rm-bench"]:
+    elif plan.layout.measure == "matrix":
         values = _matrix(outcomes(judged, rule))
     else:
         first = outcomes(judged, rule)[:, 0, 0]
@@ -203,9 +210,6 @@ def _best_of(judged: Scores | Choices, rule: Rule) -> np.ndarray:
     here = ~np.isnan(won)
     beaten, tied = (here & (won == 0.0)).any(axis=-1), (here & (won == 0.5)).sum(axis=-1)
     share = np.where(beaten, 0.0, 1.0 / (1 + tied))
-    if isinstance(judged, Scores):
-        nobody = np.isnan(mean_scores(judged.chosen)).all(axis=-1) & np.isnan(mean_scores(judged.rejected)).all(axis=-1)
-        share = np.where(nobody, 0.25, share)
     return np.stack([share == 1.0, share], axis=-1)
 
 
@@ -234,7 +238,7 @@ def _with_ties(plan: Plan, items: Sequence[Item], judged: Scores, values: np.nda
     for members in plan.units:
         if items[members[0]].subset != "Ties":
             continue
-        by_kind = {items[index].id.split("/")[1].split(":")[0]: index for index in members}
+        by_kind = {items[index].kind: index for index in members}
         margin, spread = {}, 0.0
         for kind, index in by_kind.items():
             right, wrong = chosen[index][judged.has_chosen[index]], rejected[index][judged.has_rejected[index]]

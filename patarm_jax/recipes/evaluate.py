@@ -17,14 +17,14 @@ from patarm_jax.evaluate.answers import FAILED, Answers, Question, identity_of, 
 from patarm_jax.evaluate.benchmarks import SOURCES, Item, limited, read_benchmark
 from patarm_jax.evaluate.files import UNITS, compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find
-from patarm_jax.evaluate.judges import PARSERS, Way, ask_about, judged
+from patarm_jax.evaluate.judges import PARSERS, ask_about, judged
 from patarm_jax.evaluate.scoring import plan
 from patarm_jax.evaluate.summary import show
 from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.recipes.ask import Local, ask_local, ask_scalar, encode_questions, open_local
 from patarm_jax.recipes.ask_endpoint import Remote, ask_endpoint, ask_name
 from patarm_jax.recipes.run import say
-from patarm_jax.types import UsageError, UserError
+from patarm_jax.types import JudgeKind, UsageError, UserError
 
 ANSWERS = "answers.jsonl"
 
@@ -90,12 +90,12 @@ def _open_judge(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remo
     return Remote(config.endpoint, name, config.sampling, config.votes, config.seed)
 
 
-def _ask(judge: Local | Remote, way: Way, answers: Answers, questions: Sequence[Question]) -> bool:
+def _ask(judge: Local | Remote, kind: JudgeKind, answers: Answers, questions: Sequence[Question]) -> bool:
     if isinstance(judge, Remote):
-        return ask_endpoint(judge, answers, questions, PARSERS[way])
-    if way == "scalar":
+        return ask_endpoint(judge, answers, questions, PARSERS[kind])
+    if kind == "scalar":
         return ask_scalar(judge, answers, questions)
-    return ask_local(judge, answers, questions, PARSERS[way])
+    return ask_local(judge, answers, questions, PARSERS[kind])
 
 
 def _output(config: EvalConfig) -> Path:
