@@ -1,5 +1,6 @@
 """The figures of an evaluation, each as PNG and SVG."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ INK, ACCENT, MUTED, WARM = "#1f2430", "#2f6fde", "#9aa4b2", "#d9822b"
 def draw(folder: Path, findings: Findings, official: str, sections: Sequence[str]) -> None:
     """Draws what there is to draw."""
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("sections", "votes", "scores", "calibration"):  # of an evaluation with more votes, perhaps
+        for kind in ("png", "svg"):
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)
     _save(folder / "sections", _sections(findings, official, sections))
     if len({point["votes"] for point in findings.votes}) > 1:
         _save(folder / "votes", _votes(findings, official))
@@ -49,12 +53,19 @@ def _sections(findings: Findings, official: str, sections: Sequence[str]) -> mat
         known = low == low  # one unit has no interval
         spread = [[max(value - low, 0)], [max(high - value, 0)]] if known else [[0.0], [0.0]]
         axes.bar(index, value, 0.6, color=ACCENT if index == 0 else MUTED, yerr=spread, capsize=4, ecolor=INK)
-        axes.text(index, 3, f"{value:.1f}", ha="center", color="white", fontsize=10)
+        _write_on_bar(axes, index, value, f"{value:.1f}", 10)
     axes.set_xticks(range(len(names)), names)
     axes.set_xlim(-0.8, max(len(names), 3) - 0.2)
     axes.axhline(50, color=INK, linewidth=0.8, linestyle=":")
-    axes.set_ylim(0, 100)
+    most = max(100 * findings.scores[f"{official}/{name}/accuracy"][0] for name in names)
+    axes.set_ylim(0, max(100.0, most))  # Ties of RewardBench 2 go to 101
     return figure
+
+
+def _write_on_bar(axes: Any, index: int, value: float, text: str, size: float) -> None:
+    """Inside the bar; above it where it is too low for that."""
+    inside = value > 10
+    axes.text(index, 3 if inside else value + 2, text, ha="center", color="white" if inside else INK, fontsize=size)
 
 
 def _votes(findings: Findings, official: str) -> matplotlib.figure.Figure:
@@ -86,8 +97,10 @@ def _calibration(findings: Findings) -> matplotlib.figure.Figure:
     figure, axes = _figure("How often the higher score is right, by gap (%)")
     for index, each in enumerate(findings.calibration):
         axes.bar(index, 100 * each["right"], color=ACCENT)
-        axes.text(index, 3, f"{each['pairs']:,}", ha="center", color="white", fontsize=8)
-    labels = [f"≤ {each['up to']:g}" if each["up to"] < 99 else f"> {each['above']:g}" for each in findings.calibration]
+        _write_on_bar(axes, index, 100 * each["right"], f"{each['pairs']:,}", 8)
+    last = findings.calibration[-1]["up to"] == math.inf
+    labels = [f"≤ {each['up to']:g}" for each in findings.calibration[: -1 if last else None]]
+    labels += [f"> {findings.calibration[-1]['above']:g}"] if last else []
     axes.set_xticks(range(len(labels)), labels)
     axes.axhline(50, color=INK, linewidth=0.8, linestyle=":")
     axes.set_ylim(0, 100)

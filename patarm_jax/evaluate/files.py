@@ -9,6 +9,7 @@ official/              RewardBench's and RM-Bench's own files
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from patarm_jax import __version__
+from patarm_jax.config import one_line
 from patarm_jax.evaluate.answers import Answers
+from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.figures import draw
 from patarm_jax.evaluate.findings import Evaluation
 from patarm_jax.evaluate.judges import ORDERS, SIDES, Asked
@@ -53,7 +56,7 @@ def _results(result: Evaluation) -> dict[str, Any]:
     for name, (value, low, high) in findings.scores.items():
         rule, section, column = name.split("/", 1)[0], *name.split("/", 1)[1].rsplit("/", 1)
         scores.setdefault(rule, {}).setdefault(section, {})[column] = {"value": value, "low": low, "high": high}
-    return _without_nan(
+    return _ready(
         {
             "benchmark": config.benchmark,
             "judge": config.judge,
@@ -73,18 +76,18 @@ def _results(result: Evaluation) -> dict[str, Any]:
     )
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON knows no NaN."""
+def _ready(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: both become null."""
     if isinstance(value, Mapping):
-        return {name: _without_nan(each) for name, each in value.items()}
+        return {name: _ready(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
+        return [_ready(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_json(path: Path, value: Any, sort: bool = False) -> None:
+def _write_json(path: Path, value: Any, **how: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, indent=4 if sort else 2, sort_keys=sort, ensure_ascii=False)
+    text = json.dumps(value, **{"indent": 2, "ensure_ascii": False, "allow_nan": False} | how)
     path.write_text(text + "\n", encoding="utf-8")
 
 
@@ -137,36 +140,43 @@ def _names(plan: Plan) -> list[str]:
     return [f"{rule} {column}" for rule in TIE_RULES for column in plan.layout.columns]
 
 
-def _units(result: Evaluation) -> list[str]:
+def _units(plan: Plan, items: Sequence[Item]) -> list[str]:
     """Names of the units, with their texts: the same name in another file is another unit."""
     names = []
-    for members in result.plan.units:
-        items = [result.items[index] for index in members]
-        texts = json.dumps([[list(item.prompt), item.chosen, item.rejected] for item in items])
+    for members in plan.units:
+        unit = [items[index] for index in members]
+        texts = json.dumps([[list(item.prompt), item.chosen, item.rejected] for item in unit])
         digest = hashlib.sha256(texts.encode()).hexdigest()[:12]
-        names.append(f"{' '.join(item.id for item in items)} {digest}")
+        names.append(f"{' '.join(item.id for item in unit)} {digest}")
     return names
 
 
 def _write_units(path: Path, result: Evaluation) -> None:
-    columns: dict[str, Any] = {"unit": _units(result)}
+    columns: dict[str, Any] = {"unit": _units(result.plan, result.items)}
     columns["subset"] = [result.plan.subsets[stratum] for stratum in result.measured.stratum]
     columns |= dict(zip(_names(result.plan), result.measured.values.T, strict=True))
     pyarrow.parquet.write_table(pa.table(columns), path)
 
 
-def load_measured(folder: Path, ours: Evaluation) -> Measured:
+def load_measured(folder: Path, plan: Plan, items: Sequence[Item]) -> Measured:
     """What another evaluation of the same items measured, in the order of ours."""
     path = folder / UNITS
-    table = pyarrow.parquet.read_table(path)
-    names, units = _names(ours.plan), _units(ours)
+    if not path.is_file():
+        raise UserError(f"--against {folder} holds no finished evaluation: {UNITS} is missing. Finish that one first.")
+    names, units = _names(plan), _units(plan, items)
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"cannot read {path}: {one_line(error)}. Start that evaluation again, which scores it."
+        ) from error
     where = {unit: index for index, unit in enumerate(table["unit"].to_pylist())}
     lacking = [unit for unit in units if unit not in where]
     if lacking or any(name not in table.column_names for name in names):
         what = f"{len(lacking)} of our {len(units)} items, such as {lacking[0]}" if lacking else "our measures"
         raise UserError(f"--against {folder} lacks {what}. Compare evaluations of the same benchmark, data and limit.")
     values = np.stack([table[name].to_numpy() for name in names], axis=-1)
-    return Measured(values[[where[unit] for unit in units]], ours.measured.stratum)
+    return Measured(values[[where[unit] for unit in units]], plan.stratum)
 
 
 def compared(ours: Evaluation, theirs: Measured) -> dict[str, Difference]:
@@ -180,7 +190,7 @@ def compared(ours: Evaluation, theirs: Measured) -> dict[str, Difference]:
 def _write_official(folder: Path, result: Evaluation, said: Scores | Choices) -> None:
     name, benchmark = result.model.replace("/", "__"), result.config.benchmark
     if benchmark in ("rewardbench", "rewardbench2"):
-        _write_json(folder / "eval-set" / f"{name}.json", _leaderboard(result), sort=True)
+        _write_json(folder / "eval-set" / f"{name}.json", _leaderboard(result), indent=4, sort_keys=True)
     if benchmark == "rm-bench":
         _write_rm_bench(folder, name, result, said)
     elif benchmark != "rewardbench2":
@@ -217,7 +227,7 @@ def _write_outputs(folder: Path, name: str, result: Evaluation, said: Scores | C
             "subset": item.subset,
             "id": item.row.get("id", item.id),
         }
-        lines.append(json.dumps(_without_nan(line), ensure_ascii=False) + "\n")
+        lines.append(json.dumps(_ready(line), ensure_ascii=False) + "\n")
     summary = {
         "accuracy": float(right.mean()),
         "num_prompts": len(result.items),
@@ -254,12 +264,11 @@ def _write_rm_bench(folder: Path, name: str, result: Evaluation, said: Scores | 
             }
             for index, item in enumerate(result.items)
         ]
-        _write_json(folder / f"total_dataset_{name}.json", rows)  # with NaN, which RM-Bench's scripts count as wrong
-    final = {}
-    for domain in ("Chat", "Math", "Code", "Safety"):
-        if found := result.value(f"strict/{domain}/accuracy"):
-            final[domain.lower()] = found[0]
-    for column in ("hard", "normal", "easy"):
-        final[f"{column}_acc"] = result.findings.scores[f"strict/overall/{column}"][0]
-    final["total_avg_acc"] = result.findings.scores["strict/overall/accuracy"][0]
-    _write_json(folder / "final_result.json", final)
+        # With NaN, which RM-Bench's scripts read, and count as wrong.
+        _write_json(folder / f"total_dataset_{name}.json", rows, allow_nan=True)
+    names = {domain.lower(): f"{domain}/accuracy" for domain in ("Chat", "Math", "Code", "Safety")}
+    if not result.missing_sections:  # a mean of some domains is another number
+        names |= {f"{column}_acc": f"overall/{column}" for column in ("hard", "normal", "easy")}
+        names["total_avg_acc"] = "overall/accuracy"
+    found = {key: result.value(f"strict/{name}") for key, name in names.items()}
+    _write_json(folder / "final_result.json", {key: value[0] for key, value in found.items() if value})

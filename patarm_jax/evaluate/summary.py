@@ -8,7 +8,8 @@ import rich.text
 from patarm_jax.evaluate import published
 from patarm_jax.evaluate.findings import Evaluation
 
-_WORDS = {"strict": "tie = wrong", "half": "tie = ½"}
+_TIES = {"strict": "wrong", "half": "½"}  # what a tie counts as
+_WORDS = {rule: f"tie = {said}" for rule, said in _TIES.items()}
 _COLUMNS = {"hard": "Hard", "normal": "Normal", "easy": "Easy"}
 
 
@@ -50,7 +51,7 @@ def _sections(result: Evaluation) -> list[str]:
 
 def _with_interval(result: Evaluation, name: str) -> str:
     value, low, high = (100 * x for x in result.findings.scores[name])
-    return f"{value:.1f}  ({low:.1f} … {high:.1f})" if low == low else f"{value:.1f}"  # one unit has no interval
+    return f"{value:.1f} ({low:.1f} … {high:.1f})" if low == low else f"{value:.1f}"  # one unit has no interval
 
 
 def _table_1(result: Evaluation) -> str:
@@ -60,13 +61,13 @@ def _table_1(result: Evaluation) -> str:
         return ""
     header = ["system", "kind", *(_COLUMNS.get(name, name) for name in columns), "ties", "source"]
     rows = []
-    for rule, words in _WORDS.items():
+    for rule, ties in _TIES.items():
         names = [f"{rule}/overall/{c}" if c in _COLUMNS else f"{rule}/{c}/accuracy" for c in columns]
         values = [found and 100 * found[0] for found in map(result.value, names)]
         mark = ", official" if _official(result, rule) else ""
-        if result.missing_sections:
-            values[0] = None  # of other sections than the rows below
-        cells = [f"**{result.model}**", result.config.judge, *map(_cell, values), words[6:] + mark, "this evaluation"]
+        if result.missing_sections:  # published rows are means over all sections
+            values = [None if "/overall/" in name else value for name, value in zip(names, values, strict=True)]
+        cells = [f"**{result.model}**", result.config.judge, *map(_cell, values), ties + mark, "this evaluation"]
         rows.append(cells)
     for row in published.ROWS[result.config.benchmark]:
         rows.append([row.system, row.kind, *map(_cell, row.values), row.ties, row.source])
@@ -80,15 +81,16 @@ def _cell(value: float | None) -> str:
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join(map(line, [header, ["---"] * len(header), *rows]))
 
 
 def _reading(result: Evaluation) -> str:
     found = result.findings
-    ties = "" if found.ties is None else f", ties {100 * found.ties:.1f} % of pairs"
     failed = f"; {found.failed:,} answers never came and count as unreadable" if found.failed else ""
-    return f"Readable answers {100 * found.valid:.1f} %{ties}{failed}."
+    return f"Readable answers {100 * found.valid:.1f} %, ties {100 * found.ties:.1f} % of pairs{failed}."
 
 
 def _sections_table(result: Evaluation) -> str:
@@ -147,15 +149,33 @@ def _notes(result: Evaluation) -> str:
         f"- Rules: {result.plan.layout.paper}. Official tie rule: {_WORDS[result.official]}.",
         "- A side without any readable judgement decides nothing: a tie"
         + (", and in RewardBench 2 the lowest rating." if config.benchmark == "rewardbench2" else "."),
-        f"- Rubrics {config.rubrics}, temperature {config.sampling.temperature:g}, top-p {config.sampling.top_p:g}, at "
-        f"most {config.sampling.max_new_tokens:,} new tokens, seed {config.seed}.",
+        f"- {_asked(result)}, seed {config.seed}.",
     ]
     if result.missing_sections:
         lines.append(f"- Overall is without {', '.join(result.missing_sections)}, which the data do not hold.")
     if not result.is_official:
-        lines.append(
-            "- The benchmark itself takes the mean over both orders, the unreadable being wrong: `right per answer`."
-        )
+        lines.append(f"- {_PAIRWISE[config.benchmark]}")
     if config.limit:
         lines.append(f"- A quick look: --limit {config.limit}. Of so few the intervals are rough.")
     return "## Notes\n\n" + "\n".join(lines)
+
+
+# How the benchmark itself counts a judge of pairs, where that is not the majority over votes and orders.
+_PAIRWISE = {
+    "rewardbench": "The benchmark itself asks a judge of pairs in one order, drawn at random; the unreadable is ½.",
+    "llmbar": "The benchmark itself takes the mean over both orders, the unreadable being wrong: `right per answer`.",
+}
+
+
+def _asked(result: Evaluation) -> str:
+    """How the judge was asked."""
+    config = result.config
+    if config.judge == "scalar":
+        return "Scores of a scalar head, nothing is sampled"
+    sampling = config.sampling
+    rubrics = "No rubrics" if config.judge == "baseline" else f"Rubrics {config.rubrics}"
+    top_k = f", top-k {sampling.top_k}" if sampling.top_k else ""
+    return (
+        f"{rubrics}, temperature {sampling.temperature:g}, top-p {sampling.top_p:g}{top_k}, at most "
+        f"{sampling.max_new_tokens:,} new tokens"
+    )

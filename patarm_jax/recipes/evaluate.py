@@ -15,7 +15,7 @@ import numpy as np
 from patarm_jax.config import EvalConfig, to_yaml
 from patarm_jax.evaluate.answers import FAILED, Answers, Question, identity_of, open_answers, writing
 from patarm_jax.evaluate.benchmarks import SOURCES, Item, limited, read_benchmark
-from patarm_jax.evaluate.files import UNITS, compared, load_measured, write_files
+from patarm_jax.evaluate.files import compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find
 from patarm_jax.evaluate.judges import PARSERS, ask_about, judged
 from patarm_jax.evaluate.scoring import plan
@@ -31,19 +31,22 @@ ANSWERS = "answers.jsonl"
 
 def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     """Writes `config.output`; gives what was found, or None when it was asked to stop before the end."""
-    folder, _ = _output(config), _against(config)  # a mistake is told before anything is asked
+    folder = _output(config)
     judge = _open_judge(config, folder, dry_run)
 
     # ------------------------------------------------------------------------------------------------------ questions
     items, read = read_benchmark(config.benchmark, config.data)
     items, left_out = _that_can_be_asked(items, config)
     say(f"{config.data.path or SOURCES[config.benchmark].hub}: {read}{left_out}")
+    if not items:
+        raise UserError(f"nothing is left to ask of {config.benchmark}{left_out}. Give the whole benchmark.")
     everything = dict(zip([item.id for item in items], ask_about(items, config.judge, config.rubrics), strict=True))
     whole, items = items, limited(items, config.limit)
     asked = [everything[item.id] for item in items]
     questions = [question for one in asked for question in one.questions]
-    if not questions:
-        raise UserError(f"nothing is left to ask of {config.benchmark}{left_out}. Give the whole benchmark.")
+    groups = plan(config.benchmark, items, whole)
+    # Before anything is asked: another evaluation that cannot be compared with costs nothing.
+    theirs = load_measured(Path(config.against).expanduser(), groups, items) if config.against else None
     if dry_run:
         print(_estimate(config, judge, questions))
         return None
@@ -56,7 +59,6 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
             return None
 
     # ---------------------------------------------------------------------------------------------------------- score
-    groups = plan(config.benchmark, items, whole)
     valid, failed = _read(answers, questions, config.votes)
     if failed == len(questions) * config.votes:
         reason = answers.of(questions[0], 1)[0].reason
@@ -64,8 +66,8 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     said = judged(asked, answers, config.votes)
     findings, measured = find(groups, items, said, valid, failed, config.seed)
     result = Evaluation(config, judge.name, items, groups, findings, measured)
-    if config.against:
-        result = replace(result, against=compared(result, load_measured(_against(config), result)))
+    if theirs is not None:
+        result = replace(result, against=compared(result, theirs))
     with writing(folder):
         write_files(folder, result, asked, answers, said)
     show(result)
@@ -74,6 +76,8 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
 
 
 def _open_judge(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remote:
+    if config.judge in ("baseline", "scalar") and config.rubrics != "adaptive":
+        raise UsageError(f"rubrics is {config.rubrics}, and a {config.judge} judge reads none. Leave it out.")
     if not config.endpoint.url:
         longest = config.data.max_prompt_tokens
         scalar = config.judge == "scalar"
@@ -107,13 +111,6 @@ def _output(config: EvalConfig) -> Path:
     return folder
 
 
-def _against(config: EvalConfig) -> Path:
-    folder = Path(config.against).expanduser()
-    if config.against and not (folder / UNITS).is_file():
-        raise UserError(f"--against {folder} holds no finished evaluation: {UNITS} is missing. Finish that one first.")
-    return folder
-
-
 def _that_can_be_asked(items: Sequence[Item], config: EvalConfig) -> tuple[list[Item], str]:
     """Ties of RewardBench 2 are scored by margins between scores, which a judge of pairs does not give."""
     if config.benchmark != "rewardbench2" or config.judge != "pairwise":
@@ -142,12 +139,13 @@ def _estimate(config: EvalConfig, judge: Local | Remote, questions: Sequence[Que
     if isinstance(judge, Remote):
         characters = [sum(len(message["content"]) for message in question.messages) for question in questions]
         # Its tokenizer is not here; English has some four characters to a token.
-        lines += [
-            f"requests: {asked:,}; prompts of {sum(characters):,} characters in all,",
-            f"about {config.votes * sum(characters) // 4:,} tokens over all votes, {max(characters) // 4:,} at most",
-        ]
-        return "\n".join(lines)
+        read, longest = config.votes * sum(characters) // 4, max(characters) // 4
+        lines.append(f"requests: {asked:,}; prompts of {sum(characters):,} characters in all,")
+        return "\n".join([*lines, f"about {read:,} tokens over all votes, the longest {longest:,}"])
     lengths = [len(one.tokens) for one in encode_questions(judge, questions)]
+    too_long = sum(length > judge.max_prompt_tokens for length in lengths)
+    if too_long:
+        lines.append(f"{too_long:,} questions are longer than data.max_prompt_tokens and will be recorded as failed")
     lines.append(
         f"prompt tokens: {sum(lengths):,} in all, {np.mean(lengths):,.0f} in the mean, {max(lengths):,} at most"
     )
