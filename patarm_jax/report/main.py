@@ -249,10 +249,11 @@ def _facts(config: SFTConfig | GRPOConfig, metrics: Sequence[Mapping[str, Any]])
     for label, name in (("reward", "reward"), ("valid", "judge/valid"), ("accuracy", "judge/accuracy_strict")):
         if isinstance(last.get(name), float):
             facts.append((label, f"{last[name]:.3f}"))
-    best = [line for line in metrics if line.get("eval/accuracy_strict") is not None]
-    if best:
-        top = max(best, key=lambda line: line["eval/accuracy_strict"])
-        facts.append(("best held out", f"{top['eval/accuracy_strict']:.3f} at step {top['step']}"))
+    by = f"eval/{config.heldout.best}"
+    judged = [line for line in metrics if line.get(by) is not None]
+    if judged:
+        top = max(judged, key=lambda line: (line[by], line["step"]))  # of equal ones the checkpoint of the last is kept
+        facts.append((f"best held out, {config.heldout.best}", f"{top[by]:.3f} at step {top['step']}"))
     return facts
 
 
