@@ -359,12 +359,19 @@ def test_the_votes_of_a_curve():
 # ---- Intervals and comparison ---------------------------------------------------------------------------------------
 
 
+def units(values, stratum=None):
+    """Units of one item each."""
+    return Measured(
+        np.asarray(values, float), np.ones(len(values)), np.zeros(len(values), int) if stratum is None else stratum
+    )
+
+
 def test_an_interval_is_that_of_the_bootstrap_library():
     """One stratum and a plain mean: scipy's percentile bootstrap."""
     from scipy.stats import bootstrap
 
     values = np.random.default_rng(3).normal(size=200)
-    got = intervals(Measured(values[:, None], np.zeros(200, int)), lambda m: {"mean": m[..., 0, 0]}, seed=0)["mean"]
+    got = intervals(units(values[:, None]), lambda m: {"mean": m[..., 0, 0]}, seed=0)["mean"]
     want = bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=1).confidence_interval
     assert got == pytest.approx((want.low, want.high), abs=0.01)
 
@@ -372,16 +379,16 @@ def test_an_interval_is_that_of_the_bootstrap_library():
 def test_strata_are_resampled_by_themselves():
     """A stratum whose units are all alike adds no uncertainty."""
     values = np.concatenate([np.zeros(50), np.ones(50)])[:, None]
-    measured = Measured(values, np.repeat([0, 1], 50))
+    measured = units(values, np.repeat([0, 1], 50))
     assert intervals(measured, lambda m: {"mean": m[..., 0].mean(-1)}, seed=0)["mean"] == (0.5, 0.5)
 
 
 def test_intervals_of_few_units():
     """Wider than a plain bootstrap's, which is too narrow; never outside what a mean can be; of one unit, none."""
-    few = Measured(np.array([[0.0], [1.0], [1.0], [1.0]]), np.zeros(4, int))
+    few = units([[0.0], [1.0], [1.0], [1.0]])
     low, high = intervals(few, lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
     assert low == pytest.approx(0.75 - 0.5 * np.sqrt(4 / 3)) and high == 1.0
-    one = Measured(np.array([[1.0]]), np.zeros(1, int))
+    one = units([[1.0]])
     assert np.isnan(intervals(one, lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]).all()
 
 
@@ -392,10 +399,10 @@ def test_strata_of_one_unit_are_taken_together_for_their_spread():
     def overall(m):
         return {"x": m[..., 0].mean(-1)}
 
-    each, one = Measured(values, np.arange(60)), Measured(values, np.zeros(60, int))
+    each, one = units(values, np.arange(60)), units(values)
     (low, high), (low_1, high_1) = (intervals(measured, overall, seed=0)["x"] for measured in (each, one))
     assert (low, high) == pytest.approx((low_1, high_1), abs=1.01 / 60)  # a unit's worth
-    lone = Measured(np.append(values, [[1.0]], axis=0), np.repeat([0, 1], [60, 1]))
+    lone = units(np.append(values, [[1.0]], axis=0), np.repeat([0, 1], [60, 1]))
 
     def weighted(m):
         return {"x": (60 * m[..., 0, 0] + m[..., 1, 0]) / 61}
@@ -410,10 +417,7 @@ def test_a_paired_comparison_is_that_of_the_permutation_library():
     rng = np.random.default_rng(4)
     ours, theirs = rng.integers(0, 2, 60).astype(float), rng.integers(0, 2, 60).astype(float)
     ours[:12] = 1.0
-    stratum = np.zeros(60, int)
-    got = compare(
-        Measured(ours[:, None], stratum), Measured(theirs[:, None], stratum), lambda m: {"x": m[..., 0, 0]}, seed=0
-    )["x"]
+    got = compare(units(ours[:, None]), units(theirs[:, None]), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
     want = permutation_test(
         (ours, theirs), lambda a, b: np.mean(a) - np.mean(b), permutation_type="samples", n_resamples=10_000, rng=2
     )
@@ -422,14 +426,65 @@ def test_a_paired_comparison_is_that_of_the_permutation_library():
     assert got.interval[0] < got.value < got.interval[1]
 
 
+def test_a_comparison_over_strata_is_exact():
+    """Of four units in two strata all sixteen exchanges are counted by hand; p is never below one in so many."""
+    stratum, weights = np.array([0, 0, 0, 1]), np.array([0.7, 0.3])
+    ours, theirs = np.array([1.0, 1.0, 0.0, 1.0]), np.array([0.0, 0.5, 0.5, 0.0])
+
+    def number(m):
+        return {"x": m[..., 0] @ weights}
+
+    got = compare(units(ours[:, None], stratum), units(theirs[:, None], stratum), number, seed=0)["x"]
+    each = weights[stratum] / np.bincount(stratum)[stratum] * (ours - theirs)
+    all_ = np.array([signs @ each for signs in itertools.product((1, -1), repeat=4)])
+    assert got.value == pytest.approx(each.sum())
+    assert got.p_value == pytest.approx(np.mean(np.abs(all_) >= abs(each.sum()) - 1e-9), abs=0.02)
+    many = compare(units(np.ones((60, 1))), units(np.zeros((60, 1))), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
+    assert many.p_value == 1 / 10_001
+
+
+def test_items_of_one_prompt_are_resampled_together():
+    """A prompt's items say the same: the interval is that of the prompts, the number that of the items."""
+    rng = np.random.default_rng(5)
+    prompts = rng.integers(0, 2, 80).astype(float)
+    size = rng.integers(1, 6, 80).astype(float)
+    together = Measured(prompts[:, None], size, np.zeros(80, int))
+    apart = units(np.repeat(prompts, size.astype(int))[:, None])
+
+    def number(m):
+        return {"x": m[..., 0, 0]}
+
+    assert means(together) == pytest.approx(means(apart))
+    (low, high), (low_1, high_1) = (intervals(one, number, seed=0)["x"] for one in (together, apart))
+    # Of a ratio estimator: √Σ size²·(x − mean)² / Σ size, within the normal approximation.
+    deviation = np.sqrt((size**2 * (prompts - means(together)[0, 0]) ** 2).sum()) / size.sum()
+    assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.05)
+    assert high_1 - low_1 < 0.75 * (high - low)
+
+
+def test_where_all_agree_the_interval_is_wilsons():
+    """With as many units as the weights of the strata amount to."""
+    from scipy.stats import binomtest
+
+    right = units(np.ones((200, 1)), np.repeat([0, 1], [40, 160]))
+    got = intervals(right, lambda m: {"x": m[..., 0].mean(-1), "first": m[..., 0, 0]}, seed=0)
+    want = binomtest(40, 40).proportion_ci(method="wilson")
+    assert got["first"] == pytest.approx((want.low, want.high), abs=0.003)
+    amounts_to = round(1 / (0.25 / 40 + 0.25 / 160))  # 128
+    want = binomtest(amounts_to, amounts_to).proportion_ci(method="wilson")
+    assert got["x"] == pytest.approx((want.low, want.high), abs=0.002)
+    wrong = intervals(units(np.zeros((40, 1))), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
+    assert wrong == pytest.approx((0.0, 1 - got["first"][0]), abs=0.002)
+
+
 def test_a_judge_does_not_differ_from_itself():
-    measured = Measured(np.random.default_rng(0).random((30, 2)), np.repeat([0, 1, 2], 10))
+    measured = units(np.random.default_rng(0).random((30, 2)), np.repeat([0, 1, 2], 10))
     same_ = compare(measured, measured, lambda m: {"x": m[..., 0].mean(-1)}, seed=0)["x"]
     assert same_.value == 0 and same_.interval == (0.0, 0.0) and same_.p_value == 1.0
 
 
 def test_the_same_seed_gives_the_same_numbers():
-    measured = Measured(np.random.default_rng(0).random((30, 2)), np.repeat([0, 1, 2], 10))
+    measured = units(np.random.default_rng(0).random((30, 2)), np.repeat([0, 1, 2], 10))
     first, second, other = (intervals(measured, lambda m: {"x": m[..., 0].mean(-1)}, seed) for seed in (1, 1, 2))
     assert first == second != other
     assert means(measured).shape == (3, 2)

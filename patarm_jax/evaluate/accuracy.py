@@ -37,7 +37,8 @@ def pairwise_accuracy(scores: np.ndarray, valid: np.ndarray, seed: int = 0) -> A
     outcome = outcomes(judged)[:, 0]  # [P, 1]
     gap = gaps(judged)
     decided = gap[~np.isnan(gap)]
-    spread = intervals(Measured(outcome, np.zeros(len(outcome), int)), lambda m: {"half": m[..., 0, 0]}, seed)
+    one = Measured(outcome, np.ones(len(outcome)), np.zeros(len(outcome), int))
+    spread = intervals(one, lambda m: {"half": m[..., 0, 0]}, seed)
     return Accuracy(
         valid=float(valid.mean()),
         accuracy_strict=float((outcome == 1.0).mean()),

@@ -176,7 +176,8 @@ def load_measured(folder: Path, plan: Plan, items: Sequence[Item]) -> Measured:
         what = f"{len(lacking)} of our {len(units)} items, such as {lacking[0]}" if lacking else "our measures"
         raise UserError(f"--against {folder} lacks {what}. Compare evaluations of the same benchmark, data and limit.")
     values = np.stack([table[name].to_numpy() for name in names], axis=-1)
-    return Measured(values[[where[unit] for unit in units]], plan.stratum)
+    size = np.array([len(unit) for unit in plan.units], float)
+    return Measured(values[[where[unit] for unit in units]], size, plan.stratum)
 
 
 def compared(ours: Evaluation, theirs: Measured) -> dict[str, Difference]:

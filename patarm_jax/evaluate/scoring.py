@@ -178,7 +178,8 @@ def measure(plan: Plan, items: Sequence[Item], judged: Scores | Choices, rule: R
         values = np.stack([first == 1.0, first], axis=-1)
     grouped = np.zeros((len(plan.units), values.shape[1]))
     np.add.at(grouped, plan.unit_of, values)
-    return Measured(grouped / np.bincount(plan.unit_of)[:, None], plan.stratum)
+    size = np.bincount(plan.unit_of).astype(float)
+    return Measured(grouped / size[:, None], size, plan.stratum)
 
 
 def numbers(plan: Plan, measured: Measured) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""How sure a number is: bootstrap intervals over prompts, and whether two judges differ.
+"""How sure a number is: 95 % intervals over prompts, and whether two judges differ.
 
 A benchmark's numbers are functions of means over its strata (subsets). So a resample is a set of means, and every
 number comes with an interval from the same resamples.
@@ -18,34 +18,41 @@ Aggregate = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of each unit, the thing that is resampled: a prompt with all its responses."""
+    """What was measured of each unit, the thing that is resampled: a prompt with all its items."""
 
-    values: np.ndarray  # [units, k]
+    values: np.ndarray  # [units, k], means over the unit's items
+    size: np.ndarray  # [units] its items
     stratum: np.ndarray  # [units] int, 0 … S − 1; every stratum has a unit
 
 
 def means(measured: Measured) -> np.ndarray:
-    """[S, k]: the mean of each stratum."""
-    return np.stack([measured.values[rows].mean(axis=0) for rows in _strata(measured)])
+    """[S, k]: the mean over the items of each stratum."""
+    return np.stack([_mean(measured, rows) for rows in _strata(measured)])
 
 
 def intervals(measured: Measured, aggregate: Aggregate, seed: int) -> dict[str, tuple[float, float]]:
-    """95 % bootstrap intervals of every number: units are resampled within their stratum; percentile method.
+    """95 % intervals of every number: units are resampled within their stratum (bootstrap, percentile method).
 
     A stratum of one unit says nothing of its spread, so that such strata are taken together for it, and a single one
-    with all others (collapsed strata, as in surveys). NaN where there is but one unit in all.
+    with all others (collapsed strata, as in surveys). Where all units agree on 0 or on 1 there is nothing to resample:
+    the interval is Wilson's for as many units as the number's weights amount to. NaN where there is one unit in all.
 
     Args:
         measured: of each unit.
         aggregate: from means to numbers.
         seed: of the resampling.
     """
-    spreads = _spreads(measured)
-    lowest, highest = (aggregate(np.stack([end(values, axis=0) for values in spreads])) for end in (np.min, np.max))
-    return {
+    pools = [measured.values[pool] for pool in _pools(measured)]
+    lowest, highest = (aggregate(np.stack([end(values, axis=0) for values in pools])) for end in (np.min, np.max))
+    result = {
         name: _percentiles(np.clip(draws, lowest[name], highest[name]))  # widened, they may leave what a mean can be
         for name, draws in aggregate(_resampled(measured, seed)).items()
     }
+    agreed = [name for name, (low, high) in result.items() if low == high and low in (0.0, 1.0)]
+    if agreed:
+        count = _effective_units(measured, aggregate, seed)
+        result |= {name: _wilson(result[name][0], count[name]) for name in agreed}
+    return result
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ def compare(ours: Measured, theirs: Measured, aggregate: Aggregate, seed: int) -
     if not np.array_equal(ours.stratum, theirs.stratum):
         raise ValueError("the two judges were not measured on the same units")
     observed = _differences(aggregate, means(ours), means(theirs))
-    together = Measured(np.concatenate([ours.values, theirs.values], axis=1), ours.stratum)
+    together = Measured(np.concatenate([ours.values, theirs.values], axis=1), ours.size, ours.stratum)
     drawn = _differences(aggregate, *np.split(_resampled(together, seed), 2, axis=-1))
     exchanged = _differences(aggregate, *_exchanged(ours, theirs, seed))
     return {
@@ -99,45 +106,70 @@ def _strata(measured: Measured) -> list[np.ndarray]:
     return [np.flatnonzero(measured.stratum == each) for each in range(int(measured.stratum.max()) + 1)]
 
 
-def _spreads(measured: Measured) -> list[np.ndarray]:
-    """For each stratum the values, [n, k], that tell how much a unit of it may differ from another."""
+def _mean(measured: Measured, rows: np.ndarray) -> np.ndarray:
+    size = measured.size[rows]
+    return size @ measured.values[rows] / size.sum()
+
+
+def _pools(measured: Measured) -> list[np.ndarray]:
+    """For each stratum the units that tell how much one of it may differ from another."""
     strata = _strata(measured)
-    single = [row for rows in strata if len(rows) == 1 for row in rows]
-    collapsed = measured.values[single] if len(single) > 1 else measured.values
-    return [measured.values[rows] if len(rows) > 1 else collapsed for rows in strata]
+    single = np.array([row for rows in strata if len(rows) == 1 for row in rows], int)
+    collapsed = single if len(single) > 1 else np.arange(len(measured.size))
+    return [rows if len(rows) > 1 else collapsed for rows in strata]
 
 
 def _resampled(measured: Measured, seed: int) -> np.ndarray:
     """[resamples, S, k]: the mean of each stratum, as often as it is drawn anew."""
     rng = np.random.default_rng(seed)
     columns = [
-        measured.values[rows].mean(axis=0) + _deviations(spread, len(rows), rng)
-        for rows, spread in zip(_strata(measured), _spreads(measured), strict=True)
+        _mean(measured, rows) + _deviations(measured, pool, len(rows), rng)
+        for rows, pool in zip(_strata(measured), _pools(measured), strict=True)
     ]
     return np.stack(columns, axis=1)
 
 
-def _deviations(values: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """[resamples, k]: how far the mean of `count` of the values, drawn with replacement, lies from the mean of all."""
+def _deviations(measured: Measured, pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """[resamples, k]: how far the mean of `count` units, drawn from the pool with replacement, lies from the pool's.
+
+    Units bring their items along, so that a mean is a ratio of sums.
+    """
+    size = measured.size[pool, None]
     # Units are alike in what was measured more often than not: their kinds are drawn.
-    kinds, numbers = np.unique(values, axis=0, return_counts=True)
-    parts = [rng.multinomial(count, numbers / len(values), size=size) @ kinds for size in _portions(RESAMPLES)]
+    kinds, numbers = np.unique(np.concatenate([size * measured.values[pool], size], axis=1), axis=0, return_counts=True)
+    shares = numbers / len(pool)
+    sums = np.concatenate([rng.multinomial(count, shares, size=each) @ kinds for each in _portions(RESAMPLES)])
     # Resamples of n units vary by a factor of √((n − 1)/n) too little; of one unit, by nothing.
-    wider = np.sqrt(len(values) / (len(values) - 1)) if len(values) > 1 else np.nan
-    return wider * (np.concatenate(parts) / count - values.mean(axis=0))
+    wider = np.sqrt(len(pool) / (len(pool) - 1)) if len(pool) > 1 else np.nan
+    return wider * (sums[:, :-1] / sums[:, -1:] - _mean(measured, pool))
+
+
+def _effective_units(measured: Measured, aggregate: Aggregate, seed: int) -> dict[str, float]:
+    """How many equally weighing units a number amounts to: one over its variance were that of each unit 1."""
+    rng, strata = np.random.default_rng([seed, 2]), _strata(measured)
+    variance = np.array([(measured.size[rows] ** 2).sum() / measured.size[rows].sum() ** 2 for rows in strata])
+    noise = rng.normal(size=(RESAMPLES, len(strata), 1)) * np.sqrt(variance)[:, None]
+    made = aggregate(np.broadcast_to(noise, (*noise.shape[:2], measured.values.shape[1])))
+    return {name: float(1 / np.mean(np.square(draws))) for name, draws in made.items()}
+
+
+def _wilson(share: float, count: float) -> tuple[float, float]:
+    """Of a share that is 0 or 1 the other end is z²/(n + z²) away."""
+    away = 1.959964**2 / (count + 1.959964**2)
+    return (1.0 - away, 1.0) if share else (0.0, away)
 
 
 def _exchanged(ours: Measured, theirs: Measured, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng([seed, 1])  # another stream than the resamples'
     first, second = [], []
     for rows in _strata(ours):
-        a, b = ours.values[rows], theirs.values[rows]
-        moved = [
-            rng.integers(0, 2, size=(size, len(rows))).astype(float) @ (b - a) / len(rows)
-            for size in _portions(RESAMPLES)
-        ]
-        first.append(a.mean(axis=0) + np.concatenate(moved))
-        second.append(b.mean(axis=0) - np.concatenate(moved))
+        size = ours.size[rows, None]
+        gain = size * (theirs.values[rows] - ours.values[rows]) / size.sum()
+        moved = np.concatenate(
+            [rng.integers(0, 2, size=(each, len(rows))).astype(float) @ gain for each in _portions(RESAMPLES)]
+        )
+        first.append(_mean(ours, rows) + moved)
+        second.append(_mean(theirs, rows) - moved)
     return np.stack(first, axis=1), np.stack(second, axis=1)
 
 

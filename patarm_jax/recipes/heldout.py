@@ -36,7 +36,9 @@ class Heldout:
     to_rollout: Any  # params → their copy for sampling
     key: jax.Array  # the same at every step, so that a difference is the weights'
     records: Sequence[EncodedPair]
-    share: Sequence[EncodedPair]  # this process's; of all, the first stand at the end again, so that devices share evenly
+    share: Sequence[
+        EncodedPair
+    ]  # this process's; of all, the first stand at the end again, so that devices share evenly
     width: int  # of the longest prompt
 
     def due(self, step: int, steps: int) -> bool:

@@ -346,7 +346,9 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
-        os.write(2, b"\nstopping when what is under way is done; the same command goes on from there\n")  # print is not reentrant
+        os.write(
+            2, b"\nstopping when what is under way is done; the same command goes on from there\n"
+        )  # print is not reentrant
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
