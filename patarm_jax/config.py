@@ -214,6 +214,7 @@ class EndpointSection:
     concurrency: int = 32  # requests under way at a time
     timeout: float = 600.0  # seconds for one answer
     tries: int = 6  # of one request, with growing pauses, before it is recorded as failed
+    busy: float = 1800.0  # seconds a request waits for a server that answers 429, before it is recorded as failed
     thinking: Literal["server", "on", "off"] = "server"  # chat_template_kwargs.enable_thinking; server: not sent
 
 
@@ -230,6 +231,7 @@ class EvalConfig:
     sampling: SamplingSection = field(default_factory=lambda: SamplingSection(rows=256))
     rubrics: RubricMode = "adaptive"
     output: str = ""
+    name: str = ""  # of the judge, such as org/judge-8b, in results; empty: its folder's, or as the server calls it
     votes: int = 1  # answers to each question
     limit: int = 0  # about so many items, spread over the subsets; 0: all
     seed: int = 0
@@ -297,7 +299,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("steps", "show_every", "warmup_steps", "top_k", "rows", "processes", "temperature"), Range(0)),
     **dict.fromkeys(("concurrency", "tries", "eval_every"), Range(1)),
     "limit": Range(0),
-    "timeout": Range(0, open_low=True),
+    **dict.fromkeys(("timeout", "busy"), Range(0, open_low=True)),
     **dict.fromkeys(("learning_rate", "weight_decay", "clip_high", "kl_coef"), Range(0)),
     **dict.fromkeys(("mean_new", "decode_rows", "halvings"), Range(0)),
     **dict.fromkeys(("epsilon", "clip_norm"), Range(0, open_low=True)),

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager, suppress
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from patarm_jax.cli import main
 from patarm_jax.config import DataSection
 from patarm_jax.evaluate.answers import Answer, Question, open_answers
 from patarm_jax.evaluate.benchmarks import limited, read_benchmark
+from patarm_jax.evaluate.scoring import plan
 from patarm_jax.model import weights
 from patarm_jax.model.config import read_config
 from patarm_jax.model.qwen3 import init_params
@@ -125,7 +127,19 @@ def test_conflict_pairs_of_ppe_belong_to_their_question(tmp_path):
     row |= {"sampled_conflict_pairs": [[0, 1], [2, 3]], **{f"response_{n}": f"text {n}" for n in range(1, 5)}}
     items, _ = read_benchmark("ppe", write_rows(tmp_path / "PPE-MMLU-Pro-Best-of-K.jsonl", row))
     assert [(one.chosen, one.rejected) for one in items] == [(("text 2",), ("text 1",)), (("text 3",), ("text 4",))]
-    assert {(one.group, one.subset) for one in items} == {("mmlu_pro/5", "mmlu_pro")}
+    assert len({one.group for one in items}) == 1 and {one.subset for one in items} == {"mmlu_pro"}
+
+
+def test_pairs_of_one_prompt_are_one_unit(tmp_path):
+    """Of RMB and of files of pairs too, where a prompt has many."""
+    rows = [ROWS["rmb"] | {"pair_uid": n, "chosen": {"answer": f"{GOOD} {n}"}} for n in range(3)]
+    other = [{"role": "user", "content": "Ho"}]
+    items, _ = read_benchmark("rmb", write_rows(tmp_path / "x.jsonl", *rows, rows[0] | {"conversation_input": other}))
+    assert plan("rmb", items).units == ((0, 1, 2), (3,))
+    pairs = [ROWS["pairs"] | {"chosen": f"{GOOD} {n}"} for n in range(3)]
+    items, _ = read_benchmark("pairs", write_rows(tmp_path / "y.jsonl", *pairs, ROWS["pairs"] | {"prompt": "Ho"}))
+    assert plan("pairs", items).units == ((0, 1, 2), (3,))
+    assert len(limited(items, 1)) == 3  # a prompt comes whole
 
 
 def test_votes_for_neither_are_left_out(tmp_path):
@@ -428,6 +442,13 @@ class Chat(BaseHTTPRequestHandler):
             return
         if do in ("429", "500", "400", "401", "403"):
             self.reply(int(do), {"error": do}, **({"Retry-After": self.retry_after} if do == "429" else {}))
+        elif do == "quota":
+            self.reply(429, {"error": {"code": "insufficient_quota"}})
+        elif do in ("cut", "nothing"):
+            said = answer_to(request)
+            said["choices"][0]["finish_reason"] = "length"
+            said["choices"][0]["message"] = {"content": "<think>hm" if do == "cut" else ""}
+            self.reply(200, said)
         elif do == "nonsense":
             self.reply(200, None)
         elif do == "empty":
@@ -570,21 +591,48 @@ def test_a_busy_server_is_waited_for(pairs):
 
 
 def test_as_long_as_the_server_says(pairs):
-    with served("429") as (url, chat):
-        chat.retry_after = "3"
-        begun = time.monotonic()
+    """By seconds or by a date; longer than it would have been."""
+    later = formatdate(time.time() + 4, usegmt=True)
+    for output, said in (("seconds", "3"), ("date", later), ("past", "Fri, 31 Dec 1999 23:59:59 GMT"), ("odd", "soon")):
+        with served("429") as (url, chat):
+            chat.retry_after = said
+            begun = time.monotonic()
+            assert main(remote(pairs, url, "--endpoint.concurrency", 1, output=output)) == 0
+            assert overall(pairs, output)[1] == 1.0
+            assert (time.monotonic() - begun > 2.5) or output in ("past", "odd")
+
+
+def test_why_nothing_comes_is_told(pairs, capsys):
+    with served("429", "429", "500") as (url, _):
+        assert main(remote(pairs, url, "--endpoint.concurrency", 3)) == 0
+    said = capsys.readouterr().err
+    assert said.count("trying again, ") == 1 and "requests under way: 429: " in said  # once a minute
+
+
+def test_money_that_is_spent_does_not_come_by_waiting(pairs, capsys):
+    with served(*["quota"] * 20) as (url, chat):
+        assert main(remote(pairs, url, "--endpoint.concurrency", 2)) == 1
+    assert "insufficient_quota" in capsys.readouterr().err and len(chat.asked) <= 4
+
+
+def test_what_is_cut_off_or_empty_is_an_answer(pairs):
+    """It is paid for, kept, and told of."""
+    with served("cut", "nothing") as (url, chat):
         assert main(remote(pairs, url, "--endpoint.concurrency", 1)) == 0
-        assert time.monotonic() - begun > 3  # it would have been a second or two
-    with served("429") as (url, chat):
-        chat.retry_after = "Fri, 31 Dec 1999 23:59:59 GMT"  # a date is passed over
-        assert main(remote(pairs, url, output="dated")) == 0
-    assert overall(pairs, "dated")[1] == 1.0
+        assert main(remote(pairs, url, "--endpoint.concurrency", 1)) == 0
+        assert len(chat.asked) == 12
+    results, _ = overall(pairs)
+    assert (results["failed"], results["valid"], results["cut"]) == (0, 10 / 12, 2 / 12)
+    table = pyarrow.parquet.read_table(pairs / "out" / "judgements.parquet").to_pylist()
+    assert [(row["status"], row["cut"], row["tokens"]) for row in table[:3]] == [
+        ("BAD_TAGS", True, 12), ("BAD_TAGS", True, 12), ("OK", False, 12),
+    ]  # fmt: skip
+    assert "cut off at the limit of new tokens 16.7 %" in (pairs / "out" / "summary.md").read_text()
 
 
-def test_only_a_busy_server_is_given_up_by_the_clock(pairs, monkeypatch):
+def test_only_a_busy_server_is_given_up_by_the_clock(pairs):
     """A broken one gets all its tries, however long they take; the record says how often it was asked."""
-    monkeypatch.setattr("patarm_jax.evaluate.endpoint._BUSY_FOR", 0.5)
-    alone = ["--endpoint.concurrency", 1]
+    alone = ["--endpoint.concurrency", 1, "--endpoint.busy", 0.5]
     with served(*["500"] * 3) as (url, chat):
         assert main(remote(pairs, url, *alone, "--endpoint.tries", 4)) == 0
     assert overall(pairs)[0]["failed"] == 0 and len(chat.asked) == 15
@@ -677,6 +725,7 @@ def test_a_stopped_evaluation_pays_for_nothing_twice(pairs):
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
         assert process.returncode == 1 and "of 12 answers; the same command goes on from there" in said
+        assert "waiting for 4 answers that are under way, 600 s at most" in said
         paid = len(chat.asked)  # what was under way was waited for
         assert 5 <= paid < 12 and (pairs / "out" / "answers.jsonl").read_text().count("\n") == 1 + paid
         chat.plan.clear()

@@ -14,10 +14,11 @@ from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.files import compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find
 from patarm_jax.evaluate.judges import ask_about
-from patarm_jax.evaluate.outcomes import Choices, Scores
+from patarm_jax.evaluate.outcomes import Choices
 from patarm_jax.evaluate.scoring import LAYOUTS, measure, numbers, plan
 from patarm_jax.evaluate.summary import markdown
 from patarm_jax.types import Message
+from tests.toys import scores_of
 
 nan = math.nan
 PROMPT = (Message(role="user", content="Hi"),)
@@ -29,8 +30,7 @@ def item(name, chosen="cc", rejected="r", subset="all"):
 
 def scores(chosen, rejected):
     """[I][N] scores of one chosen and one rejected response each."""
-    here = np.ones((len(chosen), 1), bool)
-    return Scores(np.array(chosen, float)[:, None], np.array(rejected, float)[:, None], here, here)
+    return scores_of(np.array(chosen, float)[:, None], np.array(rejected, float)[:, None])
 
 
 # Three pairs, four votes. The chosen response is longer in a, shorter in b, as long in c.
@@ -39,12 +39,14 @@ SCORES = scores(
     [[9, 9, 9, 1], [4, 4, 4, 4], [5, 6, nan, 7]],  # means 7, 4, 6
     [[6, 6, 6, 6], [3, 3, 3, 10], [6, 6, 6, 6]],  # means 6, 4.75, 6
 )
+ANSWERS = [*[Answer("q", 0, "OK")] * 21, *[Answer("q", 0, "BAD_TAGS", cut=True)] * 2, Answer("q", 0, "FAILED")]
+FINE = ANSWERS[:1]
 
 
 @pytest.fixture(scope="module")
 def found():
     groups = plan("pairs", ITEMS)
-    return find(groups, ITEMS, SCORES, 11 / 12, 1, seed=0)[0]
+    return find(groups, ITEMS, SCORES, ANSWERS, seed=0)[0]
 
 
 def test_by_mean_and_by_majority(found):
@@ -53,7 +55,8 @@ def test_by_mean_and_by_majority(found):
     assert found.scores["half/overall/accuracy"][0] == pytest.approx(1 / 2)
     assert found.majority["strict/overall/accuracy"] == pytest.approx(2 / 3)
     assert found.majority["half/overall/accuracy"] == pytest.approx(5 / 6)
-    assert found.ties == pytest.approx(1 / 3) and (found.valid, found.failed) == (11 / 12, 1)
+    assert found.ties == pytest.approx(1 / 3)
+    assert (found.answers, found.valid, found.cut, found.failed) == (24, 21 / 24, 2 / 24, 1)
 
 
 def test_the_votes_curve(found):
@@ -79,36 +82,38 @@ def test_by_which_response_is_longer(found):
 
 def test_how_often_a_gap_is_right(found):
     """The gaps are +1, −0.75 and 0, which has no sign."""
-    assert found.calibration == [{"above": 0.5, "up to": 1.0, "pairs": 2, "right": 0.5}]
+    (one,) = found.calibration
+    assert (one["above"], one["up to"], one["pairs"], one["right"]) == (0.5, 1.0, 2, 0.5)
+    assert (one["low"], one["high"]) == pytest.approx((0.0945, 0.9055), abs=1e-4)  # Wilson's of 1 in 2
 
 
 def test_the_histogram_of_single_scores(found):
-    edges = found.histogram["edges"]
-    assert (edges[0], edges[-1], len(edges)) == (0, 10, 21)
+    """A bar around each half point, so that the ends are as wide as the rest."""
+    edges = np.array(found.histogram["edges"])
+    assert (edges[:-1] + edges[1:]) / 2 == pytest.approx(np.arange(0, 10.5, 0.5))
     at = {"chosen": {1: 1, 4: 4, 5: 1, 6: 1, 7: 1, 9: 3}, "rejected": {3: 3, 6: 8, 10: 1}}
     for side, wanted in at.items():
-        counts = {edges[i]: count for i, count in enumerate(found.histogram[side]) if count}
-        assert counts == {(9.5 if score == 10 else score): count for score, count in wanted.items()}
+        assert {i / 2: count for i, count in enumerate(found.histogram[side]) if count} == wanted
 
 
 def test_scores_of_a_scalar_head_have_a_histogram_of_their_own():
     judged = scores([[-3.0]], [[12.0]])
-    histogram = find(plan("pairs", ITEMS[:1]), ITEMS[:1], judged, 1.0, 0, seed=0)[0].histogram
+    histogram = find(plan("pairs", ITEMS[:1]), ITEMS[:1], judged, FINE, seed=0)[0].histogram
     assert (histogram["edges"][0], histogram["edges"][-1]) == (-3, 12)
     assert (histogram["chosen"][0], histogram["rejected"][-1]) == (1, 1)
 
 
-def test_votes_beyond_sixteen():
-    judged = scores([[1] * 40], [[0] * 40])
-    votes = [point["votes"] for point in find(plan("pairs", ITEMS[:1]), ITEMS[:1], judged, 1.0, 0, seed=0)[0].votes]
-    assert votes[::2] == [*range(1, 17), 32, 40]
+def test_votes_beyond_32():
+    judged = scores([[1] * 70], [[0] * 70])
+    votes = [point["votes"] for point in find(plan("pairs", ITEMS[:1]), ITEMS[:1], judged, FINE, seed=0)[0].votes]
+    assert votes[::2] == [*range(1, 33), 64, 70]
 
 
 def test_the_position_of_two_responses():
     """Two pairs, two votes; the first is always answered A, the second rightly but for one that cannot be read."""
     choices = np.array([[[1, 1], [-1, -1]], [[1, nan], [1, 1]]], float)[:, None, None]
     judged = Choices(choices, np.ones((2, 1, 1), bool))
-    found = find(plan("pairs", ITEMS[:2]), ITEMS[:2], judged, 7 / 8, 0, seed=0)[0]
+    found = find(plan("pairs", ITEMS[:2]), ITEMS[:2], judged, FINE, seed=0)[0]
     assert found.position == {
         "chose the first": pytest.approx(5 / 7),
         "same in both orders": pytest.approx(1 / 3),
@@ -124,7 +129,7 @@ def test_a_majority_is_of_all_votes():
     """The first vote of each order says otherwise."""
     choices = np.array([-1, 1, 1, -1, 1, 1], float).reshape(1, 1, 1, 2, 3)
     judged = Choices(choices, np.ones((1, 1, 1), bool))
-    found = find(plan("pairs", ITEMS[:1]), ITEMS[:1], judged, 1.0, 0, seed=0)[0]
+    found = find(plan("pairs", ITEMS[:1]), ITEMS[:1], judged, FINE, seed=0)[0]
     assert found.scores["strict/overall/accuracy"][0] == 1.0
     assert [(point["votes"], point["strict"]) for point in found.votes] == [
         (1, pytest.approx(2 / 3)), (2, pytest.approx(1 / 3)), (3, 1.0),
@@ -134,7 +139,7 @@ def test_a_majority_is_of_all_votes():
 def test_a_subset_of_one_has_no_interval_and_takes_none_away():
     items = [item(f"{n}", subset="hep-go" if n else "hep-js") for n in range(20)]
     judged = scores([[n % 3] for n in range(20)], [[1]] * 20)
-    found = find(plan("rewardbench", items), items, judged, 1.0, 0, seed=0)[0].scores
+    found = find(plan("rewardbench", items), items, judged, FINE, seed=0)[0].scores
     assert np.isnan(found["strict/subset hep-js/accuracy"][1:]).all()
     for name in ("subset hep-go", "Reasoning", "overall"):
         value, low, high = found[f"strict/{name}/accuracy"]
@@ -148,7 +153,7 @@ def evaluation(benchmark, judge="pointwise", items=None, judged=None, **config):
     items = items or [item("a")]
     judged = judged or scores([[9]] * len(items), [[2]] * len(items))
     groups = plan(benchmark, items)
-    findings, measured = find(groups, items, judged, 1.0, 0, seed=0)
+    findings, measured = find(groups, items, judged, FINE, seed=0)
     return Evaluation(EvalConfig(benchmark=benchmark, judge=judge, **config), "m", items, groups, findings, measured)
 
 
@@ -173,8 +178,7 @@ def test_the_official_rule(benchmark, judge, rule, own):
     subset = {"rewardbench": "donotanswer", "rm-bench": "chat"}.get(benchmark, subset)
     one = item("a", subset=subset)
     if benchmark == "rm-bench":
-        here = np.ones((1, 3), bool)
-        judged = Scores(np.full((1, 3, 1), 9.0), np.full((1, 3, 1), 2.0), here, here)
+        judged = scores_of(np.full((1, 3, 1), 9.0), np.full((1, 3, 1), 2.0))
         one = replace(one, chosen=("c",) * 3, rejected=("r",) * 3)
     else:
         judged = None
@@ -210,8 +214,7 @@ def test_rewardbench2_of_a_judge_of_pairs():
 
 
 def test_numbers_of_a_part_are_not_put_beside_those_of_the_whole():
-    here = np.ones((2, 3), bool)
-    judged = Scores(np.full((2, 3, 1), 9.0), np.full((2, 3, 1), 2.0), here, here)
+    judged = scores_of(np.full((2, 3, 1), 9.0), np.full((2, 3, 1), 2.0))
     items = [replace(item(name, subset=name), chosen=("c",) * 3, rejected=("r",) * 3) for name in ("chat", "code")]
     result = evaluation("rm-bench", items=items, judged=judged)
     assert result.missing_sections == ["Math", "Safety"]
@@ -255,7 +258,8 @@ def test_results_are_strict_json(tmp_path):
         for line in [file.read_text()] if file.suffix == ".json" else file.read_text().splitlines():
             json.loads(line, parse_constant=refuse)
     written = json.loads((tmp_path / "results.json").read_text())
-    assert written["calibration"] == [{"above": 6.0, "up to": None, "pairs": 1, "right": 1.0}]
+    (last,) = written["calibration"]
+    assert (last["above"], last["up to"], last["pairs"], last["right"]) == (6.0, None, 1, 1.0)
     lines = [json.loads(line) for line in (tmp_path / "official" / "m_outputs.jsonl").read_text().splitlines()]
     assert [(line["results"], line["scores_chosen"], line["scores_rejected"]) for line in lines] == [
         (1.0, 9.0, 2.0), (0.0, 5.0, None),

@@ -269,7 +269,7 @@ def test_heldout_pairs_are_judged_alike_by_any_mesh(world, recipe):
         assert len(judgements) == 2 * 5 and len(judgements[0]) == 2
         texts.append([[one.text for one in group] for group in judgements])
         streamed = dict(judge(heldout.judge, heldout.to_rollout(params), requests_of(heldout.records), heldout.key))
-        assert [[one.text for one in streamed[i]] for i in range(10)] == texts[-1]
+        assert [[one.judgement.text for one in streamed[i]] for i in range(10)] == texts[-1]
     assert texts[0] == texts[1] and len({text for group in texts[0] for text in group}) > 15
     assert [heldout.due(step, 7) for step in range(1, 8)] == [False, False, True, False, False, True, True]
 

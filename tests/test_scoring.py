@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ import pytest
 
 from patarm_jax.config import DataSection
 from patarm_jax.evaluate.benchmarks import Item, read_benchmark
-from patarm_jax.evaluate.outcomes import Choices, Scores, outcomes, votes_curve
-from patarm_jax.evaluate.scoring import measure, numbers, plan
-from patarm_jax.evaluate.statistics import Measured, compare, intervals, means
+from patarm_jax.evaluate.outcomes import Choices, outcomes, votes_curve
+from patarm_jax.evaluate.scoring import measure, numbers, plan, who_won
+from patarm_jax.evaluate.statistics import Measured, compare, intervals, means, wilson
+from tests.toys import scores_of
 
 GOLDENS = Path(__file__).parent / "goldens" / "benchmarks"
 PROMPT = ({"role": "user", "content": "?"},)
@@ -43,7 +45,7 @@ def scored(chosen, rejected):
         return values, has
 
     (c, has_c), (r, has_r) = padded(chosen), padded(rejected)
-    return Scores(c, r, has_c, has_r)
+    return scores_of(c, r, has_c, has_r)
 
 
 def found(benchmark, items, judged, rule="mean"):
@@ -121,6 +123,23 @@ def test_a_failed_response_wins_against_no_score_however_low():
     judged = scored([[-5.0], [None]], [[None, -7.0, -8.0], [-9.0, -9.0, -9.0]])
     plan_ = plan("rewardbench2", items)
     assert measure(plan_, items, judged).values.tolist() == [[1.0, 1.0], [0.0, 0.0]]
+
+
+def test_an_answer_that_never_came_is_nobodys_luck():
+    """Unreadable answers are rated lowest, as officially; missing ones leave the item undecided, and Ties unwon."""
+    four = scored([[9], [9], [None]], [[5, None, 5], [5, None, 5], [5, 5, 5]])
+    items = [item(name, "Math", 1, 3) for name in "abc"]
+    plan_ = plan("rewardbench2", items)
+    assert measure(plan_, items, four).values.tolist() == [[1, 1], [1, 1], [0, 0]]
+    lost = replace(four, lost=np.array([[False], [True], [True]]))
+    assert measure(plan_, items, lost).values.tolist() == [[1, 1], [0, 0.25], [0, 0.25]]
+    assert who_won(plan_, lost)[1:].tolist() == [[[0.5] * 3]] * 2
+    ties = [item("ref", "Ties", 1, 1, "1", "ref"), item("tied", "Ties", 2, 1, "1", "tied")]
+    judged = scored([[9], [9, 9]], [[2], [2]])
+    plan_ = plan("rewardbench2", ties)
+    assert measure(plan_, ties, judged).values.tolist() == [[1.01, 1.01]]
+    judged = replace(judged, lost=np.array([[False], [True]]))
+    assert measure(plan_, ties, judged).values.tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("case", official("rewardbench2")["ties"], ids=lambda case: case["name"])
@@ -271,7 +290,7 @@ def test_rmb_pairs():
 @pytest.mark.parametrize("benchmark", ["rewardbench", "rm-bench", "rewardbench2", "pairs"])
 def test_a_perfect_judge_has_everything_right(benchmark):
     items, size = made_up(benchmark, 40)
-    judged = Scores(
+    judged = scores_of(
         np.full((len(items), size[0], 2), 9.0), np.full((len(items), size[1], 2), 1.0), *present(items, size)
     )
     got = found(benchmark, items, judged)
@@ -284,7 +303,7 @@ def test_a_random_judge_lands_on_the_expectation(benchmark, votes):
     """Integers 0 to 10 at random: by symmetry ½ where a tie is ½, and ½ minus half the ties where it is wrong."""
     items, size = made_up(benchmark, 600)
     rng = np.random.default_rng(5)
-    judged = Scores(
+    judged = scores_of(
         rng.integers(0, 11, (len(items), size[0], votes)).astype(float),
         rng.integers(0, 11, (len(items), size[1], votes)).astype(float),
         *present(items, size),
@@ -323,16 +342,15 @@ def present(items, size):
 
 
 def test_equal_means_are_a_tie_and_single_scores_are_never_rounded():
-    one = np.ones((1, 1), bool)
-    means = Scores(np.array([[[7.3, 7.3, 7.3]]]), np.array([[[7.1, 7.3, 7.5]]]), one, one)
+    means = scores_of(np.array([[[7.3, 7.3, 7.3]]]), np.array([[[7.1, 7.3, 7.5]]]))
     assert outcomes(means).ravel().tolist() == [0.5]
-    single = Scores(np.array([[[1.0000001]]]), np.array([[[1.0]]]), one, one)  # as of a scalar head
+    single = scores_of(np.array([[[1.0000001]]]), np.array([[[1.0]]]))  # as of a scalar head
     assert outcomes(single).ravel().tolist() == [1.0]
 
 
 def test_majority_and_mean_differ_as_they_should():
     """Two narrow wins and one crushing defeat: the majority is for it, the mean against."""
-    judged = Scores(
+    judged = scores_of(
         np.array([[[6.0, 6.0, 0.0]]]), np.array([[[5.0, 5.0, 10.0]]]), np.ones((1, 1), bool), np.ones((1, 1), bool)
     )
     assert outcomes(judged, "majority")[0, 0, 0] == 1 and outcomes(judged, "mean")[0, 0, 0] == 0
@@ -340,15 +358,15 @@ def test_majority_and_mean_differ_as_they_should():
 
 def test_an_unreadable_vote_counts_for_nothing():
     nan = math.nan
-    judged = Scores(np.array([[[nan, 6.0]]]), np.array([[[9.0, 5.0]]]), np.ones((1, 1), bool), np.ones((1, 1), bool))
+    judged = scores_of(np.array([[[nan, 6.0]]]), np.array([[[9.0, 5.0]]]))
     assert outcomes(judged, "majority")[0, 0, 0] == 1  # the first vote has one side alone
     assert outcomes(judged, "mean")[0, 0, 0] == 0  # 6 against 7
-    judged = Scores(np.array([[[nan]]]), np.array([[[9.0]]]), np.ones((1, 1), bool), np.ones((1, 1), bool))
+    judged = scores_of(np.array([[[nan]]]), np.array([[[9.0]]]))
     assert outcomes(judged)[0, 0, 0] == 0.5
 
 
 def test_the_votes_of_a_curve():
-    judged = Scores(np.zeros((1, 1, 6)), np.zeros((1, 1, 6)), np.ones((1, 1), bool), np.ones((1, 1), bool))
+    judged = scores_of(np.zeros((1, 1, 6)), np.zeros((1, 1, 6)))
     curve = votes_curve(judged, seed=0)
     assert (
         list(curve) == [1, 2, 3, 4, 5, 6] and len(curve[1]) == 6 and [list(x) for x in curve[6]] == [[0, 1, 2, 3, 4, 5]]
@@ -460,6 +478,14 @@ def test_items_of_one_prompt_are_resampled_together():
     deviation = np.sqrt((size**2 * (prompts - means(together)[0, 0]) ** 2).sum()) / size.sum()
     assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.05)
     assert high_1 - low_1 < 0.75 * (high - low)
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 3), (1, 2), (7, 9), (40, 40), (1234, 2985)])
+def test_wilsons_interval_is_that_of_the_library(right, count):
+    from scipy.stats import binomtest
+
+    want = binomtest(right, count).proportion_ci(method="wilson")
+    assert wilson(right / count, count) == pytest.approx((want.low, want.high), abs=1e-7)
 
 
 def test_where_all_agree_the_interval_is_wilsons():

@@ -4,11 +4,13 @@ import json
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from patarm_jax.demo.tokenizer import CHAT_TEMPLATE, SPECIAL, THINKING
+from patarm_jax.evaluate.outcomes import Scores
 
 CORPUS = (
     "<task> <rubrics> <prompt> <response> <generate_rubrics> <eval> <answer> </answer> </eval> </generate_rubrics>",
@@ -92,3 +94,13 @@ def write_preferences(path: Path, count: int = len(TOPICS)) -> Path:
     ]
     path.write_text("".join(json.dumps(row | {"domain": "chat"}) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def scores_of(chosen, rejected, has_chosen=None, has_rejected=None) -> Scores:
+    """Scores [I, M, N] and [I, K, N], every answer of which came; all responses are there unless it is said."""
+    sides = [np.asarray(side, float) for side in (chosen, rejected)]
+    here = [
+        np.ones(side.shape[:2], bool) if has is None else has
+        for side, has in zip(sides, (has_chosen, has_rejected), strict=True)
+    ]
+    return Scores(*sides, *here, np.zeros((len(sides[0]), sides[0].shape[-1]), bool))

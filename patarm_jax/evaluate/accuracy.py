@@ -33,7 +33,8 @@ def pairwise_accuracy(scores: np.ndarray, valid: np.ndarray, seed: int = 0) -> A
     """
     here = np.ones((len(scores), 1), bool)
     side = np.where(valid, scores, np.nan)
-    judged = Scores(side[:, CHOSEN, None], side[:, REJECTED, None], here, here)
+    lost = np.zeros((len(side), side.shape[-1]), bool)
+    judged = Scores(side[:, CHOSEN, None], side[:, REJECTED, None], here, here, lost)
     outcome = outcomes(judged)[:, 0]  # [P, 1]
     gap = gaps(judged)
     decided = gap[~np.isnan(gap)]

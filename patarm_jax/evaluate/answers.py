@@ -25,7 +25,7 @@ class Question:
     """What a judge is asked, N times."""
 
     id: str  # of what is judged, such as "17/chosen/0"
-    row: int  # its index among all questions, not only those asked with a limit: sampling keys are derived from it
+    row: int  # its index among all questions, not only those asked with a limit; sampling keys are derived from it
     messages: Sequence[Message]
 
     @functools.cached_property
@@ -47,9 +47,10 @@ class Answer:
     text: str = ""
     reason: str = ""
     tokens: int = 0  # that were written; 0 where nobody counted
+    cut: bool = False  # off at the limit of new tokens
 
 
-def answer_of(question: Question, vote: int, judgement: Judgement, tokens: int = 0) -> Answer:
+def answer_of(question: Question, vote: int, judgement: Judgement, tokens: int, cut: bool) -> Answer:
     """A judgement as the answer to a question."""
     return Answer(
         question.key,
@@ -60,6 +61,7 @@ def answer_of(question: Question, vote: int, judgement: Judgement, tokens: int =
         judgement.text,
         judgement.reason,
         tokens,
+        cut,
     )
 
 

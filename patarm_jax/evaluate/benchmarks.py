@@ -5,6 +5,8 @@ benchmark it looks like.
 """
 
 import contextlib
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +33,7 @@ class Item:
     prompt: Conversation
     chosen: tuple[str, ...]
     rejected: tuple[str, ...]
-    group: str  # what is resampled together: items of one group speak of one prompt
+    group: str  # names the prompt: its items are resampled together
     row: Mapping[str, Any]  # as it was read, for result files that repeat it
     kind: str = ""  # of RewardBench 2's Ties: ref, with one right response, or tied, with several
 
@@ -254,7 +256,7 @@ def _ppe_human(row: Row, given: _PPEHuman) -> Iterator[Item]:
 
 
 def _ppe_correctness(row: Row, given: _PPECorrectness) -> Iterator[Item]:
-    """Pairs of a right and a wrong response to one question; they are resampled together."""
+    """Pairs of a right and a wrong response to one question."""
     # The subset stands in the name of the file, or of a folder above it: …/PPE-MATH-Best-of-K/data/train-0.parquet.
     parts = ["-".join(re.findall("[a-z]+", part.lower())) for part in reversed(Path(row.origin).parts[-3:])]
     names = [name for name in domains.PPE if not name.startswith("human")]
@@ -270,8 +272,8 @@ def _ppe_correctness(row: Row, given: _PPECorrectness) -> Iterator[Item]:
             if not isinstance(text, str):
                 raise _wrong(row, f"response_{k + 1}", "nothing" if text is None else type(text).__name__, "text")
         chosen, rejected = ([str(text)] for text in texts)
-        name, group = f"{subset}/{given.question_id}/{number}", f"{subset}/{given.question_id}"
-        yield _item(row, name, subset, domains.PPE, given.prompt, chosen, rejected, group)
+        name = f"{subset}/{given.question_id}/{number}"
+        yield _item(row, name, subset, domains.PPE, given.prompt, chosen, rejected)
 
 
 SOURCES: dict[str, Source] = {
@@ -280,7 +282,7 @@ SOURCES: dict[str, Source] = {
     "rm-bench": Source("THU-KEG/RM-Bench", "train", (_RMBench,), _rm_bench, r"/total_dataset\.json$"),
     "judgebench": Source("ScalerLab/JudgeBench", "gpt", (_JudgeBench,), _judgebench, "/outputs/"),
     "llmbar": Source("princeton-nlp/LLMBar", "", (_LLMBar,), _llmbar, "/CaseStudy/|/evaluators/"),
-    "rmb": Source("Zhou-Zoey/RMB-Reward-Model-Benchmark", "", (_RMB,), _rmb),
+    "rmb": Source("Zhou-Zoey/RMB-Reward-Model-Benchmark", "", (_RMB,), _rmb, "/BoN_set/"),
     "ppe": Source(
         "lmarena-ai/PPE-Human-Preference-V1",
         "test",
@@ -338,7 +340,7 @@ def _read_pairs(section: DataSection) -> tuple[list[Item], str]:
             prompt=one.prompt,
             chosen=(one.chosen,),
             rejected=(one.rejected,),
-            group=one.id,
+            group=_name_of(one.prompt),
             row={"id": one.id, "source": one.source, "prompt": list(one.prompt)},
         )
         for one in preferences
@@ -381,7 +383,11 @@ def _item(
         raise _wrong(row, "prompt", "no turns", "text or messages")
     for text in (*chosen, *rejected, *(turn.content for turn in turns)):
         _refuse_lone_surrogates(row, text)
-    return Item(name, subset, table[subset], said, tuple(chosen), tuple(rejected), group or name, row.values)
+    return Item(name, subset, table[subset], said, tuple(chosen), tuple(rejected), group or _name_of(said), row.values)
+
+
+def _name_of(prompt: Conversation) -> str:
+    return hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:12]
 
 
 def _refuse_lone_surrogates(row: Row, text: str) -> None:
@@ -437,5 +443,4 @@ def _with_domains(items: Sequence[Item], wanted: Mapping[str, str]) -> list[Item
 def _with_free_ids(items: Sequence[Item]) -> list[Item]:
     """Ids are unique: one that is taken gets `#2`, `#3`, …, in the order of the file."""
     numbers: dict[str, int] = {}
-    free = [(item, free_id(item.id, numbers)) for item in items]
-    return [replace(item, id=name, group=name if item.group == item.id else item.group) for item, name in free]
+    return [replace(item, id=free_id(item.id, numbers)) for item in items]

@@ -10,6 +10,8 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2 as httpx
@@ -21,8 +23,7 @@ from patarm_jax.types import UserError
 
 _LONGEST_PAUSE = 60.0  # seconds
 # A moving or missing address, no key, no money: the same for every question, unless others have been answered.
-_PERHAPS_ALL = (301, 302, 307, 308, 401, 402, 403, 404, 405)
-_BUSY_FOR = 1800.0  # seconds a server may say that it is too busy
+_PERHAPS_ALL = (301, 302, 307, 308, 401, 402, 403, 404, 405, 429)
 _LOOK = 0.2  # seconds between looking whether all is to stop
 
 
@@ -59,6 +60,7 @@ class Reply:
 
     text: str  # its thinking inside <think> where the server sets it apart
     tokens: int  # that it wrote; 0 where the server does not say
+    cut: bool  # off at the limit of new tokens
 
 
 def connect(section: EndpointSection) -> httpx.AsyncClient:
@@ -109,11 +111,22 @@ def body(
 
 
 async def complete(
-    client: httpx.AsyncClient, request: Mapping[str, Any], section: EndpointSection, stopping: Callable[[], bool]
+    client: httpx.AsyncClient,
+    request: Mapping[str, Any],
+    section: EndpointSection,
+    stopping: Callable[[], bool],
+    trouble: Callable[[Unavailable], None],
 ) -> Reply:
     """The answer to a request; raises Unavailable after so many tries, Refused, or Stopped when all is to stop.
 
-    An answer of 429 does not count as a try; the server is waited for, half an hour at most.
+    An answer of 429 does not count as a try; the server is waited for, `section.busy` seconds at most.
+
+    Args:
+        client: from `connect`.
+        request: from `body`.
+        section: how often and how long it is tried.
+        stopping: whether all is to stop; asked while a request waits for its next try.
+        trouble: told why a request is tried again.
     """
     growing = tenacity.wait_exponential_jitter(initial=1.0, max=_LONGEST_PAUSE)
     tries = 0
@@ -129,7 +142,7 @@ async def complete(
     def enough(state: tenacity.RetryCallState) -> bool:
         error = error_of(state)
         error.requests = state.attempt_number
-        return tries >= section.tries or (error.busy and (state.seconds_since_start or 0.0) > _BUSY_FOR)
+        return tries >= section.tries or (error.busy and (state.seconds_since_start or 0.0) > section.busy)
 
     async def send() -> Reply:
         nonlocal tries
@@ -152,6 +165,7 @@ async def complete(
 
     retrying = tenacity.AsyncRetrying(
         sleep=wait,
+        before_sleep=lambda state: trouble(error_of(state)),
         stop=enough,
         wait=pause,
         retry=tenacity.retry_if_exception_type(Unavailable),
@@ -181,32 +195,40 @@ def _raise_for(response: httpx.Response) -> None:
     if status < 300:
         return
     said = f"{status}: {' '.join(response.text.split())[:200]}"
-    if status in (408, 409, 425, 429) or status >= 500:
+    spent = status == 429 and "insufficient_quota" in said  # OpenAI's word for money; waiting brings none
+    if (status in (408, 409, 425, 429) and not spent) or status >= 500:
         raise Unavailable(said, _retry_after(response), busy=status == 429)
     raise Refused(said, status)
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """Seconds the server asks to wait; it may also name a date, which is passed over."""
+    """Seconds the server asks to wait, by their number or by a date."""
+    said = response.headers.get("Retry-After", "0")
     try:
-        return min(max(float(response.headers.get("Retry-After", 0)), 0.0), _LONGEST_PAUSE)
+        seconds = float(said)
     except ValueError:
-        return 0.0
+        try:
+            seconds = (parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError):  # neither; or a date that names no zone
+            return 0.0
+    return min(max(seconds, 0.0), _LONGEST_PAUSE)
 
 
 def _reply(answer: Any) -> Reply:
     try:
-        message = answer["choices"][0]["message"]
+        choice = answer["choices"][0]
+        message, finished = choice["message"], choice.get("finish_reason")
         content = message.get("content") or ""
         thinking = message.get("reasoning_content") or message.get("reasoning") or ""
         tokens = int((answer.get("usage") or {}).get("completion_tokens") or 0)
         if not isinstance(content, str) or not isinstance(thinking, str):
             raise TypeError("content is no text")
-        if not content and not thinking:
+        if not content and not thinking and not finished:
             raise ValueError("nothing was written")
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise Unavailable(f"the answer is no chat completion: {str(answer)[:80]!r}") from error
     # A judge that was told to write <think> may do so after thinking of its own, which is not what is judged then.
     inside = thinking and not content.lstrip().startswith("<think>")
     text = f"<think>{thinking}</think>{content}" if inside else content
-    return Reply(text.encode("utf-8", "replace").decode(), tokens)  # half a character is no text
+    text = text.encode("utf-8", "replace").decode()  # half a character is no text
+    return Reply(text, tokens, finished == "length")

@@ -13,13 +13,13 @@ from patarm_jax.evaluate.findings import Findings
 INK, ACCENT, MUTED, WARM = "#1f2430", "#2f6fde", "#9aa4b2", "#d9822b"
 
 
-def draw(folder: Path, findings: Findings, official: str, sections: Sequence[str]) -> None:
-    """Draws what there is to draw."""
+def draw(folder: Path, findings: Findings, official: str, sections: Sequence[str], chance: float) -> None:
+    """Draws what there is to draw; `chance` is what a judge has right that knows nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("sections", "votes", "scores", "calibration"):  # of an evaluation with more votes, perhaps
         for kind in ("png", "svg"):
             (folder / f"{name}.{kind}").unlink(missing_ok=True)
-    _save(folder / "sections", _sections(findings, official, sections))
+    _save(folder / "sections", _sections(findings, official, sections, chance))
     if len({point["votes"] for point in findings.votes}) > 1:
         _save(folder / "votes", _votes(findings, official))
     if findings.histogram:
@@ -45,27 +45,28 @@ def _figure(title: str, width: float = 7.0) -> tuple[matplotlib.figure.Figure, A
     return figure, axes
 
 
-def _sections(findings: Findings, official: str, sections: Sequence[str]) -> matplotlib.figure.Figure:
+def _sections(findings: Findings, official: str, sections: Sequence[str], chance: float) -> matplotlib.figure.Figure:
     names = [name for name in ("overall", *sections) if f"{official}/{name}/accuracy" in findings.scores]
     figure, axes = _figure("Accuracy with 95 % interval (%)", max(5.0, 1.1 * len(names)))
     for index, name in enumerate(names):
-        value, low, high = (100 * x for x in findings.scores[f"{official}/{name}/accuracy"])
-        known = low == low  # one unit has no interval
-        spread = [[max(value - low, 0)], [max(high - value, 0)]] if known else [[0.0], [0.0]]
-        axes.bar(index, value, 0.6, color=ACCENT if index == 0 else MUTED, yerr=spread, capsize=4, ecolor=INK)
-        _write_on_bar(axes, index, value, f"{value:.1f}", 10)
+        value, low, high = findings.scores[f"{official}/{name}/accuracy"]
+        _bar(axes, index, (value, low, high), f"{100 * value:.1f}", ACCENT if index == 0 else MUTED)
     axes.set_xticks(range(len(names)), names)
     axes.set_xlim(-0.8, max(len(names), 3) - 0.2)
-    axes.axhline(50, color=INK, linewidth=0.8, linestyle=":")
+    axes.axhline(100 * chance, color=INK, linewidth=0.8, linestyle=":")
     most = max(100 * findings.scores[f"{official}/{name}/accuracy"][0] for name in names)
     axes.set_ylim(0, max(100.0, most))  # Ties of RewardBench 2 go to 101
     return figure
 
 
-def _write_on_bar(axes: Any, index: int, value: float, text: str, size: float) -> None:
-    """Inside the bar; above it where it is too low for that."""
+def _bar(axes: Any, index: int, shares: tuple[float, float, float], text: str, colour: str) -> None:
+    """A share with its interval, in per cent, and a word in the bar, or above it where it is too low for that."""
+    value, low, high = (100 * share for share in shares)
+    known = low == low  # one unit has no interval
+    spread = [[max(value - low, 0)], [max(high - value, 0)]] if known else [[0.0], [0.0]]
+    axes.bar(index, value, 0.6, color=colour, yerr=spread, capsize=4, ecolor=INK)
     inside = value > 10
-    axes.text(index, 3 if inside else value + 2, text, ha="center", color="white" if inside else INK, fontsize=size)
+    axes.text(index, 3 if inside else value + 2, text, ha="center", color="white" if inside else INK, fontsize=9)
 
 
 def _votes(findings: Findings, official: str) -> matplotlib.figure.Figure:
@@ -96,10 +97,9 @@ def _histogram(histogram: dict[str, Any]) -> matplotlib.figure.Figure:
 def _calibration(findings: Findings) -> matplotlib.figure.Figure:
     figure, axes = _figure("How often the higher score is right, by gap (%)")
     for index, each in enumerate(findings.calibration):
-        axes.bar(index, 100 * each["right"], color=ACCENT)
-        _write_on_bar(axes, index, 100 * each["right"], f"{each['pairs']:,}", 8)
+        _bar(axes, index, (each["right"], each["low"], each["high"]), f"{each['pairs']:,}", ACCENT)
     last = findings.calibration[-1]["up to"] == math.inf
-    labels = [f"≤ {each['up to']:g}" for each in findings.calibration[: -1 if last else None]]
+    labels = [f"{each['above']:g} … {each['up to']:g}" for each in findings.calibration[: -1 if last else None]]
     labels += [f"> {findings.calibration[-1]['above']:g}"] if last else []
     axes.set_xticks(range(len(labels)), labels)
     axes.axhline(50, color=INK, linewidth=0.8, linestyle=":")

@@ -43,7 +43,8 @@ def write_files(
     _write_judgements(folder / "judgements.parquet", result, asked, answers)
     _write_units(folder / UNITS, result)
     _write_official(folder / "official", result, said)
-    draw(folder / "figures", result.findings, result.official, list(result.plan.layout.sections))
+    layout = result.plan.layout
+    draw(folder / "figures", result.findings, result.official, list(layout.sections), layout.chance)
     (folder / "summary.md").write_text(markdown(result), encoding="utf-8")
 
 
@@ -129,6 +130,7 @@ _JUDGEMENTS = pa.schema(
         ("text", pa.string()),
         ("reason", pa.string()),
         ("tokens", pa.int32()),
+        ("cut", pa.bool_()),
     ]
 )
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from patarm_jax.config import EvalConfig
+from patarm_jax.evaluate.answers import FAILED, Answer
 from patarm_jax.evaluate.benchmarks import Item
-from patarm_jax.evaluate.outcomes import Choices, Rule, Scores, gaps, outcomes, votes_curve
-from patarm_jax.evaluate.scoring import TIE_RULES, Plan, measure, numbers
-from patarm_jax.evaluate.statistics import Difference, Measured, intervals
+from patarm_jax.evaluate.outcomes import Choices, Rule, Scores, gaps, votes_curve
+from patarm_jax.evaluate.scoring import TIE_RULES, Plan, measure, numbers, who_won
+from patarm_jax.evaluate.statistics import Difference, Measured, intervals, wilson
 
 # Edges of the bins of |score gap| in the calibration.
 GAPS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, np.inf)
@@ -26,12 +27,14 @@ class Findings:
     # of a pairwise judge.
     majority: dict[str, float]
     votes: list[dict[str, Any]]  # per number of votes and rule: the overall accuracy under both tie rules
+    answers: int  # to all questions, each once
     valid: float  # of all answers
+    cut: float  # of all answers, off at the limit of new tokens
     failed: int  # answers that never came
     ties: float  # of all pairs of a chosen and a rejected response: neither won
     length: dict[str, dict[str, float]]  # accuracy by which of the two responses is longer, in characters
     position: dict[str, float] | None  # of a pairwise judge
-    calibration: list[dict[str, float]]  # by |gap| of mean scores: how often its sign is right
+    calibration: list[dict[str, float]]  # by |gap| of mean scores: how often its sign is right, with Wilson's interval
     histogram: dict[str, Any] | None  # of the scores of chosen and rejected responses
 
 
@@ -69,19 +72,21 @@ class Evaluation:
 
 
 def find(
-    plan: Plan, items: Sequence[Item], judged: Scores | Choices, valid: float, failed: int, seed: int
+    plan: Plan, items: Sequence[Item], judged: Scores | Choices, answers: Sequence[Answer], seed: int
 ) -> tuple[Findings, Measured]:
     """Everything there is to say, and what was measured of each unit, for comparing with another judge."""
     measured = measure(plan, items, judged)
     both = isinstance(judged, Scores) and judged.votes > 1
-    won = outcomes(judged)
+    won = who_won(plan, judged)
     longer, pairs = _length_difference(items, won.shape), won[~np.isnan(won)]
     findings = Findings(
         scores=_with_intervals(plan, measured, seed),
         majority=numbers(plan, measure(plan, items, judged, "majority")) if both else {},
         votes=_votes(plan, items, judged, seed),
-        valid=valid,
-        failed=failed,
+        answers=len(answers),
+        valid=sum(answer.status == "OK" for answer in answers) / len(answers),
+        cut=sum(answer.cut for answer in answers) / len(answers),
+        failed=sum(answer.status == FAILED for answer in answers),
         ties=float((pairs == 0.5).mean()),
         length=_by_length(won, longer),
         position=_position(judged) if isinstance(judged, Choices) else None,
@@ -157,17 +162,19 @@ def _calibration(judged: Scores) -> list[dict[str, float]]:
     for low, high in itertools.pairwise(GAPS):
         some = gap[(np.abs(gap) > low) & (np.abs(gap) <= high)]
         if some.size:
-            bins.append({"above": low, "up to": high, "pairs": some.size, "right": float((some > 0).mean())})
+            right = float((some > 0).mean())
+            ends = dict(zip(("low", "high"), wilson(right, some.size), strict=True))
+            bins.append({"above": low, "up to": high, "pairs": some.size, "right": right, **ends})
     return bins
 
 
-def _histogram(judged: Scores, bins: int = 20) -> dict[str, Any] | None:
-    """Counts of single scores; from 0 to 10 unless a score lies outside."""
+def _histogram(judged: Scores) -> dict[str, Any] | None:
+    """Counts of single scores: around 0, 0.5, … 10, or in twenty bins where a score lies outside."""
     sides = {"chosen": judged.chosen, "rejected": judged.rejected}
     scores = {name: side[~np.isnan(side)] for name, side in sides.items()}
     every = np.concatenate(list(scores.values()))
     if not every.size:
         return None
-    ends = (0.0, 10.0) if every.min() >= 0 and every.max() <= 10 else (float(every.min()), float(every.max()))
-    edges = np.linspace(*ends, bins + 1)
+    judgements = every.min() >= 0 and every.max() <= 10
+    edges = np.linspace(-0.25, 10.25, 22) if judgements else np.linspace(every.min(), every.max(), 21)
     return {"edges": edges.tolist(), **{name: np.histogram(side, edges)[0].tolist() for name, side in scores.items()}}

@@ -1,18 +1,20 @@
 """Ways to ask a judge about the items of a benchmark, and how its answers become scores or choices."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 
-from patarm_jax.evaluate.answers import Answer, Answers, Question
+from patarm_jax.evaluate.answers import FAILED, Answer, Answers, Question
 from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.outcomes import Choices, Scores
 from patarm_jax.judge.parse import parse_baseline, parse_pairwise, parse_pointwise
 from patarm_jax.judge.prompts import baseline, pairwise, pointwise
 from patarm_jax.types import JudgeKind, Judgement, Message, RubricMode
 
+_Ask = Callable[[str, list[Message]], Question]  # name and messages → the question, which may be an earlier item's
 SIDES = ("chosen", "rejected")
 ORDERS = ("chosen first", "rejected first")
 
@@ -39,16 +41,22 @@ PARSERS: dict[JudgeKind, Callable[[str], Judgement]] = {
 
 
 def ask_about(items: Sequence[Item], kind: JudgeKind, rubrics: RubricMode) -> list[Asked]:
-    """The questions about every item; their rows number all of them, in order."""
-    asked, row = [], 0
-    for item in items:
-        one = _pairs(item, rubrics, row) if kind == "pairwise" else _sides(item, kind, rubrics, row)
-        row += len(one.questions)
-        asked.append(one)
-    return asked
+    """The questions about every item; what would be asked in the same words is asked once, for all items alike."""
+    asked_before: dict[str, Question] = {}
+
+    def ask(name: str, messages: list[Message]) -> Question:
+        text = json.dumps(messages)
+        return asked_before.setdefault(text, Question(name, len(asked_before), messages))
+
+    return [_pairs(item, rubrics, ask) if kind == "pairwise" else _sides(item, kind, rubrics, ask) for item in items]
 
 
-def _sides(item: Item, kind: JudgeKind, rubrics: RubricMode, row: int) -> Asked:
+def questions_of(asked: Sequence[Asked]) -> list[Question]:
+    """All of them, each once."""
+    return list({question.row: question for one in asked for question in one.questions}.values())
+
+
+def _sides(item: Item, kind: JudgeKind, rubrics: RubricMode, ask: _Ask) -> Asked:
     def messages(response: str) -> list[Message]:
         if kind == "pointwise":
             return pointwise(item.prompt, response, item.domain, rubrics)
@@ -56,24 +64,20 @@ def _sides(item: Item, kind: JudgeKind, rubrics: RubricMode, row: int) -> Asked:
             return baseline(item.prompt, response)
         return [*item.prompt, Message(role="assistant", content=response)]
 
-    def questions(side: int, responses: Sequence[str], first: int) -> list[Question]:
-        return [
-            Question(f"{item.id}/{SIDES[side]}/{number}", first + number, messages(response))
-            for number, response in enumerate(responses)
-        ]
-
-    chosen = questions(0, item.chosen, row)
-    return Asked(of_sides=(chosen, questions(1, item.rejected, row + len(chosen))))
+    chosen, rejected = (
+        [ask(f"{item.id}/{side}/{number}", messages(response)) for number, response in enumerate(responses)]
+        for side, responses in zip(SIDES, (item.chosen, item.rejected), strict=True)
+    )
+    return Asked(of_sides=(chosen, rejected))
 
 
-def _pairs(item: Item, rubrics: RubricMode, row: int) -> Asked:
-    pairs: list[tuple[int, int, int, Question]] = []
+def _pairs(item: Item, rubrics: RubricMode, ask: _Ask) -> Asked:
+    pairs = []
     for i, j, order in product(range(len(item.chosen)), range(len(item.rejected)), range(2)):
         responses = (item.chosen[i], item.rejected[j])
         first, second = responses if order == 0 else responses[::-1]
         messages = pairwise(item.prompt, first, second, item.domain, rubrics)
-        name = f"{item.id}/{i}:{j}/{ORDERS[order]}"
-        pairs.append((i, j, order, Question(name, row + len(pairs), messages)))
+        pairs.append((i, j, order, ask(f"{item.id}/{i}:{j}/{ORDERS[order]}", messages)))
     return Asked(of_pairs=tuple(pairs))
 
 
@@ -81,18 +85,20 @@ def judged(asked: Sequence[Asked], answers: Answers, votes: int) -> Scores | Cho
     """What the answers say, padded to the item with most responses."""
     if asked[0].of_pairs:
         return _choices(asked, answers, votes)
-    sides = []
+    sides, lost = [], np.zeros((len(asked), votes), bool)
     for side in range(2):
         most = max(len(one.of_sides[side]) for one in asked)
         scores = np.full((len(asked), most, votes), np.nan)
         has = np.zeros((len(asked), most), bool)
         for index, one in enumerate(asked):
             for number, question in enumerate(one.of_sides[side]):
+                given = answers.of(question, votes)
                 has[index, number] = True
-                scores[index, number] = [_score(answer) for answer in answers.of(question, votes)]
+                scores[index, number] = [np.nan if answer.score is None else answer.score for answer in given]
+                lost[index] |= [answer.status == FAILED for answer in given]
         sides.append((scores, has))
     (chosen, has_chosen), (rejected, has_rejected) = sides
-    return Scores(chosen, rejected, has_chosen, has_rejected)
+    return Scores(chosen, rejected, has_chosen, has_rejected, lost)
 
 
 def _choices(asked: Sequence[Asked], answers: Answers, votes: int) -> Choices:
@@ -105,10 +111,6 @@ def _choices(asked: Sequence[Asked], answers: Answers, votes: int) -> Choices:
             has[index, i, j] = True
             choices[index, i, j, order] = [_choice(answer, order) for answer in answers.of(question, votes)]
     return Choices(choices, has)
-
-
-def _score(answer: Answer) -> float:
-    return np.nan if answer.score is None else answer.score
 
 
 def _choice(answer: Answer, order: int) -> float:

@@ -23,6 +23,7 @@ class Scores:
     rejected: np.ndarray  # [I, K, N]
     has_chosen: np.ndarray  # [I, M] bool, whether there is such a response
     has_rejected: np.ndarray  # [I, K] bool
+    lost: np.ndarray  # [I, N] bool, whether the answer about one of its responses never came
 
     @property
     def votes(self) -> int:
@@ -31,7 +32,8 @@ class Scores:
 
     def some(self, votes: np.ndarray) -> "Scores":
         """Some of the votes, by their numbers."""
-        return Scores(self.chosen[..., votes], self.rejected[..., votes], self.has_chosen, self.has_rejected)
+        chosen, rejected, lost = (x[..., votes] for x in (self.chosen, self.rejected, self.lost))
+        return Scores(chosen, rejected, self.has_chosen, self.has_rejected, lost)
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,9 @@ def _as_outcome(lead: np.ndarray) -> np.ndarray:
 
 
 def votes_curve(judged: Scores | Choices, seed: int, subsets: int = 32) -> dict[int, list[np.ndarray]]:
-    """Votes 1 … N → sets of so many votes out of the N, drawn at random; beyond 16 only powers of 2, and N."""
+    """Votes 1 … N → sets of so many votes out of the N, drawn at random; beyond 32 only powers of 2, and N."""
     total, rng = judged.votes, np.random.default_rng(seed)
-    sizes = [size for size in range(1, total + 1) if size <= 16 or size & (size - 1) == 0 or size == total]
+    sizes = [size for size in range(1, total + 1) if size <= 32 or size & (size - 1) == 0 or size == total]
     curve = {}
     for size in sizes:
         if size == 1:

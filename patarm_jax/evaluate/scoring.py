@@ -70,6 +70,11 @@ class Layout:
     official: TieRule
     paper: str  # where its rules stand
 
+    @property
+    def chance(self) -> float:
+        """What a judge has right that knows nothing."""
+        return 0.25 if self.measure == "best of four" else 0.5
+
 
 _REWARDBENCH = {
     "Chat": ("alpacaeval-", "mt-bench-easy", "mt-bench-med"),
@@ -167,15 +172,15 @@ def _as_other(items: Sequence[Item], rare: Collection[str]) -> list[Item]:
 
 def measure(plan: Plan, items: Sequence[Item], judged: Scores | Choices, rule: Rule = "mean") -> Measured:
     """What is measured of each unit, [units, 2·columns]: under `strict`, then under `half`."""
+    won = who_won(plan, judged, rule)
     if plan.layout.measure == "best of four":
-        values = _best_of(judged, rule)
+        values = _best_of(won)
         if isinstance(judged, Scores):
             values = _with_ties(plan, items, judged, values)
     elif plan.layout.measure == "matrix":
-        values = _matrix(outcomes(judged, rule))
+        values = _matrix(won)
     else:
-        first = outcomes(judged, rule)[:, 0, 0]
-        values = np.stack([first == 1.0, first], axis=-1)
+        values = np.stack([won[:, 0, 0] == 1.0, won[:, 0, 0]], axis=-1)
     grouped = np.zeros((len(plan.units), values.shape[1]))
     np.add.at(grouped, plan.unit_of, values)
     size = np.bincount(plan.unit_of).astype(float)
@@ -185,6 +190,19 @@ def measure(plan: Plan, items: Sequence[Item], judged: Scores | Choices, rule: R
 def numbers(plan: Plan, measured: Measured) -> dict[str, float]:
     """The benchmark's numbers by name."""
     return {name: float(value) for name, value in plan.aggregate(means(measured)).items()}
+
+
+def who_won(plan: Plan, judged: Scores | Choices, rule: Rule = "mean") -> np.ndarray:
+    """[I, M, K] in {0, ½, 1}, NaN where there is no such pair: as `outcomes`, by the benchmark's rule of failures.
+
+    RewardBench 2 rates what cannot be read below all else. An answer that never came is not the judge's failure, and
+    must not be its luck either: of its item every pair is a tie.
+    """
+    if plan.layout.measure != "best of four" or isinstance(judged, Choices):
+        return outcomes(judged, rule)
+    won = outcomes(_failed_as_lowest(judged), rule)
+    undecided = np.all(judged.lost, axis=-1, keepdims=True)[..., None] & ~np.isnan(won)
+    return np.where(undecided, 0.5, won)
 
 
 # ---- What is measured of an item ------------------------------------------------------------------------------------
@@ -205,11 +223,10 @@ def _matrix(won: np.ndarray) -> np.ndarray:
     return np.concatenate(both, axis=-1)
 
 
-def _best_of(judged: Scores | Choices, rule: Rule) -> np.ndarray:
+def _best_of(won: np.ndarray) -> np.ndarray:
     """[I, 2]: whether the chosen response is alone the best, and its share of the first place."""
-    won = outcomes(_failed_as_lowest(judged) if isinstance(judged, Scores) else judged, rule)[:, 0]
-    here = ~np.isnan(won)
-    beaten, tied = (here & (won == 0.0)).any(axis=-1), (here & (won == 0.5)).sum(axis=-1)
+    won = won[:, 0]
+    beaten, tied = (won == 0.0).any(axis=-1), (won == 0.5).sum(axis=-1)
     share = np.where(beaten, 0.0, 1.0 / (1 + tied))
     return np.stack([share == 1.0, share], axis=-1)
 
@@ -223,7 +240,7 @@ def _failed_as_lowest(scores: Scores) -> Scores:
         nothing = np.isnan(side).all(axis=-1, keepdims=True)
         return np.where(nothing, lowest, side)
 
-    return Scores(lowered(scores.chosen), lowered(scores.rejected), scores.has_chosen, scores.has_rejected)
+    return replace(scores, chosen=lowered(scores.chosen), rejected=lowered(scores.rejected))
 
 
 def _with_ties(plan: Plan, items: Sequence[Item], judged: Scores, values: np.ndarray) -> np.ndarray:
@@ -232,12 +249,16 @@ def _with_ties(plan: Plan, items: Sequence[Item], judged: Scores, values: np.nda
         d = max C − min C    g = min C − max W    C scores of right, W of wrong responses
         0.3·[g_tied > 0] + 0.3·[g_ref > 0] + 0.2·[g_tied > d_tied] + 0.2·[g > d_tied] + 0.01·tanh(g/d_tied − 1)
 
-    with g = min(g_ref, g_tied). It knows no tie between two responses, so that both tie rules give the same.
+    with g = min(g_ref, g_tied). It knows no tie between two responses, so that both tie rules give the same. Where an
+    answer never came there are no margins, and nothing is won.
     """
     lowered = _failed_as_lowest(judged)
     chosen, rejected = mean_scores(lowered.chosen), mean_scores(lowered.rejected)
     for members in plan.units:
         if items[members[0]].subset != "Ties":
+            continue
+        if judged.lost[list(members)].all(axis=-1).any():
+            values[list(members)] = 0.0
             continue
         by_kind = {items[index].kind: index for index in members}
         margin, spread = {}, 0.0

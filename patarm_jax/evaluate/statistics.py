@@ -51,8 +51,15 @@ def intervals(measured: Measured, aggregate: Aggregate, seed: int) -> dict[str, 
     agreed = [name for name, (low, high) in result.items() if low == high and low in (0.0, 1.0)]
     if agreed:
         count = _effective_units(measured, aggregate, seed)
-        result |= {name: _wilson(result[name][0], count[name]) for name in agreed}
+        result |= {name: wilson(result[name][0], count[name]) for name in agreed}
     return result
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share p among n: (p + z²/2n ± z·√(p(1 − p)/n + z²/4n²)) / (1 + z²/n)."""
+    square = 1.959964**2 / count  # z²/n
+    middle, half = share + square / 2, (square * (share * (1 - share) + square / 4)) ** 0.5
+    return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))
 
 
 @dataclass(frozen=True)
@@ -151,12 +158,6 @@ def _effective_units(measured: Measured, aggregate: Aggregate, seed: int) -> dic
     noise = rng.normal(size=(RESAMPLES, len(strata), 1)) * np.sqrt(variance)[:, None]
     made = aggregate(np.broadcast_to(noise, (*noise.shape[:2], measured.values.shape[1])))
     return {name: float(1 / np.mean(np.square(draws))) for name, draws in made.items()}
-
-
-def _wilson(share: float, count: float) -> tuple[float, float]:
-    """Of a share that is 0 or 1 the other end is z²/(n + z²) away."""
-    away = 1.959964**2 / (count + 1.959964**2)
-    return (1.0 - away, 1.0) if share else (0.0, away)
 
 
 def _exchanged(ours: Measured, theirs: Measured, seed: int) -> tuple[np.ndarray, np.ndarray]:

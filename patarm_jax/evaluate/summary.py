@@ -71,9 +71,8 @@ def _table_1(result: Evaluation) -> str:
         rows.append(cells)
     for row in published.ROWS[result.config.benchmark]:
         rows.append([row.system, row.kind, *map(_cell, row.values), row.ties, row.source])
-    return _markdown_table(header, rows) + (
-        "\n\nRows other than ours are as published, in per cent; they differ in prompts, sampling and ties."
-    )
+    remark = "Rows other than ours are as published, in per cent; they differ in prompts, sampling and ties."
+    return "\n\n".join([_markdown_table(header, rows), f"{remark} PaTaRM itself has no row: {published.PATARM}"])
 
 
 def _cell(value: float | None) -> str:
@@ -89,8 +88,10 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 def _reading(result: Evaluation) -> str:
     found = result.findings
-    failed = f"; {found.failed:,} answers never came and count as unreadable" if found.failed else ""
-    return f"Readable answers {100 * found.valid:.1f} %, ties {100 * found.ties:.1f} % of pairs{failed}."
+    cut = f", cut off at the limit of new tokens {100 * found.cut:.1f} %" if found.cut else ""
+    failed = f" {found.failed:,} answers never came." if found.failed else ""
+    read = f"Of {found.answers:,} answers {100 * found.valid:.1f} % could be read{cut}.{failed}"
+    return f"{read} Neither response won in {100 * found.ties:.1f} % of pairs."
 
 
 def _sections_table(result: Evaluation) -> str:

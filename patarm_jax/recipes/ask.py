@@ -19,7 +19,7 @@ from patarm_jax.evaluate.answers import Answer, Answers, Question, answer_of, fa
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.qwen3 import Params
 from patarm_jax.model.sharding import make_mesh
-from patarm_jax.recipes.run import Model, load_params, open_model, rollout_rules, say, stop_requests
+from patarm_jax.recipes.run import EXPORT, Model, load_params, open_model, rollout_rules, say, stop_requests
 from patarm_jax.rollout.judging import Parse, judge, make_judge
 from patarm_jax.rollout.scalar import make_scorer, scores
 from patarm_jax.rollout.stream import Request
@@ -44,15 +44,15 @@ class Local:
 
     @property
     def name(self) -> str:
-        """What the folder that was named is called."""
-        return Path(self.section.path).expanduser().resolve().name
+        """What the folder that was named is called; of the export of a run, the run."""
+        folder = Path(self.section.path).expanduser().resolve()
+        return folder.parent.name if folder.name == EXPORT else folder.name
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a draw depends on beside the question."""
         random, sampling = self.section.weights == "random", self.sampling
         return {
-            "model": self.name,
             "weights": f"random, seed {self.seed}" if random else _digest(self.model),
             "dtype": self.section.dtype,
             "temperature": sampling.temperature,
@@ -107,8 +107,11 @@ def ask_local(local: Local, answers: Answers, questions: Sequence[Question], par
         config, tokenizer = local.model.config, local.model.tokenizer
         judging = make_judge(config, tokenizer, local.mesh, local.section, local.sampling, local.votes)
         requests = [Request(one.tokens, one.question.row) for one in encoded]
-        for index, judgements in judge(judging, params, requests, jax.random.key(local.seed), parse):
-            yield [answer_of(encoded[index].question, vote, one) for vote, one in enumerate(judgements)]
+        for index, group in judge(judging, params, requests, jax.random.key(local.seed), parse):
+            question = encoded[index].question
+            yield [
+                answer_of(question, vote, one.judgement, one.tokens, one.truncated) for vote, one in enumerate(group)
+            ]
 
     return _ask(local, answers, questions, written)
 

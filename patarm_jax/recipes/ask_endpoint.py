@@ -1,6 +1,7 @@
 """Puts questions to a server that speaks OpenAI's protocol, many at a time."""
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from patarm_jax.train.metrics import Report, progress
 from patarm_jax.types import UserError
 
 _MOST_LOST = 2  # times the concurrency: after so many failures in a row, and 20 at least, the evaluation stops
+
+_LOOK = 0.1  # seconds between looking whether all is to stop
+_SECONDS_BETWEEN = 60.0  # two words on trouble
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,22 @@ class _Asking:
     done: int
     answered: bool  # whether any question ever was
     lost: int = 0  # failures in a row that say that it is not the question's fault
+    under_way: int = 0
+    told: float = -math.inf  # when trouble was last told of
 
     async def run(self) -> None:
         """Until all is asked; what is under way when it is to stop is waited for, since it is paid for."""
+        section = self.remote.section
         try:
-            async with connect(self.remote.section) as client, asyncio.TaskGroup() as group:
-                for _ in range(self.remote.section.concurrency):
-                    group.create_task(self._one_after_another(client))
+            async with connect(section) as client, asyncio.TaskGroup() as group:
+                asking = [group.create_task(self._one_after_another(client)) for _ in range(section.concurrency)]
+                while not all(task.done() for task in asking) and not self.stopping():
+                    await asyncio.sleep(_LOOK)
+                if self.under_way:
+                    say(
+                        f"waiting for {self.under_way} answers that are under way, {section.timeout:g} s at most; they "
+                        "are paid for. Ctrl-C again gives them up"
+                    )
         except* UserError as errors:
             raise errors.exceptions[0] from None  # one of them says it all
 
@@ -101,14 +114,25 @@ class _Asking:
         for question, vote in self.work:
             if self.stopping():
                 return
-            await self._ask(client, question, vote)
+            self.under_way += 1
+            try:
+                await self._ask(client, question, vote)
+            finally:
+                self.under_way -= 1
+
+    def _tell(self, trouble: Unavailable) -> None:
+        """That requests are tried again, now and then: else nobody would know why nothing comes."""
+        now = asyncio.get_running_loop().time()
+        if now - self.told >= _SECONDS_BETWEEN:
+            self.told = now
+            say(f"trying again, {self.under_way} requests under way: {trouble}")
 
     async def _ask(self, client: httpx.AsyncClient, question: Question, vote: int) -> None:
         remote = self.remote
         request = body(remote.name, question, vote, remote.sampling, remote.section, remote.seed)
         try:
-            reply = await complete(client, request, remote.section, self.stopping)
-            answer = answer_of(question, vote, self.parse(reply.text), reply.tokens)
+            reply = await complete(client, request, remote.section, self.stopping, self._tell)
+            answer = answer_of(question, vote, self.parse(reply.text), reply.tokens, reply.cut)
             self.lost, self.answered = 0, True
         except Stopped:
             return  # it is asked when the same command goes on

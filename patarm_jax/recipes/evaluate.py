@@ -17,7 +17,7 @@ from patarm_jax.evaluate.answers import FAILED, Answers, Question, identity_of, 
 from patarm_jax.evaluate.benchmarks import SOURCES, Item, limited, read_benchmark
 from patarm_jax.evaluate.files import compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find
-from patarm_jax.evaluate.judges import PARSERS, ask_about, judged
+from patarm_jax.evaluate.judges import PARSERS, ask_about, judged, questions_of
 from patarm_jax.evaluate.scoring import plan
 from patarm_jax.evaluate.summary import show
 from patarm_jax.model.qwen3 import abstract_params
@@ -43,7 +43,7 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     everything = dict(zip([item.id for item in items], ask_about(items, config.judge, config.rubrics), strict=True))
     whole, items = items, limited(items, config.limit)
     asked = [everything[item.id] for item in items]
-    questions = [question for one in asked for question in one.questions]
+    questions = questions_of(asked)
     groups = plan(config.benchmark, items, whole)
     # Before anything is asked: another evaluation that cannot be compared with costs nothing.
     theirs = load_measured(Path(config.against).expanduser(), groups, items) if config.against else None
@@ -59,13 +59,14 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
             return None
 
     # ---------------------------------------------------------------------------------------------------------- score
-    valid, failed = _read(answers, questions, config.votes)
-    if failed == len(questions) * config.votes:
-        reason = answers.of(questions[0], 1)[0].reason
-        raise UserError(f"no question was answered, the first one because: {reason}. Mend that; nothing is scored.")
+    given = [answer for question in questions for answer in answers.of(question, config.votes)]
+    if all(answer.status == FAILED for answer in given):
+        raise UserError(
+            f"no question was answered, the first one because: {given[0].reason}. Mend that; nothing is scored."
+        )
     said = judged(asked, answers, config.votes)
-    findings, measured = find(groups, items, said, valid, failed, config.seed)
-    result = Evaluation(config, judge.name, items, groups, findings, measured)
+    findings, measured = find(groups, items, said, given, config.seed)
+    result = Evaluation(config, config.name or judge.name, items, groups, findings, measured)
     if theirs is not None:
         result = replace(result, against=compared(result, theirs))
     with writing(folder):
@@ -121,13 +122,6 @@ def _that_can_be_asked(items: Sequence[Item], config: EvalConfig) -> tuple[list[
 
 def _identity(config: EvalConfig, judge: Local | Remote) -> dict[str, Any]:
     return {"benchmark": config.benchmark, "judge": config.judge, "rubrics": config.rubrics, **judge.identity}
-
-
-def _read(answers: Answers, questions: Sequence[Question], votes: int) -> tuple[float, int]:
-    """The share of answers that could be read, and how many never came."""
-    given = [answer for question in questions for answer in answers.of(question, votes)]
-    failed = sum(answer.status == FAILED for answer in given)
-    return sum(answer.status == "OK" for answer in given) / len(given), failed
 
 
 def _estimate(config: EvalConfig, judge: Local | Remote, questions: Sequence[Question]) -> str:

@@ -82,7 +82,7 @@ def _row(preference: Preference, questions: Sequence[Question], answers: Answers
 
 
 def _judgement(one: Answer) -> dict[str, Any]:
-    return {"score": one.score, "status": one.status, "reason": one.reason, "text": one.text}
+    return {"score": one.score, "status": one.status, "reason": one.reason, "tokens": one.tokens, "text": one.text}
 
 
 def _mean(side: Sequence[Answer]) -> float | None:

@@ -95,21 +95,35 @@ def network_of(config: Qwen3Config, dtype: str, kernel: Kernel = PORTABLE) -> Ne
     )
 
 
+@dataclass(frozen=True)
+class Written:
+    """A judgement, and how much was written for it."""
+
+    judgement: Judgement
+    tokens: int  # the end token included
+    truncated: bool  # whether it was cut off at the limit
+
+
 def judge(
-    judge: Judge, params: Params, requests: Sequence[Request], key: jax.Array, parse: Parse = parse_pointwise
-) -> Iterator[tuple[int, list[Judgement]]]:
+    judging: Judge, params: Params, requests: Sequence[Request], key: jax.Array, parse: Parse = parse_pointwise
+) -> Iterator[tuple[int, list[Written]]]:
     """(index of the request, its G judgements), each as soon as they are written, the longest prompts first.
 
     Args:
-        judge: from `make_judge`.
+        judging: from `make_judge`.
         params: its weights.
         requests: what is asked.
         key: the same key, row and weights give the same judgements, in whatever company.
         parse: how an answer is read; the prompt says which form it is to have.
     """
-    for group in completed_groups(judge.engine, params, requests, key):
-        texts = (_text(judge.tokenizer, *one) for one in zip(group.tokens, group.lengths, group.truncated, strict=True))
-        yield group.index, [parse(text) for text in texts]
+    for group in completed_groups(judging.engine, params, requests, key):
+        yield (
+            group.index,
+            [
+                Written(parse(_text(judging.tokenizer, tokens, length, truncated)), int(length), bool(truncated))
+                for tokens, length, truncated in zip(group.tokens, group.lengths, group.truncated, strict=True)
+            ],
+        )
 
 
 def sample_judgements(judge: Judge, params: Params, requests: Sequence[Request], key: jax.Array, width: int) -> Sampled:
