@@ -7,6 +7,8 @@ import pytest
 import scipy.stats
 
 from patarm_jax.evaluate.accuracy import pairwise_accuracy
+from patarm_jax.recipes.heldout import heldout_metrics
+from patarm_jax.types import Judgement, Status
 
 NONE = math.nan
 
@@ -78,3 +80,19 @@ def test_the_interval_depends_on_the_seed_alone():
     valid = np.ones_like(scores, bool)
     assert pairwise_accuracy(scores, valid, 1) == pairwise_accuracy(scores, valid, 1)
     assert pairwise_accuracy(scores, valid, 1).interval != pairwise_accuracy(scores, valid, 2).interval
+
+
+def test_metrics_of_held_out_pairs():
+    """Three pairs of two votes: a win, a tie, and one side that cannot be read."""
+    sides = [(8, 6), (5, None), (4, 4), (3, 5), (None, None), (2, 2)]
+    judgements = [
+        [Judgement("", Status.BAD_TAGS, "") if one is None else Judgement("", Status.OK, "", one) for one in side]
+        for side in sides
+    ]
+    found = heldout_metrics(judgements)
+    low, high = found.pop("eval/accuracy_low"), found.pop("eval/accuracy_high")
+    assert found == pytest.approx({
+        "eval/accuracy_strict": 1 / 3, "eval/accuracy_half": 2 / 3, "eval/score_gap": 1.0, "eval/valid": 9 / 12,
+        "eval/ties": 2 / 3,
+    })  # fmt: skip
+    assert 0.3 < low < 2 / 3 < high <= 1

@@ -96,5 +96,27 @@ def test_a_dry_run_counts_reading_alone(folder, capsys):
     common = ["--data", str(folder / "pairs.jsonl"), "--output", str(folder / "dry"), "--dry-run"]
     assert main(["eval", "pairs", "--model", str(folder / "saved"), "--judge", "scalar", *common]) == 0
     said = capsys.readouterr().out
-    assert "questions: 14, each answered 1 times" in said and "reading: " in said
+    assert "answers to be asked for: 14, to 14 questions" in said and "reading: " in said
     assert "completion tokens" not in said and "writing" not in said
+
+
+def test_a_score_that_is_no_number_is_no_score(folder, tmp_path):
+    params, config = weights.load(folder / "saved")
+    params["score"] = params["score"] * np.nan
+    weights.save(params, config, tmp_path / "broken", dtype="float32")
+    tiny_tokenizer_folder(tmp_path / "broken")
+    command = [
+        "eval",
+        "pairs",
+        "--model",
+        str(tmp_path / "broken"),
+        "--judge",
+        "scalar",
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert main([*command, "--data", str(folder / "pairs.jsonl")]) == 0
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert (results["valid"], results["failed"], results["ties"]) == (0, 0, 1)
+    row = pyarrow.parquet.read_table(tmp_path / "o" / "judgements.parquet").to_pylist()[0]
+    assert (row["status"], row["score"], row["reason"]) == ("BAD_SCORE", None, "the head gives nan")

@@ -32,14 +32,14 @@ from patarm_jax.evaluate.statistics import Difference, Measured, compare
 from patarm_jax.evaluate.summary import markdown
 from patarm_jax.types import UserError
 
-UNITS = "units.parquet"
+RESULTS, UNITS = "results.json", "units.parquet"
 
 
 def write_files(
     folder: Path, result: Evaluation, asked: Sequence[Asked], answers: Answers, said: Scores | Choices
 ) -> None:
     """Writes all of them."""
-    _write_json(folder / "results.json", _results(result))
+    _write_json(folder / RESULTS, _results(result))
     _write_judgements(folder / "judgements.parquet", result, asked, answers)
     _write_units(folder / UNITS, result)
     _write_official(folder / "official", result, said)

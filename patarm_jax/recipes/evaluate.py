@@ -4,6 +4,8 @@ The folder keeps every answer as it comes, so that a stopped evaluation goes on 
 finished is only scored anew.
 """
 
+import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 from patarm_jax.config import EvalConfig, to_yaml
 from patarm_jax.evaluate.answers import FAILED, Answers, Question, identity_of, open_answers, writing
 from patarm_jax.evaluate.benchmarks import SOURCES, Item, limited, read_benchmark
-from patarm_jax.evaluate.files import compared, load_measured, write_files
+from patarm_jax.evaluate.files import RESULTS, compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find
 from patarm_jax.evaluate.judges import PARSERS, ask_about, judged, questions_of
 from patarm_jax.evaluate.scoring import plan
@@ -48,7 +50,7 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     # Before anything is asked: another evaluation that cannot be compared with costs nothing.
     theirs = load_measured(Path(config.against).expanduser(), groups, items) if config.against else None
     if dry_run:
-        print(_estimate(config, judge, questions))
+        print(_estimate(config, judge, _lacking(folder, config, judge, questions)))
         return None
 
     # ------------------------------------------------------------------------------------------------------------ ask
@@ -69,6 +71,7 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     result = Evaluation(config, config.name or judge.name, items, groups, findings, measured)
     if theirs is not None:
         result = replace(result, against=compared(result, theirs))
+    _tell_what_is_replaced(folder, len(items))
     with writing(folder):
         write_files(folder, result, asked, answers, said)
     show(result)
@@ -124,27 +127,45 @@ def _identity(config: EvalConfig, judge: Local | Remote) -> dict[str, Any]:
     return {"benchmark": config.benchmark, "judge": config.judge, "rubrics": config.rubrics, **judge.identity}
 
 
-def _estimate(config: EvalConfig, judge: Local | Remote, questions: Sequence[Question]) -> str:
+def _tell_what_is_replaced(folder: Path, items: int) -> None:
+    """A quick look after the whole takes the place of its results; the answers stay."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        before = int(json.loads((folder / RESULTS).read_text(encoding="utf-8"))["items"])
+        if before > items:
+            say(f"the results of {before:,} items make room for those of {items:,}; without --limit they come back")
+
+
+def _lacking(
+    folder: Path, config: EvalConfig, judge: Local | Remote, questions: Sequence[Question]
+) -> list[tuple[Question, int]]:
+    """What is to be asked yet, and how often."""
+    if not (folder / ANSWERS).is_file():
+        return [(question, config.votes) for question in questions]
+    with open_answers(folder / ANSWERS, _identity(config, judge)) as answers:
+        return [(question, len(votes)) for question, votes in answers.missing(questions, config.votes)]
+
+
+def _estimate(config: EvalConfig, judge: Local | Remote, lacking: Sequence[tuple[Question, int]]) -> str:
     """What asking will cost, before anything is loaded or sent."""
-    asked = len(questions) * config.votes
+    asked = sum(votes for _, votes in lacking)
+    lines = [to_yaml(config), f"answers to be asked for: {asked:,}, to {len(lacking):,} questions"]
+    if not lacking:
+        return "\n".join(lines)
     written = 0 if config.judge == "scalar" else asked * config.sampling.max_new_tokens
-    lines = [to_yaml(config), f"questions: {len(questions):,}, each answered {config.votes} times"]
     lines += [f"completion tokens: {written:,} at most"] if written else []
     if isinstance(judge, Remote):
-        characters = [sum(len(message["content"]) for message in question.messages) for question in questions]
         # Its tokenizer is not here; English has some four characters to a token.
-        read, longest = config.votes * sum(characters) // 4, max(characters) // 4
-        lines.append(f"requests: {asked:,}; prompts of {sum(characters):,} characters in all,")
-        return "\n".join([*lines, f"about {read:,} tokens over all votes, the longest {longest:,}"])
-    lengths = [len(one.tokens) for one in encode_questions(judge, questions)]
+        tokens = [sum(len(message["content"]) for message in question.messages) // 4 for question, _ in lacking]
+        read = sum(length * votes for length, (_, votes) in zip(tokens, lacking, strict=True))
+        return "\n".join([*lines, f"prompt tokens: about {read:,} over all answers, {max(tokens):,} at most in one"])
+    lengths = [len(one.tokens) for one in encode_questions(judge, [question for question, _ in lacking])]
     too_long = sum(length > judge.max_prompt_tokens for length in lengths)
     if too_long:
         lines.append(f"{too_long:,} questions are longer than data.max_prompt_tokens and will be recorded as failed")
-    lines.append(
-        f"prompt tokens: {sum(lengths):,} in all, {np.mean(lengths):,.0f} in the mean, {max(lengths):,} at most"
-    )
+    mean, longest = np.mean(lengths), max(lengths)
+    lines.append(f"prompt tokens: {sum(lengths):,} in all, {mean:,.0f} in the mean, {longest:,} at most")
     weights = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(judge.model.config, judge.mesh)))
-    for part, tokens in {"reading": sum(lengths), "writing, at most": written}.items():
-        flop = 2 * weights * tokens / 1e15
-        lines += [f"{part}: {flop:,.2f} PFLOP in matrix products ({weights / 1e9:,.2f} B weights)"] if tokens else []
+    for part, tokens_ in {"reading": sum(lengths), "writing, at most": written}.items():
+        flop = 2 * weights * tokens_ / 1e15
+        lines += [f"{part}: {flop:,.2f} PFLOP in matrix products ({weights / 1e9:,.2f} B weights)"] if tokens_ else []
     return "\n".join([*lines, "for a rate and a time, judge some: --limit 50"])
