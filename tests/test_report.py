@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from patarm_jax.cli import main
-from patarm_jax.config import DataSection, GRPOConfig, ModelSection, to_yaml
+from patarm_jax.config import DataSection, EvalConfig, GRPOConfig, HeldoutSection, ModelSection, to_yaml
 from patarm_jax.report.main import within
 from patarm_jax.train.metrics import RolloutRow, open_metrics, write_rollouts
 from patarm_jax.types import Status
@@ -263,6 +263,38 @@ def test_a_value_between_two_gaps_is_a_dot(run, browser, tmp_path):
     page.close()
 
 
+def test_values_that_hardly_differ_can_be_told_apart(run, browser, tmp_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("rollouts"))
+    lines = [{"step": n, "loss": 6.731 + n / 1e5, "entropy": (0.3, 0.30000000000000004)[n % 2]} for n in range(1, 9)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = browser.new_page()
+    page.goto(f"file://{tmp_path / 'run' / 'report.html'}")
+    page.wait_for_selector("body[data-ready=yes]")
+    ticks = page.query_selector_all("figure[data-title=Loss] text[text-anchor=end]")
+    texts = [tick.text_content() for tick in ticks]
+    assert len(texts) >= 3 and len(set(texts)) == len(texts) and all(6.731 <= float(text) <= 6.7311 for text in texts)
+    assert page.query_selector("figure[data-title^=Entropy] path.raw") is not None
+    page.close()
+
+
+def test_the_best_held_out_step_is_that_of_the_kept_checkpoint(run, browser, tmp_path):
+    """By the metric that the config names; of equal ones the last."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("rollouts"))
+    config = GRPOConfig(data=DataSection(path="x"), heldout=HeldoutSection(path="y", best="score_gap"))
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    gaps = {2: 1.0, 4: 3.0, 6: 3.0, 8: 2.0}
+    lines = [{"step": n, "eval/score_gap": gap, "eval/accuracy_strict": n / 10} for n, gap in gaps.items()]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = browser.new_page()
+    page.goto(f"file://{tmp_path / 'run' / 'report.html'}")
+    page.wait_for_selector("body[data-ready=yes]")
+    facts = page.inner_text("#facts")
+    assert "best held out, score_gap" in facts and "3.000 at step 6" in facts
+    page.close()
+
+
 def test_without_its_data_a_run_can_still_be_read(run, opened):
     pairs = run.parent / "pairs.jsonl"
     kept = pairs.read_text()
@@ -279,6 +311,9 @@ def test_without_its_data_a_run_can_still_be_read(run, opened):
 def test_mistakes(run, tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 1
     assert "is no run folder: it holds no config.yaml" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text(to_yaml(EvalConfig()))
+    assert main(["report", str(tmp_path)]) == 1
+    assert "is an evaluation and has no steps. Read" in capsys.readouterr().err
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "rollouts" / "step_000002.parquet").write_bytes(b"PAR1")
     assert main(["report", str(tmp_path / "run")]) == 1

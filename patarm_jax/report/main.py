@@ -139,6 +139,8 @@ def _config(run: Path) -> SFTConfig | GRPOConfig:
             f"{run} is no run folder: it holds no config.yaml. Give a folder that `patarm grpo` or sft wrote."
         )
     mapping = read_yaml(path)
+    if "benchmark" in mapping:
+        raise UserError(f"{run} is an evaluation and has no steps. Read {run / 'summary.md'}, or give a run's folder.")
     if mapping.get("recipe") == "grpo":
         return from_mapping(GRPOConfig, mapping, str(path))
     return from_mapping(SFTConfig, mapping, str(path))
