@@ -133,8 +133,7 @@ def test_only_steps_that_are_looked_at_are_unpacked(opened):
     page = opened("#step=2")
     assert page.evaluate("[...unpackedSteps.keys()]") == [2]
     page.select_option("#step", "5")
-    page.wait_for_function("unpackedSteps.has(5)")
-    assert "step 5, right" in page.text_content("#pair")
+    page.get_by_text("step 5, right, chosen, 0").wait_for()
     assert page.evaluate("[...unpackedSteps.keys()]") == [2, 5]
 
 
