@@ -7,15 +7,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args
 
 import jax
 
 from patarm_jax import __version__
 from patarm_jax.config import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, SFTConfig, load, override
-from patarm_jax.types import UsageError, UserError
+from patarm_jax.types import Benchmark, JudgeKind, UsageError, UserError
 
-_BENCHMARKS = get_args(get_type_hints(EvalConfig)["benchmark"])
+_BENCHMARKS, _JUDGES = get_args(Benchmark), get_args(JudgeKind)
 
 # Recipes are imported when their verb is called, so that `--help` and a typo answer at once.
 
@@ -101,17 +101,20 @@ def _parser() -> argparse.ArgumentParser:
         "patarm eval rewardbench --model judge-8b --output runs/rewardbench --dry-run",
         "patarm eval judgebench --endpoint.url http://host:8000/v1 --output runs/judgebench --judge pairwise",
         "patarm eval pairs --model runs/demo/grpo --data runs/demo/data/heldout.jsonl --output runs/heldout",
+        "patarm eval pairs --model runs/demo/sft --data … --output runs/sft --against runs/heldout",
     ]
     evaluate = _verb(verbs, "eval", _eval, "evaluate a judge on a benchmark", examples)
     evaluate.add_argument("benchmark", metavar="BENCHMARK", help=", ".join(_BENCHMARKS))
     evaluate.add_argument("--model", default="", help="a Hugging Face folder, or the folder of a finished run")
     evaluate.add_argument("--data", default="", help="the official files, a Hub id; default: the official Hub id")
     evaluate.add_argument("--output", default="", help="folder that is written")
+    evaluate.add_argument("--judge", choices=_JUDGES, default="pointwise", help="how it is asked (default: %(default)s)")
     evaluate.add_argument("--votes", type=int, default=1, help="answers to each question (default: %(default)s)")
     evaluate.add_argument("--limit", type=int, default=0, help="about so many items, for a quick look")
     evaluate.add_argument("--seed", type=int, default=0, help="of sampling and intervals (default: %(default)s)")
+    evaluate.add_argument("--against", default="", help="folder of another judge's evaluation, to compare with")
     evaluate.add_argument("--dry-run", action="store_true", help="say what it will cost, ask nothing")
-    evaluate.epilog = f"{evaluate.epilog}\n\nfurther settings follow as --judge, --against, --sampling.temperature, …"
+    evaluate.epilog = f"{evaluate.epilog}\n\nfurther settings follow as --name, --sampling.temperature, --mesh.fsdp, …"
 
     examples = ["patarm report runs/grpo", "patarm report runs/grpo --out report.html --megabytes 100"]
     report = _verb(verbs, "report", _report, "a run's curves and rollouts as one page", examples)
@@ -190,8 +193,15 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
 
     if options.benchmark not in _BENCHMARKS:
         raise UsageError(f"unknown benchmark {options.benchmark}. Use one of {', '.join(_BENCHMARKS)}.")
-    config = EvalConfig(benchmark=options.benchmark, output=options.output)
-    config = dataclasses.replace(config, votes=options.votes, limit=options.limit, seed=options.seed)
+    config = EvalConfig(
+        options.benchmark,
+        options.judge,
+        output=options.output,
+        votes=options.votes,
+        limit=options.limit,
+        seed=options.seed,
+        against=options.against,
+    )
     config = override(config, rest)
     model = dataclasses.replace(config.model, path=options.model or config.model.path)
     data = dataclasses.replace(config.data, path=options.data or config.data.path)

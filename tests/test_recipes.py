@@ -25,7 +25,7 @@ from patarm_jax.model.config import read_config
 from patarm_jax.model.qwen3 import init_params
 from patarm_jax.model.sharding import MESH_AXES, make_mesh
 from patarm_jax.recipes.heldout import judge_heldout, open_heldout
-from patarm_jax.recipes.run import open_model
+from patarm_jax.recipes.model import open_model
 from patarm_jax.rollout.judging import judge, requests_of
 from tests.toys import tiny_model_folder, write_preferences
 

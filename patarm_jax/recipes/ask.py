@@ -19,7 +19,8 @@ from patarm_jax.evaluate.answers import Answer, Answers, Question, answer_of, fa
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.qwen3 import Params
 from patarm_jax.model.sharding import make_mesh
-from patarm_jax.recipes.run import EXPORT, Model, load_params, open_model, rollout_rules, say, stop_requests
+from patarm_jax.recipes.model import EXPORT, Model, load_params, open_model, rollout_rules
+from patarm_jax.recipes.process import say, stop_requests
 from patarm_jax.rollout.judging import Parse, judge, make_judge
 from patarm_jax.rollout.scalar import make_scorer, scores
 from patarm_jax.rollout.stream import Request

@@ -11,7 +11,7 @@ import httpx2 as httpx
 from patarm_jax.config import EndpointSection, SamplingSection
 from patarm_jax.evaluate.answers import Answers, Question, answer_of, failed
 from patarm_jax.evaluate.endpoint import Refused, Stopped, Unavailable, body, complete, connect, served_model
-from patarm_jax.recipes.run import say, stop_requests
+from patarm_jax.recipes.process import say, stop_requests
 from patarm_jax.rollout.judging import Parse
 from patarm_jax.train.metrics import Report, progress
 from patarm_jax.types import UserError

@@ -8,7 +8,9 @@ from patarm_jax.config import GRPOConfig, MeshSection, SFTConfig, load, read_yam
 from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.recipes.export import ModelCardFacts, write_export
-from patarm_jax.recipes.run import CHECKPOINTS, open_model, say
+from patarm_jax.recipes.model import open_model
+from patarm_jax.recipes.process import say
+from patarm_jax.recipes.run import CHECKPOINTS
 from patarm_jax.train.checkpoint import open_checkpoints
 from patarm_jax.types import UserError
 

@@ -29,24 +29,18 @@ from patarm_jax.model.sharding import (
 from patarm_jax.recipes.dry_run import Program, describe
 from patarm_jax.recipes.export import ModelCardFacts
 from patarm_jax.recipes.heldout import heldout_metrics, judge_heldout, open_heldout
+from patarm_jax.recipes.model import Model, load_params, open_model, rollout_rules, weight_sync
+from patarm_jax.recipes.process import say, start_processes, stop_requests
 from patarm_jax.recipes.rollouts import rewards_of, rollout_metrics, rollout_rows
 from patarm_jax.recipes.run import (
     ROLLOUTS,
-    Model,
     begin_or_resume,
     check_batch,
     compile_ahead,
     finish,
-    load_params,
     number_of_steps,
-    open_model,
-    rollout_rules,
-    say,
-    start_processes,
     state_shape,
     state_shardings,
-    stop_requests,
-    weight_sync,
 )
 from patarm_jax.rollout.judging import (
     Judge,

@@ -14,7 +14,8 @@ from patarm_jax.data.pipeline import EncodedPair, bucket, encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import pairwise_accuracy
 from patarm_jax.model.sharding import batch_ways
-from patarm_jax.recipes.run import Model, say, weight_sync
+from patarm_jax.recipes.model import Model, weight_sync
+from patarm_jax.recipes.process import say
 from patarm_jax.rollout.judging import (
     Judge,
     make_judge,

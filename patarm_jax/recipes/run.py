@@ -1,4 +1,4 @@
-"""What every training story begins and ends with: its folder, its model, its data's identity, and being stopped."""
+"""What every training story begins and ends with: its state, its folder, and what its checkpoints belong to."""
 
 import contextlib
 import dataclasses
@@ -6,10 +6,8 @@ import hashlib
 import math
 import os
 import shutil
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,93 +15,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from patarm_jax.config import GRPOConfig, MeshSection, ModelSection, RunSection, SFTConfig, to_yaml
+from patarm_jax.config import GRPOConfig, ModelSection, RunSection, SFTConfig, to_yaml
 from patarm_jax.data.pipeline import EncodedPair, batches_per_epoch
-from patarm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from patarm_jax.model import weights
-from patarm_jax.model.config import Qwen3Config, read_config
-from patarm_jax.model.qwen3 import Params, abstract_params, init_params, layers_apart
-from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, TRAIN_RULES, Rules, batch_ways
+from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.qwen3 import abstract_params
+from patarm_jax.model.sharding import TRAIN_RULES, batch_ways
 from patarm_jax.recipes.dry_run import Program
 from patarm_jax.recipes.export import ModelCardFacts, write_export
+from patarm_jax.recipes.model import EXPORT, Model, load_params
+from patarm_jax.recipes.process import say
 from patarm_jax.train.checkpoint import Checkpoints, open_checkpoints
 from patarm_jax.train.metrics import MetricsWriter, compilations, open_metrics
 from patarm_jax.train.steps import TrainState, abstract_state, init_state
 from patarm_jax.types import UsageError, UserError
 
-EXPORT, CHECKPOINTS, ROLLOUTS = "export", "checkpoints", "rollouts"
+CHECKPOINTS, ROLLOUTS = "checkpoints", "rollouts"
 
-
-@dataclass(frozen=True)
-class Model:
-    """A model folder, read but for its weights."""
-
-    folder: Path
-    config: Qwen3Config
-    tokenizer: Tokenizer
-
-
-# ------------------------------------------------------------------------------------------------------------- model
-
-
-def open_model(path: str, scalar: bool = False) -> Model:
-    """The model in a Hugging Face folder, or the export of a finished run; `scalar`: one that gives a score."""
-    if not path:
-        raise UsageError("model.path is empty. Give a Hugging Face folder, or the folder of a finished run.")
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"model.path {path} is no folder. Give a Hugging Face folder, or the folder of a finished run.")
-    if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
-        if not (folder / EXPORT).is_dir():
-            raise UserError(
-                f"the run {folder} is not finished, so it has no {EXPORT} folder. Start its command again to finish "
-                f"it, or take a checkpoint with `patarm export {folder} OUT`."
-            )
-        folder = folder / EXPORT
-    model = Model(folder, read_config(folder), load_tokenizer(folder))
-    if model.config.scalar_head != scalar:
-        is_, needed = (
-            ("a scalar reward model", "one that writes")
-            if model.config.scalar_head
-            else ("a model that writes", "a scalar reward model")
-        )
-        raise UserError(
-            f"{folder} is {is_}; needed is {needed}. `patarm eval --judge scalar` is for scalar ones alone."
-        )
-    if model.tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {model.tokenizer.vocab_size} tokens and the model {model.config.vocab_size}. "
-            "They are of different models."
-        )
-    return model
-
-
-def load_params(
-    section: ModelSection, model: Model, mesh: Mesh, seed: int, rules: Rules, dtype: Any, apart: bool = False
-) -> Params:
-    """The model's weights in their places, or random ones, when the config asks for them; `apart` for sampling."""
-    if section.weights == "random":
-        params = init_params(model.config, jax.random.key(seed), mesh, rules)
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
-        return layers_apart(params) if apart else params
-    return weights.load(model.folder, mesh, rules, dtype, apart)[0]
-
-
-def weight_sync(network: Qwen3Config, mesh: Mesh, placement: MeshSection, dtype: str) -> Any:
-    """The jitted program that makes the copy for sampling of trained parameters."""
-    rollout = abstract_params(network, mesh, rollout_rules(placement), dtype, apart=True)
-    return jax.jit(
-        lambda params: layers_apart(jax.tree.map(lambda x: x.astype(dtype), params)),
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, rollout),
-    )
-
-
-def rollout_rules(placement: MeshSection) -> Rules:
-    """How the copy for sampling is placed."""
-    return ROLLOUT_RULES if placement.rollout == "tensor" else REPLICATED_RULES
+# ------------------------------------------------------------------------------------------------------------- state
 
 
 def new_state(section: ModelSection, model: Model, mesh: Mesh, seed: int, optimizer: Any) -> TrainState:
@@ -124,23 +54,6 @@ def state_shardings(network: Qwen3Config, mesh: Mesh, optimizer: optax.GradientT
 
 
 # --------------------------------------------------------------------------------------------------------------- run
-
-
-def start_processes(section: MeshSection) -> None:
-    """Joins the other processes of a pod, before any device is touched."""
-    if section.distributed == "auto" and not jax.distributed.is_initialized():
-        try:
-            jax.distributed.initialize(
-                section.coordinator or None,
-                section.processes or None,
-                None if section.process_id < 0 else section.process_id,
-            )
-        except (ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300].rstrip(".")
-            raise UserError(
-                f"mesh.distributed is auto and the other processes were not found: {reason}. "
-                "Set mesh.coordinator, mesh.processes and mesh.process_id, or mesh.distributed to none."
-            ) from error
 
 
 def open_folder(section: RunSection) -> Path:
@@ -211,12 +124,6 @@ def _reference_of(config: SFTConfig | GRPOConfig) -> dict[str, str]:
     if not isinstance(config, GRPOConfig) or not config.policy.kl_coef:
         return {}
     return {"reference": config.policy.reference or config.model.path}
-
-
-def say(message: str) -> None:
-    """One line for the person who watches, from the first process only."""
-    if jax.process_index() == 0:
-        print(message, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -325,34 +232,3 @@ def _kept_until_replaced(folder: Path) -> Iterator[None]:
         raise
     if first:
         shutil.rmtree(previous, ignore_errors=True)
-
-
-# ------------------------------------------------------------------------------------------------------------ signals
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Yields `asked(step)`: whether SIGTERM or Ctrl-C asked this run to save and stop after a step.
-
-    A second Ctrl-C stops at once. Of several processes, all stop after the same step; there JAX has the signal, and
-    asking it is a synchronisation.
-    """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    received: list[int] = []
-
-    def note(number: int, _frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-        os.write(
-            2, b"\nstopping when what is under way is done; the same command goes on from there\n"
-        )  # print is not reentrant
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda step: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -22,18 +22,16 @@ from patarm_jax.model.sharding import batch_sharding, batch_ways, fetch, make_me
 from patarm_jax.recipes.dry_run import describe
 from patarm_jax.recipes.export import ModelCardFacts
 from patarm_jax.recipes.heldout import heldout_metrics, judge_heldout, open_heldout
+from patarm_jax.recipes.model import open_model
+from patarm_jax.recipes.process import say, start_processes, stop_requests
 from patarm_jax.recipes.run import (
     begin_or_resume,
     check_batch,
     compile_ahead,
     finish,
     number_of_steps,
-    open_model,
-    say,
-    start_processes,
     state_shape,
     state_shardings,
-    stop_requests,
 )
 from patarm_jax.train.metrics import Timer, compilations, progress
 from patarm_jax.train.optimizer import make_optimizer, make_schedule

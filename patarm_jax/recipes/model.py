@@ -1,0 +1,84 @@
+"""A model as every story opens it: a folder that is read, weights that are loaded into their places."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from patarm_jax.config import MeshSection, ModelSection
+from patarm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from patarm_jax.model import weights
+from patarm_jax.model.config import Qwen3Config, read_config
+from patarm_jax.model.qwen3 import Params, abstract_params, init_params, layers_apart
+from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, Rules
+from patarm_jax.types import UsageError, UserError
+
+EXPORT = "export"  # the folder of a run that holds the model it made
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder, read but for its weights."""
+
+    folder: Path
+    config: Qwen3Config
+    tokenizer: Tokenizer
+
+
+def open_model(path: str, scalar: bool = False) -> Model:
+    """The model in a Hugging Face folder, or the export of a finished run; `scalar`: one that gives a score."""
+    if not path:
+        raise UsageError("model.path is empty. Give a Hugging Face folder, or the folder of a finished run.")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"model.path {path} is no folder. Give a Hugging Face folder, or the folder of a finished run.")
+    if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+        if not (folder / EXPORT).is_dir():
+            raise UserError(
+                f"the run {folder} is not finished, so it has no {EXPORT} folder. Start its command again to finish "
+                f"it, or take a checkpoint with `patarm export {folder} OUT`."
+            )
+        folder = folder / EXPORT
+    model = Model(folder, read_config(folder), load_tokenizer(folder))
+    if model.config.scalar_head != scalar:
+        is_, needed = (
+            ("a scalar reward model", "one that writes")
+            if model.config.scalar_head
+            else ("a model that writes", "a scalar reward model")
+        )
+        raise UserError(
+            f"{folder} is {is_}; needed is {needed}. `patarm eval --judge scalar` is for scalar ones alone."
+        )
+    if model.tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {model.tokenizer.vocab_size} tokens and the model {model.config.vocab_size}. "
+            "They are of different models."
+        )
+    return model
+
+
+def load_params(
+    section: ModelSection, model: Model, mesh: Mesh, seed: int, rules: Rules, dtype: Any, apart: bool = False
+) -> Params:
+    """The model's weights in their places, or random ones, when the config asks for them; `apart` for sampling."""
+    if section.weights == "random":
+        params = init_params(model.config, jax.random.key(seed), mesh, rules)
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        return layers_apart(params) if apart else params
+    return weights.load(model.folder, mesh, rules, dtype, apart)[0]
+
+
+def weight_sync(network: Qwen3Config, mesh: Mesh, placement: MeshSection, dtype: str) -> Any:
+    """The jitted program that makes the copy for sampling of trained parameters."""
+    rollout = abstract_params(network, mesh, rollout_rules(placement), dtype, apart=True)
+    return jax.jit(
+        lambda params: layers_apart(jax.tree.map(lambda x: x.astype(dtype), params)),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, rollout),
+    )
+
+
+def rollout_rules(placement: MeshSection) -> Rules:
+    """How the copy for sampling is placed."""
+    return ROLLOUT_RULES if placement.rollout == "tensor" else REPLICATED_RULES
