@@ -108,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", default="", help="a Hugging Face folder, or the folder of a finished run")
     evaluate.add_argument("--data", default="", help="the official files, a Hub id; default: the official Hub id")
     evaluate.add_argument("--output", default="", help="folder that is written")
-    evaluate.add_argument("--judge", choices=_JUDGES, default="pointwise", help="how it is asked (default: %(default)s)")
+    evaluate.add_argument(
+        "--judge", choices=_JUDGES, default="pointwise", help="how it is asked (default: %(default)s)"
+    )
     evaluate.add_argument("--votes", type=int, default=1, help="answers to each question (default: %(default)s)")
     evaluate.add_argument("--limit", type=int, default=0, help="about so many items, for a quick look")
     evaluate.add_argument("--seed", type=int, default=0, help="of sampling and intervals (default: %(default)s)")

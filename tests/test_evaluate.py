@@ -493,6 +493,8 @@ class Chat(BaseHTTPRequestHandler):
             said["choices"][0]["finish_reason"] = "length"
             said["choices"][0]["message"] = {"content": "<think>hm" if do == "cut" else ""}
             self.reply(200, said)
+        elif do == "unread":
+            self.reply(200, {"choices": [{"message": {"content": "I cannot say."}, "finish_reason": "stop"}]})
         elif do == "nonsense":
             self.reply(200, None)
         elif do == "empty":
@@ -911,6 +913,31 @@ def test_rm_bench_files(tmp_path, capsys):
     final = json.loads((official / "final_result.json").read_text())
     keys = ["chat", "math", "code", "safety", "hard_acc", "normal_acc", "easy_acc", "total_avg_acc"]
     assert list(final) == keys and set(final.values()) == {1.0}
+
+
+def test_a_part_of_rm_bench_has_no_totals(tmp_path):
+    write_rows(tmp_path / "pairs.jsonl", ROWS["rm-bench"])
+    with served() as (url, _):
+        assert main(remote(tmp_path, url, benchmark="rm-bench")) == 0
+    assert json.loads((tmp_path / "out" / "official" / "final_result.json").read_text()) == {"code": 1.0}
+
+
+def test_an_answer_that_never_came_wins_nothing(tmp_path):
+    """On RewardBench 2, where an unreadable one is rated lowest; every number of the summary says the same."""
+    rows = [
+        ROWS["rewardbench2"] | {"id": str(n), "prompt": f"Topic {n}", "rejected": [f"{BAD} {k}" for k in range(3)]}
+        for n in range(4)
+    ]
+    write_rows(tmp_path / "pairs.jsonl", *rows)
+    with served("", "400") as (url, _):  # of the first item a rejected response
+        assert main(remote(tmp_path, url, "--endpoint.concurrency", 1, benchmark="rewardbench2")) == 0
+    results, half = overall(tmp_path, rule="half")
+    assert half == pytest.approx((3 + 0.25) / 4) and overall(tmp_path)[1] == 0.75
+    assert results["ties"] == 3 / 12 and results["length"]["chosen shorter"]["strict"] == 9 / 12
+    with served("", "unread") as (url, _):
+        command = remote(tmp_path, url, "--endpoint.concurrency", 1, benchmark="rewardbench2", output="unread")
+        assert main(command) == 0
+    assert overall(tmp_path, "unread")[1] == 1.0
 
 
 def test_ties_of_rewardbench2_are_not_for_pairwise_judges(tmp_path, capsys):

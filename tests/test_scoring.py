@@ -445,18 +445,18 @@ def test_a_paired_comparison_is_that_of_the_permutation_library():
 
 
 def test_a_comparison_over_strata_is_exact():
-    """Of four units in two strata all sixteen exchanges are counted by hand; p is never below one in so many."""
-    stratum, weights = np.array([0, 0, 0, 1]), np.array([0.7, 0.3])
-    ours, theirs = np.array([1.0, 1.0, 0.0, 1.0]), np.array([0.0, 0.5, 0.5, 0.0])
+    """Of four units of unlike size in two strata all sixteen exchanges are counted by hand; p is never 0."""
+    stratum, size, weights = np.array([0, 0, 0, 1]), np.array([1.0, 2.0, 1.0, 3.0]), np.array([0.7, 0.3])
+    ours, theirs = np.array([1.0, 1.0, 0.0, 1.0]), np.array([0.0, 0.5, 0.75, 0.0])
 
     def number(m):
         return {"x": m[..., 0] @ weights}
 
-    got = compare(units(ours[:, None], stratum), units(theirs[:, None], stratum), number, seed=0)["x"]
-    each = weights[stratum] / np.bincount(stratum)[stratum] * (ours - theirs)
-    all_ = np.array([signs @ each for signs in itertools.product((1, -1), repeat=4)])
+    got = compare(*(Measured(x[:, None], size, stratum) for x in (ours, theirs)), number, seed=0)["x"]
+    each = weights[stratum] * size / np.bincount(stratum, size)[stratum] * (ours - theirs)
+    exchanged = np.array([signs @ each for signs in itertools.product((1, -1), repeat=4)])
     assert got.value == pytest.approx(each.sum())
-    assert got.p_value == pytest.approx(np.mean(np.abs(all_) >= abs(each.sum()) - 1e-9), abs=0.02)
+    assert got.p_value == pytest.approx(np.mean(np.abs(exchanged) >= abs(each.sum()) - 1e-9), abs=0.02)
     many = compare(units(np.ones((60, 1))), units(np.zeros((60, 1))), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
     assert many.p_value == 1 / 10_001
 
