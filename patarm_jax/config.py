@@ -148,7 +148,7 @@ class HeldoutSection:
     eval_every: int = 50  # steps; the last step is evaluated too
     votes: int = 1  # judgements of each response
     limit: int = 0  # so many of the pairs, the first ones; 0: all
-    # By which the best checkpoint is told, which is kept besides the last ones.
+    # The metric that selects the best checkpoint, which is kept besides the last ones.
     best: Literal["accuracy_strict", "accuracy_half", "score_gap", "valid"] = "accuracy_strict"
     sampling: SamplingSection = field(default_factory=lambda: SamplingSection(rows=256))
 

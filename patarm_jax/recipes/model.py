@@ -49,7 +49,8 @@ def open_model(path: str, scalar: bool = False) -> Model:
             else ("a model that writes", "a scalar reward model")
         )
         raise UserError(
-            f"{folder} is {is_}; needed is {needed}. `patarm eval --judge scalar` is for scalar ones alone."
+            f"{folder} is {is_}; needed is {needed}. `patarm eval --judge scalar` takes a scalar reward model, every "
+            "other command one that writes."
         )
     if model.tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
