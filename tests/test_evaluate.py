@@ -876,6 +876,19 @@ def test_rewardbench_files(tmp_path):
         "model": "served-judge", "model_type": "Generative RM", "chat_template": None,
         "donotanswer": 1.0, "math-prm": 1.0, "hep-go": 1.0,
     }  # fmt: skip
+    rows_ = json.loads((official / "eval-set-scores" / "served-judge.json").read_text())
+    assert rows_ == {
+        "model": "served-judge", "model_type": "Generative RM", "chat_template": None, "results": [1.0] * 3,
+        "scores_chosen": [9.0] * 3, "scores_rejected": [2.0] * 3, "text_chosen": [GOOD] * 3, "text_rejected": [BAD] * 3,
+        "subset": ["donotanswer", "math-prm", "hep-go"], "id": [0, 1, 2],
+    }  # fmt: skip
+    with served() as (url, _):
+        named = ["--name", "../org/judge"]
+        assert main(remote(tmp_path, url, *named, benchmark="rewardbench", output="named")) == 0
+    files = {
+        path.relative_to(tmp_path / "named" / "official").as_posix() for path in tmp_path.glob("named/official/**/*")
+    }
+    assert {"eval-set/org/judge.json", "eval-set-scores/org/judge.json", "..__org__judge.json"} <= files
     summary = json.loads((official / "served-judge.json").read_text())
     assert list(summary) == [
         "accuracy", "num_prompts", "model", "ref_model", "tokenizer", "chat_template", "extra_results",

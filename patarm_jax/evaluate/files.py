@@ -192,12 +192,17 @@ def compared(ours: Evaluation, theirs: Measured) -> dict[str, Difference]:
 
 def _write_official(folder: Path, result: Evaluation, said: Scores | Choices) -> None:
     name, benchmark = result.model.replace("/", "__"), result.config.benchmark
+    place = Path(*[part for part in result.model.split("/") if part.strip(".")][-2:])  # org/model, as the leaderboard
     if benchmark in ("rewardbench", "rewardbench2"):
-        _write_json(folder / "eval-set" / f"{name}.json", _leaderboard(result), indent=4, sort_keys=True)
+        _write_json(folder / "eval-set" / f"{place}.json", _about(result) | _subsets(result), indent=4, sort_keys=True)
     if benchmark == "rm-bench":
         _write_rm_bench(folder, name, result, said)
     elif benchmark != "rewardbench2":
-        _write_outputs(folder, name, result, said)
+        lines = _outputs(result, said)
+        _write_outputs(folder, name, result, lines)
+        if benchmark == "rewardbench":
+            columns = {column: [line[column] for line in lines] for column in lines[0] if column != "prompt"}
+            _write_json(folder / "eval-set-scores" / f"{place}.json", _about(result) | columns)
 
 
 def _subsets(result: Evaluation) -> dict[str, float]:
@@ -207,20 +212,19 @@ def _subsets(result: Evaluation) -> dict[str, float]:
     }
 
 
-def _leaderboard(result: Evaluation) -> dict[str, Any]:
-    """What RewardBench's leaderboard keeps of a model: the accuracy of every subset."""
+def _about(result: Evaluation) -> dict[str, Any]:
+    """What RewardBench's leaderboard calls a model, in eval-set with every subset and in eval-set-scores with rows."""
     kind = "Seq. Classifier" if result.config.judge == "scalar" else "Generative RM"
-    return {"model": result.model, "model_type": kind, "chat_template": None, **_subsets(result)}
+    return {"model": result.model, "model_type": kind, "chat_template": None}
 
 
-def _write_outputs(folder: Path, name: str, result: Evaluation, said: Scores | Choices) -> None:
-    """RewardBench's result JSON and its outputs, one line per pair."""
+def _outputs(result: Evaluation, said: Scores | Choices) -> list[dict[str, Any]]:
+    """RewardBench's outputs, one for each pair."""
     won = outcomes(said)[:, 0, 0]
     right = won == 1.0 if result.official == "strict" else won
     chosen, rejected = _scores_of_pairs(said)
-    lines = []
-    for index, item in enumerate(result.items):
-        line = {
+    lines = [
+        {
             "prompt": item.prompt[0]["content"] if len(item.prompt) == 1 else list(item.prompt),
             "results": float(right[index]),
             "scores_chosen": float(chosen[index]),
@@ -230,9 +234,15 @@ def _write_outputs(folder: Path, name: str, result: Evaluation, said: Scores | C
             "subset": item.subset,
             "id": item.row.get("id", item.id),
         }
-        lines.append(json.dumps(_ready(line), ensure_ascii=False) + "\n")
+        for index, item in enumerate(result.items)
+    ]
+    return [_ready(line) for line in lines]
+
+
+def _write_outputs(folder: Path, name: str, result: Evaluation, lines: Sequence[Mapping[str, Any]]) -> None:
+    """RewardBench's result JSON, and its outputs as JSON lines."""
     summary = {
-        "accuracy": float(right.mean()),
+        "accuracy": float(np.mean([line["results"] for line in lines])),
         "num_prompts": len(result.items),
         "model": result.model,
         "ref_model": None,
@@ -241,7 +251,8 @@ def _write_outputs(folder: Path, name: str, result: Evaluation, said: Scores | C
         "extra_results": _subsets(result),
     }
     _write_json(folder / f"{name}.json", summary)
-    (folder / f"{name}_outputs.jsonl").write_text("".join(lines), encoding="utf-8")
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (folder / f"{name}_outputs.jsonl").write_text(text, encoding="utf-8")
 
 
 def _scores_of_pairs(said: Scores | Choices) -> tuple[np.ndarray, np.ndarray]:
