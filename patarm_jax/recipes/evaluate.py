@@ -167,5 +167,5 @@ def _estimate(config: EvalConfig, judge: Local | Remote, lacking: Sequence[tuple
     weights = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(judge.model.config, judge.mesh)))
     for part, tokens_ in {"reading": sum(lengths), "writing, at most": written}.items():
         flop = 2 * weights * tokens_ / 1e15
-        lines += [f"{part}: {flop:,.2f} PFLOP in matrix products ({weights / 1e9:,.2f} B weights)"] if tokens_ else []
+        lines += [f"{part}: {flop:,.3g} PFLOP in matrix products ({weights / 1e9:,.3g} B weights)"] if tokens_ else []
     return "\n".join([*lines, "for a rate and a time, judge some: --limit 50"])
