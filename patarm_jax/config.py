@@ -292,7 +292,8 @@ class Range:
 
 # What a number may be, by the name of its setting; names mean the same in every section.
 RANGES: dict[str, Range] = {
-    **dict.fromkeys(("pairs_per_step", "group_size", "micro_batches", "votes"), Range(1)),
+    **dict.fromkeys(("pairs_per_step", "group_size", "micro_batches"), Range(1)),
+    "votes": Range(1, 1024),
     **dict.fromkeys(("max_prompt_tokens", "max_completion_tokens", "max_new_tokens"), Range(1)),
     **dict.fromkeys(("length", "responses", "prompt", "group", "new", "repeats"), Range(1)),
     **dict.fromkeys(("epochs", "checkpoint_every", "keep_checkpoints", "updates_per_rollout"), Range(1)),

@@ -427,6 +427,23 @@ def test_a_judge_is_known_by_what_it_is_and_not_by_its_place(world, whole, capsy
     assert "cannot read" in (said := capsys.readouterr().err) and "model.safetensors" in said
 
 
+def test_more_votes_keep_those_there_are(world, whole):
+    """And are those that would have been drawn at once, also when raising them was stopped in the middle."""
+    whole_lines = (world / "whole" / "answers.jsonl").read_bytes().splitlines()
+    assert main(local(world, "votes", "--votes", 1)) == 0
+    first = (world / "votes" / "answers.jsonl").read_bytes()
+    assert {line for line in whole_lines if b'"vote": 0' in line} == set(first.splitlines()[1:])
+    assert main(local(world, "votes")) == 0
+    both = (world / "votes" / "answers.jsonl").read_bytes()
+    assert both.startswith(first) and sorted(both.splitlines()) == sorted(whole_lines)
+    assert files_of(world / "votes") == whole
+    lines = both.splitlines(keepends=True)
+    (world / "votes" / "answers.jsonl").write_bytes(b"".join(lines[:-9]))  # nine second votes are lacking
+    assert main(local(world, "votes", "--votes", 3)) == 0
+    assert main(local(world, "three", "--votes", 3)) == 0
+    assert files_of(world / "votes") == files_of(world / "three")
+
+
 def test_another_judges_answers_are_not_gone_on_with(world, whole, capsys):
     assert main(local(world, "whole", "--sampling.temperature", 0.5)) == 1
     assert "temperature is 1.0 there and 0.5 here" in capsys.readouterr().err
@@ -978,7 +995,7 @@ def test_ties_of_rewardbench2_are_not_for_pairwise_judges(tmp_path, capsys):
         (["eval", "pairs", "--output", "{new}"], 2, "model.path is empty"),
         (["eval", "pairs", "--output", "{file}", "--model", "m"], 2, "is a file. Name a folder"),
         (["eval", "pairs", "--output", "{new}", "--judge", "fair"], 2, "judge"),
-        (["eval", "pairs", "--output", "{new}", "--votes", "0"], 2, "votes is 0; allowed is 1 or more"),
+        (["eval", "pairs", "--output", "{new}", "--votes", "0"], 2, "votes is 0; allowed is 1 to 1024"),
         (
             ["eval", "pairs", "--output", "{new}", "--model", "m", "--endpoint.url", "http://x/v1"],
             2,

@@ -28,6 +28,8 @@ from patarm_jax.train.metrics import progress
 from patarm_jax.types import UsageError, UserError
 
 _SAMPLED = 1 << 20  # bytes at each end of a file of weights that tell it from another
+# Between the ids of a question's votes, so that more votes keep those there are: of a million questions all are unlike.
+_VOTES_APART = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,6 @@ class Local:
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
             "max_new_tokens": sampling.max_new_tokens,
-            "votes": self.votes,
             "seed": self.seed,
         }
 
@@ -71,6 +72,7 @@ class Encoded:
 
     question: Question
     tokens: np.ndarray  # [T] int32
+    first: int = 0  # of the votes that are to be asked, which are all from there on
 
 
 def open_local(
@@ -92,27 +94,33 @@ def open_local(
     )
 
 
-def encode_questions(local: Local, questions: Sequence[Question]) -> list[Encoded]:
-    """What the judge reads of each."""
+def encode_questions(local: Local, lacking: Sequence[tuple[Question, list[int]]]) -> list[Encoded]:
+    """What the judge reads of each question that lacks some votes."""
     encode = encode_dialogue if local.model.config.scalar_head else encode_chat
-    shown = tqdm(questions, desc="encode", unit="question", disable=None)  # None: no bar where nobody watches
+    shown = tqdm(lacking, desc="encode", unit="question", disable=None)  # None: no bar where nobody watches
     return [
-        Encoded(question, np.asarray(encode(local.model.tokenizer, question.messages), np.int32)) for question in shown
+        Encoded(question, np.asarray(encode(local.model.tokenizer, question.messages), np.int32), min(votes))
+        for question, votes in shown
     ]
 
 
 def ask_local(local: Local, answers: Answers, questions: Sequence[Question], parse: Parse) -> bool:
     """Answers what is not answered yet; False when it was asked to stop before the end."""
+    config, tokenizer, key = local.model.config, local.model.tokenizer, jax.random.key(local.seed)
 
     def written(params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:
-        config, tokenizer = local.model.config, local.model.tokenizer
-        judging = make_judge(config, tokenizer, local.mesh, local.section, local.sampling, local.votes)
-        requests = [Request(one.tokens, one.question.row) for one in encoded]
-        for index, group in judge(judging, params, requests, jax.random.key(local.seed), parse):
-            question = encoded[index].question
-            yield [
-                answer_of(question, vote, one.judgement, one.tokens, one.truncated) for vote, one in enumerate(group)
-            ]
+        for first in sorted({one.first for one in encoded}):  # unlike where votes were raised and that was stopped
+            group = local.votes - first
+            judging = make_judge(
+                config, tokenizer, local.mesh, local.section, local.sampling, group, apart=_VOTES_APART
+            )
+            alike = [one for one in encoded if one.first == first]
+            requests = [Request(one.tokens, one.question.row + first * _VOTES_APART) for one in alike]
+            for index, given in judge(judging, params, requests, key, parse):
+                yield [
+                    answer_of(alike[index].question, vote, one.judgement, one.tokens, one.truncated)
+                    for vote, one in enumerate(given, first)
+                ]
 
     return _ask(local, answers, questions, written)
 
@@ -138,7 +146,7 @@ def _ask(
     questions: Sequence[Question],
     answer: Callable[[Params, Sequence[Encoded]], Iterator[list[Answer]]],
 ) -> bool:
-    lacking = [question for question, _ in answers.missing(questions, local.votes)]
+    lacking = answers.missing(questions, local.votes)
     if len(lacking) < len(questions):
         say(f"{len(questions) - len(lacking)} of {len(questions)} questions are answered")
     encoded = encode_questions(local, lacking)
@@ -146,7 +154,7 @@ def _ask(
     for one in encoded:
         if len(one.tokens) > local.max_prompt_tokens:
             reason = f"{len(one.tokens)} tokens, longer than max_prompt_tokens {local.max_prompt_tokens}"
-            answers.add(failed(one.question, vote, reason) for vote in range(local.votes))
+            answers.add(failed(one.question, vote, reason) for vote in range(one.first, local.votes))
     if not short:
         return True
     params = load_weights(local)

@@ -137,17 +137,17 @@ def _tell_what_is_replaced(folder: Path, items: int) -> None:
 
 def _lacking(
     folder: Path, config: EvalConfig, judge: Local | Remote, questions: Sequence[Question]
-) -> list[tuple[Question, int]]:
-    """What is to be asked yet, and how often."""
+) -> list[tuple[Question, list[int]]]:
+    """The votes that are to be asked yet."""
     if not (folder / ANSWERS).is_file():
-        return [(question, config.votes) for question in questions]
+        return [(question, list(range(config.votes))) for question in questions]
     with open_answers(folder / ANSWERS, _identity(config, judge)) as answers:
-        return [(question, len(votes)) for question, votes in answers.missing(questions, config.votes)]
+        return answers.missing(questions, config.votes)
 
 
-def _estimate(config: EvalConfig, judge: Local | Remote, lacking: Sequence[tuple[Question, int]]) -> str:
+def _estimate(config: EvalConfig, judge: Local | Remote, lacking: Sequence[tuple[Question, list[int]]]) -> str:
     """What asking will cost, before anything is loaded or sent."""
-    asked = sum(votes for _, votes in lacking)
+    asked = sum(len(votes) for _, votes in lacking)
     lines = [to_yaml(config), f"answers to be asked for: {asked:,}, to {len(lacking):,} questions"]
     if not lacking:
         return "\n".join(lines)
@@ -156,9 +156,9 @@ def _estimate(config: EvalConfig, judge: Local | Remote, lacking: Sequence[tuple
     if isinstance(judge, Remote):
         # Its tokenizer is not here; English has some four characters to a token.
         tokens = [sum(len(message["content"]) for message in question.messages) // 4 for question, _ in lacking]
-        read = sum(length * votes for length, (_, votes) in zip(tokens, lacking, strict=True))
+        read = sum(length * len(votes) for length, (_, votes) in zip(tokens, lacking, strict=True))
         return "\n".join([*lines, f"prompt tokens: about {read:,} over all answers, {max(tokens):,} at most in one"])
-    lengths = [len(one.tokens) for one in encode_questions(judge, [question for question, _ in lacking])]
+    lengths = [len(one.tokens) for one in encode_questions(judge, lacking)]
     too_long = sum(length > judge.max_prompt_tokens for length in lengths)
     if too_long:
         lines.append(f"{too_long:,} questions are longer than data.max_prompt_tokens and will be recorded as failed")

@@ -63,10 +63,11 @@ def make_judge(
     section: ModelSection,
     sampling: SamplingSection,
     group: int,
+    apart: int = 0,
 ) -> Judge:
-    """A judge for a network of this shape that gives G = `group` judgements of a response."""
+    """A judge for a network of this shape that gives G = `group` judgements of a response; `apart` as in `Settings`."""
     settings = Settings(
-        tokenizer.stop_ids, sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p
+        tokenizer.stop_ids, sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, apart
     )
     network = network_of(config, section.dtype, kernel_for(section, config, mesh, "causal"))
     return Judge(tokenizer, mesh, make_engine(network, mesh, group, settings, sampling.rows))

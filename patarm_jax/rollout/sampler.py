@@ -3,7 +3,8 @@
 Pure functions over arrays: knows tokens and logits, no text, no network and no schedule. Prompts lie in places, each
 shared by the G rows that may sit with it; rows are written token by token in one compiled loop; between two runs of the
 loop the caller moves prompts and rows in and out. Randomness belongs to the row: the key of a token is
-`fold_in(fold_in(key, row·G + g), position)`, so neither the rows beside it nor the devices it runs on change it.
+`fold_in(fold_in(key, id), position)`, where the id is that of its completion, so neither the rows beside it nor the
+devices it runs on change it.
 """
 
 from collections.abc import Callable
@@ -31,6 +32,8 @@ class Settings:
     temperature: float = 1.0  # 0: the likeliest token
     top_k: int = 0  # 0: all
     top_p: float = 1.0
+    # The ids of a prompt's G completions: 0, row·G + g; else row + g·apart, which are the same for any G.
+    apart: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Slots(Generic[Cache]):
     first_token: jax.Array  # [W, r·G] int32, drawn for every seat when its prompt came in
     first_logprob: jax.Array  # [W, r·G] float32
     seat: jax.Array  # [W, b] int32, prompt·G + rollout
-    ids: jax.Array  # [W, b] int32, row·G + rollout, which keys are folded from
+    ids: jax.Array  # [W, b] int32, `completion_id`, which keys are folded from
     token: jax.Array  # [W, b] int32, drawn last
     drawn: jax.Array  # [W, b] int32, tokens drawn so far
     done: jax.Array  # [W, b] bool, ended, cut off, or never begun
@@ -97,6 +100,11 @@ def empty_slots(
     )
 
 
+def completion_id(row: Any, rollout: Any, group: int, settings: Settings) -> Any:
+    """What the keys of a completion are folded from, of ints or arrays; see `Settings.apart`."""
+    return row + rollout * settings.apart if settings.apart else row * group + rollout
+
+
 def bring_in(
     network: Network[Cache],
     params: Params,
@@ -120,7 +128,7 @@ def bring_in(
         settings: see `Settings`.
     """
     logits, fresh = network.prefill(params, prompts.tokens, prompts.lengths)
-    ids = prompts.rows[:, None] * group + jnp.arange(group)
+    ids = completion_id(prompts.rows[:, None], jnp.arange(group), group, settings)
     logits = jnp.broadcast_to(logits[:, None], (*ids.shape, logits.shape[-1]))
     token, logprob = draw(logits, _keys(key, ids, jnp.zeros_like(ids)), settings)
 

@@ -298,7 +298,8 @@ class _Schedule:
                     index = way - self.mine.start
                     begins[index, row] = True
                     seat[index, row] = device.prompts.index(request) * engine.group + rollout
-                    ids[index, row] = self.requests[request - self.first].row * engine.group + rollout
+                    row_id = self.requests[request - self.first].row
+                    ids[index, row] = sampler.completion_id(row_id, rollout, engine.group, engine.settings)
         admission = place_batch(engine.mesh, Admission(*cast(Arrays, (begins, seat, ids))))
         self.slots = engine.advance(self.params, self.slots, admission, self.key, np.int32(self._enough(size)))
         done, drawn, steps = fetch((self.slots.done, self.slots.drawn, self.slots.steps))
