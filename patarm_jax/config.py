@@ -73,7 +73,7 @@ class DataSection:
     """Which preferences are read, and how their columns are called."""
 
     path: str = ""  # a .jsonl, .json or .parquet file, a folder of them, or a Hub id
-    split: str = "train"  # of a Hub id; in a folder, files whose names tell their split are read alone
+    split: str = "train"  # of a Hub id, and of a folder whose files are named by their splits as on the Hub
     # Ours → theirs, where they differ; several columns are joined without a space. Ours are: prompt, chosen, rejected,
     # id, source, domain, chosen_judgement, rejected_judgement.
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -145,6 +145,7 @@ class HeldoutSection:
     """Pairs that are judged now and then while the run trains, and never learnt from."""
 
     path: str = ""  # as data.path, whose other settings hold here too; empty: nothing is held out
+    split: str = "test"  # as data.split
     eval_every: int = 50  # steps; the last step is evaluated too
     votes: int = 1  # judgements of each response
     limit: int = 0  # so many of the pairs, the first ones; 0: all

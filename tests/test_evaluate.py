@@ -219,17 +219,22 @@ def test_of_a_repository_only_the_benchmark_is_read(tmp_path):
     ("benchmark", "files", "read"),
     [
         ("rewardbench", ["data/filtered-00000-of-00001.jsonl", "data/raw-00000-of-00001.jsonl"], 1),
-        ("judgebench", ["data/response_model=claude-3-5.jsonl", "data/response_model=gpt-4o.jsonl"], 1),
+        ("judgebench", ["data/claude-00000-of-00001.jsonl", "data/gpt-00000-of-00001.jsonl"], 1),
+        ("judgebench", ["data/x,response_model=claude-3-5.jsonl", "data/x,response_model=gpt-4o.jsonl"], 1),
         ("judgebench", ["data/x,response_model=gpt-4o.jsonl", "outputs/x,response_model=gpt-4o,judge=y.jsonl"], 1),
-        ("ppe", ["PPE-Human-Preference-V1/data/test-0.jsonl", "PPE-MBPP-Plus-Best-of-K/data/train-0.jsonl"], 2),
+        (
+            "ppe",
+            ["PPE-Human-V1/data/test-00000-of-00001.jsonl", "PPE-MBPP-Plus-Best-of-K/data/train-00000-of-00001.jsonl"],
+            2,
+        ),
     ],
 )
 def test_of_a_copied_repository_the_official_split_is_read(benchmark, files, read, tmp_path):
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write_rows(tmp_path / name, ROWS[benchmark])
-    items, _ = read_benchmark(benchmark, DataSection(path=str(tmp_path), split=""))
-    assert len(items) == read
+    items, said = read_benchmark(benchmark, DataSection(path=str(tmp_path), split=""))
+    assert len(items) == read and ("not read: " in said) == (read < len(files))
 
 
 @pytest.mark.parametrize(

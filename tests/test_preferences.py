@@ -338,21 +338,44 @@ def test_a_hub_data_set_is_loaded_by_its_id_and_split(tmp_path, monkeypatch):
     assert "cannot tell what org/sky is" in refusal(DataSection(path="org/sky", domain="chat"))
 
 
-@pytest.mark.parametrize("names", [("data/train-0.jsonl", "data/test-0.jsonl"), ("train/x.jsonl", "test/x.jsonl")])
-def test_of_a_folder_with_splits_one_is_read(tmp_path, names):
-    """A copy of a Hub data set; what lies beside no file of the split is read whole."""
-    for name in (*names, "other/retrained.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        write(tmp_path, [EXPLICIT | {"source": name}], name)
+def sources_in(folder, split, *names):
+    """A folder of files, each of one row that says where it lies; the sources that are read, and the report."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder, [EXPLICIT | {"source": name}], name)
+    kept, report = read_preferences(DataSection(str(folder), split=split, domain="chat"))
+    return [one.source for one in kept], str(report)
 
-    def read(folder, split):
-        return [one.source for one in read_preferences(DataSection(str(folder), split=split, domain="chat"))[0]]
 
-    first = tmp_path / names[0].split("/")[0]
-    others = [] if first.name == "train" else ["other/retrained.jsonl"]
-    assert read(tmp_path, "train") == [names[0], *others]
-    assert read(tmp_path, "test") == [names[1], *others]
-    assert sorted(read(tmp_path, "validation")) == sorted([*names, "other/retrained.jsonl"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
+        ("train.jsonl", "test.jsonl"),
+        ("train/x.jsonl", "test/x.jsonl"),
+        ("a/train/x.jsonl", "a/test-00000-of-00001.jsonl"),
+    ],
+)
+def test_of_a_folder_of_splits_one_is_read(tmp_path, names):
+    """As a copy of a Hub data set has them; and it is said what is not read."""
+    assert sources_in(tmp_path, "train", *names) == ([names[0]], f"kept 1 of 1; dropped none; not read: {names[1]}")
+    assert sources_in(tmp_path, "test", *names)[0] == [names[1]]
+    words = refusal(DataSection(str(tmp_path), split="dev", domain="chat"))
+    assert "holds the splits test, train, and data.split is dev. Name one of them." in words
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "extra.jsonl"),  # a user's own names are no splits
+        ("chat/a.jsonl", "train_math/b.jsonl"),
+        ("code.jsonl", "math-train.jsonl"),
+        ("test-00000-of-00002.jsonl", "test-00001-of-00002.jsonl"),  # the only split there is
+        ("a/train.jsonl", "b/test.jsonl"),  # of two data sets
+    ],
+)
+def test_of_any_other_folder_all_is_read(tmp_path, names):
+    assert sources_in(tmp_path, "train", *names) == (sorted(names), "kept 2 of 2; dropped none")
 
 
 def test_a_folder_without_data(tmp_path):

@@ -46,12 +46,14 @@ class Report:
     kept: int
     dropped: dict[str, int]  # reason → count
     renamed: int = 0  # kept under another id, because theirs was taken
+    not_read: str = ""  # a clause on files of the folder that were not read
 
     def __str__(self) -> str:
         """One clause for a log or an error."""
         reasons = "; ".join(f"{count:,} × {reason}" for reason, count in self.dropped.items())
         renamed = f"; {self.renamed:,} ids were taken and got a number" if self.renamed else ""
-        return f"kept {self.kept:,} of {self.kept + sum(self.dropped.values()):,}; dropped {reasons or 'none'}{renamed}"
+        every = self.kept + sum(self.dropped.values())
+        return f"kept {self.kept:,} of {every:,}; dropped {reasons or 'none'}{renamed}{self.not_read}"
 
 
 def read_preferences(section: DataSection) -> tuple[list[Preference], Report]:
@@ -85,7 +87,8 @@ def _collect(
     dropped: Counter[str] = Counter()
     numbers: dict[str, int] = {}
     renamed = 0
-    for row in read_rows(section.path, section.split):
+    table = read_rows(section.path, section.split)
+    for row in table.rows:
         values = _our_columns(row, section.columns)
         try:
             preference = _preference(row, values, section)
@@ -95,7 +98,7 @@ def _collect(
             dropped[str(reason)] += 1
             continue
         renamed += unique.id != preference.id
-    report = Report(len(kept), dict(dropped.most_common()), renamed)
+    report = Report(len(kept), dict(dropped.most_common()), renamed, table.remark)
     if not kept:
         raise UserError(f"no usable preference in {section.path}: {report}. Mend the rows or the data section.")
     return kept, report

@@ -5,7 +5,7 @@ The only file that knows `datasets`. What the columns mean is for `preferences` 
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from patarm_jax.types import UsageError, UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _KINDS = ".jsonl, .json or .parquet"
+_SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 
 
 @dataclass(frozen=True)
@@ -27,52 +28,93 @@ class Row:
     values: dict[str, Any]
 
 
-def read_rows(path: str, split: str, unwanted: str = "") -> Iterator[Row]:
+@dataclass(frozen=True)
+class Table:
+    """Rows to read, and which files of the folder they lie in are not read."""
+
+    rows: Iterator[Row]
+    left_out: tuple[str, ...] = ()  # paths in the folder
+
+    @property
+    def remark(self) -> str:
+        """A clause on what is not read; empty where everything is."""
+        if not self.left_out:
+            return ""
+        more = f" and {len(self.left_out) - 3} more" if len(self.left_out) > 3 else ""
+        return f"; not read: {', '.join(self.left_out[:3])}{more}"
+
+
+def read_rows(path: str, split: str, unwanted: str = "") -> Table:
     """The rows of a file, of the files in a folder and its folders by their names, or of a split of a Hub data set.
 
     Args:
         path: of the file or folder, or the Hub id.
-        split: of a Hub id. In a folder, files and folders whose names hold it are read without those beside them, as
-            a copy of a Hub data set needs it: `data/train-00000-of-00001.parquet`, and not `data/test-…`.
+        split: of a Hub id, and of a folder whose files are named by their splits as on the Hub: of
+            `data/train-00000-of-00001.parquet` and `data/test-00000-of-00001.parquet` one is read.
         unwanted: files of a folder that are left out where there are others, as a regular expression over their paths.
     """
     if not path:
         raise UsageError(f"data.path is empty. Give a {_KINDS} file, a folder of them, or a Hub id such as org/name.")
     local = Path(path).expanduser()
     if local.is_dir():
-        yield from _read_folder(local, split, unwanted)
-    elif local.exists():
-        yield from _read_file(local)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and local.suffix not in SUFFIXES:
-        yield from _read_hub(path, split)
-    else:
-        raise UserError(f"data.path {path} does not exist. Give a {_KINDS} file, a folder of them, or a Hub id.")
+        return _read_folder(local, split, unwanted)
+    if local.exists():
+        return Table(_read_file(local))
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and local.suffix not in SUFFIXES:
+        return Table(_read_hub(path, split))
+    raise UserError(f"data.path {path} does not exist. Give a {_KINDS} file, a folder of them, or a Hub id.")
 
 
-def _read_folder(folder: Path, split: str, unwanted: str) -> Iterator[Row]:
-    # No part of a longer word; a slice such as train[:100] names no file.
-    of_split = re.compile(rf"(?<![^\W\d_]){re.escape(split)}(?![^\W\d_])" if split else "(?!)")
-    files = _data_files(folder, of_split)
+def _read_folder(folder: Path, split: str, unwanted: str) -> Table:
+    files = _data_files(folder)
     if not files:
         raise UserError(f"the folder {folder} holds no {_KINDS} file. Give the folder that the files lie in.")
     paths = {file: f"/{file.relative_to(folder).as_posix()}" for file in files}
-    wanted = [file for file in files if not (unwanted and re.search(unwanted, paths[file]))]
-    for file in wanted or files:
-        yield from _read_file(file)
+    wanted = [file for file in files if not (unwanted and re.search(unwanted, paths[file]))] or files
+    taken = _of_split(folder, wanted, split)
+    rows = (row for file in taken for row in _read_file(file))
+    return Table(rows, tuple(paths[file].removeprefix("/") for file in files if file not in taken))
 
 
-def _data_files(folder: Path, of_split: re.Pattern[str]) -> list[Path]:
-    """The files in a folder and its folders, by their names; of those beside each other, only ones of the split."""
-    found: dict[str, list[Path]] = {}
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            found[entry.name] = _data_files(entry, of_split)
-        elif entry.suffix in SUFFIXES:
-            found[entry.name] = [entry]
-    named = [name for name, files in found.items() if files and of_split.search(name)]
-    return [file for name in (named or found) for file in found[name]]
+def _data_files(folder: Path) -> list[Path]:
+    """The files in a folder and its folders, by their names."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix in SUFFIXES
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+
+
+def _of_split(folder: Path, files: Sequence[Path], split: str) -> list[Path]:
+    """Of a folder that is laid out by splits the files of one; of any other all."""
+    inside: dict[Path, list[Path]] = {}  # what lies in the folder → its files
+    for file in files:
+        inside.setdefault(folder / file.relative_to(folder).parts[0], []).append(file)
+    names = {entry: _split_named(entry.stem if entry in files else entry.name) for entry in inside}
+    splits = sorted({name for name in names.values() if name is not None})
+    if None in names.values() or len(splits) < 2:
+        return [
+            file
+            for entry, its in inside.items()
+            for file in ([entry] if entry in files else _of_split(entry, its, split))
+        ]
+    if split not in splits:
+        raise UserError(
+            f"{folder} holds the splits {', '.join(splits)}, and data.split is {split or 'empty'}. Name one of them."
+        )
+    return [file for entry, its in inside.items() if names[entry] == split for file in its]
+
+
+def _split_named(name: str) -> str | None:
+    """The split that a name is, as the Hub writes it.
+
+    >>> [_split_named(name) for name in ("train-00000-of-00002", "gpt-00000-of-00001", "test", "train_math", "chat")]
+    ['train', 'gpt', 'test', None, None]
+    """
+    shard = re.fullmatch(r"(.+)-\d{5}-of-\d{5}", name)
+    return shard[1] if shard else name if name in _SPLITS else None
 
 
 def _read_file(file: Path) -> Iterator[Row]:

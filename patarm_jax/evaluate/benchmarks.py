@@ -46,7 +46,8 @@ class Source:
     split: str
     shapes: tuple[Any, ...]  # msgspec.Structs: the fields of a row and their types
     read: Callable[[Row, Any], Iterator[Item]]
-    unwanted: str = ""  # which files of its repository are not it, as a regular expression over their paths
+    # Which files of its repository are not it, as a regular expression over their paths; SPLIT stands for the split.
+    unwanted: str = ""
     further: tuple[str, str] = ("", "")  # how the Hub ids of its further parts end, and their split
 
     def split_of(self, path: str) -> str:
@@ -280,7 +281,9 @@ SOURCES: dict[str, Source] = {
     "rewardbench": Source("allenai/reward-bench", "filtered", (_RewardBench,), _rewardbench),
     "rewardbench2": Source("allenai/reward-bench-2", "test", (_RewardBench2,), _rewardbench2),
     "rm-bench": Source("THU-KEG/RM-Bench", "train", (_RMBench,), _rm_bench, r"/total_dataset\.json$"),
-    "judgebench": Source("ScalerLab/JudgeBench", "gpt", (_JudgeBench,), _judgebench, "/outputs/"),
+    "judgebench": Source(
+        "ScalerLab/JudgeBench", "gpt", (_JudgeBench,), _judgebench, "/outputs/|response_model=(?!SPLIT)"
+    ),
     "llmbar": Source("princeton-nlp/LLMBar", "", (_LLMBar,), _llmbar, "/CaseStudy/|/evaluators/"),
     "rmb": Source("Zhou-Zoey/RMB-Reward-Model-Benchmark", "", (_RMB,), _rmb, "/BoN_set/"),
     "ppe": Source(
@@ -308,14 +311,17 @@ def _read_official(name: str, section: DataSection) -> tuple[list[Item], str]:
         raise UsageError(f"{name} is not on the Hub. Give its files as --data PATH; they lie in {_FILES_ONLY[name]}.")
     items: list[Item] = []
     rows = without = 0
-    for row in read_rows(path, section.split or source.split_of(path), source.unwanted):
+    split = section.split or source.split_of(path)
+    table = read_rows(path, split, source.unwanted.replace("SPLIT", re.escape(split)))
+    for row in table.rows:
         found = list(source.read(row, _converted(name, source, row)))
-        rows, without, items = rows + 1, without + (not found), items + found
+        rows, without = rows + 1, without + (not found)
+        items += found
     left_out = f"; {without:,} rows prefer neither response and are left out" if without else ""
     _refuse_half_of_ties(items)
     if not items:
         raise UserError(f"{path} holds nothing to judge{left_out}. Give the files of {name}.")
-    return items, f"{len(items):,} items of {name} from {rows:,} rows{left_out}"
+    return items, f"{len(items):,} items of {name} from {rows:,} rows{left_out}{table.remark}"
 
 
 def _refuse_half_of_ties(items: Sequence[Item]) -> None:

@@ -52,7 +52,7 @@ def open_heldout(config: SFTConfig | GRPOConfig, model: Model, mesh: Mesh) -> He
     section = config.heldout
     if not section.path:
         return None
-    preferences, read = read_preferences(replace(config.data, path=section.path))
+    preferences, read = read_preferences(replace(config.data, path=section.path, split=section.split))
     if section.limit:
         preferences = preferences[: section.limit]
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
