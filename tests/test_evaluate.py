@@ -73,6 +73,9 @@ SUBSETS = {
 }
 
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
 def write_rows(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return DataSection(path=str(path), split="")
@@ -376,11 +379,7 @@ def test_any_batch_and_any_devices_give_the_same(world, whole):
 
 
 def test_a_stopped_evaluation_goes_on(world, whole):
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
+    environment = ENVIRONMENT | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, "-m", "patarm_jax", *local(world, "parted", "--sampling.rows", 2)]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     answers = world / "parted" / "answers.jsonl"
@@ -482,6 +481,7 @@ class Chat(BaseHTTPRequestHandler):
 
     plan: list  # what to do to the next requests: "429", "500", "nonsense", "empty", "slow", "hang up", "400"
     asked: list
+    times: list
     retry_after = "0.1"
     lock = threading.Lock()
 
@@ -492,6 +492,7 @@ class Chat(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.lock:
             self.asked.append(request)
+            self.times.append(time.monotonic())
             do = self.plan.pop(0) if self.plan else ""
         if do == "slow":
             time.sleep(1.5)
@@ -515,6 +516,13 @@ class Chat(BaseHTTPRequestHandler):
             said["choices"][0]["finish_reason"] = "length"
             said["choices"][0]["message"] = {"content": "<think>hm" if do == "cut" else ""}
             self.reply(200, said)
+        elif do == "nested":
+            self.reply(200, b"[" * 100_000)
+        elif "tokens" in do:
+            said = answer_to(request)
+            count = {"tokens without end": 1e999, "tokens beyond count": 2**31, "no tokens": None}[do]
+            said["usage"]["completion_tokens"] = count
+            self.reply(200, said)
         elif do == "unread":
             self.reply(200, {"choices": [{"message": {"content": "I cannot say."}, "finish_reason": "stop"}]})
         elif do == "nonsense":
@@ -531,7 +539,7 @@ class Chat(BaseHTTPRequestHandler):
             self.reply(200, answer_to(request))
 
     def reply(self, status, content, **headers):
-        data = b"<html>" if content is None else json.dumps(content).encode()
+        data = b"<html>" if content is None else content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in (headers | {"Content-Length": len(data)}).items():
             self.send_header(name, str(value))
@@ -555,7 +563,7 @@ def answer_to(request):
 
 @contextmanager
 def served(*plan):
-    handler = type("Handler", (Chat,), {"plan": list(plan), "asked": []})
+    handler = type("Handler", (Chat,), {"plan": list(plan), "asked": [], "times": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -658,15 +666,25 @@ def test_a_busy_server_is_waited_for(pairs):
     assert overall(pairs)[1] == 1.0 and len(chat.asked) == 20
 
 
-def test_as_long_as_the_server_says(pairs):
-    """By seconds or by a date; longer than it would have been."""
-    for output in ("3", "date", "Fri, 31 Dec 1999 23:59:59 GMT", "soon"):
-        with served("429") as (url, chat):
-            chat.retry_after = formatdate(time.time() + 4, usegmt=True) if output == "date" else output
-            begun = time.monotonic()
-            assert main(remote(pairs, url, "--endpoint.concurrency", 1, output=output)) == 0
-            assert overall(pairs, output)[1] == 1.0
-            assert output not in ("3", "date") or time.monotonic() - begun > 2.5
+@pytest.mark.parametrize("said", ["3", "a date", "Fri, 31 Dec 1999 23:59:59 GMT", "soon", "nan", "inf", "-1"])
+def test_as_long_as_the_server_says(pairs, said):
+    """By seconds or by a date: longer than the one to two seconds that are waited anyhow."""
+    with served("429") as (url, chat):
+        chat.retry_after = formatdate(time.time() + 300, usegmt=True) if said == "a date" else said
+        command = remote(pairs, url, "--endpoint.concurrency", 1)
+        if said == "a date":  # a minute at most, which no test waits for
+            process = subprocess.Popen([sys.executable, "-m", "patarm_jax", *command], env=ENVIRONMENT)
+            while not chat.asked:
+                time.sleep(0.02)
+            time.sleep(4)
+            assert len(chat.asked) == 1
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) == 1
+            return
+        assert main(command) == 0
+        assert overall(pairs)[1] == 1.0
+        first, second = chat.times[:2]
+        assert (second - first >= 3) == (said == "3")
 
 
 def test_why_nothing_comes_is_told(pairs, capsys):
@@ -717,6 +735,36 @@ def test_one_refusal_among_answers_is_that_questions_own(pairs):
     with served("403") as (url, _):  # nor is it another time, when it is the first that is asked
         assert main(remote(pairs, url, "--endpoint.concurrency", 1)) == 0
     assert overall(pairs)[0]["failed"] == 1
+
+
+def test_those_under_way_tell_whether_a_refusal_is_for_all(pairs, capsys):
+    """The first answer that comes is a refusal; nothing that was paid for meanwhile is lost."""
+    with served("403", *["slow"] * 3) as (url, chat):
+        assert main(remote(pairs, url)) == 0
+        assert overall(pairs)[0]["failed"] == 1 and len(chat.asked) == 12
+    with served(*["403"] * 50) as (url, chat):
+        assert main(remote(pairs, url, output="all")) == 1
+        assert "answers 403" in capsys.readouterr().err and len(chat.asked) <= 4
+        chat.plan.clear()
+        assert main(remote(pairs, url, output="all")) == 0
+    assert overall(pairs, "all")[1] == 1.0
+
+
+def test_what_is_paid_for_is_kept_when_the_key_goes(pairs, capsys):
+    with served("", "slow", "slow", "401") as (url, chat):
+        assert main(remote(pairs, url)) == 1
+        assert "answers 401" in capsys.readouterr().err
+        kept = (pairs / "out" / "answers.jsonl").read_text().count('"status": "OK"')
+        assert kept >= 3
+        assert main(remote(pairs, url)) == 0
+    assert overall(pairs)[1] == 1.0 and len(chat.asked) == kept + 1 + (12 - kept)
+
+
+@pytest.mark.parametrize("odd", ["tokens without end", "tokens beyond count", "no tokens", "nested"])
+def test_odd_numbers_of_a_server_break_nothing(pairs, odd):
+    with served(odd) as (url, chat):
+        assert main(remote(pairs, url, "--endpoint.concurrency", 1)) == 0
+    assert overall(pairs)[1] == 1.0 and len(chat.asked) == 12 + (odd in ("tokens without end", "nested"))
 
 
 def test_many_questions_may_be_refused_where_others_are_answered(pairs):
@@ -791,10 +839,9 @@ def test_what_never_comes_is_failed_counted_and_asked_again(pairs):
 
 
 def test_a_stopped_evaluation_pays_for_nothing_twice(pairs):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     with served(*["slow"] * 100) as (url, chat):
         command = [sys.executable, "-m", "patarm_jax", *remote(pairs, url)]
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
         while process.poll() is None and len(chat.asked) < 5:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)

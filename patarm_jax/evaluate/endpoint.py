@@ -7,6 +7,7 @@ every question alike (a wrong key, an unknown model) is for the caller to tell.
 
 import asyncio
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ from patarm_jax.evaluate.answers import Question
 from patarm_jax.types import UserError
 
 _LONGEST_PAUSE = 60.0  # seconds
-# A moving or missing address, no key, no money: the same for every question, unless others have been answered.
-_PERHAPS_ALL = (301, 302, 307, 308, 401, 402, 403, 404, 405, 429)
-_LOOK = 0.2  # seconds between looking whether all is to stop
+# No key, no money: the same for every question. A moving or missing address, or what is forbidden: perhaps.
+_FOR_ALL = (401, 402, 429)
+_PERHAPS_ALL = (301, 302, 307, 308, 403, 404, 405)
+_MOST_TOKENS = 2**31 - 1  # that an answer may be said to have
+LOOK = 0.1  # seconds between looking whether all is to stop
 
 
 class Unavailable(Exception):
@@ -45,9 +48,14 @@ class Refused(Exception):
         self.status = status
 
     @property
-    def perhaps_all(self) -> bool:
-        """Whether the server may refuse every question for this reason."""
-        return self.status in _PERHAPS_ALL
+    def for_all(self) -> bool:
+        """Whether the server refuses every question for this reason."""
+        return self.status in _FOR_ALL
+
+    @property
+    def perhaps_for_all(self) -> bool:
+        """Whether it may."""
+        return self.for_all or self.status in _PERHAPS_ALL
 
 
 class Stopped(Exception):
@@ -158,10 +166,12 @@ async def complete(
 
     async def wait(seconds: float) -> None:
         end = asyncio.get_running_loop().time() + seconds
-        while asyncio.get_running_loop().time() < end:
-            if stopping():
-                raise Stopped
-            await asyncio.sleep(min(_LOOK, seconds))
+        while not stopping():
+            left = end - asyncio.get_running_loop().time()
+            if left <= 0:
+                return
+            await asyncio.sleep(min(LOOK, left))
+        raise Stopped
 
     retrying = tenacity.AsyncRetrying(
         sleep=wait,
@@ -186,7 +196,7 @@ async def _send(client: httpx.AsyncClient, method: str, path: str, content: Any)
     _raise_for(response)
     try:
         return response.json()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Unavailable(f"the answer is not JSON: {response.text[:80]!r}") from error
 
 
@@ -211,7 +221,7 @@ def _retry_after(response: httpx.Response) -> float:
             seconds = (parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds()
         except (ValueError, TypeError):  # neither; or a date that names no zone
             return 0.0
-    return min(max(seconds, 0.0), _LONGEST_PAUSE)
+    return min(max(seconds, 0.0), _LONGEST_PAUSE) if math.isfinite(seconds) else 0.0
 
 
 def _reply(answer: Any) -> Reply:
@@ -225,10 +235,10 @@ def _reply(answer: Any) -> Reply:
             raise TypeError("content is no text")
         if not content and not thinking and not finished:
             raise ValueError("nothing was written")
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise Unavailable(f"the answer is no chat completion: {str(answer)[:80]!r}") from error
     # A judge that was told to write <think> may do so after thinking of its own, which is not what is judged then.
     inside = thinking and not content.lstrip().startswith("<think>")
     text = f"<think>{thinking}</think>{content}" if inside else content
     text = text.encode("utf-8", "replace").decode()  # half a character is no text
-    return Reply(text, tokens, finished == "length")
+    return Reply(text, tokens if 0 <= tokens <= _MOST_TOKENS else 0, finished == "length")

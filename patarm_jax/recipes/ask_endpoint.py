@@ -10,7 +10,7 @@ import httpx2 as httpx
 
 from patarm_jax.config import EndpointSection, SamplingSection
 from patarm_jax.evaluate.answers import Answers, Question, answer_of, failed
-from patarm_jax.evaluate.endpoint import Refused, Stopped, Unavailable, body, complete, connect, served_model
+from patarm_jax.evaluate.endpoint import LOOK, Refused, Stopped, Unavailable, body, complete, connect, served_model
 from patarm_jax.recipes.process import say, stop_requests
 from patarm_jax.rollout.judging import Parse
 from patarm_jax.train.metrics import Report, progress
@@ -18,7 +18,7 @@ from patarm_jax.types import UserError
 
 _MOST_LOST = 2  # times the concurrency: after so many failures in a row, and 20 at least, the evaluation stops
 
-_LOOK = 0.1  # seconds between looking whether all is to stop
+_ENOUGH_REFUSED = 3  # of the first questions, to say that all would be
 _SECONDS_BETWEEN = 60.0  # two words on trouble
 
 
@@ -91,34 +91,52 @@ class _Asking:
     done: int
     answered: bool  # whether any question ever was
     lost: int = 0  # failures in a row that say that it is not the question's fault
+    refusal: Refused | None = None  # that may be for all questions
+    trouble: str = ""  # why nothing more is asked, and what to do about it
     under_way: int = 0
     told: float = -math.inf  # when trouble was last told of
 
     async def run(self) -> None:
-        """Until all is asked; what is under way when it is to stop is waited for, since it is paid for."""
+        """Until all is asked, or must stop; what is under way is waited for even then, since it is paid for."""
         section = self.remote.section
-        try:
-            async with connect(section) as client, asyncio.TaskGroup() as group:
-                asking = [group.create_task(self._one_after_another(client)) for _ in range(section.concurrency)]
-                while not all(task.done() for task in asking) and not self.stopping():
-                    await asyncio.sleep(_LOOK)
-                if self.under_way:
-                    say(
-                        f"waiting for {self.under_way} answers that are under way, {section.timeout:g} s at most; they "
-                        "are paid for. Ctrl-C again gives them up"
-                    )
-        except* UserError as errors:
-            raise errors.exceptions[0] from None  # one of them says it all
+        async with connect(section) as client, asyncio.TaskGroup() as group:
+            asking = [group.create_task(self._one_after_another(client)) for _ in range(section.concurrency)]
+            while not all(task.done() for task in asking) and not self._ending():
+                await asyncio.sleep(LOOK)
+            if self._ending():
+                await asyncio.sleep(3 * LOOK)  # those that wait for their next try end meanwhile
+            if self.under_way:
+                say(
+                    f"waiting for {self.under_way} answers that are under way, {section.timeout:g} s at most; they are "
+                    f"paid for. Ctrl-C {'again' if self.stopping() else 'twice'} gives them up"
+                )
+        if self.trouble:
+            raise UserError(self.trouble)
+
+    def _ending(self) -> bool:
+        return bool(self.trouble) or self.stopping()
 
     async def _one_after_another(self, client: httpx.AsyncClient) -> None:
         for question, vote in self.work:
-            if self.stopping():
+            # Whether what was refused is refused to all will be told by those under way.
+            while self.refusal and not self.answered and self.under_way and not self._ending():
+                await asyncio.sleep(LOOK)
+            if self.refusal and not self.answered and self.lost >= _ENOUGH_REFUSED:
+                self._give_up(self.refusal)
+            if self._ending():
                 return
             self.under_way += 1
             try:
                 await self._ask(client, question, vote)
             finally:
                 self.under_way -= 1
+
+    def _give_up(self, refusal: Refused) -> None:
+        section = self.remote.section
+        self.trouble = (
+            f"{section.url} answers {refusal}. Check endpoint.url, endpoint.model and the key in "
+            f"{section.api_key_env}; the same command goes on from here."
+        )
 
     def _tell(self, trouble: Unavailable) -> None:
         """That requests are tried again, now and then: else nobody would know why nothing comes."""
@@ -131,28 +149,27 @@ class _Asking:
         remote = self.remote
         request = body(remote.name, question, vote, remote.sampling, remote.section, remote.seed)
         try:
-            reply = await complete(client, request, remote.section, self.stopping, self._tell)
+            reply = await complete(client, request, remote.section, self._ending, self._tell)
             answer = answer_of(question, vote, self.parse(reply.text), reply.tokens, reply.cut)
             self.lost, self.answered = 0, True
         except Stopped:
             return  # it is asked when the same command goes on
         except Refused as refusal:
-            if refusal.status == 401 or (refusal.perhaps_all and not self.answered):
-                raise UserError(
-                    f"{remote.section.url} answers {refusal}. Check endpoint.url, endpoint.model and the key in "
-                    f"{remote.section.api_key_env}."
-                ) from refusal
             answer = failed(question, vote, f"refused: {refusal}")
+            if refusal.for_all:
+                self._give_up(refusal)
+            elif refusal.perhaps_for_all:
+                self.refusal = refusal
             # Where other questions are answered, a refusal such as 400 is this one's own: too long, for example.
-            self.lost = 0 if self.answered and not refusal.perhaps_all else self.lost + 1
+            self.lost = 0 if self.answered and not refusal.perhaps_for_all else self.lost + 1
         except Unavailable as error:
             answer = failed(question, vote, f"after {error.requests} requests: {error}")
             self.lost += 1
         self.answers.add([answer])
         self.done += 1
         self.report(self.done, {})
-        if self.lost > max(20, _MOST_LOST * remote.section.concurrency):
-            raise UserError(
+        if self.lost > max(20, _MOST_LOST * remote.section.concurrency) and not self.trouble:
+            self.trouble = (
                 f"{remote.section.url} did not answer the last {self.lost} questions, the last one {answer.reason}. "
                 "See whether the server is up and takes such requests; the same command goes on from here."
             )
