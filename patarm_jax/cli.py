@@ -196,8 +196,8 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     if options.benchmark not in _BENCHMARKS:
         raise UsageError(f"unknown benchmark {options.benchmark}. Use one of {', '.join(_BENCHMARKS)}.")
     config = EvalConfig(
-        options.benchmark,
-        options.judge,
+        benchmark=options.benchmark,
+        judge=options.judge,
         output=options.output,
         votes=options.votes,
         limit=options.limit,

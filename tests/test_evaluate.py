@@ -1,5 +1,6 @@
 """Whole evaluations through the command line: formats, files, resuming, endpoints, and what is said to mistakes."""
 
+import fcntl
 import json
 import os
 import re
@@ -912,6 +913,14 @@ def test_a_finished_evaluation_needs_no_server(pairs, capsys):
     assert not (pairs / "later").exists()
     assert main(remote(pairs, url, "--votes", 3, "--dry-run")) == 0  # what is there is not asked again
     assert "answers to be asked for: 24, to 12 questions" in capsys.readouterr().out
+    answers = pairs / "out" / "answers.jsonl"
+    with answers.open("a") as file:
+        file.write('{"question": "half a li')
+    before = answers.read_bytes()
+    with answers.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as an evaluation that is under way has it
+        assert main(remote(pairs, url, "--votes", 3, "--dry-run")) == 0
+    assert answers.read_bytes() == before  # a plan touches nothing
 
 
 def test_judges_are_compared(pairs, capsys):
@@ -1014,8 +1023,8 @@ def test_an_answer_that_never_came_wins_nothing(tmp_path):
     with served("", "400") as (url, _):  # of the first item a rejected response
         assert main(remote(tmp_path, url, "--endpoint.concurrency", 1, benchmark="rewardbench2")) == 0
     results, half = overall(tmp_path, rule="half")
-    assert half == pytest.approx((3 + 0.25) / 4) and overall(tmp_path)[1] == 0.75
-    assert results["ties"] == 3 / 12 and results["length"]["chosen shorter"]["strict"] == 9 / 12
+    assert half == pytest.approx((3 + 0.5) / 4) and overall(tmp_path)[1] == 0.75  # it shares the first place
+    assert results["ties"] == 1 / 12 and results["length"]["chosen shorter"]["strict"] == 11 / 12
     with served("", "unread") as (url, _):
         command = remote(tmp_path, url, "--endpoint.concurrency", 1, benchmark="rewardbench2", output="unread")
         assert main(command) == 0

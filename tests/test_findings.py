@@ -283,6 +283,28 @@ def test_every_judgement_is_written_with_its_place(tmp_path):
     assert [row["text"] for row in rows[:2]] == ["vote 0", "vote 1"]
 
 
+def test_a_comparison_of_prompts_with_many_items(tmp_path):
+    """Three items of one prompt and one of another: theirs are weighed as ours are; one subset has a single prompt."""
+    items = [replace(item(f"{n}", subset="ab"[n == 3]), group="one" if n < 3 else "other") for n in range(5)]
+    theirs_judged = scores([[9], [9], [9], [1], [1]], [[3]] * 5)
+    theirs = evaluation("pairs", items=items, judged=theirs_judged)
+    write(tmp_path, theirs, theirs_judged)
+    ours = evaluation("pairs", items=items, judged=scores([[1], [9], [9], [9], [9]], [[3]] * 5))
+    loaded = load_measured(tmp_path, ours.plan, items)
+    assert (loaded.values.tolist(), loaded.size.tolist()) == (theirs.measured.values.tolist(), [3, 1, 1])
+    found = compared(ours, loaded)
+    assert found["strict/overall/accuracy"].value == pytest.approx(4 / 5 - 3 / 5)
+
+
+def test_the_difference_on_a_subset_of_one_has_no_interval(tmp_path):
+    items = [item(f"{n}", subset="hep-go" if n else "hep-js") for n in range(20)]
+    judged = scores([[n % 3] for n in range(20)], [[1]] * 20)
+    one = evaluation("rewardbench", items=items, judged=judged)
+    found = compared(one, one.measured)
+    assert np.isnan(found["strict/subset hep-js/accuracy"].interval).all()
+    assert found["strict/overall/accuracy"].interval == (0, 0)
+
+
 def test_judges_that_differ(tmp_path):
     """Ours minus theirs, whatever the order of the rows; p is never 0."""
     many = [item(f"{n}", chosen=f"c{n}") for n in range(40)]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from jax.sharding import AxisType
 
 from patarm_jax.cli import main
 from patarm_jax.config import GRPOConfig, MeshSection, SFTConfig, load
+from patarm_jax.data.preferences import read_preferences
 from patarm_jax.model import weights
 from patarm_jax.model.config import read_config
 from patarm_jax.model.qwen3 import init_params
@@ -272,6 +274,21 @@ def test_heldout_pairs_are_judged_alike_by_any_mesh(world, recipe):
         assert [[one.judgement.text for one in streamed[i]] for i in range(10)] == texts[-1]
     assert texts[0] == texts[1] and len({text for group in texts[0] for text in group}) > 15
     assert [heldout.due(step, 7) for step in range(1, 8)] == [False, False, True, False, False, True, True]
+
+
+def test_held_out_pairs_are_of_their_own_split(world):
+    """Of a folder laid out by splits, training reads one and the held-out pairs are another."""
+    folder = world / "splits"
+    folder.mkdir()
+    for name, kept in (("train", 6), ("test", 2)):
+        lines = (world / "pairs.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:kept]))
+    config = load(GRPOConfig, config_file(world, "splits-run", "grpo"))
+    config = replace(
+        config, data=replace(config.data, path=str(folder)), heldout=replace(config.heldout, path=str(folder), limit=0)
+    )
+    assert len(read_preferences(config.data)[0]) == 6
+    assert len(open_heldout(config, open_model(config.model.path), ALONE).records) == 2
 
 
 def test_export_of_a_checkpoint_equals_the_export_of_the_run(world):

@@ -126,19 +126,37 @@ def test_a_failed_response_wins_against_no_score_however_low():
 
 
 def test_an_answer_that_never_came_is_nobodys_luck():
-    """Unreadable answers are rated lowest, as officially; missing ones leave the item undecided, and Ties unwon."""
-    four = scored([[9], [9], [None]], [[5, None, 5], [5, None, 5], [5, 5, 5]])
-    items = [item(name, "Math", 1, 3) for name in "abc"]
+    """Unreadable answers are rated lowest, as officially; a response to which none came ties with all others."""
+    four = scored([[9], [9], [None], [2]], [[5, None, 5], [5, None, 5], [5, 5, 5], [9, 5, None]])
+    items = [item(name, "Math", 1, 3) for name in "abcd"]
     plan_ = plan("rewardbench2", items)
-    assert measure(plan_, items, four).values.tolist() == [[1, 1], [1, 1], [0, 0]]
-    lost = replace(four, lost=np.array([[False], [True], [True]]))
-    assert measure(plan_, items, lost).values.tolist() == [[1, 1], [0, 0.25], [0, 0.25]]
-    assert who_won(plan_, lost)[1:].tolist() == [[[0.5] * 3]] * 2
+    assert measure(plan_, items, four).values.tolist() == [[1, 1], [1, 1], [0, 0], [0, 0]]
+    chosen, rejected = np.zeros((4, 1, 1), bool), np.zeros((4, 3, 1), bool)
+    rejected[1, 1], chosen[2, 0], rejected[3, 2] = True, True, True
+    lost = replace(four, lost_chosen=chosen, lost_rejected=rejected)
+    assert who_won(plan_, lost)[:, 0].tolist() == [[1, 1, 1], [1, 0.5, 1], [0.5] * 3, [0, 0, 0.5]]
+    assert measure(plan_, items, lost).values.tolist() == [[1, 1], [0, 0.5], [0, 0.25], [0, 0]]  # a loss stays one
+
+
+def test_a_response_is_unknown_where_no_vote_is_valid_and_one_never_came():
+    """Two votes: one of each response came, and says enough; unreadable and missing together say nothing."""
+    nan = math.nan
+    two = scores_of([[[9, nan]], [[9, 9]]], [[[nan, 5]] * 3, [[nan, nan]] * 3])
+    chosen, rejected = np.zeros((2, 1, 2), bool), np.zeros((2, 3, 2), bool)
+    chosen[0, 0, 1], rejected[0, :, 0], rejected[1, 0, 1] = True, True, True
+    items = [item(name, "Math", 1, 3) for name in "ab"]
+    judged = replace(two, lost_chosen=chosen, lost_rejected=rejected)
+    plan_ = plan("rewardbench2", items)
+    assert who_won(plan_, judged)[:, 0].tolist() == [[1, 1, 1], [0.5, 1, 1]]
+    assert judged.some(np.array([1])).unknown()[0].tolist() == [[True], [False]]
+
+
+def test_ties_with_an_answer_that_never_came_are_not_won():
     ties = [item("ref", "Ties", 1, 1, "1", "ref"), item("tied", "Ties", 2, 1, "1", "tied")]
-    judged = scored([[9], [9, 9]], [[2], [2]])
+    judged = scored([[9], [9, 9]], [[2], [None]])
     plan_ = plan("rewardbench2", ties)
     assert measure(plan_, ties, judged).values.tolist() == [[1.01, 1.01]]
-    judged = replace(judged, lost=np.array([[False], [True]]))
+    judged = replace(judged, lost_rejected=np.array([[[False]], [[True]]]))
     assert measure(plan_, ties, judged).values.tolist() == [[0, 0]]
 
 
@@ -395,10 +413,13 @@ def test_an_interval_is_that_of_the_bootstrap_library():
 
 
 def test_strata_are_resampled_by_themselves():
-    """A stratum whose units are all alike adds no uncertainty."""
-    values = np.concatenate([np.zeros(50), np.ones(50)])[:, None]
-    measured = units(values, np.repeat([0, 1], 50))
-    assert intervals(measured, lambda m: {"mean": m[..., 0].mean(-1)}, seed=0)["mean"] == (0.5, 0.5)
+    """A stratum whose units are all alike adds nothing to the spread of another."""
+    rng = np.random.default_rng(2)
+    mixed = rng.integers(0, 2, 50)
+    measured = units(np.concatenate([mixed, np.ones(50)])[:, None], np.repeat([0, 1], 50))
+    got = intervals(measured, lambda m: {"both": m[..., 0].mean(-1), "first": m[..., 0, 0]}, seed=0)
+    first, both = np.array(got["first"]), np.array(got["both"])
+    assert both == pytest.approx((first + 1) / 2)
 
 
 def test_intervals_of_few_units():
@@ -488,19 +509,65 @@ def test_wilsons_interval_is_that_of_the_library(right, count):
     assert wilson(right / count, count) == pytest.approx((want.low, want.high), abs=1e-7)
 
 
-def test_where_all_agree_the_interval_is_wilsons():
-    """With as many units as the weights of the strata amount to."""
-    from scipy.stats import binomtest
-
+def test_where_nothing_varies_the_interval_is_put_together_of_wilsons():
+    """By hand: half of the reach of 40 units and half of that of 160, squared and added."""
     right = units(np.ones((200, 1)), np.repeat([0, 1], [40, 160]))
     got = intervals(right, lambda m: {"x": m[..., 0].mean(-1), "first": m[..., 0, 0]}, seed=0)
-    want = binomtest(40, 40).proportion_ci(method="wilson")
-    assert got["first"] == pytest.approx((want.low, want.high), abs=0.003)
-    amounts_to = round(1 / (0.25 / 40 + 0.25 / 160))  # 128
-    want = binomtest(amounts_to, amounts_to).proportion_ci(method="wilson")
-    assert got["x"] == pytest.approx((want.low, want.high), abs=0.002)
-    wrong = intervals(units(np.zeros((40, 1))), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
-    assert wrong == pytest.approx((0.0, 1 - got["first"][0]), abs=0.002)
+    reach = [1 - wilson(1, n)[0] for n in (40, 160)]
+    assert got["first"] == pytest.approx((1 - reach[0], 1.0), abs=1e-9)
+    assert got["x"] == pytest.approx((1 - np.hypot(*reach) / 2, 1.0), abs=0.001)
+    apart = units(np.repeat([[0.0], [1.0]], 50, axis=0), np.repeat([0, 1], 50))
+    away = (1 - wilson(1, 50)[0]) / 2
+    got = intervals(apart, lambda m: {"x": m[..., 0].mean(-1)}, seed=0)["x"]
+    assert got == pytest.approx((0.5 - away, 0.5 + away), abs=1e-9)
+    ties = intervals(units(np.full((30, 1), 0.5)), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
+    assert ties == pytest.approx(wilson(0.5, 30))
+    best = Measured(np.full((4, 1), 1.01), np.full(4, 2.0), np.zeros(4, int))  # RewardBench 2's Ties
+    assert intervals(best, lambda m: {"x": m[..., 0, 0]}, seed=0)["x"] == pytest.approx(
+        (1.01 - 0.48991, 1.01), abs=1e-4
+    )
+
+
+def test_an_interval_may_leave_what_was_seen_and_not_what_can_be():
+    low, high = intervals(units([[0.3], [0.5]]), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
+    assert low < 0.3 and high > 0.5
+    low, high = intervals(units([[0.0], [1.0], [1.0]]), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
+    assert low == 0 and high == 1
+
+
+def test_a_difference_is_one_that_can_be(tmp_path):
+    """Also where a stratum of one unit takes its spread from others."""
+    ours, theirs = np.ones((21, 1)), np.append(np.ones(10), np.zeros(11))[:, None]
+    stratum = np.append(np.zeros(20, int), 1)
+
+    def numbers_of(m):
+        return {"lone": m[..., 1, 0], "both": m[..., 0].mean(-1)}
+
+    got = compare(units(ours, stratum), units(theirs, stratum), numbers_of, seed=0)
+    assert got["lone"].value == 1 and -1 <= got["lone"].interval[0] <= got["lone"].interval[1] <= 1
+    assert 0 < got["both"].interval[0] < got["both"].value < got["both"].interval[1] <= 1
+
+
+def test_a_paired_interval_weighs_units_by_their_items():
+    """Of a ratio: √Σ size²·(d − mean)² / Σ size, within the normal approximation."""
+    rng = np.random.default_rng(7)
+    size, stratum = rng.integers(1, 8, 200).astype(float), np.zeros(200, int)
+    ours, theirs = (rng.integers(0, 2, 200).astype(float) for _ in range(2))
+    got = compare(
+        *(Measured(x[:, None], size, stratum) for x in (ours, theirs)), lambda m: {"x": m[..., 0, 0]}, seed=0
+    )["x"]
+    mean = size @ (ours - theirs) / size.sum()
+    deviation = np.sqrt((size**2 * (ours - theirs - mean) ** 2).sum()) / size.sum()
+    assert got.value == pytest.approx(mean)
+    assert got.interval[1] - got.interval[0] == pytest.approx(2 * 1.96 * deviation, rel=0.04)
+
+
+def test_single_units_share_a_pool_of_their_own():
+    """Not that of a large stratum beside them, which knows no spread here."""
+    values = np.append(np.ones(50), [0.0, 1.0, 0.0, 1.0])[:, None]
+    stratum = np.append(np.zeros(50, int), [1, 2, 3, 4])
+    low, high = intervals(units(values, stratum), lambda m: {"x": m[..., 1:, 0].mean(-1)}, seed=0)["x"]
+    assert low <= 0.25 and high >= 0.75  # as wide as of four units of which half are right
 
 
 def test_a_judge_does_not_differ_from_itself():

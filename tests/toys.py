@@ -103,4 +103,4 @@ def scores_of(chosen, rejected, has_chosen=None, has_rejected=None) -> Scores:
         np.ones(side.shape[:2], bool) if has is None else has
         for side, has in zip(sides, (has_chosen, has_rejected), strict=True)
     ]
-    return Scores(*sides, *here, np.zeros((len(sides[0]), sides[0].shape[-1]), bool))
+    return Scores(*sides, *here, *(np.zeros(side.shape, bool) for side in sides))

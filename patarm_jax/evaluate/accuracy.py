@@ -33,8 +33,8 @@ def pairwise_accuracy(scores: np.ndarray, valid: np.ndarray, seed: int = 0) -> A
     """
     here = np.ones((len(scores), 1), bool)
     side = np.where(valid, scores, np.nan)
-    lost = np.zeros((len(side), side.shape[-1]), bool)
-    judged = Scores(side[:, CHOSEN, None], side[:, REJECTED, None], here, here, lost)
+    none_lost = np.zeros((len(side), 1, side.shape[-1]), bool)
+    judged = Scores(side[:, CHOSEN, None], side[:, REJECTED, None], here, here, none_lost, none_lost)
     outcome = outcomes(judged)[:, 0]  # [P, 1]
     gap = gaps(judged)
     decided = gap[~np.isnan(gap)]

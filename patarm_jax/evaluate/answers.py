@@ -76,7 +76,7 @@ class Answers:
 
     path: Path
     file: IO[bytes]
-    known: dict[tuple[str, int], Answer]  # (question, vote) → answer
+    known: "Known"
 
     @property
     def any_came(self) -> bool:
@@ -102,14 +102,32 @@ class Answers:
 
     def missing(self, questions: Sequence[Question], votes: int) -> list[tuple[Question, list[int]]]:
         """What is to be asked yet: questions with the votes they lack; what failed before is asked again."""
-        lacking = []
-        for question in questions:
-            key = question.key
-            found = (self.known.get((key, vote)) for vote in range(votes))
-            lacks = [vote for vote, answer in enumerate(found) if answer is None or answer.status == FAILED]
-            if lacks:
-                lacking.append((question, lacks))
-        return lacking
+        return missing(self.known, questions, votes)
+
+
+Known = dict[tuple[str, int], Answer]  # (question, vote) → answer
+
+
+def missing(known: Known, questions: Sequence[Question], votes: int) -> list[tuple[Question, list[int]]]:
+    """As `Answers.missing`."""
+    lacking = []
+    for question in questions:
+        key = question.key
+        found = (known.get((key, vote)) for vote in range(votes))
+        lacks = [vote for vote, answer in enumerate(found) if answer is None or answer.status == FAILED]
+        if lacks:
+            lacking.append((question, lacks))
+    return lacking
+
+
+def read_answers(path: Path, identity: Mapping[str, Any]) -> Known:
+    """The answers in a file, if there is one; it is left alone, whoever writes it meanwhile."""
+    found = identity_of(path)
+    if found is None:
+        return {}
+    _refuse_another(path, json.loads(json.dumps(identity)), found)
+    *lines, _ = path.read_bytes().split(b"\n")
+    return _parsed(path, lines)
 
 
 @contextlib.contextmanager
@@ -178,6 +196,14 @@ def _opened(path: Path, wanted: Mapping[str, Any], file: IO[bytes]) -> Answers:
     if found is not None:
         _refuse_another(path, wanted, found)
     lines = _whole_lines(path)
+    known = _parsed(path, lines)
+    if not lines:
+        file.write((json.dumps({"judge": wanted}, ensure_ascii=False) + "\n").encode())
+        file.flush()
+    return Answers(path, file, known)
+
+
+def _parsed(path: Path, lines: Sequence[bytes]) -> Known:
     known = {}
     for number, line in enumerate(lines[1:], start=2):
         try:
@@ -185,20 +211,17 @@ def _opened(path: Path, wanted: Mapping[str, Any], file: IO[bytes]) -> Answers:
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}:{number} is no answer: {error}. Remove the line; it is asked again.") from error
         known[answer.question, answer.vote] = answer
-    if not lines:
-        file.write((json.dumps({"judge": wanted}, ensure_ascii=False) + "\n").encode())
-        file.flush()
-    return Answers(path, file, known)
+    return known
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _whole_lines(path: Path) -> list[bytes]:
     """The lines of the file, after cutting off what a killed process did not finish writing."""
     *lines, rest = path.read_bytes().split(b"\n")  # not splitlines: an answer may hold other ends of lines
     if rest and not lines and not rest.startswith(_BEGINNING.encode()[: len(rest)]):
         raise _foreign(path)
     if rest:
         os.truncate(path, path.stat().st_size - len(rest))
-    return [line.decode() for line in lines]
+    return lines
 
 
 def _refuse_another(path: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:

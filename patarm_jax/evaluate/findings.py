@@ -99,10 +99,8 @@ def find(
 def _with_intervals(plan: Plan, measured: Measured, seed: int) -> dict[str, tuple[float, float, float]]:
     """(value, low, high) of every number; low and high are NaN of a subset of one unit, which tells nothing of them."""
     value, spread = numbers(plan, measured), intervals(measured, plan.aggregate, seed)
-    units = np.bincount(measured.stratum)
-    lone = tuple(f"{rule}/subset {plan.subsets[s]}/" for rule in TIE_RULES for s in np.flatnonzero(units == 1))
     unknown = (np.nan, np.nan)
-    return {name: (value[name], *(unknown if name.startswith(lone) else spread[name])) for name in value}
+    return {name: (value[name], *(unknown if name.startswith(plan.of_one_unit) else spread[name])) for name in value}
 
 
 def _votes(plan: Plan, items: Sequence[Item], judged: Scores | Choices, seed: int) -> list[dict[str, Any]]:

@@ -85,20 +85,20 @@ def judged(asked: Sequence[Asked], answers: Answers, votes: int) -> Scores | Cho
     """What the answers say, padded to the item with most responses."""
     if asked[0].of_pairs:
         return _choices(asked, answers, votes)
-    sides, lost = [], np.zeros((len(asked), votes), bool)
+    sides = []
     for side in range(2):
         most = max(len(one.of_sides[side]) for one in asked)
         scores = np.full((len(asked), most, votes), np.nan)
-        has = np.zeros((len(asked), most), bool)
+        has, lost = np.zeros((len(asked), most), bool), np.zeros((len(asked), most, votes), bool)
         for index, one in enumerate(asked):
             for number, question in enumerate(one.of_sides[side]):
                 given = answers.of(question, votes)
                 has[index, number] = True
                 scores[index, number] = [np.nan if answer.score is None else answer.score for answer in given]
-                lost[index] |= [answer.status == FAILED for answer in given]
-        sides.append((scores, has))
-    (chosen, has_chosen), (rejected, has_rejected) = sides
-    return Scores(chosen, rejected, has_chosen, has_rejected, lost)
+                lost[index, number] = [answer.status == FAILED for answer in given]
+        sides.append((scores, has, lost))
+    (chosen, has_chosen, lost_chosen), (rejected, has_rejected, lost_rejected) = sides
+    return Scores(chosen, rejected, has_chosen, has_rejected, lost_chosen, lost_rejected)
 
 
 def _choices(asked: Sequence[Asked], answers: Answers, votes: int) -> Choices:

@@ -23,7 +23,8 @@ class Scores:
     rejected: np.ndarray  # [I, K, N]
     has_chosen: np.ndarray  # [I, M] bool, whether there is such a response
     has_rejected: np.ndarray  # [I, K] bool
-    lost: np.ndarray  # [I, N] bool, whether the answer about one of its responses never came
+    lost_chosen: np.ndarray  # [I, M, N] bool, whether the answer never came
+    lost_rejected: np.ndarray  # [I, K, N] bool
 
     @property
     def votes(self) -> int:
@@ -32,8 +33,15 @@ class Scores:
 
     def some(self, votes: np.ndarray) -> "Scores":
         """Some of the votes, by their numbers."""
-        chosen, rejected, lost = (x[..., votes] for x in (self.chosen, self.rejected, self.lost))
-        return Scores(chosen, rejected, self.has_chosen, self.has_rejected, lost)
+        chosen, rejected = self.chosen[..., votes], self.rejected[..., votes]
+        lost = self.lost_chosen[..., votes], self.lost_rejected[..., votes]
+        return Scores(chosen, rejected, self.has_chosen, self.has_rejected, *lost)
+
+    def unknown(self) -> tuple[np.ndarray, np.ndarray]:
+        """[I, M] and [I, K] bool: responses without a valid score, of which an answer never came."""
+        sides = (self.chosen, self.lost_chosen), (self.rejected, self.lost_rejected)
+        chosen, rejected = (np.isnan(scores).all(axis=-1) & lost.any(axis=-1) for scores, lost in sides)
+        return chosen, rejected
 
 
 @dataclass(frozen=True)

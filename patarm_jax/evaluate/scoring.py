@@ -134,6 +134,12 @@ class Plan:
     stratum: np.ndarray  # [units] subset of each
 
     @property
+    def of_one_unit(self) -> tuple[str, ...]:
+        """How the names begin of numbers of a subset of one unit, which tells nothing of their spread."""
+        lone = np.flatnonzero(np.bincount(self.stratum) == 1)
+        return tuple(f"{rule}/subset {self.subsets[s]}/" for rule in TIE_RULES for s in lone)
+
+    @property
     def aggregate(self) -> Aggregate:
         """Means [..., S, 2·columns] → numbers by name, "strict/overall/accuracy" and the like."""
         return partial(_aggregate, self)
@@ -195,14 +201,13 @@ def numbers(plan: Plan, measured: Measured) -> dict[str, float]:
 def who_won(plan: Plan, judged: Scores | Choices, rule: Rule = "mean") -> np.ndarray:
     """[I, M, K] in {0, ½, 1}, NaN where there is no such pair: as `outcomes`, by the benchmark's rule of failures.
 
-    RewardBench 2 rates what cannot be read below all else. An answer that never came is not the judge's failure, and
-    must not be its luck either: of its item every pair is a tie.
+    RewardBench 2 rates what cannot be read below all else. An answer that never came is neither the judge's failure nor
+    its luck: pairs of a response that is unknown for that reason are ties.
     """
     if plan.layout.measure != "best of four" or isinstance(judged, Choices):
         return outcomes(judged, rule)
-    won = outcomes(_failed_as_lowest(judged), rule)
-    undecided = np.all(judged.lost, axis=-1, keepdims=True)[..., None] & ~np.isnan(won)
-    return np.where(undecided, 0.5, won)
+    won, (chosen, rejected) = outcomes(_failed_as_lowest(judged), rule), judged.unknown()
+    return np.where((chosen[:, :, None] | rejected[:, None, :]) & ~np.isnan(won), 0.5, won)
 
 
 # ---- What is measured of an item ------------------------------------------------------------------------------------
@@ -249,15 +254,15 @@ def _with_ties(plan: Plan, items: Sequence[Item], judged: Scores, values: np.nda
         d = max C − min C    g = min C − max W    C scores of right, W of wrong responses
         0.3·[g_tied > 0] + 0.3·[g_ref > 0] + 0.2·[g_tied > d_tied] + 0.2·[g > d_tied] + 0.01·tanh(g/d_tied − 1)
 
-    with g = min(g_ref, g_tied). It knows no tie between two responses, so that both tie rules give the same. Where an
-    answer never came there are no margins, and nothing is won.
+    with g = min(g_ref, g_tied). It knows no tie between two responses, so that both tie rules give the same. Where a
+    response is unknown because no answer came, there are no margins, and nothing is won.
     """
-    lowered = _failed_as_lowest(judged)
+    lowered, unknown = _failed_as_lowest(judged), np.concatenate(judged.unknown(), axis=1).max(axis=1)
     chosen, rejected = mean_scores(lowered.chosen), mean_scores(lowered.rejected)
     for members in plan.units:
         if items[members[0]].subset != "Ties":
             continue
-        if judged.lost[list(members)].all(axis=-1).any():
+        if unknown[list(members)].any():
             values[list(members)] = 0.0
             continue
         by_kind = {items[index].kind: index for index in members}

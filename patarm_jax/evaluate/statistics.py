@@ -33,25 +33,34 @@ def means(measured: Measured) -> np.ndarray:
 def intervals(measured: Measured, aggregate: Aggregate, seed: int) -> dict[str, tuple[float, float]]:
     """95 % intervals of every number: units are resampled within their stratum (bootstrap, percentile method).
 
-    A stratum of one unit says nothing of its spread, so that such strata are taken together for it, and a single one
-    with all others (collapsed strata, as in surveys). Where all units agree on 0 or on 1 there is nothing to resample:
-    the interval is Wilson's for as many units as the number's weights amount to. NaN where there is one unit in all.
+    Strata of one unit, which says nothing of their spread, share one pool for it; if there is only one such stratum,
+    its pool is all units (collapsed strata, as in surveys). NaN where there is one unit in all. Where nothing varies
+    there is nothing to resample, and Wilson's intervals of the strata are put together instead:
+
+        low = v − √Σ wₛ²·(pₛ − lowₛ)²    high = v + √Σ wₛ²·(highₛ − pₛ)²
+
+    with a number's weights w (MOVER: Zou and Donner, Statistics in Medicine 27, 2008).
 
     Args:
         measured: of each unit.
         aggregate: from means to numbers.
         seed: of the resampling.
     """
-    pools = [measured.values[pool] for pool in _pools(measured)]
-    lowest, highest = (aggregate(np.stack([end(values, axis=0) for values in pools])) for end in (np.min, np.max))
-    result = {
-        name: _percentiles(np.clip(draws, lowest[name], highest[name]))  # widened, they may leave what a mean can be
+    values = aggregate(means(measured))
+    least, most = _bounds(measured, aggregate)
+    result: dict[str, tuple[float, float]] = {
+        name: _percentiles(np.clip(draws, least[name], most[name]))
         for name, draws in aggregate(_resampled(measured, seed)).items()
     }
-    agreed = [name for name, (low, high) in result.items() if low == high and low in (0.0, 1.0)]
-    if agreed:
-        count = _effective_units(measured, aggregate, seed)
-        result |= {name: wilson(result[name][0], count[name]) for name in agreed}
+    flat = [name for name, (low, high) in result.items() if low == high]
+    if flat:
+        below, above = _from_wilson(measured, aggregate, seed)
+        for name in flat:
+            value = float(values[name])
+            result[name] = (
+                max(value - below[name], float(least[name])),
+                min(value + above[name], float(most[name])),
+            )
     return result
 
 
@@ -90,10 +99,22 @@ def compare(ours: Measured, theirs: Measured, aggregate: Aggregate, seed: int) -
     together = Measured(np.concatenate([ours.values, theirs.values], axis=1), ours.size, ours.stratum)
     drawn = _differences(aggregate, *np.split(_resampled(together, seed), 2, axis=-1))
     exchanged = _differences(aggregate, *_exchanged(ours, theirs, seed))
+    (least, most), (their_least, their_most) = (_bounds(one, aggregate) for one in (ours, theirs))
     return {
-        name: Difference(float(value), _percentiles(drawn[name]), _share_as_large(exchanged[name], float(value)))
+        name: Difference(
+            float(value),
+            _percentiles(np.clip(drawn[name], least[name] - their_most[name], most[name] - their_least[name])),
+            _share_as_large(exchanged[name], float(value)),
+        )
         for name, value in observed.items()
     }
+
+
+def _bounds(measured: Measured, aggregate: Aggregate) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
+    """What every number can be: measures lie from 0 to 1, or as far out as any unit does."""
+    shape = (int(measured.stratum.max()) + 1, 1)
+    least, most = np.minimum(measured.values.min(axis=0), 0.0), np.maximum(measured.values.max(axis=0), 1.0)
+    return aggregate(np.tile(least, shape)), aggregate(np.tile(most, shape))
 
 
 def _differences(aggregate: Aggregate, ours: np.ndarray, theirs: np.ndarray) -> dict[str, np.ndarray]:
@@ -151,13 +172,20 @@ def _deviations(measured: Measured, pool: np.ndarray, count: int, rng: np.random
     return wider * (sums[:, :-1] / sums[:, -1:] - _mean(measured, pool))
 
 
-def _effective_units(measured: Measured, aggregate: Aggregate, seed: int) -> dict[str, float]:
-    """How many equally weighing units a number amounts to: one over its variance were that of each unit 1."""
-    rng, strata = np.random.default_rng([seed, 2]), _strata(measured)
-    variance = np.array([(measured.size[rows] ** 2).sum() / measured.size[rows].sum() ** 2 for rows in strata])
-    noise = rng.normal(size=(RESAMPLES, len(strata), 1)) * np.sqrt(variance)[:, None]
-    made = aggregate(np.broadcast_to(noise, (*noise.shape[:2], measured.values.shape[1])))
-    return {name: float(1 / np.mean(np.square(draws))) for name, draws in made.items()}
+def _from_wilson(measured: Measured, aggregate: Aggregate, seed: int) -> tuple[dict[str, float], dict[str, float]]:
+    """How far Wilson's intervals of the strata, put together, reach below and above every number."""
+    strata = _strata(measured)
+    sizes = [measured.size[rows] for rows in strata]
+    count = np.array([size.sum() ** 2 / (size**2).sum() for size in sizes])  # units of unlike size count for fewer
+    share = np.clip(means(measured), 0.0, 1.0)
+    low, high = np.vectorize(wilson)(share, count[:, None])
+    # Σ wₛ²·dₛ² is the mean square of Σ ±wₛ·dₛ over random signs, which spares the weights.
+    signs = np.random.default_rng([seed, 2]).choice([-1.0, 1.0], size=(RESAMPLES, *share.shape))
+
+    def put_together(reach: np.ndarray) -> dict[str, float]:
+        return {name: float(np.sqrt(np.mean(np.square(x)))) for name, x in aggregate(signs * reach).items()}
+
+    return put_together(share - low), put_together(high - share)
 
 
 def _exchanged(ours: Measured, theirs: Measured, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -101,7 +101,7 @@ def _sections_table(result: Evaluation) -> str:
         shown = name.removeprefix("subset ") if name.startswith("subset ") else f"**{name}**"
         rows.append([shown, *(_with_interval(result, f"{rule}/{name}/accuracy") for rule in _WORDS)])
     head = ["", *(words + (", official" if _official(result, rule) else "") for rule, words in _WORDS.items())]
-    return "## Accuracy in %, with 95 % bootstrap intervals over prompts\n\n" + _markdown_table(head, rows)
+    return "## Accuracy in %, with 95 % intervals over prompts\n\n" + _markdown_table(head, rows)
 
 
 def _votes(result: Evaluation) -> str:
@@ -148,8 +148,9 @@ def _notes(result: Evaluation) -> str:
     config = result.config
     lines = [
         f"- Rules: {result.plan.layout.paper}. Official tie rule: {_WORDS[result.official]}.",
-        "- A side without any readable judgement decides nothing: a tie"
-        + (", and in RewardBench 2 the lowest rating." if config.benchmark == "rewardbench2" else "."),
+        "- What cannot be read is the lowest rating, as in the benchmark's code; what never came is a tie."
+        if config.benchmark == "rewardbench2"
+        else "- A response without any readable judgement decides nothing: its pairs are ties.",
         f"- {_asked(result)}, seed {config.seed}.",
     ]
     if result.missing_sections:

@@ -15,7 +15,16 @@ import jax
 import numpy as np
 
 from patarm_jax.config import EvalConfig, to_yaml
-from patarm_jax.evaluate.answers import FAILED, Answers, Question, identity_of, open_answers, writing
+from patarm_jax.evaluate.answers import (
+    FAILED,
+    Answers,
+    Question,
+    identity_of,
+    missing,
+    open_answers,
+    read_answers,
+    writing,
+)
 from patarm_jax.evaluate.benchmarks import SOURCES, Item, limited, read_benchmark
 from patarm_jax.evaluate.files import RESULTS, compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find
@@ -50,7 +59,8 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     # Before anything is asked: another evaluation that cannot be compared with costs nothing.
     theirs = load_measured(Path(config.against).expanduser(), groups, items) if config.against else None
     if dry_run:
-        print(_estimate(config, judge, _lacking(folder, config, judge, questions)))
+        there = read_answers(folder / ANSWERS, _identity(config, judge))
+        print(_estimate(config, judge, missing(there, questions, config.votes)))
         return None
 
     # ------------------------------------------------------------------------------------------------------------ ask
@@ -133,16 +143,6 @@ def _tell_what_is_replaced(folder: Path, items: int) -> None:
         before = int(json.loads((folder / RESULTS).read_text(encoding="utf-8"))["items"])
         if before > items:
             say(f"the results of {before:,} items make room for those of {items:,}; without --limit they come back")
-
-
-def _lacking(
-    folder: Path, config: EvalConfig, judge: Local | Remote, questions: Sequence[Question]
-) -> list[tuple[Question, list[int]]]:
-    """The votes that are to be asked yet."""
-    if not (folder / ANSWERS).is_file():
-        return [(question, list(range(config.votes))) for question in questions]
-    with open_answers(folder / ANSWERS, _identity(config, judge)) as answers:
-        return answers.missing(questions, config.votes)
 
 
 def _estimate(config: EvalConfig, judge: Local | Remote, lacking: Sequence[tuple[Question, list[int]]]) -> str:
