@@ -478,6 +478,19 @@ def test_a_comparison_over_strata_is_exact():
     exchanged = np.array([signs @ each for signs in itertools.product((1, -1), repeat=4)])
     assert got.value == pytest.approx(each.sum())
     assert got.p_value == pytest.approx(np.mean(np.abs(exchanged) >= abs(each.sum()) - 1e-9), abs=0.02)
+    # Three small prompts against a large one that says otherwise: 0.75 of 9, which half of the exchanges reach.
+    ours, theirs, size = (
+        np.array([1.0, 1.0, 1.0, 0.0]),
+        np.array([0.0, 0.0, 0.0, 0.375]),
+        np.array([1.0, 1.0, 1.0, 6.0]),
+    )
+    one = np.zeros(4, int)
+    got = compare(*(Measured(x[:, None], size, one) for x in (ours, theirs)), lambda m: {"x": m[..., 0, 0]}, seed=0)[
+        "x"
+    ]
+    exchanged = [abs(signs @ (size * (ours - theirs))) for signs in itertools.product((1, -1), repeat=4)]
+    assert got.value == pytest.approx(0.75 / 9)
+    assert got.p_value == pytest.approx(np.mean(np.array(exchanged) >= 0.75), abs=0.02)
     many = compare(units(np.ones((60, 1))), units(np.zeros((60, 1))), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
     assert many.p_value == 1 / 10_001
 
@@ -522,6 +535,9 @@ def test_where_nothing_varies_the_interval_is_put_together_of_wilsons():
     assert got == pytest.approx((0.5 - away, 0.5 + away), abs=1e-9)
     ties = intervals(units(np.full((30, 1), 0.5)), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
     assert ties == pytest.approx(wilson(0.5, 30))
+    unlike = Measured(np.ones((2, 1)), np.array([1.0, 9.0]), np.zeros(2, int))  # of ten items nine are one prompt's
+    got = intervals(unlike, lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
+    assert got == pytest.approx((wilson(1, 100 / 82)[0], 1.0))
     best = Measured(np.full((4, 1), 1.01), np.full(4, 2.0), np.zeros(4, int))  # RewardBench 2's Ties
     assert intervals(best, lambda m: {"x": m[..., 0, 0]}, seed=0)["x"] == pytest.approx(
         (1.01 - 0.48991, 1.01), abs=1e-4
@@ -546,6 +562,8 @@ def test_a_difference_is_one_that_can_be(tmp_path):
     got = compare(units(ours, stratum), units(theirs, stratum), numbers_of, seed=0)
     assert got["lone"].value == 1 and -1 <= got["lone"].interval[0] <= got["lone"].interval[1] <= 1
     assert 0 < got["both"].interval[0] < got["both"].value < got["both"].interval[1] <= 1
+    other = compare(units(theirs, stratum), units(ours, stratum), numbers_of, seed=0)["lone"]
+    assert other.value == -1 and -1 <= other.interval[0] <= other.interval[1] <= 1
 
 
 def test_a_paired_interval_weighs_units_by_their_items():
