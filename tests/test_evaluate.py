@@ -23,7 +23,7 @@ import pytest
 
 from patarm_jax.cli import main
 from patarm_jax.config import DataSection
-from patarm_jax.evaluate.answers import Answer, Question, open_answers
+from patarm_jax.evaluate.answers import Answer, Question, missing, open_answers
 from patarm_jax.evaluate.benchmarks import limited, read_benchmark
 from patarm_jax.evaluate.scoring import plan
 from patarm_jax.model import weights
@@ -310,11 +310,11 @@ def test_answers_outlive_a_kill(tmp_path):
     path = tmp_path / "answers.jsonl"
     kept = Answer(question.key, 0, "OK", score=3.0, text="line\u2028separator")
     with open_answers(path, {"judge": "me"}) as answers:
-        assert answers.missing([question], 2) == [(question, [0, 1])]
+        assert missing(answers.known, [question], 2) == [(question, [0, 1])]
         answers.add([kept, Answer(question.key, 1, "FAILED", reason="no")])
     path.write_bytes(path.read_bytes() + b'{"question": "cut o')  # as a kill leaves it
     with open_answers(path, {"judge": "me"}) as again:
-        assert again.missing([question], 2) == [(question, [1])]  # what failed is asked again
+        assert missing(again.known, [question], 2) == [(question, [1])]  # what failed is asked again
         assert again.of(question, 1) == [kept]
     changed = Question("a/chosen/0", 0, [{"role": "user", "content": "Ho"}])
     assert changed.key != question.key

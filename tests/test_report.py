@@ -94,6 +94,15 @@ def opened(run, browser):
     assert trouble == []
 
 
+def drawn(browser, folder):
+    """The report of a run, opened."""
+    assert main(["report", str(folder)]) == 0
+    page = browser.new_page()
+    page.goto(f"file://{folder / 'report.html'}")
+    page.wait_for_selector("body[data-ready=yes]")
+    return page
+
+
 def ids(page):
     return [button.get_attribute("data-id") for button in page.query_selector_all("#pairs button")]
 
@@ -240,10 +249,7 @@ def test_a_run_of_very_many_steps_opens(run, browser, tmp_path):
     lines += [{"step": 3, "eval/valid": 0.5}]  # of a step that has a line
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "run" / "metrics.jsonl").write_text(text + '{"step": 80001, "loss": NaN}\n')
-    assert main(["report", str(tmp_path / "run")]) == 0
-    page = browser.new_page()
-    page.goto(f"file://{tmp_path / 'run' / 'report.html'}")
-    page.wait_for_selector("body[data-ready=yes]")
+    page = drawn(browser, tmp_path / "run")
     path = page.get_attribute("figure[data-title=Loss] path.raw", "d")
     assert (path.count("M"), path.count("L")) == (1, 79_999)
     page.close()
@@ -253,10 +259,7 @@ def test_a_value_between_two_gaps_is_a_dot(run, browser, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("rollouts"))
     lines = [{"step": step, "loss": value} for step, value in enumerate((1, None, 3, None, 5), 1)]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert main(["report", str(tmp_path / "run")]) == 0
-    page = browser.new_page()
-    page.goto(f"file://{tmp_path / 'run' / 'report.html'}")
-    page.wait_for_selector("body[data-ready=yes]")
+    page = drawn(browser, tmp_path / "run")
     for curve in ("raw", "smooth"):  # the average too begins anew after a gap
         path = page.get_attribute(f"figure[data-title=Loss] path.{curve}", "d")
         assert (path.count("M"), path.count("h0"), path.count("L")) == (3, 3, 0)
@@ -267,10 +270,7 @@ def test_values_that_hardly_differ_can_be_told_apart(run, browser, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("rollouts"))
     lines = [{"step": n, "loss": 6.731 + n / 1e5, "entropy": (0.3, 0.30000000000000004)[n % 2]} for n in range(1, 9)]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert main(["report", str(tmp_path / "run")]) == 0
-    page = browser.new_page()
-    page.goto(f"file://{tmp_path / 'run' / 'report.html'}")
-    page.wait_for_selector("body[data-ready=yes]")
+    page = drawn(browser, tmp_path / "run")
     ticks = page.query_selector_all("figure[data-title=Loss] text[text-anchor=end]")
     texts = [tick.text_content() for tick in ticks]
     assert len(texts) >= 3 and len(set(texts)) == len(texts) and all(6.731 <= float(text) <= 6.7311 for text in texts)
@@ -286,10 +286,7 @@ def test_the_best_held_out_step_is_that_of_the_kept_checkpoint(run, browser, tmp
     gaps = {2: 1.0, 4: 3.0, 6: 3.0, 8: 2.0}
     lines = [{"step": n, "eval/score_gap": gap, "eval/accuracy_strict": n / 10} for n, gap in gaps.items()]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert main(["report", str(tmp_path / "run")]) == 0
-    page = browser.new_page()
-    page.goto(f"file://{tmp_path / 'run' / 'report.html'}")
-    page.wait_for_selector("body[data-ready=yes]")
+    page = drawn(browser, tmp_path / "run")
     facts = page.inner_text("#facts")
     assert "best held out, score_gap" in facts and "3.000 at step 6" in facts
     page.close()

@@ -535,6 +535,8 @@ def test_where_nothing_varies_the_interval_is_put_together_of_wilsons():
     assert got == pytest.approx((0.5 - away, 0.5 + away), abs=1e-9)
     ties = intervals(units(np.full((30, 1), 0.5)), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
     assert ties == pytest.approx(wilson(0.5, 30))
+    thirds = intervals(units(np.full((5, 1), 1 / 3)), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
+    assert thirds == pytest.approx(wilson(1 / 3, 5))
     unlike = Measured(np.ones((2, 1)), np.array([1.0, 9.0]), np.zeros(2, int))  # of ten items nine are one prompt's
     got = intervals(unlike, lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
     assert got == pytest.approx((wilson(1, 100 / 82)[0], 1.0))

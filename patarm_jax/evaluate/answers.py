@@ -70,13 +70,16 @@ def failed(question: Question, vote: int, reason: str) -> Answer:
     return Answer(question.key, vote, FAILED, reason=reason)
 
 
+Known = dict[tuple[str, int], Answer]  # (question, vote) → answer
+
+
 @dataclass
 class Answers:
     """The answers of one judge, in memory and on disk."""
 
     path: Path
     file: IO[bytes]
-    known: "Known"
+    known: Known
 
     @property
     def any_came(self) -> bool:
@@ -100,16 +103,9 @@ class Answers:
         key = question.key
         return [self.known[key, vote] for vote in range(votes)]
 
-    def missing(self, questions: Sequence[Question], votes: int) -> list[tuple[Question, list[int]]]:
-        """What is to be asked yet: questions with the votes they lack; what failed before is asked again."""
-        return missing(self.known, questions, votes)
-
-
-Known = dict[tuple[str, int], Answer]  # (question, vote) → answer
-
 
 def missing(known: Known, questions: Sequence[Question], votes: int) -> list[tuple[Question, list[int]]]:
-    """As `Answers.missing`."""
+    """What is to be asked yet: questions with the votes they lack; what failed before is asked again."""
     lacking = []
     for question in questions:
         key = question.key

@@ -11,6 +11,7 @@ import numpy as np
 
 RESAMPLES = 10_000
 _AT_A_TIME = 500  # resamples, so that [resamples, units] stays small
+_NOTHING = 1e-9  # more than what differs by rounding alone
 
 # [..., S, k] means of k measures over each of S strata → numbers by name, each [...] and a weighted mean of theirs.
 Aggregate = Callable[[np.ndarray], Mapping[str, np.ndarray]]
@@ -52,7 +53,7 @@ def intervals(measured: Measured, aggregate: Aggregate, seed: int) -> dict[str, 
         name: _percentiles(np.clip(draws, least[name], most[name]))
         for name, draws in aggregate(_resampled(measured, seed)).items()
     }
-    flat = [name for name, (low, high) in result.items() if low == high]
+    flat = [name for name, (low, high) in result.items() if high - low < _NOTHING]
     if flat:
         below, above = _from_wilson(measured, aggregate, seed)
         for name in flat:
@@ -126,7 +127,7 @@ def _share_as_large(exchanged: np.ndarray, observed: float) -> float:
     if np.isnan(observed):
         return float("nan")
     # Sums in another order differ by rounding, and what equals the observed difference counts.
-    as_large = np.abs(exchanged) >= abs(observed) - 1e-9
+    as_large = np.abs(exchanged) >= abs(observed) - _NOTHING
     return float((1 + as_large.sum()) / (1 + len(exchanged)))
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from patarm_jax.config import MeshSection, ModelSection, SamplingSection
 from patarm_jax.data.tokenizer import encode_chat, encode_dialogue
-from patarm_jax.evaluate.answers import Answer, Answers, Question, answer_of, failed
+from patarm_jax.evaluate.answers import Answer, Answers, Question, answer_of, failed, missing
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.qwen3 import Params
 from patarm_jax.model.sharding import make_mesh
@@ -146,7 +146,7 @@ def _ask(
     questions: Sequence[Question],
     answer: Callable[[Params, Sequence[Encoded]], Iterator[list[Answer]]],
 ) -> bool:
-    lacking = answers.missing(questions, local.votes)
+    lacking = missing(answers.known, questions, local.votes)
     if len(lacking) < len(questions):
         say(f"{len(questions) - len(lacking)} of {len(questions)} questions are answered")
     encoded = encode_questions(local, lacking)

@@ -9,7 +9,7 @@ from typing import Any
 import httpx2 as httpx
 
 from patarm_jax.config import EndpointSection, SamplingSection
-from patarm_jax.evaluate.answers import Answers, Question, answer_of, failed
+from patarm_jax.evaluate.answers import Answers, Question, answer_of, failed, missing
 from patarm_jax.evaluate.endpoint import LOOK, Refused, Stopped, Unavailable, body, complete, connect, served_model
 from patarm_jax.recipes.process import say, stop_requests
 from patarm_jax.rollout.judging import Parse
@@ -59,7 +59,7 @@ def ask_name(section: EndpointSection) -> str:
 
 def ask_endpoint(remote: Remote, answers: Answers, questions: Sequence[Question], parse: Parse) -> bool:
     """Answers what is not answered yet; False when it was asked to stop before the end."""
-    lacking = answers.missing(questions, remote.votes)
+    lacking = missing(answers.known, questions, remote.votes)
     work = [(question, vote) for question, votes in lacking for vote in votes]
     work.sort(key=lambda one: (one[0].key, one[1]) in answers.known)  # what failed before comes last
     total = len(questions) * remote.votes
