@@ -882,6 +882,8 @@ def test_a_server_that_is_gone(pairs, capsys):
     assert "does not list its models: cannot reach the server" in capsys.readouterr().err
     assert main(remote(pairs, "127.0.0.1:9", "--endpoint.tries", 1)) == 1
     assert "endpoint.url is no address" in capsys.readouterr().err
+    assert main(remote(pairs, "127.0.0.1:9", "--endpoint.model", "named")) == 1
+    assert "endpoint.url is no address" in capsys.readouterr().err
 
 
 def test_what_is_asked_in_the_same_words_is_asked_once(tmp_path):

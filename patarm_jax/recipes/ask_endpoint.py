@@ -98,20 +98,27 @@ class _Asking:
 
     async def run(self) -> None:
         """Until all is asked, or must stop; what is under way is waited for even then, since it is paid for."""
-        section = self.remote.section
-        async with connect(section) as client, asyncio.TaskGroup() as group:
-            asking = [group.create_task(self._one_after_another(client)) for _ in range(section.concurrency)]
-            while not all(task.done() for task in asking) and not self._ending():
-                await asyncio.sleep(LOOK)
-            if self._ending():
-                await asyncio.sleep(3 * LOOK)  # those that wait for their next try end meanwhile
-            if self.under_way:
-                say(
-                    f"waiting for {self.under_way} answers that are under way, {section.timeout:g} s at most; they are "
-                    f"paid for. Ctrl-C {'again' if self.stopping() else 'twice'} gives them up"
-                )
+        try:
+            async with connect(self.remote.section) as client, asyncio.TaskGroup() as group:
+                asking = [
+                    group.create_task(self._one_after_another(client)) for _ in range(self.remote.section.concurrency)
+                ]
+                while not all(task.done() for task in asking) and not self._ending():
+                    await asyncio.sleep(LOOK)
+                if self._ending():
+                    await self._tell_what_is_waited_for()
+        except* UserError as errors:  # no address, or a full disk
+            raise errors.exceptions[0] from None  # one of them says it all
         if self.trouble:
             raise UserError(self.trouble)
+
+    async def _tell_what_is_waited_for(self) -> None:
+        await asyncio.sleep(3 * LOOK)  # those that wait for their next try end meanwhile
+        if self.under_way:
+            say(
+                f"waiting for {self.under_way} answers that are under way, {self.remote.section.timeout:g} s at most; "
+                f"they are paid for. Ctrl-C {'again' if self.stopping() else 'twice'} gives them up"
+            )
 
     def _ending(self) -> bool:
         return bool(self.trouble) or self.stopping()
