@@ -18,7 +18,7 @@ class Accuracy:
     accuracy_half: float  # a tie counts as half
     ties: float  # pairs whose sides score the same, or one of whose sides has no valid judgement
     gap: float  # mean score of the chosen side minus the rejected side's, over pairs with both; NaN without any
-    interval: tuple[float, float]  # 95 % bootstrap interval of accuracy_half over pairs; NaN of one pair
+    interval: tuple[float, float]  # 95 %, of accuracy_half over pairs, as `statistics.intervals`; NaN of one pair
 
 
 def pairwise_accuracy(scores: np.ndarray, valid: np.ndarray, seed: int = 0) -> Accuracy:

@@ -28,7 +28,8 @@ from patarm_jax.train.metrics import progress
 from patarm_jax.types import UsageError, UserError
 
 _SAMPLED = 1 << 20  # bytes at each end of a file of weights that tell it from another
-# Between the ids of a question's votes, so that more votes keep those there are: of a million questions all are unlike.
+# The ids of a question's votes lie this far apart, so that more votes leave those there are as they are; no two votes
+# share an id among up to a million questions.
 _VOTES_APART = 1 << 20
 
 
