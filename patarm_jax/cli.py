@@ -208,7 +208,7 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     model = dataclasses.replace(config.model, path=options.model or config.model.path)
     data = dataclasses.replace(config.data, path=options.data or config.data.path)
     done = evaluate(dataclasses.replace(config, model=model, data=data), options.dry_run)
-    return 0 if done or options.dry_run else 1  # stopped before: the same command goes on
+    return 0 if options.dry_run or (done is not None and done.is_complete) else 1  # the same command goes on
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> int:

@@ -19,7 +19,7 @@ import msgspec
 import tyro
 import yaml
 
-from patarm_jax.types import Benchmark, JudgeKind, RubricMode, UsageError, UserError
+from patarm_jax.types import Benchmark, JudgeKind, OpensThinking, RubricMode, UsageError, UserError
 
 Config = TypeVar("Config")
 
@@ -217,6 +217,10 @@ class EndpointSection:
     tries: int = 6  # of one request, with growing pauses, before it is recorded as failed
     busy: float = 1800.0  # seconds a request waits for a server that answers 429, before it is recorded as failed
     thinking: Literal["server", "on", "off"] = "server"  # chat_template_kwargs.enable_thinking; server: not sent
+    # Whether the server's chat template writes `<think>` itself, so that answers begin inside the thinking. auto: yes
+    # once an answer held `</think>` alone; then a text that was cut off before it has no score.
+    opens_thinking: OpensThinking = "auto"
+    max_requests: int = 0  # that one command may send, those that are tried again included; 0: any number
 
 
 @dataclass(frozen=True)
@@ -300,7 +304,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("epochs", "checkpoint_every", "keep_checkpoints", "updates_per_rollout"), Range(1)),
     **dict.fromkeys(("steps", "show_every", "warmup_steps", "top_k", "rows", "processes", "temperature"), Range(0)),
     **dict.fromkeys(("concurrency", "tries", "eval_every"), Range(1)),
-    "limit": Range(0),
+    **dict.fromkeys(("limit", "max_requests"), Range(0)),
     **dict.fromkeys(("timeout", "busy"), Range(0, open_low=True)),
     **dict.fromkeys(("learning_rate", "weight_decay", "clip_high", "kl_coef"), Range(0)),
     **dict.fromkeys(("mean_new", "decode_rows", "halvings"), Range(0)),

@@ -20,6 +20,8 @@ Benchmark = Literal["rewardbench", "rewardbench2", "rm-bench", "judgebench", "ll
 # How a judge is asked: for a score of each response, which of two is better, for a score without rubrics (what a
 # general model is asked as a baseline); scalar: a Bradley-Terry head gives the score, and nothing is written.
 JudgeKind = Literal["pointwise", "pairwise", "baseline", "scalar"]
+# Whether the chat template of a server that is not seen writes `<think>` itself; auto: as its answers show.
+OpensThinking = Literal["auto", "yes", "no"]
 
 
 class UserError(Exception):

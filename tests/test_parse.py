@@ -267,6 +267,24 @@ def test_large_hostile_text_is_read_to_its_end(piece):
     assert len(inside_answer.reason) < 100
     inside_thinking = parse_pointwise(good.replace(INSIDE[0], flood))
     assert inside_thinking.status is (Status.BAD_TAGS if piece == "</think>" else Status.OK)
-    # To a baseline only the answer's tags are tags.
+    # To a baseline only the thinking's and the answer's tags are tags.
     alone = parse_baseline(f"<answer>{flood}</answer>")
-    assert alone.status is (Status.BAD_TAGS if piece in ("<answer>", "</answer>") else Status.BAD_SCORE)
+    own = ("<answer>", "</answer>", "<think>", "</think>")
+    assert alone.status is (Status.BAD_TAGS if piece in own else Status.BAD_SCORE)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("I could say <answer>9</answer> but no.\n</think>\n\nPoor. <answer>2</answer>", 2.0),
+        ("<think>Perhaps <answer>9</answer>.</think>Poor. <answer>2</answer>", 2.0),
+        ("Sure. <think>Perhaps <answer>9</answer>.</think>Poor. <answer>2</answer>", 2.0),
+        ("<think>Perhaps <answer>9</answer>, but", None),  # cut off
+        ("Sure. <think>Perhaps <answer>9</answer>, but", None),
+        ("Poor. <answer>2</answer><think>Or <answer>9</answer>?", None),
+        ("a</think><answer>9</answer></think><answer>2</answer>", None),
+        ("</think><answer>2</answer>", 2.0),
+    ],
+)
+def test_no_score_is_read_from_inside_thinking(text, score):
+    assert parse_baseline(text).score == score

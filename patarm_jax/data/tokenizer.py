@@ -28,6 +28,7 @@ from patarm_jax.model.config import read_json_object
 from patarm_jax.types import Message, UserError
 
 END_OF_TURN = "<|im_end|>"
+_PROBE = "Hello."  # a user's message, behind which a chat template's own words are looked at
 THINKING = ("<think>", "</think>")
 REMEDY = "Give a folder as `hf download Qwen/Qwen3-8B` writes it."
 
@@ -55,6 +56,7 @@ class Tokenizer:
     stop_ids: tuple[int, ...]  # ids that end a completion; the first is the end of a turn in the chat template
     pad_id: int  # fills what lies past a row's length; may be a stop id too
     vocab_size: int  # ids from here on have no text, though the model may have rows for them
+    opening: str  # what the chat template writes of the judge's thinking, such as "<think>\n"; empty where it does not
     files: dict[str, bytes]  # name → content, as read, for `save_tokenizer`
 
 
@@ -71,7 +73,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             "or take the folder of an instruction-tuned model."
         )
     # A template that cannot render what every judge is sent is found before any weight is read.
-    _render(fast, [Message(role="system", content="Judge."), Message(role="user", content="Hello.")])
+    rendered = _render(fast, [Message(role="system", content="Judge."), Message(role="user", content=_PROBE)])
     state = json.loads(fast.backend_tokenizer.to_str())
     _refuse_what_cannot_be_exact(folder, state)
     control_tokens = {token["content"]: token["id"] for token in state["added_tokens"]}
@@ -85,8 +87,22 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         stop_ids=stop_ids,
         pad_id=stop_ids[-1] if fast.pad_token_id is None else fast.pad_token_id,
         vocab_size=len(fast),
+        opening=_opening(rendered),
         files=files,
     )
+
+
+def _opening(rendered: str) -> str:
+    r"""What stands of the judge's thinking at the end of a rendered conversation.
+
+    Templates of models that always think open it themselves; those of models that never do may open and close it.
+
+    >>> _opening("<|im_start|>user\nHello.<|im_end|>\n<|im_start|>assistant\n<think>\n")
+    '<think>\n'
+    """
+    behind = rendered.rpartition(_PROBE)[2]
+    places = [place for tag in THINKING if (place := behind.find(tag)) >= 0]
+    return behind[min(places) :] if places else ""
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -150,11 +166,28 @@ def encode_judgement(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids a judge learns to write: the judgement, then the end of the turn.
 
     `<think>` and `</think>` are the model's own tokens where it has them. No other control token can come from the
-    text, so the end token at the end is the only one. `decode(ids[:-1])` gives the text back, in the tokenizer's
-    Unicode normal form (NFC for Qwen3).
+    text, so the end token at the end is the only one. What the chat template writes itself (`opening`) is not written
+    again: `written(tokenizer, ids[:-1])` gives the text back, in the tokenizer's Unicode normal form (NFC for Qwen3)
+    and with the template's white space behind `<think>`.
+
+    Raises:
+        UserError: when the chat template has ended the thinking before the judge begins to write.
     """
+    _, opening, inside = tokenizer.opening.partition(THINKING[0])
+    if (tokenizer.opening and not opening) or THINKING[1] in inside:
+        raise UserError(
+            f"the chat template in {tokenizer.fast.name_or_path} ends the thinking itself, so that a judge cannot "
+            "learn to think. Take a template that leaves it open with enable_thinking, as Qwen3's does."
+        )
+    if opening:
+        text = text.lstrip().removeprefix(opening).removeprefix(inside)
     ids = _encode(tokenizer.plain, text, [(0, len(text))], tokenizer.thinking_tokens)
     return [*ids, tokenizer.stop_ids[0]]
+
+
+def written(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """All that stands in a judge's turn: what the chat template began, then the text of some sampled ids."""
+    return tokenizer.opening + decode(tokenizer, ids)
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:

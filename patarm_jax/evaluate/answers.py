@@ -9,15 +9,25 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from patarm_jax.types import Judgement, Message, UserError
 
-FAILED = "FAILED"
 _BEGINNING = '{"judge": '  # of a file of answers
+
+
+class Kind(StrEnum):
+    """What came of asking a question once."""
+
+    ANSWER = "ANSWER"  # the judge wrote to its end
+    CUT = "CUT"  # the judge wrote, and was cut off at the limit of new tokens
+    REFUSED = "REFUSED"  # there will be no answer to this question: a content filter, or the server rejects it
+    TOO_LONG = "TOO_LONG"  # the question does not fit into the judge's context
+    FAILED = "FAILED"  # there is no answer, and there might be one: it is asked again
 
 
 @dataclass(frozen=True)
@@ -41,33 +51,58 @@ class Answer:
 
     question: str  # Question.key
     vote: int  # 0 … N − 1
-    status: str  # the name of a Status, or FAILED: there is no answer, reason says why
+    status: str  # of an ANSWER or CUT the name of its Status, else the name of the kind; reason says why
+    kind: str  # the name of a Kind
     score: float | None = None  # None unless status is OK
     choice: Literal["A", "B"] | None = None  # of two responses
     text: str = ""
     reason: str = ""
     tokens: int = 0  # that were written; 0 where nobody counted
-    cut: bool = False  # off at the limit of new tokens
+    finish_reason: str = ""  # why the server, or the sampler here, wrote no further, in its own word
+    sent: Mapping[str, Any] | None = None  # the request to a server but for model and messages
+    opened: bool = False  # whether <think> was put before the text, which the server's chat template had written
+
+    @property
+    def cut(self) -> bool:
+        """Whether it was cut off at the limit of new tokens."""
+        return self.kind == Kind.CUT
+
+    @property
+    def came(self) -> bool:
+        """Whether asking is over; what failed is asked again."""
+        return self.kind != Kind.FAILED
 
 
-def answer_of(question: Question, vote: int, judgement: Judgement, tokens: int, cut: bool) -> Answer:
+def answer_of(
+    question: Question,
+    vote: int,
+    judgement: Judgement,
+    tokens: int,
+    cut: bool,
+    finish_reason: str = "",
+    sent: Mapping[str, Any] | None = None,
+    opened: bool = False,
+) -> Answer:
     """A judgement as the answer to a question."""
     return Answer(
-        question.key,
-        vote,
-        judgement.status.name,
-        judgement.score,
-        judgement.choice,
-        judgement.text,
-        judgement.reason,
-        tokens,
-        cut,
+        question=question.key,
+        vote=vote,
+        status=judgement.status.name,
+        kind=Kind.CUT if cut else Kind.ANSWER,
+        score=judgement.score,
+        choice=judgement.choice,
+        text=judgement.text,
+        reason=judgement.reason,
+        tokens=tokens,
+        finish_reason=finish_reason or ("length" if cut else "stop"),
+        sent=sent,
+        opened=opened,
     )
 
 
-def failed(question: Question, vote: int, reason: str) -> Answer:
-    """The record that there is no answer."""
-    return Answer(question.key, vote, FAILED, reason=reason)
+def no_answer(question: Question, vote: int, kind: Kind, reason: str, **more: Any) -> Answer:
+    """The record that there is none; `more` are further fields of an Answer."""
+    return Answer(question.key, vote, status=kind, kind=kind, reason=reason, **more)
 
 
 Known = dict[tuple[str, int], Answer]  # (question, vote) → answer
@@ -84,7 +119,7 @@ class Answers:
     @property
     def any_came(self) -> bool:
         """Whether any question was ever answered."""
-        return any(answer.status != FAILED for answer in self.known.values())
+        return any(answer.kind in (Kind.ANSWER, Kind.CUT) for answer in self.known.values())
 
     def add(self, answers: Iterable[Answer]) -> None:
         """Writes them down together, at once."""
@@ -94,9 +129,7 @@ class Answers:
                 continue  # it failed before for the same reason
             self.known[answer.question, answer.vote] = answer
             lines.append(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
-        with writing(self.path):
-            self.file.write("".join(lines).encode())
-            self.file.flush()
+        _append(self.path, self.file, "".join(lines))
 
     def of(self, question: Question, votes: int) -> list[Answer]:
         """The N answers to a question."""
@@ -104,13 +137,15 @@ class Answers:
         return [self.known[key, vote] for vote in range(votes)]
 
 
-def missing(known: Known, questions: Sequence[Question], votes: int) -> list[tuple[Question, list[int]]]:
-    """What is to be asked yet: questions with the votes they lack; what failed before is asked again."""
+def missing(
+    known: Known, questions: Sequence[Question], votes: int, again: Collection[Kind] = (Kind.FAILED,)
+) -> list[tuple[Question, list[int]]]:
+    """What is to be asked yet: questions with the votes they lack; of the kinds in `again` those there are too."""
     lacking = []
     for question in questions:
         key = question.key
         found = (known.get((key, vote)) for vote in range(votes))
-        lacks = [vote for vote, answer in enumerate(found) if answer is None or answer.status == FAILED]
+        lacks = [vote for vote, answer in enumerate(found) if answer is None or answer.kind in again]
         if lacks:
             lacking.append((question, lacks))
     return lacking
@@ -139,12 +174,20 @@ def open_answers(path: Path, identity: Mapping[str, Any]) -> Iterator[Answers]:
     wanted = json.loads(json.dumps(identity))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
+        file = path.open("ab", buffering=0)  # what a full disk did not take is not tried again when it is closed
     with file:
         _lock(path, file)
         with writing(path):
             answers = _opened(path, wanted, file)
         yield answers
+
+
+def _append(path: Path, file: IO[bytes], text: str) -> None:
+    """All of a text, as an unbuffered file takes it; a line that a full disk cut off is removed by the next opening."""
+    rest = memoryview(text.encode())
+    with writing(path):
+        while rest:
+            rest = rest[file.write(rest) :]
 
 
 @contextlib.contextmanager
@@ -194,8 +237,7 @@ def _opened(path: Path, wanted: Mapping[str, Any], file: IO[bytes]) -> Answers:
     lines = _whole_lines(path)
     known = _parsed(path, lines)
     if not lines:
-        file.write((json.dumps({"judge": wanted}, ensure_ascii=False) + "\n").encode())
-        file.flush()
+        _append(path, file, json.dumps({"judge": wanted}, ensure_ascii=False) + "\n")
     return Answers(path, file, known)
 
 
@@ -203,9 +245,14 @@ def _parsed(path: Path, lines: Sequence[bytes]) -> Known:
     known = {}
     for number, line in enumerate(lines[1:], start=2):
         try:
-            answer = Answer(**json.loads(line))
+            fields = json.loads(line)
+            if "kind" not in fields:
+                continue  # of an earlier version, which took servers' errors for answers: it is asked again
+            answer = Answer(**fields)
         except (ValueError, TypeError) as error:
-            raise UserError(f"{path}:{number} is no answer: {error}. Remove the line; it is asked again.") from error
+            raise UserError(
+                f"{path}:{number} is not an answer: {error}. Remove the line; its question is asked again."
+            ) from error
         known[answer.question, answer.vote] = answer
     return known
 

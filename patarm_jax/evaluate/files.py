@@ -110,7 +110,9 @@ def _write_judgements(path: Path, result: Evaluation, asked: Sequence[Asked], an
         for place, question in places:
             for answer in answers.of(question, result.config.votes):
                 said = asdict(answer)
-                del said["question"]
+                del said["question"], said["opened"]
+                said["cut"] = answer.cut
+                said["sent"] = json.dumps(answer.sent) if answer.sent else None
                 rows.append(about | place | said)
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=_JUDGEMENTS), path)
 
@@ -131,6 +133,9 @@ _JUDGEMENTS = pa.schema(
         ("reason", pa.string()),
         ("tokens", pa.int32()),
         ("cut", pa.bool_()),
+        ("kind", pa.string()),
+        ("finish_reason", pa.string()),
+        ("sent", pa.string()),  # JSON
     ]
 )
 

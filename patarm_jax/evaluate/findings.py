@@ -1,6 +1,8 @@
 """All that an evaluation found, as one record: scores with intervals, votes, biases, what could not be read."""
 
 import itertools
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from patarm_jax.config import EvalConfig
-from patarm_jax.evaluate.answers import FAILED, Answer
+from patarm_jax.evaluate.answers import Answer, Kind
 from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.outcomes import Choices, Rule, Scores, gaps, votes_curve
 from patarm_jax.evaluate.scoring import TIE_RULES, Plan, measure, numbers, who_won
@@ -31,6 +33,12 @@ class Findings:
     valid: float  # of all answers
     cut: float  # of all answers, off at the limit of new tokens
     failed: int  # answers that never came
+    # How many answers are of each kind, `answered` to `failed`; of those that came, `unreadable` are without a score or
+    # choice, the refused and the too long included.
+    counts: dict[str, int]
+    # The requests to an endpoint but for their seeds, each with the number of its answers.
+    sent: list[dict[str, Any]]
+    reasons: list[tuple[str, int]]  # why answers could not be read, with their numbers, the most frequent first
     ties: float  # of all pairs of a chosen and a rejected response: neither won
     length: dict[str, dict[str, float]]  # accuracy by which of the two responses is longer, in characters
     position: dict[str, float] | None  # of a pairwise judge
@@ -62,6 +70,11 @@ class Evaluation:
         return self.config.judge != "pairwise" or self.config.benchmark not in ("rewardbench", "llmbar")
 
     @property
+    def is_complete(self) -> bool:
+        """Whether every answer came."""
+        return not self.findings.failed
+
+    @property
     def missing_sections(self) -> list[str]:
         """Sections of the benchmark that were not judged; the overall number is without them."""
         return [name for name in self.plan.layout.sections if f"strict/{name}/accuracy" not in self.findings.scores]
@@ -86,7 +99,10 @@ def find(
         answers=len(answers),
         valid=sum(answer.status == "OK" for answer in answers) / len(answers),
         cut=sum(answer.cut for answer in answers) / len(answers),
-        failed=sum(answer.status == FAILED for answer in answers),
+        failed=sum(not answer.came for answer in answers),
+        counts=_counts(answers),
+        sent=_sent(answers),
+        reasons=Counter(answer.reason for answer in answers if answer.came and answer.reason).most_common(10),
         ties=float((pairs == 0.5).mean()),
         length=_by_length(won, longer),
         position=_position(judged) if isinstance(judged, Choices) else None,
@@ -94,6 +110,24 @@ def find(
         histogram=_histogram(judged) if isinstance(judged, Scores) else None,
     )
     return findings, measured
+
+
+_NAMES = {Kind.ANSWER: "answered"}  # of the others the kind's own
+
+
+def _counts(answers: Sequence[Answer]) -> dict[str, int]:
+    kinds = Counter(answer.kind for answer in answers)
+    counts = {_NAMES.get(kind, kind.lower()): kinds[kind] for kind in Kind}
+    return counts | {"unreadable": sum(answer.came and answer.status != "OK" for answer in answers)}
+
+
+def _sent(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    requests = Counter(
+        json.dumps({name: value for name, value in answer.sent.items() if name != "seed"}, sort_keys=True)
+        for answer in answers
+        if answer.sent
+    )
+    return [{**json.loads(request), "answers": count} for request, count in requests.most_common()]
 
 
 def _with_intervals(plan: Plan, measured: Measured, seed: int) -> dict[str, tuple[float, float, float]]:

@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from patarm_jax.evaluate.answers import FAILED, Answer, Answers, Question
+from patarm_jax.evaluate.answers import Answer, Answers, Question
 from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.outcomes import Choices, Scores
 from patarm_jax.judge.parse import parse_baseline, parse_pairwise, parse_pointwise
@@ -95,7 +95,7 @@ def judged(asked: Sequence[Asked], answers: Answers, votes: int) -> Scores | Cho
                 given = answers.of(question, votes)
                 has[index, number] = True
                 scores[index, number] = [np.nan if answer.score is None else answer.score for answer in given]
-                lost[index, number] = [answer.status == FAILED for answer in given]
+                lost[index, number] = [not answer.came for answer in given]
         sides.append((scores, has, lost))
     (chosen, has_chosen, lost_chosen), (rejected, has_rejected, lost_rejected) = sides
     return Scores(chosen, rejected, has_chosen, has_rejected, lost_chosen, lost_rejected)

@@ -7,6 +7,7 @@ import rich.text
 
 from patarm_jax.evaluate import published
 from patarm_jax.evaluate.findings import Evaluation
+from patarm_jax.evaluate.replies import ALL_APART
 
 _TIES = {"strict": "wrong", "half": "½"}  # what a tie counts as
 _WORDS = {rule: f"tie = {said}" for rule, said in _TIES.items()}
@@ -87,11 +88,45 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _reading(result: Evaluation) -> str:
-    found = result.findings
+    found, counts = result.findings, result.findings.counts
     cut = f", cut off at the limit of new tokens {100 * found.cut:.1f} %" if found.cut else ""
-    failed = f" {found.failed:,} answers never came." if found.failed else ""
-    read = f"Of {found.answers:,} answers {100 * found.valid:.1f} % could be read{cut}.{failed}"
-    return f"{read} Neither response won in {100 * found.ties:.1f} % of pairs."
+    parts = [f"Of {found.answers:,} answers {100 * found.valid:.1f} % could be read{cut}."]
+    words = {"refused": "were refused", "too_long": "were too long to ask", "failed": "never came"}
+    parts += [f"{counts[name]:,} {said}." for name, said in words.items() if counts[name]]
+    return " ".join([*parts, f"Neither response won in {100 * found.ties:.1f} % of pairs."])
+
+
+def verdict(result: Evaluation, answers: str) -> str:
+    """What a person must know before trusting the numbers; empty where nothing is amiss.
+
+    Args:
+        result: what was found.
+        answers: the path of the file that holds every answer.
+    """
+    found = result.findings
+    if found.failed:
+        return (
+            f"{found.failed:,} of {found.answers:,} answers never came, so that the numbers are of the others alone. "
+            "Run the same command again to ask for them."
+        )
+    if found.valid >= 0.5:
+        return ""
+    share = f"only {100 * found.valid:.1f} %" if found.valid else "none"
+    reason, count = found.reasons[0]
+    return (
+        f"{share} of the {found.answers:,} answers could be read, so that the numbers say little of the judge. Most "
+        f"often ({count:,} ×): {reason}. {_advice(result, reason)}Look at the fields text and reason in {answers}."
+    )
+
+
+def _advice(result: Evaluation, reason: str) -> str:
+    if ALL_APART in reason:
+        return "The server takes the judgement for thinking: start it without a reasoning parser. "
+    if result.findings.cut > 0.5:
+        return "Most were cut off: raise --sampling.max_new_tokens. "
+    if result.findings.counts["too_long"] > result.findings.answers / 2:
+        return "Most were too long: raise --data.max_prompt_tokens, or the context of the server. "
+    return ""
 
 
 def _sections_table(result: Evaluation) -> str:

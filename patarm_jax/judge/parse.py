@@ -78,15 +78,28 @@ def parse_pairwise(text: str) -> Judgement:
 def parse_baseline(text: str) -> Judgement:
     """Reads a general model's judgement: an explanation, then a number from 1 to 10 in `<answer>`.
 
-    A general model may open with thinking of its own; it is then set apart by the same rule as a judge's.
+    A general model may think first. All up to the first `</think>` is its thinking, whether it opened that itself or
+    its chat template did, and no score is read from there, nor from thinking that never ends.
 
     >>> judgement = parse_baseline("Clear, but wrong on the date. <answer>4</answer>")
     >>> judgement.status.name, judgement.score, judgement.evaluation
     ('OK', 4.0, 'Clear, but wrong on the date.')
+    >>> parse_baseline("Perhaps <answer>9</answer>? No.</think>Poor. <answer>2</answer>").score
+    2.0
     >>> parse_baseline("<answer>0</answer>").reason
     'score 0 is not between 1 and 10'
     """
     return _parse(text, _answer_alone, partial(_score, lowest=1))
+
+
+def closes_thinking_it_did_not_open(text: str) -> bool:
+    """Whether the chat template has opened the thinking that this text ends: `</think>` stands in it, alone.
+
+    >>> [closes_thinking_it_did_not_open(text) for text in ("Hm.</think>So.", "<think>Hm.</think>So.", "Hm.")]
+    [True, False, False]
+    """
+    before, closing, _ = text.partition("</think>")
+    return bool(closing) and "<think>" not in before
 
 
 def _parse(text: str, take_apart: Callable[[str], _Sections], read: Callable[[str], _Answer]) -> Judgement:
@@ -121,8 +134,7 @@ def _four_sections(text: str) -> _Sections:
 
 
 def _answer_alone(text: str) -> _Sections:
-    opens_with_thinking = text.lstrip(_WHITESPACE).startswith("<think>")
-    thinking, start = _thinking(text) if opens_with_thinking else ("", 0)
+    thinking, start = _thinking_if_any(text)
     opening, closing = _in_order(list(_ANSWER_TAG.finditer(text, start)), ("answer",))
     return _Sections(thinking, "", text[start : opening.start()], text[opening.end() : closing.start()])
 
@@ -138,6 +150,20 @@ def _thinking(text: str) -> tuple[str, int]:
     if not closing:
         raise _Unreadable("</think> is missing")
     return thinking, len(before) + len(opening) + len(thinking) + len(closing)
+
+
+def _thinking_if_any(text: str) -> tuple[str, int]:
+    """The same of a general model, which need not think, and whose chat template may have opened its thinking."""
+    before, closing, after = text.partition("</think>")
+    if not closing:
+        if "<think>" in text:
+            raise _Unreadable("</think> is missing")
+        return "", 0
+    for tag in ("<think>", "</think>"):
+        if tag in after:
+            raise _Unreadable(f"{tag} is repeated")
+    _, opening, inside = before.partition("<think>")
+    return inside if opening else before, len(before) + len(closing)
 
 
 def _in_order(tags: list[re.Match[str]], names: tuple[str, ...]) -> list[re.Match[str]]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from patarm_jax.config import MeshSection, ModelSection, SamplingSection
 from patarm_jax.data.tokenizer import encode_chat, encode_dialogue
-from patarm_jax.evaluate.answers import Answer, Answers, Question, answer_of, failed, missing
+from patarm_jax.evaluate.answers import Answer, Answers, Kind, Question, answer_of, missing, no_answer
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.qwen3 import Params
 from patarm_jax.model.sharding import make_mesh
@@ -27,6 +27,7 @@ from patarm_jax.rollout.stream import Request
 from patarm_jax.train.metrics import progress
 from patarm_jax.types import UsageError, UserError
 
+AGAIN = (Kind.FAILED, Kind.TOO_LONG)  # what is too long for one limit may fit another
 _SAMPLED = 1 << 20  # bytes at each end of a file of weights that tell it from another
 # The ids of a question's votes lie this far apart, so that more votes leave those there are as they are; no two votes
 # share an id among up to a million questions.
@@ -134,9 +135,9 @@ def ask_scalar(local: Local, answers: Answers, questions: Sequence[Question]) ->
         for index, score in scores(scorer, params, local.mesh, [one.tokens for one in encoded]):
             key = encoded[index].question.key
             if math.isfinite(score):
-                yield [Answer(key, 0, "OK", score=score)]
+                yield [Answer(key, 0, "OK", Kind.ANSWER, score=score)]
             else:
-                yield [Answer(key, 0, "BAD_SCORE", reason=f"the head gives {score}")]
+                yield [Answer(key, 0, "BAD_SCORE", Kind.ANSWER, reason=f"the head gives {score}")]
 
     return _ask(local, answers, questions, scored)
 
@@ -147,15 +148,16 @@ def _ask(
     questions: Sequence[Question],
     answer: Callable[[Params, Sequence[Encoded]], Iterator[list[Answer]]],
 ) -> bool:
-    lacking = missing(answers.known, questions, local.votes)
+    lacking = missing(answers.known, questions, local.votes, AGAIN)
     if len(lacking) < len(questions):
         say(f"{len(questions) - len(lacking)} of {len(questions)} questions are answered")
     encoded = encode_questions(local, lacking)
     short = [one for one in encoded if len(one.tokens) <= local.max_prompt_tokens]
     for one in encoded:
         if len(one.tokens) > local.max_prompt_tokens:
-            reason = f"{len(one.tokens)} tokens, longer than max_prompt_tokens {local.max_prompt_tokens}"
-            answers.add(failed(one.question, vote, reason) for vote in range(one.first, local.votes))
+            reason = f"{len(one.tokens)} tokens, longer than data.max_prompt_tokens {local.max_prompt_tokens}"
+            votes = range(one.first, local.votes)
+            answers.add(no_answer(one.question, vote, Kind.TOO_LONG, reason) for vote in votes)
     if not short:
         return True
     params = load_weights(local)

@@ -2,23 +2,27 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2 as httpx
 
 from patarm_jax.config import EndpointSection, SamplingSection
-from patarm_jax.evaluate.answers import Answers, Question, answer_of, failed, missing
-from patarm_jax.evaluate.endpoint import LOOK, Refused, Stopped, Unavailable, body, complete, connect, served_model
+from patarm_jax.evaluate.answers import Answer, Answers, Kind, Question, missing, no_answer
+from patarm_jax.evaluate.dialect import Dialect
+from patarm_jax.evaluate.endpoint import LOOK, Stopped, complete, connect, served_model
+from patarm_jax.evaluate.replies import Refused, Reply, Unavailable, as_answer, read_again
 from patarm_jax.recipes.process import say, stop_requests
 from patarm_jax.rollout.judging import Parse
 from patarm_jax.train.metrics import Report, progress
 from patarm_jax.types import UserError
 
 _MOST_LOST = 2  # times the concurrency: after so many failures in a row, and 20 at least, the evaluation stops
-
-_ENOUGH_REFUSED = 3  # of the first questions, to say that all would be
+_ENOUGH_ALIKE = 2  # refusals in the same words, where nothing was ever answered, to say that all would be refused
+_ENOUGH_REFUSED = 3  # in any words
 _SECONDS_BETWEEN = 60.0  # two words on trouble
 
 
@@ -62,25 +66,42 @@ def ask_endpoint(remote: Remote, answers: Answers, questions: Sequence[Question]
     lacking = missing(answers.known, questions, remote.votes)
     work = [(question, vote) for question, votes in lacking for vote in votes]
     work.sort(key=lambda one: (one[0].key, one[1]) in answers.known)  # what failed before comes last
-    total = len(questions) * remote.votes
+    total, section = len(questions) * remote.votes, remote.section
     done = total - len(work)
     if done:
         say(f"{done} of {total} answers are there")
     if not work:
+        read_again(answers, parse, section.opens_thinking)
         return True
-    say(f"asking {remote.name} at {remote.section.url}, {remote.section.concurrency} at a time")
+    if section.max_requests and len(work) > section.max_requests:
+        raise UserError(
+            f"{len(work):,} answers are to be asked for, and endpoint.max_requests allows {section.max_requests:,} "
+            "requests; nothing was sent. Raise it, or ask for fewer answers with --limit or --votes."
+        )
+    say(f"asking {remote.name} at {section.url}, {section.concurrency} at a time")
     with stop_requests() as asked, progress(total, done, unit="answer") as report:
         asking = _Asking(remote, answers, parse, iter(work), lambda: asked(0), report, done, answers.any_came)
         asyncio.run(asking.run())
     if asking.done < total:
-        say(f"stopped after {asking.done} of {total} answers; the same command goes on from there")
+        say(f"stopped after {asking.done} of {total} answers; run the same command again to resume")
         return False
+    read_again(answers, parse, section.opens_thinking)
     return True
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A refused question, until it is known whether every question is refused."""
+
+    question: Question
+    vote: int
+    sent: Mapping[str, Any]
+    refusal: Refused
 
 
 @dataclass
 class _Asking:
-    """The requests under way, and counts of those that are finished."""
+    """The requests under way, and what became of those that are finished."""
 
     remote: Remote
     answers: Answers
@@ -90,8 +111,12 @@ class _Asking:
     report: Report
     done: int
     answered: bool  # whether any question ever was
+    dialect: Dialect = field(default_factory=Dialect)
+    requests: int = 0  # that were sent, those that were tried again included
     lost: int = 0  # failures in a row that say that it is not the question's fault
-    refusal: Refused | None = None  # that may be for all questions
+    held: list[_Held] = field(default_factory=list)  # while no answer tells whether all would be refused
+    foreign: Counter[str] = field(default_factory=Counter)  # replies that are none, until there is an answer
+    last_reason: str = ""  # of the last question, why there is no answer
     trouble: str = ""  # why nothing more is asked, and what to do about it
     under_way: int = 0
     told: float = -math.inf  # when trouble was last told of
@@ -109,6 +134,7 @@ class _Asking:
                     await self._tell_what_is_waited_for()
         except* UserError as errors:  # no address, or a full disk
             raise errors.exceptions[0] from None  # one of them says it all
+        self._release_held()
         if self.trouble:
             raise UserError(self.trouble)
 
@@ -126,10 +152,9 @@ class _Asking:
     async def _one_after_another(self, client: httpx.AsyncClient) -> None:
         for question, vote in self.work:
             # Whether what was refused is refused to all will be told by those under way.
-            while self.refusal and not self.answered and self.under_way and not self._ending():
+            while self._doubtful() and self.under_way and not self._ending():
                 await asyncio.sleep(LOOK)
-            if self.refusal and not self.answered and self.lost >= _ENOUGH_REFUSED:
-                self._give_up(self.refusal)
+            self._give_up_where_all_is_refused()
             if self._ending():
                 return
             self.under_way += 1
@@ -138,45 +163,119 @@ class _Asking:
             finally:
                 self.under_way -= 1
 
+    async def _ask(self, client: httpx.AsyncClient, question: Question, vote: int) -> None:
+        remote = self.remote
+        while True:
+            sent = self.dialect.fields(question, vote, remote.sampling, remote.section, remote.seed)
+            request = {"model": remote.name, "messages": list(question.messages), **sent}
+            try:
+                reply = await complete(client, request, remote.section, self._ending, self._tell, self._spend)
+            except Stopped:
+                return  # it is asked when the same command goes on
+            except Refused as refusal:
+                changed = self.dialect.adapt(refusal, sent)
+                if changed is not None:
+                    if changed:
+                        say(f"{remote.section.url}: {changed}. Every answer is kept with what was sent for it.")
+                    continue
+                self._refused(question, vote, sent, refusal)
+            except Unavailable as error:
+                reason = f"after {error.requests} requests: {error}"
+                self._add(no_answer(question, vote, Kind.FAILED, reason, finish_reason=error.finish, sent=sent))
+                self.lost += 1
+            else:
+                self._answered(question, vote, sent, reply)
+            break
+        if self.lost > self._too_many and not self.trouble:
+            self.trouble = (
+                f"{remote.section.url} did not answer the last {self.lost} questions, the last one {self.last_reason}. "
+                "See whether the server is up and takes such requests; run the same command again to resume."
+            )
+
+    def _answered(self, question: Question, vote: int, sent: Mapping[str, Any], reply: Reply) -> None:
+        self.lost = 0
+        if reply.kind == Kind.REFUSED:
+            more = {"text": reply.text, "finish_reason": reply.finish_reason, "tokens": reply.tokens, "sent": sent}
+            self._add(no_answer(question, vote, Kind.REFUSED, f"refused: {reply.reason}", **more))
+            return
+        self.answered = True
+        self._release_held()
+        self._add(as_answer(question, vote, self.parse, self.remote.section.opens_thinking, reply, sent))
+
+    def _refused(self, question: Question, vote: int, sent: Mapping[str, Any], refusal: Refused) -> None:
+        """Where others are answered, a refusal is this question's own; before that, nobody knows."""
+        self.lost = 0 if self.answered and refusal.lasting else self.lost + 1
+        self.held.append(_Held(question, vote, sent, refusal))
+        if refusal.for_all:
+            self._give_up(refusal)
+        elif self.answered:
+            self._release_held()
+
+    def _release_held(self) -> None:
+        """Refusals are final where others were answered; else there was no judge yet, and they are asked again."""
+        for one in self.held:
+            final = self.answered and one.refusal.lasting and not one.refusal.for_all
+            kind = one.refusal.kind if final else Kind.FAILED
+            self._add(no_answer(one.question, one.vote, kind, f"refused: {one.refusal}", sent=one.sent))
+        self.held.clear()
+
+    def _add(self, answer: Answer) -> None:
+        self.answers.add([answer])
+        self.last_reason = answer.reason
+        self.done += 1
+        self.report(self.done, {})
+
+    # ---- Whether to go on ----
+
+    @property
+    def _too_many(self) -> int:
+        return max(20, _MOST_LOST * self.remote.section.concurrency)
+
+    def _doubtful(self) -> bool:
+        """Whether a refusal may be one of everything."""
+        return not self.answered and any(not one.refusal.own for one in self.held)
+
+    def _give_up_where_all_is_refused(self) -> None:
+        if self.answered or not self.held:
+            return
+        doubtful = [one.refusal for one in self.held if not one.refusal.own]
+        alike = len(doubtful) >= _ENOUGH_ALIKE and len({_without_numbers(each) for each in doubtful}) == 1
+        if alike or len(doubtful) >= _ENOUGH_REFUSED or len(self.held) > self._too_many:
+            self._give_up(self.held[-1].refusal)
+
     def _give_up(self, refusal: Refused) -> None:
         section = self.remote.section
-        self.trouble = (
-            f"{section.url} answers {refusal}. Check endpoint.url, endpoint.model and the key in "
-            f"{section.api_key_env}; the same command goes on from here."
+        self.trouble = self.trouble or (
+            f"{section.url} answers {refusal}. Check endpoint.url, endpoint.model, the sampling settings and the key "
+            f"in {section.api_key_env}; run the same command again to resume."
         )
 
     def _tell(self, trouble: Unavailable) -> None:
         """That requests are tried again, now and then: else nobody would know why nothing comes."""
+        if trouble.foreign and not self.answered:
+            self.foreign[str(trouble)] += 1
+            if self.foreign[str(trouble)] >= max(_ENOUGH_REFUSED, self.under_way):
+                self.trouble = self.trouble or (
+                    f"{self.remote.section.url} does not answer as OpenAI's chat protocol has it: {trouble}. Check "
+                    "endpoint.url, which ends in /v1 as a rule; run the same command again to resume."
+                )
         now = asyncio.get_running_loop().time()
         if now - self.told >= _SECONDS_BETWEEN:
             self.told = now
             say(f"trying again, {self.under_way} requests under way: {trouble}")
 
-    async def _ask(self, client: httpx.AsyncClient, question: Question, vote: int) -> None:
-        remote = self.remote
-        request = body(remote.name, question, vote, remote.sampling, remote.section, remote.seed)
-        try:
-            reply = await complete(client, request, remote.section, self._ending, self._tell)
-            answer = answer_of(question, vote, self.parse(reply.text), reply.tokens, reply.cut)
-            self.lost, self.answered = 0, True
-        except Stopped:
-            return  # it is asked when the same command goes on
-        except Refused as refusal:
-            answer = failed(question, vote, f"refused: {refusal}")
-            if refusal.for_all:
-                self._give_up(refusal)
-            elif refusal.perhaps_for_all:
-                self.refusal = refusal
-            # Where other questions are answered, a refusal such as 400 is this one's own: too long, for example.
-            self.lost = 0 if self.answered and not refusal.perhaps_for_all else self.lost + 1
-        except Unavailable as error:
-            answer = failed(question, vote, f"after {error.requests} requests: {error}")
-            self.lost += 1
-        self.answers.add([answer])
-        self.done += 1
-        self.report(self.done, {})
-        if self.lost > max(20, _MOST_LOST * remote.section.concurrency) and not self.trouble:
-            self.trouble = (
-                f"{remote.section.url} did not answer the last {self.lost} questions, the last one {answer.reason}. "
-                "See whether the server is up and takes such requests; the same command goes on from here."
+    def _spend(self) -> None:
+        """Counts a request that is about to be sent; raises Stopped where no more may be."""
+        most = self.remote.section.max_requests
+        if most and self.requests >= most:
+            self.trouble = self.trouble or (
+                f"endpoint.max_requests {most} have been sent, those that were tried again included, and answers are "
+                "missing. Raise it and run the same command again to resume."
             )
+            raise Stopped
+        self.requests += 1
+
+
+def _without_numbers(refusal: Refused) -> str:
+    """The refusal but for lengths, ids and times, in which those of one cause differ."""
+    return re.sub(r"[0-9a-f-]*\d[0-9a-f-]*", "", str(refusal))

@@ -16,8 +16,8 @@ import numpy as np
 
 from patarm_jax.config import EvalConfig, to_yaml
 from patarm_jax.evaluate.answers import (
-    FAILED,
     Answers,
+    Kind,
     Question,
     identity_of,
     missing,
@@ -30,7 +30,7 @@ from patarm_jax.evaluate.files import RESULTS, compared, load_measured, write_fi
 from patarm_jax.evaluate.findings import Evaluation, find
 from patarm_jax.evaluate.judges import PARSERS, ask_about, judged, questions_of
 from patarm_jax.evaluate.scoring import plan
-from patarm_jax.evaluate.summary import show
+from patarm_jax.evaluate.summary import show, verdict
 from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.recipes.ask import Local, ask_local, ask_scalar, encode_questions, open_local
 from patarm_jax.recipes.ask_endpoint import Remote, ask_endpoint, ask_name
@@ -72,9 +72,10 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
 
     # ---------------------------------------------------------------------------------------------------------- score
     given = [answer for question in questions for answer in answers.of(question, config.votes)]
-    if all(answer.status == FAILED for answer in given):
+    if not any(answer.kind in (Kind.ANSWER, Kind.CUT) for answer in given):
         raise UserError(
-            f"no question was answered, the first one because: {given[0].reason}. Mend that; nothing is scored."
+            f"no question was answered, the first one because: {given[0].reason}. Nothing is scored. When that is put "
+            "right, run the same command again to ask for what failed."
         )
     said = judged(asked, answers, config.votes)
     findings, measured = find(groups, items, said, given, config.seed)
@@ -86,6 +87,8 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
         write_files(folder, result, asked, answers, said)
     show(result)
     say(f"done: {folder / 'summary.md'}")
+    if caution := verdict(result, str(folder / ANSWERS)):
+        say(caution)
     return result
 
 
@@ -161,7 +164,7 @@ def _estimate(config: EvalConfig, judge: Local | Remote, lacking: Sequence[tuple
     lengths = [len(one.tokens) for one in encode_questions(judge, lacking)]
     too_long = sum(length > judge.max_prompt_tokens for length in lengths)
     if too_long:
-        lines.append(f"{too_long:,} questions are longer than data.max_prompt_tokens and will be recorded as failed")
+        lines.append(f"{too_long:,} questions are longer than data.max_prompt_tokens and will be recorded as too long")
     mean, longest = np.mean(lengths), max(lengths)
     lines.append(f"prompt tokens: {sum(lengths):,} in all, {mean:,.0f} in the mean, {longest:,} at most")
     weights = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(judge.model.config, judge.mesh)))

@@ -1,5 +1,6 @@
 """A judge as others load it: a Hugging Face folder with weights, tokenizer, chat template and model card."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +64,17 @@ def write_export(
         weights.save(params, config, part, dtype=dtype, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
         if jax.process_index() == 0:
             save_tokenizer(tokenizer, part)
-            model_card(card, folder.resolve().name).save(part / "README.md")
+            model_card(card, folder.resolve().name, tokenizer.opening).save(part / "README.md")
 
 
-def model_card(facts: ModelCardFacts, name: str) -> huggingface_hub.ModelCard:
-    """The model card of a judge called `name`; nothing is asked of the network."""
+def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingface_hub.ModelCard:
+    """The model card of a judge called `name`; nothing is asked of the network.
+
+    Args:
+        facts: about the run.
+        name: of the judge's folder.
+        opening: `Tokenizer.opening`, which the code of the card puts before what the judge writes.
+    """
     data = huggingface_hub.ModelCardData(
         base_model=_if_on_hub(facts.base_model),
         datasets=_if_on_hub(facts.data_path),
@@ -84,7 +91,8 @@ def model_card(facts: ModelCardFacts, name: str) -> huggingface_hub.ModelCard:
         ("rubrics", facts.rubrics),
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    text = BODY.format(name=name, table=table, rubrics=facts.rubrics)
+    before = f"{json.dumps(opening)} + " if opening else ""
+    text = BODY.format(name=name, table=table, rubrics=facts.rubrics, opening=before)
     return huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
@@ -121,7 +129,7 @@ llm = LLM("{name}")
 sampling = llm.get_default_sampling_params()
 sampling.max_tokens = 2048
 messages = pointwise("What is 2 + 2?", "4", domain="math", rubrics="{rubrics}")
-text = llm.chat(messages, sampling)[0].outputs[0].text
+text = {opening}llm.chat(messages, sampling)[0].outputs[0].text
 print(parse_pointwise(text).score)
 ```
 
@@ -139,7 +147,7 @@ inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, enable_thinking=True, return_dict=True, return_tensors="pt"
 ).to(model.device)
 output = model.generate(**inputs, max_new_tokens=2048)
-text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+text = {opening}tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 print(parse_pointwise(text).score)
 ```
 

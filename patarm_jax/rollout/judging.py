@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from patarm_jax.config import ModelSection, SamplingSection
 from patarm_jax.data.pipeline import EncodedPair
-from patarm_jax.data.tokenizer import Tokenizer, decode
+from patarm_jax.data.tokenizer import Tokenizer, written
 from patarm_jax.judge.parse import parse_pointwise
 from patarm_jax.model import qwen3
 from patarm_jax.model.config import Qwen3Config
@@ -170,5 +170,5 @@ def score_arrays(judgements: Sequence[Sequence[Judgement]]) -> tuple[np.ndarray,
 
 
 def _text(tokenizer: Tokenizer, tokens: np.ndarray, length: int, truncated: bool) -> str:
-    """What was written, without the end token of a judgement that has one."""
-    return decode(tokenizer, tokens[: length if truncated else max(length - 1, 0)].tolist())
+    """The judge's turn, without the end token of a judgement that has one."""
+    return written(tokenizer, tokens[: length if truncated else max(length - 1, 0)].tolist())
