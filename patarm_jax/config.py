@@ -6,8 +6,6 @@ nearest known one.
 
 import contextlib
 import dataclasses
-import difflib
-import io
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 import msgspec
-import tyro
 import yaml
 
+from patarm_jax.flags import merged, nearest, settings_of
 from patarm_jax.types import Benchmark, JudgeKind, OpensThinking, RubricMode, UsageError, UserError
 
 Config = TypeVar("Config")
@@ -342,38 +340,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def from_mapping(cls: type[Config], mapping: Mapping[str, Any], where: str) -> Config:
-    """A config from nested mappings; unknown keys and wrong types are refused by name."""
+    """A config from nested mappings, found in a file or, where `where` is empty, given on the command line.
+
+    Raises:
+        UsageError: a key is unknown, or a value is of the wrong type or out of its range.
+    """
+    where = f"{where}: " if where else ""
     _refuse_unknown_keys(cls, mapping, where, prefix="")
     try:
         config = msgspec.convert(_floats(cls, mapping), cls)
     except msgspec.ValidationError as error:
         message = re.sub(r" - at `\$\.?(.*?)`$", r" for \1", str(error))
-        raise UsageError(f"{where}: {message}.") from error
-    _refuse_out_of_range(config, f"{where}: ")
-    _refuse_what_learns_nothing(config, f"{where}: ")
+        raise UsageError(f"{where}{message}.") from error
+    _refuse_out_of_range(config, where)
+    _refuse_what_learns_nothing(config, where)
     return config
 
 
 def override(config: Config, arguments: Sequence[str]) -> Config:
-    """The config with `--section.key value` (or `--section.key=value`) flags applied by tyro."""
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            # The static type of `type(config)` is not a class tyro's overloads can narrow.
-            result, unknown = tyro.cli(type(config), default=config, args=list(arguments), return_unknown_args=True)
-    except SystemExit as stop:
-        if stop.code == 0:  # --help
-            print(printed.getvalue(), end="")
-            raise
-        raise UsageError(_one_sentence(printed.getvalue())) from None
-    if unknown:
-        flag = unknown[0]
-        known = ["--" + key for key in dotted_keys(type(config))]
-        near = _nearest(flag.split("=")[0], known)
-        raise UsageError(f"unknown option {flag}.{near} `--help` lists them all.")
-    _refuse_out_of_range(result, "")
-    _refuse_what_learns_nothing(result, "")
-    return result
+    """The config with `--section.key value` (or `--section.key=value`) flags laid over it."""
+    changes = settings_of(type(config), arguments)
+    return from_mapping(type(config), merged(msgspec.to_builtins(config), changes), where="")
 
 
 def to_yaml(config: Any) -> str:
@@ -381,21 +368,13 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False, allow_unicode=True)
 
 
-def dotted_keys(cls: Any, prefix: str = "") -> list[str]:
-    """Every key of a config class in dotted form."""
-    keys: list[str] = []
-    for name, kind in get_type_hints(cls).items():
-        keys += dotted_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
-    return keys
-
-
 def _refuse_unknown_keys(cls: Any, mapping: Any, where: str, prefix: str) -> None:
     if not isinstance(mapping, Mapping):
-        raise UsageError(f"{where}: {prefix.rstrip('.')} is a section of keys, got {mapping!r}.")
+        raise UsageError(f"{where}{prefix.rstrip('.')} is a section of keys, got {mapping!r}.")
     kinds = get_type_hints(cls)
     for key, value in mapping.items():
         if key not in kinds:
-            raise UsageError(f"{where}: unknown key {prefix}{key}.{_nearest(str(key), list(kinds), prefix)}")
+            raise UsageError(f"{where}unknown key {prefix}{key}.{nearest(str(key), list(kinds), prefix)}")
         if dataclasses.is_dataclass(kinds[key]):
             _refuse_unknown_keys(kinds[key], value, where, f"{prefix}{key}.")
 
@@ -475,19 +454,6 @@ def _floats(cls: Any, mapping: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _nearest(name: str, known: list[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {prefix}{close[0]}?" if close else f" Known are: {', '.join(known)}."
-
-
 def one_line(error: Exception) -> str:
     """What an error says, to be put inside a sentence."""
     return " ".join(str(error).split()).rstrip(".")
-
-
-def _one_sentence(box: str) -> str:
-    """The sentence in one of tyro's boxes: tyro draws its errors in a frame, the sentence first."""
-    lines = [line.strip("│╭╮╰╯─|+- ") for line in box.splitlines()]
-    body = [line for line in lines[1:] if line]
-    cut = next((i for i, line in enumerate(body) if line.startswith(("Argument helptext", "For full helptext"))), None)
-    return " ".join(body[:cut])

@@ -9,16 +9,17 @@ import yaml
 
 from patarm_jax.config import (
     RANGES,
+    EvalConfig,
     GRPOConfig,
     JudgeConfig,
     SFTConfig,
-    dotted_keys,
     from_mapping,
     load,
     override,
     read_yaml,
     to_yaml,
 )
+from patarm_jax.flags import dotted_keys
 from patarm_jax.types import UsageError, UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -136,16 +137,59 @@ def test_one_judgement_of_each_response_is_a_group_where_the_pair_is():
     assert from_mapping(GRPOConfig, {"group_size": 1, "reward": {"group_by": "pair"}}, "there").group_size == 1
 
 
-def test_overrides_are_refused_by_name():
-    for arguments, says in [
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
         (["--run.sed", "1"], "unknown option --run.sed. Did you mean --run.seed?"),
-        (["--run.seed", "x"], "run.seed"),
+        (["--zzz", "1"], "unknown option --zzz. Known are: --recipe, --model.path,"),
+        (["--run.seed.more", "1"], "unknown option --run.seed.more."),
+        (["--run.seed", "x"], "--run.seed is 'x'; allowed is a whole number"),
+        (["--run.seed"], "--run.seed has no value; allowed is a whole number"),
+        (["--run.seed", "1", "2"], "--run.seed has 2 values, 1 2; allowed is a whole number"),
+        (["--run.seed", "1", "--run.seed", "2"], "--run.seed is given twice"),
+        (["--run", "1"], "--run is a section. Give one of its settings: --run.folder, --run.seed,"),
+        (["--packing", "yes"], "--packing is 'yes'; allowed is true or false"),
+        (["--no-packing"], "unknown option --no-packing. Did you mean --packing?"),
         (["--optimizer.decay", "square"], "'constant', 'linear', 'cosine'"),
         (["--pairs_per_step", "0"], "pairs_per_step is 0; allowed is 1 or more"),
-    ]:
-        with pytest.raises(UsageError) as error:
-            override(SFTConfig(), arguments)
-        assert says in str(error.value) and "\n" not in str(error.value)
+        (["-v", "8"], "unknown argument -v. Give settings as --section.key value"),
+        (["word"], "unknown argument word"),
+        (["--data.columns", "prompt", "input"], "key by key, such as --data.columns.chosen accepted"),
+        (["--data.source_domains", "a", "math"], "key by key, such as --data.source_domains.NAME VALUE"),
+    ],
+)
+def test_overrides_are_refused_by_name(arguments, says):
+    with pytest.raises(UsageError) as error:
+        override(SFTConfig(), arguments)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_columns_are_renamed_key_by_key():
+    """Two of them, and one that is joined of two; what the file says of others stays."""
+    before = from_mapping(SFTConfig, {"data": {"columns": {"id": "key"}}}, "there")
+    renamed = [
+        "--data.columns.chosen",
+        "accepted",
+        "--data.columns.rejected",
+        "a",
+        "b",
+        "--data.columns.prompt=the input",
+    ]
+    assert override(before, renamed).data.columns == {
+        "id": ("key",), "chosen": ("accepted",), "rejected": ("a", "b"), "prompt": ("the input",),
+    }  # fmt: skip
+    domains = override(EvalConfig(), ["--data.source_domains.v1.2", "math", "--data.source_domains.x", "chat"])
+    assert domains.data.source_domains == {"v1.2": "math", "x": "chat"}
+
+
+def test_values_are_read_by_the_type_of_their_setting():
+    config = override(
+        SFTConfig(),
+        ["--packing", "false", "--optimizer.learning_rate", "1e-6", "--mesh.fsdp", "-1", "--run.folder", "1e-6"]
+        + ["--heldout.path=", "--data.drop_sources"],
+    )
+    assert (config.packing, config.optimizer.learning_rate, config.mesh.fsdp) == (False, 1e-6, -1)
+    assert (config.run.folder, config.heldout.path, config.data.drop_sources) == ("1e-6", "", ())
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "", "just words"])

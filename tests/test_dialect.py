@@ -34,8 +34,6 @@ def both(*refusals):
 
 
 MAX_TOKENS = "Unsupported parameter: 'max_tokens' is not supported here. Use 'max_completion_tokens' instead."
-    "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
-)
 BOTH = "`temperature` and `top_p` cannot both be specified for this model. Please use only one."
 UNKNOWN = "Unrecognized request argument supplied: "
 

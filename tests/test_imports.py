@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "patarm_jax"
 # From the ground up. Modules on one floor do not import each other, save within one room.
 FLOORS = [
     ["types"],
+    ["flags"],
     ["config"],
     ["judge", "reward", "model"],
     ["data", "train", "rollout.sampler"],
@@ -21,6 +22,7 @@ FLOORS = [
 ]
 PURE = [
     "types",
+    "flags",
     "reward",
     "judge",
     "evaluate.accuracy",
@@ -46,7 +48,6 @@ ONE_HOME = {
     "orbax": "train.checkpoint",
     "safetensors": "model.weights",
     "flax": "model.qwen3",
-    "tyro": "config",
 }
 
 

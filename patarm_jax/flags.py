@@ -1,0 +1,138 @@
+"""Settings from a command line: `--section.key value`, with the types of a config class, as nested mappings.
+
+A setting is given once. Its words go up to the next flag; `--section.key=value` is the same with one word. Booleans are
+true or false, a list takes several words, and a mapping is given key by key: `--data.columns.chosen accepted`.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from patarm_jax.types import UsageError
+
+_BOOLEANS = {"true": True, "false": False}
+
+
+def settings_of(cls: type, arguments: Sequence[str]) -> dict[str, Any]:
+    """The settings that arguments give, as nested mappings of values.
+
+    Args:
+        cls: of the config, a dataclass of dataclasses.
+        arguments: the words of the command line, without the verb's own.
+
+    Raises:
+        UsageError: an option is unknown, given twice, or has a value that its setting cannot take.
+    """
+    result: dict[str, Any] = {}
+    given: set[str] = set()
+    for flag, words in _grouped(arguments):
+        path, kind = _place(cls, flag)
+        name = ".".join(path)
+        if name in given:
+            raise UsageError(f"--{name} is given twice. Give it once.")
+        given.add(name)
+        section = result
+        for part in path[:-1]:
+            section = section.setdefault(part, {})
+        section[path[-1]] = _value(name, kind, words)
+    return result
+
+
+def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings, the second laid over the first.
+
+    >>> merged({"run": {"seed": 0, "steps": 2}}, {"run": {"seed": 1}})
+    {'run': {'seed': 1, 'steps': 2}}
+    """
+    result = dict(settings)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def dotted_keys(cls: Any, prefix: str = "") -> list[str]:
+    """Every key of a config class in dotted form."""
+    keys: list[str] = []
+    for name, kind in get_type_hints(cls).items():
+        keys += dotted_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
+    return keys
+
+
+def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """A sentence on what was meant, to stand behind another."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {prefix}{close[0]}?" if close else f" Known are: {', '.join(known)}."
+
+
+def _grouped(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(name of a flag, its words)."""
+    groups: list[tuple[str, list[str]]] = []
+    for word in arguments:
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            groups.append((name, [value] if equals else []))
+        elif groups and not re.fullmatch(r"-[A-Za-z].*", word):
+            groups[-1][1].append(word)
+        else:
+            raise UsageError(f"unknown argument {word}. Give settings as --section.key value.")
+    return groups
+
+
+def _place(cls: type, flag: str) -> tuple[list[str], Any]:
+    """(section, …, key) of a flag, and the type of its value; a key of a mapping is the rest of the flag."""
+    path: list[str] = []
+    kind: Any = cls
+    parts = flag.split(".")
+    while parts and dataclasses.is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        if parts[0] not in kinds:
+            raise _unknown(cls, flag)
+        path.append(parts.pop(0))
+        kind = kinds[path[-1]]
+    if dataclasses.is_dataclass(kind):
+        keys = ", ".join(f"--{flag}.{key}" for key in get_type_hints(kind))
+        raise UsageError(f"--{flag} is a section. Give one of its settings: {keys}.")
+    if get_origin(kind) is dict:
+        if not parts:
+            raise UsageError(f"--{flag} takes its values key by key, such as --{flag}.{_example(flag)}.")
+        return [*path, ".".join(parts)], get_args(kind)[1]
+    if parts:
+        raise _unknown(cls, flag)
+    return path, kind
+
+
+def _example(flag: str) -> str:
+    return "chosen accepted" if flag.endswith("columns") else "NAME VALUE"
+
+
+def _unknown(cls: type, flag: str) -> UsageError:
+    known = [f"--{key}" for key in dotted_keys(cls)]
+    return UsageError(f"unknown option --{flag}.{nearest(f'--{flag}', known)}")
+
+
+def _value(name: str, kind: Any, words: Sequence[str]) -> Any:
+    if get_origin(kind) is tuple:
+        return list(words)
+    if len(words) != 1:
+        more = f"{len(words)} values, {' '.join(words)}" if words else "no value"
+        raise UsageError(f"--{name} has {more}; allowed is {_allowed(kind)}. Put a value with spaces into quotes.")
+    (word,) = words
+    try:
+        if kind is bool:
+            return _BOOLEANS[word]
+        if kind in (int, float):
+            return kind(word)
+    except (KeyError, ValueError):
+        raise UsageError(f"--{name} is {word!r}; allowed is {_allowed(kind)}.") from None
+    if get_origin(kind) is Literal and word not in get_args(kind):
+        raise UsageError(f"--{name} is {word!r}; allowed is {_allowed(kind)}.")
+    return word
+
+
+def _allowed(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(repr, get_args(kind)))}"
+    return {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "one value")
