@@ -1,11 +1,37 @@
 #!/usr/bin/env bash
-# Installs the test extra into .venv, then lints, checks types and runs every test. Safe to run again.
-# Arguments go to pytest, such as -k sampler.
+# Installs the test extra into .venv, then lints, checks types and runs the tests. Safe to run again.
+#
+#   launch/test.sh            all but the tests marked `long`: under 20 minutes on two cores; what CI runs
+#   launch/test.sh --quick    without those that train, start processes or compile much: under 4 minutes
+#   launch/test.sh --all      every test
+#
+# Further arguments go to pytest, such as -k sampler.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/venv.sh
+
+slow_files="tests/test_bench.py tests/test_checkpoint.py tests/test_demo.py tests/test_endpoint.py tests/test_evaluate.py
+tests/test_kernels.py tests/test_qwen3.py tests/test_real_inputs.py tests/test_recipes.py tests/test_report.py
+tests/test_sampler.py tests/test_scalar.py tests/test_steps.py tests/test_thinking.py tests/test_weights.py"
+long_files=$(grep -rlE "mark\.long" tests --include=*.py | sort | tr '\n' ' ')
+select=(-m "not long")
+left_out="tests marked long, which --all runs, in $long_files"
+case "${1:-}" in
+  --quick)
+    shift
+    for file in $slow_files; do select+=("--ignore=$file"); done
+    left_out="$left_out and all of $(echo $slow_files)"
+    ;;
+  --all)
+    shift
+    select=()
+    left_out=nothing
+    ;;
+esac
+
 install test
 ruff check .
 ruff format --check .
 mypy
-exec pytest --numprocesses 2 "$@"
+echo "left out: $left_out"
+exec pytest --numprocesses 2 "${select[@]}" "$@"

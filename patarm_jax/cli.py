@@ -155,7 +155,12 @@ def _verb(
 ) -> argparse.ArgumentParser:
     shown = "examples:\n" + "\n".join(f"  {example}" for example in examples)
     parser = verbs.add_parser(
-        name, help=what, description=what, epilog=shown, formatter_class=argparse.RawDescriptionHelpFormatter
+        name,
+        help=what,
+        description=what,
+        epilog=shown,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # a setting of the config may begin like an option
     )
     parser.set_defaults(run=run)
     return parser

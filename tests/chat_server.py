@@ -131,9 +131,10 @@ def write_pairs(folder):
 
 
 def remote(folder, url, *more, output="out", benchmark="pairs"):
+    several = () if "--endpoint.concurrency" in more else ("--endpoint.concurrency", "4")
     return [
         "eval", benchmark, "--data", str(folder / "pairs.jsonl"), "--output", str(folder / output),
-        "--endpoint.url", url, "--endpoint.concurrency", "4", *map(str, more),
+        "--endpoint.url", url, *several, *map(str, more),
     ]  # fmt: skip
 
 

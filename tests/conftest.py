@@ -1,6 +1,8 @@
 """Eight CPU devices before JAX starts; where the real inputs lie; the flag that rewrites golden files."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -42,3 +44,15 @@ def real_inputs() -> Path:
     if not REAL_INPUTS.is_dir():
         pytest.skip(f"real inputs are not at {REAL_INPUTS}")
     return REAL_INPUTS
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB, and a function that gives it another size."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    yield disk, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)

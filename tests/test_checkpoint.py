@@ -255,7 +255,7 @@ def test_a_full_disk_is_one_sentence_and_earlier_checkpoints_stay(small_disk, ca
     assert sorted(path.name for path in (small_disk / "run").iterdir()) == ["1", "3"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_save_what_one_restores(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -183,11 +183,8 @@ def test_columns_are_renamed_key_by_key():
 
 
 def test_values_are_read_by_the_type_of_their_setting():
-    config = override(
-        SFTConfig(),
-        ["--packing", "false", "--optimizer.learning_rate", "1e-6", "--mesh.fsdp", "-1", "--run.folder", "1e-6"]
-        + ["--heldout.path=", "--data.drop_sources"],
-    )
+    words = "--packing false --optimizer.learning_rate 1e-6 --mesh.fsdp -1 --run.folder 1e-6 --heldout.path="
+    config = override(SFTConfig(), [*words.split(), "--data.drop_sources"])
     assert (config.packing, config.optimizer.learning_rate, config.mesh.fsdp) == (False, 1e-6, -1)
     assert (config.run.folder, config.heldout.path, config.data.drop_sources) == ("1e-6", "", ())
 

@@ -312,3 +312,22 @@ def test_a_server_that_is_gone(pairs, capsys):
     assert "endpoint.url is not an address" in capsys.readouterr().err
     assert main(remote(pairs, "127.0.0.1:9", "--endpoint.model", "named")) == 1
     assert "endpoint.url is not an address" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_is_paid_for_twice(pairs, small_disk, capsys):
+    """The answers that found room are kept whole; with room again the rest is asked."""
+    disk, resize = small_disk
+    long = {"choices": [{"message": {"content": "x" * 40_000}, "finish_reason": "stop"}]}
+    with served(always=lambda _: (200, long)) as (url, chat):
+        command = remote(pairs, url, "--endpoint.concurrency", 1)
+        command[command.index("--output") + 1] = str(disk / "out")
+        assert main(command) == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"patarm: cannot write {disk / 'out' / 'answers.jsonl'}: No space left on device.")
+        kept = (disk / "out" / "answers.jsonl").read_bytes().count(b"\n") - 1
+        assert 0 < kept < 12 and len(chat.asked) == kept + 1
+        resize("8m")
+        assert main(command) == 0
+        assert len(chat.asked) == kept + 1 + (12 - kept)
+    lines = (disk / "out" / "answers.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["question"] for line in lines[1:]}) == 12 == len(lines) - 1

@@ -94,7 +94,7 @@ def test_every_verb_on_real_input(folder, real_inputs):
     assert prompt == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("recipe", "devices"), [("sft", 8), ("grpo", 16)])
 def test_the_8b_config_compiles_on_its_mesh(folder, real_inputs, recipe, devices):
     """`--dry-run` compiles every program of a run at full size, for as many devices as the config asks for."""

@@ -130,7 +130,7 @@ def test_sharded_parameters_are_saved_whole(sharded, tmp_path):
     assert stored(tmp_path / "out")[0] == stored(sharded)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_load_their_parts_and_save_the_whole(sharded, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -181,7 +181,7 @@ BIG = dict(
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_a_model_is_held_once_while_loading_and_a_shard_while_saving(tmp_path):
     model = 4 * sum(leaf.size for leaf in jax.tree.leaves(abstract_params(Qwen3Config(**BIG))))
