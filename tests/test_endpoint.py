@@ -317,17 +317,18 @@ def test_a_server_that_is_gone(pairs, capsys):
 def test_a_full_disk_is_one_sentence_and_nothing_is_paid_for_twice(pairs, small_disk, capsys):
     """The answers that found room are kept whole; with room again the rest is asked."""
     disk, resize = small_disk
-    long = {"choices": [{"message": {"content": "x" * 40_000}, "finish_reason": "stop"}]}
+    long = {"choices": [{"message": {"content": "x" * 3_000}, "finish_reason": "stop"}]}
     with served(always=lambda _: (200, long)) as (url, chat):
-        command = remote(pairs, url, "--endpoint.concurrency", 1)
+        command = remote(pairs, url, "--endpoint.concurrency", 1, "--votes", 16)
         command[command.index("--output") + 1] = str(disk / "out")
         assert main(command) == 1
         said = capsys.readouterr().err.splitlines()[-1]
         assert said.startswith(f"patarm: cannot write {disk / 'out' / 'answers.jsonl'}: No space left on device.")
         kept = (disk / "out" / "answers.jsonl").read_bytes().count(b"\n") - 1
-        assert 0 < kept < 12 and len(chat.asked) == kept + 1
+        assert 0 < kept < 192 and len(chat.asked) == kept + 1
         resize("8m")
         assert main(command) == 0
-        assert len(chat.asked) == kept + 1 + (12 - kept)
+        assert len(chat.asked) == kept + 1 + (192 - kept)
     lines = (disk / "out" / "answers.jsonl").read_text().splitlines()
-    assert len({json.loads(line)["question"] for line in lines[1:]}) == 12 == len(lines) - 1
+    asked = {(one["question"], one["vote"]) for one in map(json.loads, lines[1:])}
+    assert len(asked) == 192 == len(lines) - 1

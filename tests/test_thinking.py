@@ -127,15 +127,16 @@ def learnt(tmp_path_factory):
     config = {
         "model": {"path": str(root / "model"), "weights": "random", "dtype": "float32", "remat": "none"},
         "data": {"path": str(root / "pairs.jsonl")},
-        "optimizer": {"learning_rate": 1e-2},
-        "run": {"folder": str(root / "sft"), "steps": 60, "show_every": 0, "tensorboard": False},
-        "pairs_per_step": 8,
+        "optimizer": {"learning_rate": 5e-3},
+        "run": {"folder": str(root / "sft"), "steps": 150, "show_every": 0, "tensorboard": False},
+        "pairs_per_step": 2,
     }
     (root / "sft.yaml").write_text(yaml.safe_dump(config))
     patarm("sft", root / "sft.yaml")
     return root
 
 
+@pytest.mark.long
 def test_sft_grpo_and_judging_agree_on_the_thinking_that_a_template_opened(learnt):
     config = {
         "model": {"path": str(learnt / "sft"), "dtype": "float32", "remat": "none"},
@@ -143,7 +144,7 @@ def test_sft_grpo_and_judging_agree_on_the_thinking_that_a_template_opened(learn
         "run": {"folder": str(learnt / "grpo"), "steps": 1, "show_every": 0, "tensorboard": False},
         "sampling": {"max_new_tokens": 64, "temperature": 0.1},
         "policy": {"kl_coef": 0.0},
-        "pairs_per_step": 8,
+        "pairs_per_step": 2,
         "group_size": 2,
     }
     (learnt / "grpo.yaml").write_text(yaml.safe_dump(config))
@@ -162,6 +163,6 @@ def test_sft_grpo_and_judging_agree_on_the_thinking_that_a_template_opened(learn
     assert 'text = "<think>\\n" + tokenizer.decode(' in card and 'text = "<think>\\n" + llm.chat(' in card
 
 
-def test_a_decoded_prompt_shows_the_opened_thinking(learnt):
-    tokenizer = load_tokenizer(learnt / "model")
+def test_a_decoded_prompt_shows_the_opened_thinking(tmp_path):
+    tokenizer = load_tokenizer(with_template(tiny_model_folder(tmp_path), OPENED))
     assert decode(tokenizer, encode_chat(tokenizer, ASKED["pointwise"][0])).endswith("assistant\n<think>\n")
