@@ -6,9 +6,14 @@ A judge of known verdicts stands behind a real server: it scores a response by a
 import hashlib
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -36,6 +41,9 @@ SECTIONS = {
     },
 }  # fmt: skip
 PARTS = {"prompt": "<prompt>\n", "response": "\n</prompt>\n\n<response>\n"}
+# A network as small as they come, of Qwen3's own config.
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 FORM = "<think>hm</think><generate_rubrics>none</generate_rubrics><eval>so</eval><answer>{}</answer>"
 
 
@@ -222,3 +230,52 @@ def test_all_real_rows_by_a_judge_of_known_verdicts(rows, real_inputs, tmp_path)
         assert server.asked == asked  # nothing is asked again
     assert not server.unknown
     check(tmp_path / "out", rows, asked)
+
+
+@pytest.fixture(scope="module")
+def untrained(real_inputs, tmp_path_factory):
+    """A judge of this machine: the real Qwen3 tokenizer around a small network that was never trained."""
+    folder = tmp_path_factory.mktemp("untrained") / "judge"
+    shutil.copytree(real_inputs / "qwen3_tokenizer", folder)
+    (folder / "Qwen3.generation_config.json").rename(folder / "generation_config.json")
+    published = folder / "Qwen3-4B.config.json"
+    (folder / "config.json").write_text(json.dumps(json.loads(published.read_text()) | SMALL))
+    published.unlink()
+    return folder
+
+
+def check_untrained(real_inputs, folder, out, *more):
+    """It writes nothing that can be read: every pair is a tie, none is lost, and no number pretends to know more."""
+    local = ["--model", folder, "--model.weights", "random", "--model.dtype", "float32", "--sampling.max_new_tokens", 2]
+    # A process of its own has one device, and optimised programs, unlike this one.
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}
+    patarm = [sys.executable, "-m", "patarm_jax", *command(real_inputs, out, *local, "--sampling.rows", 64, *more)]
+    done = subprocess.run(patarm, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert results["valid"] == 0 and results["failed"] == 0 and results["ties"] == 1
+    for rule, value in (("strict", 0.0), ("half", 0.5)):
+        found = {name: columns["accuracy"] for name, columns in results["scores"][rule].items()}
+        assert found.keys() >= {"overall", *SECTIONS} and len(found) == 23 + 4 + 1
+        assert all(one["value"] == pytest.approx(value, abs=1e-12) for one in found.values())
+        assert all(one["low"] <= one["value"] < one["high"] for one in found.values())
+    board = json.loads((out / "official" / "eval-set" / "judge.json").read_text())
+    assert {name: value for name, value in board.items() if isinstance(value, float)} == pytest.approx(
+        {subset: 0.5 for counts in SECTIONS.values() for subset in counts}
+    )
+    lines = (out / "official" / "judge_outputs.jsonl").read_text(encoding="utf-8").splitlines()
+    judgements = pyarrow.parquet.read_table(out / "judgements.parquet")
+    assert results["items"] == len(lines) == judgements.num_rows // 2
+    assert set(judgements["status"].to_pylist()) == {"BAD_TAGS"}
+    return results
+
+
+@pytest.mark.long
+def test_some_of_the_real_rows_by_a_judge_here(real_inputs, untrained, tmp_path):
+    assert check_untrained(real_inputs, untrained, tmp_path / "out", "--limit", 46)["items"] == 46
+
+
+@pytest.mark.long
+def test_all_real_rows_by_a_judge_here(real_inputs, untrained, tmp_path):
+    results = check_untrained(real_inputs, untrained, tmp_path / "out")
+    assert results["items"] == 2985
