@@ -113,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--votes", type=int, default=1, help="answers to each question (default: %(default)s)")
     evaluate.add_argument("--limit", type=int, default=0, help="about so many items, for a quick look")
-    evaluate.add_argument("--seed", type=int, default=0, help="of sampling and intervals (default: %(default)s)")
+    evaluate.add_argument(
+        "--seed", type=int, default=0, help="of sampling, votes drawn and p-values (default: %(default)s)"
+    )
     evaluate.add_argument("--against", default="", help="folder of another judge's evaluation, to compare with")
     evaluate.add_argument("--dry-run", action="store_true", help="say what it will cost, ask nothing")
     evaluate.epilog = f"{evaluate.epilog}\n\nfurther settings follow as --name, --sampling.temperature, --mesh.fsdp, …"

@@ -544,7 +544,9 @@ def test_judges_are_compared(pairs, capsys):
         assert main(remote(pairs, url)) == 0
         assert main(remote(pairs, url, "--against", pairs / "out", "--judge", "pairwise", output="two")) == 0
         results, _ = overall(pairs, "two")
-        assert results["against"]["strict/overall/accuracy"] == {"value": 0, "interval": [0, 0], "p_value": 1}
+        found = results["against"]["strict/overall/accuracy"]
+        away = 1 - 0.025 ** (1 / 6)  # both have six of six right, which leaves room for as much
+        assert (found["value"], found["p_value"]) == (0, 1) and found["interval"] == pytest.approx([-away, away])
         assert "## Against" in (pairs / "two" / "summary.md").read_text()
         assert main(remote(pairs, url, "--against", pairs, output="three")) == 1
         rows = (pairs / "pairs.jsonl").read_text().replace("Topic", "Matter")

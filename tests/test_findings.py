@@ -15,6 +15,7 @@ from patarm_jax.evaluate.files import compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find
 from patarm_jax.evaluate.judges import ask_about
 from patarm_jax.evaluate.outcomes import Choices
+from patarm_jax.evaluate.proportions import clopper_pearson
 from patarm_jax.evaluate.scoring import LAYOUTS, measure, numbers, plan
 from patarm_jax.evaluate.summary import markdown
 from patarm_jax.types import Message
@@ -84,7 +85,19 @@ def test_how_often_a_gap_is_right(found):
     """The gaps are +1, −0.75 and 0, which has no sign."""
     (one,) = found.calibration
     assert (one["above"], one["up to"], one["pairs"], one["right"]) == (0.5, 1.0, 2, 0.5)
-    assert (one["low"], one["high"]) == pytest.approx((0.0945, 0.9055), abs=1e-4)  # Wilson's of 1 in 2
+    assert (one["low"], one["high"]) == pytest.approx((0.0126, 0.9874), abs=1e-4)  # Clopper and Pearson's of 1 in 2
+
+
+def test_pairs_of_one_prompt_tell_of_a_gap_together():
+    """RM-Bench compares three responses with three; nine pairs of one prompt that agree are no nine prompts."""
+    items = [Item(f"{n}", "chat", "chat", PROMPT, ("c",) * 3, ("r",) * 3, f"{n}", {}) for n in range(20)]
+    chosen, rejected = np.full((20, 3, 1), 5.0), np.full((20, 3, 1), 3.5)
+    chosen[:4], rejected[:4] = 3.5, 5.0
+    found = find(plan("rm-bench", items), items, scores_of(chosen, rejected), FINE, seed=0)[0]
+    (one,) = found.calibration
+    assert (one["pairs"], one["right"]) == (180, 0.8)
+    low, high = clopper_pearson(np.array(16), np.array(20))
+    assert (one["low"], one["high"]) == pytest.approx((float(low), float(high)), abs=0.01)
 
 
 def test_the_histogram_of_single_scores(found):
@@ -302,7 +315,8 @@ def test_the_difference_on_a_subset_of_one_has_no_interval(tmp_path):
     one = evaluation("rewardbench", items=items, judged=judged)
     found = compared(one, one.measured)
     assert np.isnan(found["strict/subset hep-js/accuracy"].interval).all()
-    assert found["strict/overall/accuracy"].interval == (0, 0)
+    low, high = found["strict/overall/accuracy"].interval
+    assert low < 0 < high < 0.7
 
 
 def test_judges_that_differ(tmp_path):
@@ -315,8 +329,32 @@ def test_judges_that_differ(tmp_path):
     loaded = load_measured(tmp_path, ours.plan, many)
     assert loaded.values[:, 0].tolist() == [float(n % 4 > 0) for n in range(40)]
     one = compared(ours, loaded)["strict/overall/accuracy"]
-    assert one.value == pytest.approx(0.25) and 0.1 < one.interval[0] < 0.25 < one.interval[1]
+    assert one.value == pytest.approx(0.25) and one.interval == pytest.approx((0.0986, 0.4120), abs=1e-4)
     assert 1 / 10_001 <= one.p_value < 0.01
     result = replace(ours, config=replace(ours.config, against="them"), against={"strict/overall/accuracy": one} | {
         "half/overall/accuracy": one})  # fmt: skip
     assert "| overall | tie = wrong | +25.0 |" in markdown(result)
+
+
+def test_parts_that_the_data_do_not_hold_are_named():
+    """LLMBar's Adversarial is a mean over four subsets; over three it is another number."""
+    items = [item(f"{n}", subset=name) for n, name in enumerate(("Natural", "Neighbor", "GPTInst", "Manual") * 2)]
+    result = evaluation("llmbar", items=items)
+    assert result.missing_parts == {"Adversarial": ["GPTOut"]} and not result.missing_sections
+    assert "- Adversarial is without GPTOut, which the data do not hold." in markdown(result)
+    part = evaluation("rewardbench", items=[item(f"{n}", subset="math-prm") for n in range(3)])
+    assert part.missing_parts == {"Reasoning": ["hep"]}
+    assert part.missing_sections == ["Chat", "Chat Hard", "Safety"]
+
+
+def test_how_intervals_are_made_is_said():
+    text = markdown(evaluation("pairs", items=[item(f"{n}") for n in range(4)]))
+    assert "Clopper and Pearson's on the effective number of comparisons" in text and "bootstrap" not in text
+    ties = [Item(f"{k}/{n}", "Ties", "chat", PROMPT, ("c", "c"), ("r",), f"{n}", {}, k) for n in (1, 2) for k in KINDS]
+    judged = scores_of(np.full((4, 2, 1), 9.0), np.full((4, 1, 1), 2.0))
+    assert "its share of the uncertainty is resampled" in markdown(
+        evaluation("rewardbench2", items=ties, judged=judged)
+    )
+
+
+KINDS = ("ref", "tied")

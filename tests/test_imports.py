@@ -30,6 +30,7 @@ PURE = [
     "evaluate.findings",
     "evaluate.judges",
     "evaluate.outcomes",
+    "evaluate.proportions",
     "evaluate.scoring",
     "evaluate.statistics",
     "model.attention",

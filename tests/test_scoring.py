@@ -17,7 +17,7 @@ from patarm_jax.config import DataSection
 from patarm_jax.evaluate.benchmarks import Item, read_benchmark
 from patarm_jax.evaluate.outcomes import Choices, outcomes, votes_curve
 from patarm_jax.evaluate.scoring import measure, numbers, plan, who_won
-from patarm_jax.evaluate.statistics import Measured, compare, intervals, means, wilson
+from patarm_jax.evaluate.statistics import intervals
 from tests.toys import scores_of
 
 GOLDENS = Path(__file__).parent / "goldens" / "benchmarks"
@@ -72,7 +72,7 @@ def test_rewardbench_sections(case):
     items = [item(name, name) for name in subsets]
     plan_ = plan("rewardbench", items)
     accuracy = np.array([case["subset_accuracy"][name] for name in subsets])
-    got = {name: float(value) for name, value in plan_.aggregate(np.stack([accuracy, accuracy], axis=-1)).items()}
+    got = {name: float(value) for name, value in plan_.formulas.of(np.stack([accuracy, accuracy], axis=-1)).items()}
     for section, value in case["sections"].items():
         name = f"strict/{section}/accuracy"
         assert got[name] == pytest.approx(value, abs=1e-12) if name in got else value == 0
@@ -82,9 +82,9 @@ def test_rewardbench_sections(case):
 
 def test_a_part_weighs_as_the_whole():
     """A quick look takes as many of every subset, and pools them as the whole would."""
-    whole = [item(f"{n}", "Neighbor" if n < 30 else "Natural") for n in range(40)]
+    whole = [item(f"{n}", "mmlu-pro-math" if n < 30 else "livebench-math") for n in range(40)]
     some = [whole[0], whole[1], whole[30], whole[31]]
-    plan_ = plan("llmbar", some, whole)
+    plan_ = plan("judgebench", some, whole)
     judged = scored([[1], [1], [9], [9]], [[5], [5], [5], [5]])
     assert numbers(plan_, measure(plan_, some, judged))["strict/overall/accuracy"] == pytest.approx(10 / 40)
 
@@ -291,6 +291,53 @@ def test_llmbar_pairwise_is_the_mean_over_orders():
     assert 100 * position["right per answer"] == pytest.approx(given["official"]["correct_average_pct"], abs=1e-9)
 
 
+# Accuracies of GPT-4 as the benchmark's repository holds them, in the files evaluators/GPT-4/NAME/statistics.json, and
+# what the paper's table makes of them: the mean over the four adversarial subsets, and over all five.
+LLMBAR_SUBSETS = {"Natural": 100, "Neighbor": 134, "GPTInst": 92, "GPTOut": 47, "Manual": 46}
+GPT_4 = {
+    "Metrics_Reference": ((96.0, 85.4, 89.7, 72.3, 83.7), 82.8, 85.4),
+    "Vanilla_NoRules": ((93.5, 64.2, 76.6, 76.6, 75.0), 73.1, 77.2),
+}
+
+
+@pytest.mark.parametrize("name", GPT_4)
+def test_llmbar_averages_subsets_whatever_their_sizes(name):
+    accuracies, adversarial, average = GPT_4[name]
+    items = [item(f"{subset}/{n}", subset) for subset, count in LLMBAR_SUBSETS.items() for n in range(count)]
+    # So many items of each subset are right that each has its published accuracy; a half is a tie.
+    scores = []
+    for accuracy, count in zip(accuracies, LLMBAR_SUBSETS.values(), strict=True):
+        points = round(2 * count * accuracy / 100)
+        scores += [[9]] * (points // 2) + [[5]] * (points % 2) + [[1]] * (count - points // 2 - points % 2)
+    got = found("llmbar", items, scored(scores, [[5]] * len(items)))
+    for subset, accuracy in zip(LLMBAR_SUBSETS, accuracies, strict=True):
+        assert 100 * got[f"half/subset {subset}/accuracy"] == pytest.approx(accuracy, abs=0.05)
+    assert 100 * got["half/Natural/accuracy"] == pytest.approx(accuracies[0])
+    assert round(100 * got["half/Adversarial/accuracy"], 1) == adversarial
+    assert round(100 * got["half/overall/accuracy"], 1) == average
+
+
+def test_llmbars_real_rows_are_averaged_by_subset(real_inputs):
+    """A judge that prefers the longer output, by a plain computation beside it."""
+    items, _ = read_benchmark("llmbar", DataSection(path=str(real_inputs / "llmbar"), split=""))
+    lengths = [
+        [[len(text)] for text in side] for side in zip(*((x.chosen[0], x.rejected[0]) for x in items), strict=True)
+    ]
+    got = found("llmbar", items, scored(*lengths))
+    each = {}
+    for subset, count in LLMBAR_SUBSETS.items():
+        rows = json.loads(
+            (real_inputs / "llmbar" / f"{'' if subset == 'Natural' else 'Adversarial_'}{subset}.json").read_text()
+        )
+        assert len(rows) == count
+        longer = [len(row[f"output_{row['label']}"]) - len(row[f"output_{3 - row['label']}"]) for row in rows]
+        each[subset] = np.mean([(x > 0) + (x == 0) / 2 for x in longer])
+        assert got[f"half/subset {subset}/accuracy"] == pytest.approx(each[subset], abs=1e-12)
+    assert got["half/overall/accuracy"] == pytest.approx(np.mean(list(each.values())), abs=1e-12)
+    del each["Natural"]
+    assert got["half/Adversarial/accuracy"] == pytest.approx(np.mean(list(each.values())), abs=1e-12)
+
+
 def test_rmb_pairs():
     given = official("rmb")["pairwise"]
     items = [item(row["pair_uid"], row["category_path"].split("/", 1)[1]) for row in given["rows"]]
@@ -300,6 +347,32 @@ def test_rmb_pairs():
     for goal in ("Helpfulness", "Harmlessness"):
         right = [x for x, one in zip(given["results"], items, strict=True) if one.subset.startswith(goal)]
         assert got[f"strict/{goal}/accuracy"] == pytest.approx(np.mean(right), abs=1e-12)
+    both = [got[f"strict/{goal}/accuracy"] for goal in ("Helpfulness", "Harmlessness")]
+    assert got["strict/overall/accuracy"] == pytest.approx(np.mean(both), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "rows", "overall"),
+    [
+        # Rows of each subset and how many are right; what the overall is then.
+        ("rewardbench", {"math-prm": (447, 447), "hep-go": (164, 0), "donotanswer": (136, 68)}, (984 / 1148 + 0.5) / 2),
+        ("rewardbench2", {"Math": (10, 10), "Focus": (40, 10)}, (1 + 0.25) / 2),
+        ("rm-bench", {"chat": (10, 10), "safety-refuse": (30, 0), "safety-response": (10, 10)}, (1 + 0.25) / 2),
+        ("judgebench", {"mmlu-pro-math": (30, 30), "livebench-math": (10, 0)}, 0.75),
+        ("llmbar", {"Natural": (100, 100), "GPTOut": (47, 0), "Manual": (46, 46)}, 2 / 3),
+        ("rmb", {"Helpfulness/Code": (30, 30), "Helpfulness/Chat": (10, 0), "Harmlessness/S1": (5, 0)}, 0.375),
+        ("ppe", {"human": (30, 30), "human-code": (10, 0), "gpqa": (5, 0)}, 0.375),
+        ("pairs", {"a": (30, 30), "b": (10, 0)}, 0.75),
+    ],
+)
+def test_how_subsets_make_an_overall(benchmark, rows, overall):
+    """Subsets of unlike size, by hand."""
+    size = {"rm-bench": (3, 3), "rewardbench2": (1, 3)}.get(benchmark, (1, 1))
+    items = [item(f"{subset}/{n}", subset, *size) for subset, (count, _) in rows.items() for n in range(count)]
+    right = np.concatenate([np.arange(count) < right for count, right in rows.values()])
+    chosen = np.where(right, 9.0, 1.0)[:, None, None] * np.ones((1, size[0], 1))
+    got = found(benchmark, items, scores_of(chosen, np.full((len(items), size[1], 1), 5.0)))
+    assert got["strict/overall/accuracy"] == got["half/overall/accuracy"] == pytest.approx(overall, abs=1e-12)
 
 
 # ---- Judges whose numbers are known beforehand ----------------------------------------------------------------------
@@ -327,7 +400,7 @@ def test_a_random_judge_lands_on_the_expectation(benchmark, votes):
         *present(items, size),
     )
     plan_ = plan(benchmark, items)
-    spread = intervals(measure(plan_, items, judged), plan_.aggregate, seed=0)
+    spread = intervals(measure(plan_, items, judged), plan_.formulas, seed=0)
     tie = (chance_of_sum(votes) ** 2).sum()
     for rule, expected in (("half", 0.5), ("strict", 0.5 - tie / 2)):
         low, high = spread[f"{rule}/overall/accuracy"]
@@ -390,214 +463,3 @@ def test_the_votes_of_a_curve():
         list(curve) == [1, 2, 3, 4, 5, 6] and len(curve[1]) == 6 and [list(x) for x in curve[6]] == [[0, 1, 2, 3, 4, 5]]
     )
     assert all(len(set(subset.tolist())) == size for size, subsets in curve.items() for subset in subsets)
-
-
-# ---- Intervals and comparison ---------------------------------------------------------------------------------------
-
-
-def units(values, stratum=None):
-    """Units of one item each."""
-    return Measured(
-        np.asarray(values, float), np.ones(len(values)), np.zeros(len(values), int) if stratum is None else stratum
-    )
-
-
-def test_an_interval_is_that_of_the_bootstrap_library():
-    """One stratum and a plain mean: scipy's percentile bootstrap."""
-    from scipy.stats import bootstrap
-
-    values = np.random.default_rng(3).normal(size=200)
-    got = intervals(units(values[:, None]), lambda m: {"mean": m[..., 0, 0]}, seed=0)["mean"]
-    want = bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=1).confidence_interval
-    assert got == pytest.approx((want.low, want.high), abs=0.01)
-
-
-def test_strata_are_resampled_by_themselves():
-    """A stratum whose units are all alike adds nothing to the spread of another."""
-    rng = np.random.default_rng(2)
-    mixed = rng.integers(0, 2, 50)
-    measured = units(np.concatenate([mixed, np.ones(50)])[:, None], np.repeat([0, 1], 50))
-    got = intervals(measured, lambda m: {"both": m[..., 0].mean(-1), "first": m[..., 0, 0]}, seed=0)
-    first, both = np.array(got["first"]), np.array(got["both"])
-    assert both == pytest.approx((first + 1) / 2)
-
-
-def test_intervals_of_few_units():
-    """Wider than a plain bootstrap's, which is too narrow; never outside what a mean can be; of one unit, none."""
-    few = units([[0.0], [1.0], [1.0], [1.0]])
-    low, high = intervals(few, lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
-    assert low == pytest.approx(0.75 - 0.5 * np.sqrt(4 / 3)) and high == 1.0
-    one = units([[1.0]])
-    assert np.isnan(intervals(one, lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]).all()
-
-
-def test_strata_of_one_unit_are_taken_together_for_their_spread():
-    """Where others have more units too; and as wide as when they had been one stratum all along."""
-    values = np.random.default_rng(1).integers(0, 2, 60).astype(float)[:, None]
-
-    def overall(m):
-        return {"x": m[..., 0].mean(-1)}
-
-    each, one = units(values, np.arange(60)), units(values)
-    (low, high), (low_1, high_1) = (intervals(measured, overall, seed=0)["x"] for measured in (each, one))
-    assert (low, high) == pytest.approx((low_1, high_1), abs=1.01 / 60)  # a unit's worth
-    lone = units(np.append(values, [[1.0]], axis=0), np.repeat([0, 1], [60, 1]))
-
-    def weighted(m):
-        return {"x": (60 * m[..., 0, 0] + m[..., 1, 0]) / 61}
-
-    low, high = intervals(lone, weighted, seed=0)["x"]
-    assert low < values.mean() < high and high - low == pytest.approx(high_1 - low_1, abs=1.01 / 60)
-
-
-def test_a_paired_comparison_is_that_of_the_permutation_library():
-    from scipy.stats import permutation_test
-
-    rng = np.random.default_rng(4)
-    ours, theirs = rng.integers(0, 2, 60).astype(float), rng.integers(0, 2, 60).astype(float)
-    ours[:12] = 1.0
-    got = compare(units(ours[:, None]), units(theirs[:, None]), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
-    want = permutation_test(
-        (ours, theirs), lambda a, b: np.mean(a) - np.mean(b), permutation_type="samples", n_resamples=10_000, rng=2
-    )
-    assert got.value == pytest.approx(np.mean(ours - theirs))
-    assert got.p_value == pytest.approx(want.pvalue, abs=0.02)
-    assert got.interval[0] < got.value < got.interval[1]
-
-
-def test_a_comparison_over_strata_is_exact():
-    """Of four units of unlike size in two strata all sixteen exchanges are counted by hand; p is never 0."""
-    stratum, size, weights = np.array([0, 0, 0, 1]), np.array([1.0, 2.0, 1.0, 3.0]), np.array([0.7, 0.3])
-    ours, theirs = np.array([1.0, 1.0, 0.0, 1.0]), np.array([0.0, 0.5, 0.75, 0.0])
-
-    def number(m):
-        return {"x": m[..., 0] @ weights}
-
-    got = compare(*(Measured(x[:, None], size, stratum) for x in (ours, theirs)), number, seed=0)["x"]
-    each = weights[stratum] * size / np.bincount(stratum, size)[stratum] * (ours - theirs)
-    exchanged = np.array([signs @ each for signs in itertools.product((1, -1), repeat=4)])
-    assert got.value == pytest.approx(each.sum())
-    assert got.p_value == pytest.approx(np.mean(np.abs(exchanged) >= abs(each.sum()) - 1e-9), abs=0.02)
-    # Three small prompts against a large one that says otherwise: 0.75 of 9, which half of the exchanges reach.
-    ours, theirs, size = (
-        np.array([1.0, 1.0, 1.0, 0.0]),
-        np.array([0.0, 0.0, 0.0, 0.375]),
-        np.array([1.0, 1.0, 1.0, 6.0]),
-    )
-    one = np.zeros(4, int)
-    got = compare(*(Measured(x[:, None], size, one) for x in (ours, theirs)), lambda m: {"x": m[..., 0, 0]}, seed=0)[
-        "x"
-    ]
-    exchanged = [abs(signs @ (size * (ours - theirs))) for signs in itertools.product((1, -1), repeat=4)]
-    assert got.value == pytest.approx(0.75 / 9)
-    assert got.p_value == pytest.approx(np.mean(np.array(exchanged) >= 0.75), abs=0.02)
-    many = compare(units(np.ones((60, 1))), units(np.zeros((60, 1))), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
-    assert many.p_value == 1 / 10_001
-
-
-def test_items_of_one_prompt_are_resampled_together():
-    """A prompt's items say the same: the interval is that of the prompts, the number that of the items."""
-    rng = np.random.default_rng(5)
-    prompts = rng.integers(0, 2, 80).astype(float)
-    size = rng.integers(1, 6, 80).astype(float)
-    together = Measured(prompts[:, None], size, np.zeros(80, int))
-    apart = units(np.repeat(prompts, size.astype(int))[:, None])
-
-    def number(m):
-        return {"x": m[..., 0, 0]}
-
-    assert means(together) == pytest.approx(means(apart))
-    (low, high), (low_1, high_1) = (intervals(one, number, seed=0)["x"] for one in (together, apart))
-    # Of a ratio estimator: √Σ size²·(x − mean)² / Σ size, within the normal approximation.
-    deviation = np.sqrt((size**2 * (prompts - means(together)[0, 0]) ** 2).sum()) / size.sum()
-    assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.05)
-    assert high_1 - low_1 < 0.75 * (high - low)
-
-
-@pytest.mark.parametrize(("right", "count"), [(0, 3), (1, 2), (7, 9), (40, 40), (1234, 2985)])
-def test_wilsons_interval_is_that_of_the_library(right, count):
-    from scipy.stats import binomtest
-
-    want = binomtest(right, count).proportion_ci(method="wilson")
-    assert wilson(right / count, count) == pytest.approx((want.low, want.high), abs=1e-7)
-
-
-def test_where_nothing_varies_the_interval_is_put_together_of_wilsons():
-    """By hand: half of the reach of 40 units and half of that of 160, squared and added."""
-    right = units(np.ones((200, 1)), np.repeat([0, 1], [40, 160]))
-    got = intervals(right, lambda m: {"x": m[..., 0].mean(-1), "first": m[..., 0, 0]}, seed=0)
-    reach = [1 - wilson(1, n)[0] for n in (40, 160)]
-    assert got["first"] == pytest.approx((1 - reach[0], 1.0), abs=1e-9)
-    assert got["x"] == pytest.approx((1 - np.hypot(*reach) / 2, 1.0), abs=0.001)
-    apart = units(np.repeat([[0.0], [1.0]], 50, axis=0), np.repeat([0, 1], 50))
-    away = (1 - wilson(1, 50)[0]) / 2
-    got = intervals(apart, lambda m: {"x": m[..., 0].mean(-1)}, seed=0)["x"]
-    assert got == pytest.approx((0.5 - away, 0.5 + away), abs=1e-9)
-    ties = intervals(units(np.full((30, 1), 0.5)), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
-    assert ties == pytest.approx(wilson(0.5, 30))
-    thirds = intervals(units(np.full((5, 1), 1 / 3)), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
-    assert thirds == pytest.approx(wilson(1 / 3, 5))
-    unlike = Measured(np.ones((2, 1)), np.array([1.0, 9.0]), np.zeros(2, int))  # of ten items nine are one prompt's
-    got = intervals(unlike, lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
-    assert got == pytest.approx((wilson(1, 100 / 82)[0], 1.0))
-    best = Measured(np.full((4, 1), 1.01), np.full(4, 2.0), np.zeros(4, int))  # RewardBench 2's Ties
-    assert intervals(best, lambda m: {"x": m[..., 0, 0]}, seed=0)["x"] == pytest.approx(
-        (1.01 - 0.48991, 1.01), abs=1e-4
-    )
-
-
-def test_an_interval_may_leave_what_was_seen_and_not_what_can_be():
-    low, high = intervals(units([[0.3], [0.5]]), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
-    assert low < 0.3 and high > 0.5
-    low, high = intervals(units([[0.0], [1.0], [1.0]]), lambda m: {"x": m[..., 0, 0]}, seed=0)["x"]
-    assert low == 0 and high == 1
-
-
-def test_a_difference_is_one_that_can_be(tmp_path):
-    """Also where a stratum of one unit takes its spread from others."""
-    ours, theirs = np.ones((21, 1)), np.append(np.ones(10), np.zeros(11))[:, None]
-    stratum = np.append(np.zeros(20, int), 1)
-
-    def numbers_of(m):
-        return {"lone": m[..., 1, 0], "both": m[..., 0].mean(-1)}
-
-    got = compare(units(ours, stratum), units(theirs, stratum), numbers_of, seed=0)
-    assert got["lone"].value == 1 and -1 <= got["lone"].interval[0] <= got["lone"].interval[1] <= 1
-    assert 0 < got["both"].interval[0] < got["both"].value < got["both"].interval[1] <= 1
-    other = compare(units(theirs, stratum), units(ours, stratum), numbers_of, seed=0)["lone"]
-    assert other.value == -1 and -1 <= other.interval[0] <= other.interval[1] <= 1
-
-
-def test_a_paired_interval_weighs_units_by_their_items():
-    """Of a ratio: √Σ size²·(d − mean)² / Σ size, within the normal approximation."""
-    rng = np.random.default_rng(7)
-    size, stratum = rng.integers(1, 8, 200).astype(float), np.zeros(200, int)
-    ours, theirs = (rng.integers(0, 2, 200).astype(float) for _ in range(2))
-    got = compare(
-        *(Measured(x[:, None], size, stratum) for x in (ours, theirs)), lambda m: {"x": m[..., 0, 0]}, seed=0
-    )["x"]
-    mean = size @ (ours - theirs) / size.sum()
-    deviation = np.sqrt((size**2 * (ours - theirs - mean) ** 2).sum()) / size.sum()
-    assert got.value == pytest.approx(mean)
-    assert got.interval[1] - got.interval[0] == pytest.approx(2 * 1.96 * deviation, rel=0.04)
-
-
-def test_single_units_share_a_pool_of_their_own():
-    """Not that of a large stratum beside them, which knows no spread here."""
-    values = np.append(np.ones(50), [0.0, 1.0, 0.0, 1.0])[:, None]
-    stratum = np.append(np.zeros(50, int), [1, 2, 3, 4])
-    low, high = intervals(units(values, stratum), lambda m: {"x": m[..., 1:, 0].mean(-1)}, seed=0)["x"]
-    assert low <= 0.25 and high >= 0.75  # as wide as of four units of which half are right
-
-
-def test_a_judge_does_not_differ_from_itself():
-    measured = units(np.random.default_rng(0).random((30, 2)), np.repeat([0, 1, 2], 10))
-    same_ = compare(measured, measured, lambda m: {"x": m[..., 0].mean(-1)}, seed=0)["x"]
-    assert same_.value == 0 and same_.interval == (0.0, 0.0) and same_.p_value == 1.0
-
-
-def test_the_same_seed_gives_the_same_numbers():
-    measured = units(np.random.default_rng(0).random((30, 2)), np.repeat([0, 1, 2], 10))
-    first, second, other = (intervals(measured, lambda m: {"x": m[..., 0].mean(-1)}, seed) for seed in (1, 1, 2))
-    assert first == second != other
-    assert means(measured).shape == (3, 2)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from patarm_jax.evaluate.outcomes import Scores, gaps, outcomes
-from patarm_jax.evaluate.statistics import Measured, intervals
+from patarm_jax.evaluate.proportions import limits
 from patarm_jax.types import CHOSEN, REJECTED
 
 
@@ -18,10 +18,10 @@ class Accuracy:
     accuracy_half: float  # a tie counts as half
     ties: float  # pairs whose sides score the same, or one of whose sides has no valid judgement
     gap: float  # mean score of the chosen side minus the rejected side's, over pairs with both; NaN without any
-    interval: tuple[float, float]  # 95 %, of accuracy_half over pairs, as `statistics.intervals`; NaN of one pair
+    interval: tuple[float, float]  # 95 %, of accuracy_half over pairs (Clopper and Pearson's); NaN of one pair
 
 
-def pairwise_accuracy(scores: np.ndarray, valid: np.ndarray, seed: int = 0) -> Accuracy:
+def pairwise_accuracy(scores: np.ndarray, valid: np.ndarray) -> Accuracy:
     """Compares the mean scores of the two sides of each pair.
 
     A side is its mean over valid judgements. A pair with a side that has none decides nothing, and counts as a tie.
@@ -29,7 +29,6 @@ def pairwise_accuracy(scores: np.ndarray, valid: np.ndarray, seed: int = 0) -> A
     Args:
         scores: [P, 2, N], ignored where not valid.
         valid: [P, 2, N] bool.
-        seed: of the bootstrap over pairs.
     """
     here = np.ones((len(scores), 1), bool)
     side = np.where(valid, scores, np.nan)
@@ -38,13 +37,12 @@ def pairwise_accuracy(scores: np.ndarray, valid: np.ndarray, seed: int = 0) -> A
     outcome = outcomes(judged)[:, 0]  # [P, 1]
     gap = gaps(judged)
     decided = gap[~np.isnan(gap)]
-    one = Measured(outcome, np.ones(len(outcome)), np.zeros(len(outcome), int))
-    spread = intervals(one, lambda m: {"half": m[..., 0, 0]}, seed)
+    low, high = limits(outcome[:, 0], np.ones(len(outcome))).interval if len(outcome) > 1 else (np.nan, np.nan)
     return Accuracy(
         valid=float(valid.mean()),
         accuracy_strict=float((outcome == 1.0).mean()),
         accuracy_half=float(outcome.mean()),
         ties=float((outcome == 0.5).mean()),
         gap=float(decided.mean()) if decided.size else float("nan"),
-        interval=spread["half"],
+        interval=(float(low), float(high)),
     )

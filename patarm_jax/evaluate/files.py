@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +189,7 @@ def load_measured(folder: Path, plan: Plan, items: Sequence[Item]) -> Measured:
 
 def compared(ours: Evaluation, theirs: Measured) -> dict[str, Difference]:
     """Every number of ours minus theirs, with interval and p-value."""
-    found = compare(ours.measured, theirs, ours.plan.aggregate, ours.config.seed)
-    unknown = (math.nan, math.nan)
-    return {
-        name: replace(one, interval=unknown) if name.startswith(ours.plan.of_one_unit) else one
-        for name, one in found.items()
-    }
+    return compare(ours.measured, theirs, ours.plan.formulas, ours.config.seed)
 
 
 # ---- Official forms -------------------------------------------------------------------------------------------------

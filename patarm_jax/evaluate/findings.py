@@ -13,8 +13,9 @@ from patarm_jax.config import EvalConfig
 from patarm_jax.evaluate.answers import Answer, Kind
 from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.outcomes import Choices, Rule, Scores, gaps, votes_curve
+from patarm_jax.evaluate.proportions import limits
 from patarm_jax.evaluate.scoring import TIE_RULES, Plan, measure, numbers, who_won
-from patarm_jax.evaluate.statistics import Difference, Measured, intervals, wilson
+from patarm_jax.evaluate.statistics import Difference, Measured, intervals
 
 # Edges of the bins of |score gap| in the calibration.
 GAPS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, np.inf)
@@ -42,7 +43,7 @@ class Findings:
     ties: float  # of all pairs of a chosen and a rejected response: neither won
     length: dict[str, dict[str, float]]  # accuracy by which of the two responses is longer, in characters
     position: dict[str, float] | None  # of a pairwise judge
-    calibration: list[dict[str, float]]  # by |gap| of mean scores: how often its sign is right, with Wilson's interval
+    calibration: list[dict[str, float]]  # by |gap| of mean scores: how often its sign is right, with an interval
     histogram: dict[str, Any] | None  # of the scores of chosen and rejected responses
 
 
@@ -79,6 +80,16 @@ class Evaluation:
         """Sections of the benchmark that were not judged; the overall number is without them."""
         return [name for name in self.plan.layout.sections if f"strict/{name}/accuracy" not in self.findings.scores]
 
+    @property
+    def missing_parts(self) -> dict[str, list[str]]:
+        """Of sections that were judged, what the data do not hold: beginnings of subsets' names, without the dash."""
+        parts = {
+            name: [each.rstrip("-") for each in beginnings if not any(s.startswith(each) for s in self.plan.subsets)]
+            for name, beginnings in self.plan.layout.sections.items()
+            if name not in self.missing_sections
+        }
+        return {name: lacking for name, lacking in parts.items() if lacking}
+
     def value(self, name: str) -> tuple[float, float, float] | None:
         """(value, low, high) of a number, as `findings.scores` names it."""
         return self.findings.scores.get(name)
@@ -106,7 +117,7 @@ def find(
         ties=float((pairs == 0.5).mean()),
         length=_by_length(won, longer),
         position=_position(judged) if isinstance(judged, Choices) else None,
-        calibration=_calibration(judged) if isinstance(judged, Scores) else [],
+        calibration=_calibration(plan, judged) if isinstance(judged, Scores) else [],
         histogram=_histogram(judged) if isinstance(judged, Scores) else None,
     )
     return findings, measured
@@ -131,10 +142,9 @@ def _sent(answers: Sequence[Answer]) -> list[dict[str, Any]]:
 
 
 def _with_intervals(plan: Plan, measured: Measured, seed: int) -> dict[str, tuple[float, float, float]]:
-    """(value, low, high) of every number; low and high are NaN of a subset of one unit, which tells nothing of them."""
-    value, spread = numbers(plan, measured), intervals(measured, plan.aggregate, seed)
-    unknown = (np.nan, np.nan)
-    return {name: (value[name], *(unknown if name.startswith(plan.of_one_unit) else spread[name])) for name in value}
+    """(value, low, high) of every number; low and high are NaN of a number of one unit, which tells nothing of them."""
+    value, spread = numbers(plan, measured), intervals(measured, plan.formulas, seed)
+    return {name: (value[name], *spread[name]) for name in value}
 
 
 def _votes(plan: Plan, items: Sequence[Item], judged: Scores | Choices, seed: int) -> list[dict[str, Any]]:
@@ -187,16 +197,18 @@ def _position(judged: Choices) -> dict[str, float]:
     }
 
 
-def _calibration(judged: Scores) -> list[dict[str, float]]:
+def _calibration(plan: Plan, judged: Scores) -> list[dict[str, float]]:
     gap = gaps(judged)
-    gap = gap[~np.isnan(gap)]
+    unit = np.broadcast_to(plan.unit_of[:, None, None], gap.shape)
     bins = []
     for low, high in itertools.pairwise(GAPS):
-        some = gap[(np.abs(gap) > low) & (np.abs(gap) <= high)]
-        if some.size:
-            right = float((some > 0).mean())
-            ends = dict(zip(("low", "high"), wilson(right, some.size), strict=True))
-            bins.append({"above": low, "up to": high, "pairs": some.size, "right": right, **ends})
+        some = (np.abs(gap) > low) & (np.abs(gap) <= high)  # NaN is in none
+        if some.any():
+            pairs = np.bincount(unit[some])
+            right = np.bincount(unit[some], gap[some] > 0)[pairs > 0] / pairs[pairs > 0]
+            found = limits(right, pairs[pairs > 0].astype(float))
+            ends = dict(zip(("low", "high"), map(float, found.interval), strict=True))
+            bins.append({"above": low, "up to": high, "pairs": int(some.sum()), "right": float(found.value), **ends})
     return bins
 
 

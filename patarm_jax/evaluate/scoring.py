@@ -3,27 +3,40 @@
 Every number exists twice, under both tie rules: `strict`, where a tie is wrong, and `half`, where it is half right
 (RewardBench 2: the first place is shared). One of them is the benchmark's own.
 
-All numbers are linear in means over subsets, hence so are their bootstrap resamples:
+All numbers are weighted means of means over subsets. How each benchmark averages, and where that was checked:
 
-    RewardBench    section = Σ n_s·acc_s / Σ n_s with math-prm counted 984; overall = mean of sections
-    RewardBench 2  best of 4, ties share: 1/k when the chosen one is among k best; Ties by margins; overall = mean
+    RewardBench    section = Σ n_s·acc_s / Σ n_s, math-prm counted 984; overall = mean of the four sections
+                   (calculate_scores_per_section in rewardbench/utils.py with EXAMPLE_COUNTS of constants.py; older
+                   tables also count Prior Sets by half, which are other data, see analysis/get_benchmark_results.py)
+    RewardBench 2  best of 4, ties share: 1/k when the chosen one is among k best; Ties by margins; overall = mean of
+                   the six subsets (scripts/run_v2.py and rewardbench/utils.py of the same repository)
     RM-Bench       M[i][j] = share of chosen i above rejected j; hard = upper triangle (the chosen response is the
-                   plainer one), normal = diagonal, easy = lower; domain = mean of M; overall = mean of four domains
-    RMB, PPE       overall = mean of sections
-    the others     all rows alike
+                   plainer one), normal = diagonal, easy = lower; domain = mean of M; overall, and each of hard, normal
+                   and easy, = mean of four domains; Safety pools the rows of its two files (scripts/utils.py,
+                   compute_accuracy of total_dataset.json)
+    JudgeBench     sources and overall pool their pairs (utils/metrics.py, compute_final_metrics; run_judge.py)
+    LLMBar         Adversarial = mean of its four subsets, overall = mean of all five, whatever their sizes. The code
+                   scores one subset at a time (LLMEvaluator/evaluate.py); the tables of arXiv 2310.07641 average:
+                   of the published statistics of GPT-4 with Metrics+Reference, 85.4, 89.7, 72.3 and 83.7, the mean is
+                   the printed 82.8, and 84.5 if pooled
+    RMB            each of Helpfulness and Harmlessness pools its pairs (eval/scripts/my_run_rm.py, model_acc); overall
+                   = mean of both, as the paper averages its columns (arXiv 2410.09893; Best-of-N is not judged here)
+    PPE            one accuracy for each set of the paper (arXiv 2410.14872); their mean as overall is ours, as the
+                   paper reports human preference and correctness apart, and its scorer was not at hand
+    pairs          all rows alike
 """
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.outcomes import Choices, Rule, Scores, mean_scores, outcomes
-from patarm_jax.evaluate.statistics import Aggregate, Measured, means
+from patarm_jax.evaluate.statistics import Formulas, Measured, Number, means
 
 TieRule = Literal["strict", "half"]
 TIE_RULES: tuple[TieRule, ...] = ("strict", "half")
@@ -57,6 +70,7 @@ _REWARDBENCH_COUNTS = {
 }
 # RewardBench 2 rates an unreadable answer -1. A scalar head's scores may be lower; then it is below the lowest.
 _FAILED_RATING = -1.0
+_BY_MARGINS = "Ties"  # RewardBench 2's subset whose score is no proportion
 
 
 @dataclass(frozen=True)
@@ -66,9 +80,10 @@ class Layout:
     columns: tuple[str, ...]  # what is measured of an item under each tie rule; the first is its accuracy
     measure: Literal["pair", "best of four", "matrix"]  # how it is measured
     sections: Mapping[str, tuple[str, ...]]  # section → beginnings of its subsets' names
-    overall: Literal["mean of sections", "pooled"]
+    overall: Literal["mean of sections", "mean of subsets", "pooled"]
     official: TieRule
     paper: str  # where its rules stand
+    within: Literal["pooled", "mean of subsets"] = "pooled"  # a section
 
     @property
     def chance(self) -> float:
@@ -83,6 +98,8 @@ _REWARDBENCH = {
     "Reasoning": ("math-prm", "hep-"),
 }
 _RM_BENCH = {"Chat": ("chat",), "Math": ("math",), "Code": ("code",), "Safety": ("safety-",)}
+# Of how many comparisons of an item RM-Bench's columns are the mean; a cell is one.
+_OF_MATRIX = {"accuracy": 9.0, "hard": 3.0, "normal": 3.0, "easy": 3.0}
 _CELLS = tuple(f"cell_{i}{j}" for i in range(3) for j in range(3))
 _JUDGEBENCH = {
     "Knowledge": ("mmlu-pro-",),
@@ -115,34 +132,37 @@ LAYOUTS: dict[str, Layout] = {
         "arXiv 2410.16184",
     ),
     "judgebench": Layout(_ONE, "pair", _JUDGEBENCH, "pooled", "strict", "arXiv 2410.12784"),
-    "llmbar": Layout(_ONE, "pair", _LLMBAR, "pooled", "half", "arXiv 2310.07641"),
+    "llmbar": Layout(_ONE, "pair", _LLMBAR, "mean of subsets", "half", "arXiv 2310.07641", within="mean of subsets"),
     "rmb": Layout(_ONE, "pair", _RMB, "mean of sections", "strict", "arXiv 2410.09893"),
-    "ppe": Layout(_ONE, "pair", _PPE, "mean of sections", "half", "arXiv 2410.14872; ties by our own rule"),
+    "ppe": Layout(_ONE, "pair", _PPE, "mean of sections", "half", "arXiv 2410.14872; ties and overall by our own rule"),
     "pairs": Layout(_ONE, "pair", {}, "pooled", "strict", "no benchmark: a file of pairs"),
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The strata of the items that were read, and the function from their means to a benchmark's numbers."""
+    """The strata of the items that were read, and how a benchmark's numbers follow from their means."""
 
     layout: Layout
     subsets: tuple[str, ...]
     counts: np.ndarray  # [S] what each subset counts for
-    units: tuple[tuple[int, ...], ...]  # items that are resampled together
+    units: tuple[tuple[int, ...], ...]  # items that are sampled together
     unit_of: np.ndarray  # [I] the unit of each item
     stratum: np.ndarray  # [units] subset of each
 
-    @property
-    def of_one_unit(self) -> tuple[str, ...]:
-        """How the names begin of numbers of a subset of one unit, which tells nothing of their spread."""
-        lone = np.flatnonzero(np.bincount(self.stratum) == 1)
-        return tuple(f"{rule}/subset {self.subsets[s]}/" for rule in TIE_RULES for s in lone)
-
-    @property
-    def aggregate(self) -> Aggregate:
-        """Means [..., S, 2·columns] → numbers by name, "strict/overall/accuracy" and the like."""
-        return partial(_aggregate, self)
+    @cached_property
+    def formulas(self) -> Formulas:
+        """Numbers by name, "strict/overall/accuracy" and the like, of 2·columns measures."""
+        columns = self.layout.columns
+        numbers = {
+            f"{rule}/{place}/{column}": Number(r * len(columns) + c, weights)
+            for r, rule in enumerate(TIE_RULES)
+            for c, column in enumerate(columns)
+            for place, weights in _weights(self).items()
+        }
+        trials = _OF_MATRIX if self.layout.measure == "matrix" else {}
+        each = np.array([trials.get(column, 1.0) for column in columns] * len(TIE_RULES))
+        return Formulas(numbers, each, np.array([subset != _BY_MARGINS for subset in self.subsets]))
 
 
 def plan(benchmark: str, items: Sequence[Item], whole: Sequence[Item] | None = None) -> Plan:
@@ -195,7 +215,7 @@ def measure(plan: Plan, items: Sequence[Item], judged: Scores | Choices, rule: R
 
 def numbers(plan: Plan, measured: Measured) -> dict[str, float]:
     """The benchmark's numbers by name."""
-    return {name: float(value) for name, value in plan.aggregate(means(measured)).items()}
+    return {name: float(value) for name, value in plan.formulas.of(means(measured)).items()}
 
 
 def who_won(plan: Plan, judged: Scores | Choices, rule: Rule = "mean") -> np.ndarray:
@@ -260,7 +280,7 @@ def _with_ties(plan: Plan, items: Sequence[Item], judged: Scores, values: np.nda
     lowered, unknown = _failed_as_lowest(judged), np.concatenate(judged.unknown(), axis=1).max(axis=1)
     chosen, rejected = mean_scores(lowered.chosen), mean_scores(lowered.rejected)
     for members in plan.units:
-        if items[members[0]].subset != "Ties":
+        if items[members[0]].subset != _BY_MARGINS:
             continue
         if unknown[list(members)].any():
             values[list(members)] = 0.0
@@ -290,26 +310,21 @@ def _squashed(margin: float, spread: float) -> float:
 # ---- From means to numbers ------------------------------------------------------------------------------------------
 
 
-def _aggregate(plan: Plan, means: np.ndarray) -> dict[str, np.ndarray]:
-    columns, result = plan.layout.columns, {}
-    for r, rule in enumerate(TIE_RULES):
-        for c, column in enumerate(columns):
-            value = means[..., r * len(columns) + c]
-            for s, subset in enumerate(plan.subsets):
-                result[f"{rule}/subset {subset}/{column}"] = value[..., s]
-            sections = []
-            for name, beginnings in plan.layout.sections.items():
-                members = [s for s, subset in enumerate(plan.subsets) if subset.startswith(beginnings)]
-                if members:
-                    result[f"{rule}/{name}/{column}"] = pooled = _pooled(plan, value, members)
-                    sections.append(pooled)
-            everything = list(range(len(plan.subsets)))
-            by_section = plan.layout.overall == "mean of sections" and sections
-            overall = np.mean(sections, axis=0) if by_section else _pooled(plan, value, everything)
-            result[f"{rule}/overall/{column}"] = overall
-    return result
+def _weights(plan: Plan) -> dict[str, np.ndarray]:
+    """[S] what each subset weighs in "subset NAME", in the sections, and in "overall"."""
+    layout, count = plan.layout, len(plan.subsets)
+    result = {f"subset {subset}": np.eye(count)[s] for s, subset in enumerate(plan.subsets)}
+    sections = {}
+    for name, beginnings in layout.sections.items():
+        members = np.array([subset.startswith(beginnings) for subset in plan.subsets], float)
+        if members.any():
+            sections[name] = _normalised(members * (plan.counts if layout.within == "pooled" else 1.0))
+    if layout.overall == "mean of sections" and sections:
+        overall = np.mean(list(sections.values()), axis=0)
+    else:
+        overall = _normalised(plan.counts if layout.overall == "pooled" else np.ones(count))
+    return result | sections | {"overall": overall}
 
 
-def _pooled(plan: Plan, value: np.ndarray, members: list[int]) -> np.ndarray:
-    weights = plan.counts[members]
-    return value[..., members] @ (weights / weights.sum())
+def _normalised(weights: np.ndarray) -> np.ndarray:
+    return weights / weights.sum()

@@ -11,6 +11,15 @@ from patarm_jax.evaluate.replies import ALL_APART
 
 _TIES = {"strict": "wrong", "half": "½"}  # what a tie counts as
 _WORDS = {rule: f"tie = {said}" for rule, said in _TIES.items()}
+_INTERVALS = (
+    "Intervals are Clopper and Pearson's on the effective number of comparisons (Korn and Graubard), where the items "
+    "of a prompt are one unit; parts that weigh otherwise than by their size are put together by their weights."
+)
+_DIFFERENCES = (
+    "Ours minus theirs, in points, on the same prompts. Intervals are Newcombe's for paired proportions; p is of a "
+    "paired permutation test."
+)
+_MARGINS = "The score of Ties is not a proportion; its share of the uncertainty is resampled (bootstrap over prompts)."
 _COLUMNS = {"hard": "Hard", "normal": "Normal", "easy": "Easy"}
 
 
@@ -136,7 +145,7 @@ def _sections_table(result: Evaluation) -> str:
         shown = name.removeprefix("subset ") if name.startswith("subset ") else f"**{name}**"
         rows.append([shown, *(_with_interval(result, f"{rule}/{name}/accuracy") for rule in _WORDS)])
     head = ["", *(words + (", official" if _official(result, rule) else "") for rule, words in _WORDS.items())]
-    return "## Accuracy in %, with 95 % intervals over prompts\n\n" + _markdown_table(head, rows)
+    return f"## Accuracy in %, with 95 % intervals over prompts\n\n{_INTERVALS}\n\n" + _markdown_table(head, rows)
 
 
 def _votes(result: Evaluation) -> str:
@@ -174,9 +183,7 @@ def _against(result: Evaluation) -> str:
             low, high = (100 * x for x in one.interval)
             rows.append([section, words, f"{100 * one.value:+.1f}", f"{low:+.1f} … {high:+.1f}", f"{one.p_value:.4f}"])
     head = ["", "ties", "difference", "95 % interval", "p"]
-    return f"## Against {result.config.against}\n\nOurs minus theirs, in points; paired.\n\n" + _markdown_table(
-        head, rows
-    )
+    return f"## Against {result.config.against}\n\n{_DIFFERENCES}\n\n" + _markdown_table(head, rows)
 
 
 def _notes(result: Evaluation) -> str:
@@ -190,10 +197,14 @@ def _notes(result: Evaluation) -> str:
     ]
     if result.missing_sections:
         lines.append(f"- Overall is without {', '.join(result.missing_sections)}, which the data do not hold.")
+    for section, parts in result.missing_parts.items():
+        lines.append(f"- {section} is without {', '.join(parts)}, which the data do not hold.")
+    if "Ties" in result.plan.subsets and config.benchmark == "rewardbench2":
+        lines.append(f"- {_MARGINS}")
     if not result.is_official:
         lines.append(f"- {_PAIRWISE[config.benchmark]}")
     if config.limit:
-        lines.append(f"- A quick look: --limit {config.limit}. Of so few the intervals are rough.")
+        lines.append(f"- A quick look: --limit {config.limit}. Of so few the intervals are wide.")
     return "## Notes\n\n" + "\n".join(lines)
 
 
