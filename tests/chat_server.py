@@ -106,6 +106,12 @@ def answer_to(request):
     return {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"completion_tokens": 12}}
 
 
+def completion(content, finish="stop", tokens=20, choice=(), **message):
+    message = {"role": "assistant", "content": content, **message}
+    choices = [{"index": 0, "message": message, "finish_reason": finish, **dict(choice)}]
+    return {"object": "chat.completion", "choices": choices, "usage": {"completion_tokens": tokens}}
+
+
 @contextmanager
 def served(*plan, always=""):
     members = {"plan": list(plan), "asked": [], "times": []}

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from patarm_jax.config import EvalConfig
-from patarm_jax.evaluate.answers import Answer, open_answers
+from patarm_jax.evaluate.answers import Answer, Kind, open_answers
 from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.files import compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find
@@ -40,7 +40,8 @@ SCORES = scores(
     [[9, 9, 9, 1], [4, 4, 4, 4], [5, 6, nan, 7]],  # means 7, 4, 6
     [[6, 6, 6, 6], [3, 3, 3, 10], [6, 6, 6, 6]],  # means 6, 4.75, 6
 )
-ANSWERS = [*[Answer("q", 0, "OK")] * 21, *[Answer("q", 0, "BAD_TAGS", cut=True)] * 2, Answer("q", 0, "FAILED")]
+READ, CUT = Answer("q", 0, "OK", Kind.ANSWER), Answer("q", 0, "BAD_TAGS", Kind.CUT, reason="</think> is missing")
+ANSWERS = [*[READ] * 21, *[CUT] * 2, Answer("q", 0, "FAILED", Kind.FAILED)]
 FINE = ANSWERS[:1]
 
 
@@ -255,7 +256,7 @@ def write(folder, result, judged):
             for side, said in zip(one.of_sides, (judged.chosen, judged.rejected), strict=True):
                 for vote, score in enumerate(said[index, 0]):
                     status, read = ("BAD_TAGS", None) if math.isnan(score) else ("OK", float(score))
-                    answers.add([Answer(side[0].key, vote, status, score=read, text=f"vote {vote}")])
+                    answers.add([Answer(side[0].key, vote, status, Kind.ANSWER, score=read, text=f"vote {vote}")])
     write_files(folder, result, asked, answers, judged)
 
 

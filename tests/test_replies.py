@@ -8,7 +8,7 @@ import pytest
 from patarm_jax.cli import main
 from patarm_jax.evaluate.answers import Kind
 from patarm_jax.evaluate.replies import FINISH_REASONS, Refused, Unavailable, raise_for_status, read_reply
-from tests.chat_server import FORM, GOOD, answer_to, overall, remote, served, write_pairs
+from tests.chat_server import FORM, GOOD, answer_to, completion, overall, remote, served, write_pairs
 
 TEXT = FORM.format(7)
 
@@ -16,12 +16,6 @@ TEXT = FORM.format(7)
 @pytest.fixture
 def pairs(tmp_path):
     return write_pairs(tmp_path)
-
-
-def completion(content=TEXT, finish="stop", tokens=20, choice=(), **message):
-    message = {"role": "assistant", "content": content, **message}
-    choices = [{"index": 0, "message": message, "finish_reason": finish, **dict(choice)}]
-    return {"object": "chat.completion", "choices": choices, "usage": {"completion_tokens": tokens}}
 
 
 def kind_of(reply) -> Kind:
@@ -37,8 +31,8 @@ def kind_of(reply) -> Kind:
 @pytest.mark.parametrize(
     ("reply", "kind"),
     [
-        (completion(), Kind.ANSWER),
-        (completion(finish="STOP"), Kind.ANSWER),
+        (completion(TEXT), Kind.ANSWER),
+        (completion(TEXT, finish="STOP"), Kind.ANSWER),
         (completion(TEXT[:40], "length"), Kind.CUT),
         (completion("", "length"), Kind.CUT),  # all tokens went into thinking that is not shown
         (completion("", "stop", tokens=1), Kind.ANSWER),  # the end token alone
@@ -76,7 +70,7 @@ def test_every_shape_of_a_reply_has_its_kind(reply, kind):
 
 @pytest.mark.parametrize(("finish", "kind"), FINISH_REASONS.items())
 def test_every_finish_reason_has_its_kind(finish, kind):
-    assert kind_of(completion(finish=finish)) == kind_of(completion(finish=finish.upper())) == kind
+    assert kind_of(completion(TEXT, finish=finish)) == kind_of(completion(TEXT, finish=finish.upper())) == kind
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow.parquet
@@ -21,6 +19,7 @@ import pytest
 from patarm_jax.cli import main
 from patarm_jax.config import DataSection
 from patarm_jax.evaluate.benchmarks import read_benchmark
+from tests.chat_server import FORM, completion, served
 
 # Subsets as RewardBench's own code counts them: rows of the filtered split, save math-prm, which counts 984.
 SECTIONS = {
@@ -44,7 +43,6 @@ PARTS = {"prompt": "<prompt>\n", "response": "\n</prompt>\n\n<response>\n"}
 # A network as small as they come, of Qwen3's own config.
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-FORM = "<think>hm</think><generate_rubrics>none</generate_rubrics><eval>so</eval><answer>{}</answer>"
 
 
 @pytest.fixture(scope="module")
@@ -62,59 +60,30 @@ def key(prompt, response):
     return tuple(text.replace("&lt;", "<").strip() for text in (prompt, response))
 
 
-class Known(BaseHTTPRequestHandler):
-    """Answers from a table of (prompt, response) → score; what is not in it is refused and remembered."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        self.reply(200, {"data": [{"id": "org/known"}]})
-
-    def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        user = request["messages"][-1]["content"]
-        before, response = user.rsplit(PARTS["response"], 1)
-        asked = key(before.split(PARTS["prompt"], 1)[1], response.removesuffix("\n</response>"))
-        with self.server.lock:
-            self.server.asked.append(user)
-            if asked not in self.server.table:
-                self.server.unknown.append(asked)
-        score = self.server.table.get(asked)
-        text = "I cannot say." if score is None else FORM.format(score)
-        message = {"role": "assistant", "content": text}
-        usage = {"prompt_tokens": 9, "completion_tokens": 12}
-        self.reply(200, {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage})
-
-    def reply(self, status, content):
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments):
-        pass
-
-
 @contextmanager
 def known(rows):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Known)
-    server.daemon_threads = True
-    server.lock, server.asked, server.unknown = threading.Lock(), [], []
-    server.table = {
+    """A server that answers from a table of (prompt, response) → score; what is not in it is remembered."""
+    table = {
         key(row["prompt"], row[side]): score_of(row["prompt"], row[side])
         for row in rows
         for side in ("chosen", "rejected")
     }
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    unknown = []
+
+    def answer(request):
+        before, response = request["messages"][-1]["content"].rsplit(PARTS["response"], 1)
+        asked = key(before.split(PARTS["prompt"], 1)[1], response.removesuffix("\n</response>"))
+        if asked not in table:
+            unknown.append(asked)
+        score = table.get(asked)
+        return 200, completion("I cannot say." if score is None else FORM.format(score))
+
+    with served(always=answer) as (url, chat):
+        yield ["--endpoint.url", url, "--endpoint.model", "org/known", "--endpoint.concurrency", 8], chat, unknown
+
+
+def asked_of(chat):
+    return [request["messages"][-1]["content"] for request in chat.asked]
 
 
 def won(row):
@@ -210,25 +179,24 @@ def test_the_real_rows_are_those_of_the_official_counts(rows, real_inputs):
 
 def test_some_of_the_real_rows_by_a_judge_of_known_verdicts(rows, real_inputs, tmp_path):
     """A quick look of four of each subset: sections weigh them as the whole does."""
-    with known(rows) as (url, server):
-        endpoint = ["--endpoint.url", url, "--endpoint.concurrency", 8, "--limit", 4 * 23]
-        assert main(command(real_inputs, tmp_path / "out", *endpoint)) == 0
-    assert not server.unknown
+    with known(rows) as (endpoint, chat, unknown):
+        assert main(command(real_inputs, tmp_path / "out", *endpoint, "--limit", 4 * 23)) == 0
+    assert not unknown
     columns = json.loads((tmp_path / "out" / "official" / "eval-set-scores" / "org" / "known.json").read_text())
     judged = set(zip(columns["subset"], columns["id"], strict=True))
     taken = [row for row in rows if (row["subset"], row["id"]) in judged]
     assert 92 <= len(taken) == len(columns["id"]) <= 115  # a prompt's items come together
-    check(tmp_path / "out", taken, server.asked)
+    check(tmp_path / "out", taken, asked_of(chat))
 
 
 @pytest.mark.long
 def test_all_real_rows_by_a_judge_of_known_verdicts(rows, real_inputs, tmp_path):
-    with known(rows) as (url, server):
-        assert main(command(real_inputs, tmp_path / "out", "--endpoint.url", url, "--endpoint.concurrency", 8)) == 0
-        asked = list(server.asked)
-        assert main(command(real_inputs, tmp_path / "out", "--endpoint.url", url)) == 0
-        assert server.asked == asked  # nothing is asked again
-    assert not server.unknown
+    with known(rows) as (endpoint, chat, unknown):
+        assert main(command(real_inputs, tmp_path / "out", *endpoint)) == 0
+        asked = asked_of(chat)
+        assert main(command(real_inputs, tmp_path / "out", *endpoint)) == 0
+        assert asked_of(chat) == asked  # nothing is asked again
+    assert not unknown
     check(tmp_path / "out", rows, asked)
 
 
