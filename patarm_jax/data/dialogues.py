@@ -88,7 +88,7 @@ def read_dialogues(chosen: str, rejected: str) -> tuple[Conversation, Conversati
     [[('user', 'Rice?'), ('assistant', '18 minutes.')], [('user', 'Rice?'), ('assistant', '180.')]]
     """
     shared = _shared(chosen, rejected)
-    notation = _notation(shared)
+    notation = _notation(shared) or _notation_of_each(chosen, rejected)
     if notation is None:
         return None
     return _messages(chosen, notation, len(shared)), _messages(rejected, notation, len(shared))
@@ -126,6 +126,15 @@ def _notation(shared: str) -> Notation | None:
         if any(_role(mark) == "assistant" for mark in marks):
             found.append((marks[0].start(), index))
     return NOTATIONS[min(found)[1]] if found else None
+
+
+def _notation_of_each(chosen: str, rejected: str) -> Notation | None:
+    """The notation of two dialogues that part before the assistant's turn: each begins with another's."""
+    notation = _notation(chosen)
+    if notation is None or not notation.chat or notation is not _notation(rejected):
+        return None
+    begin = [next(notation.turn.finditer(text)) for text in (chosen, rejected)]
+    return None if any(_role(mark) == "assistant" for mark in begin) else notation
 
 
 def _role(mark: re.Match[str]) -> str:

@@ -83,7 +83,8 @@ def _decoded(stream: BinaryIO, file: Path) -> Iterator[str]:
     encoding = json.detect_encoding(_head(stream))
     if not encoding.startswith("utf-8"):
         try:
-            yield from io.TextIOWrapper(stream, encoding, errors="surrogatepass", newline="\n")
+            with io.TextIOWrapper(stream, encoding, errors="surrogatepass", newline="\n") as text:
+                yield from text
         except UnicodeError as error:
             raise UserError(
                 f"{file} begins as {encoding.upper()}, but is not: {one_line(error)}. Save the file as UTF-8."
