@@ -28,6 +28,7 @@ class Notation:
     """How turns are marked in a text."""
 
     turn: re.Pattern[str]  # what stands in front of a turn; its group `role` says whose
+    signs: tuple[str, ...]  # no text without one of these holds an assistant's mark: they are found faster
     tokens: bool = False  # turns are closed by special tokens, which belong to no message
     words: bool = True  # the marks are words, which a message may hold too
     chat: bool = True  # the marks are of dialogues, and seldom of anything else
@@ -48,32 +49,33 @@ _QUESTION = "Question|Answer|QUESTION|ANSWER"
 _TASK = "Instruction|Prompt|Query|Task|Response|Output|Completion"
 
 
-def _special(pattern: str) -> Notation:
-    return Notation(re.compile(pattern), tokens=True, words=False)
+def _special(pattern: str, *signs: str) -> Notation:
+    return Notation(re.compile(pattern), signs, tokens=True, words=False)
 
 
-def _lines(words: str, behind: str = "", chat: bool = False) -> list[Notation]:
+def _lines(words: str, *signs: str, behind: str = "", chat: bool = False) -> list[Notation]:
     """Turns that begin a paragraph and, where none do, turns that begin a line."""
     return [
-        Notation(re.compile(rf"(?:\A\s*|{gap}[^\S\n]*)(?P<role>{words}):{behind}"), chat=chat)
+        Notation(re.compile(rf"{gap}[^\S\n]*(?P<role>{words}):{behind}"), signs, chat=chat)
         for gap in (r"\n[^\S\n]*\n", r"\n")
     ]
 
 
+# Texts are given line breaks in front, so that a mark may be the first thing in them.
 NOTATIONS = [
-    _special(r"<\|im_start\|>(?P<role>\w+)\n?"),  # ChatML
-    _special(r"<\|start_header_id\|>(?P<role>\w+)<\|end_header_id\|>"),  # Llama 3
-    _special(r"<start_of_turn>(?P<role>\w+)\n?"),  # Gemma
-    _special(r"<\|(?P<role>user|assistant|system|prompter)\|>"),  # Zephyr, Phi, Open Assistant
-    _special(r"<｜(?P<role>User|Assistant)｜>"),  # DeepSeek
-    _special(r"(?P<role>\[/?INST\])"),  # Llama 2
-    Notation(re.compile(rf"###[^\S\n]*(?P<role>{_CHAT}|{_QUESTION}|{_TASK})[^\S\n]*:")),  # Guanaco, Alpaca
-    *_lines(_CHAT, chat=True),  # HH-RLHF
-    Notation(re.compile(r"(?:\A\s*|\s|(?<=</s>))(?P<role>USER|ASSISTANT|SYSTEM):"), tokens=True),  # Vicuna
-    *_lines(_QUESTION),
-    *_lines("Q|A", r"(?![^\n]*\n\s*B:)"),  # but not the choices A, B, C
-    *_lines(f"{_TASK}|Input"),
-    *_lines("TL;DR"),
+    _special(r"<\|im_start\|>(?P<role>\w+)\n?", "<|im_start|>assistant"),  # ChatML
+    _special(r"<\|start_header_id\|>(?P<role>\w+)<\|end_header_id\|>", "<|start_header_id|>assistant"),  # Llama 3
+    _special(r"<start_of_turn>(?P<role>\w+)\n?", "<start_of_turn>model"),  # Gemma
+    _special(r"<\|(?P<role>user|assistant|system|prompter)\|>", "<|assistant|>"),  # Zephyr, Phi, Open Assistant
+    _special(r"<｜(?P<role>User|Assistant)｜>", "<｜Assistant｜>"),  # DeepSeek
+    _special(r"(?P<role>\[/?INST\])", "[/INST]"),  # Llama 2
+    Notation(re.compile(rf"###[^\S\n]*(?P<role>{_CHAT}|{_QUESTION}|{_TASK})[^\S\n]*:"), ("###",)),  # Guanaco, Alpaca
+    *_lines(_CHAT, "ssistant:", "ASSISTANT:", "AI:", "Bot:", "hatbot:", chat=True),  # HH-RLHF
+    Notation(re.compile(r"(?<![^\s>])(?P<role>USER|ASSISTANT|SYSTEM):"), ("ASSISTANT:",), tokens=True),  # Vicuna
+    *_lines(_QUESTION, "nswer:", "ANSWER:"),
+    *_lines("Q|A", "A:", behind=r"(?![^\n]*\n\s*B:)"),  # but not the choices A, B, C
+    *_lines(f"{_TASK}|Input", "esponse:", "utput:", "ompletion:"),
+    *_lines("TL;DR", "TL;DR:"),
 ]
 
 _LINE_BREAK = re.compile(r"(?P<gap>\n\s*)")
@@ -87,6 +89,7 @@ def read_dialogues(chosen: str, rejected: str) -> tuple[Conversation, Conversati
     >>> [[tuple(message.values()) for message in side] for side in sides]
     [[('user', 'Rice?'), ('assistant', '18 minutes.')], [('user', 'Rice?'), ('assistant', '180.')]]
     """
+    chosen, rejected = _headed(chosen), _headed(rejected)
     shared = _shared(chosen, rejected)
     notation = _notation(shared) or _notation_of_each(chosen, rejected)
     if notation is None:
@@ -95,10 +98,16 @@ def read_dialogues(chosen: str, rejected: str) -> tuple[Conversation, Conversati
 
 
 def _shared(chosen: str, rejected: str) -> str:
-    pairs = zip(chosen, rejected, strict=False)
-    return chosen[
-        : next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(chosen), len(rejected)))
-    ]
+    """What both begin with."""
+    low, high = 0, min(len(chosen), len(rejected))
+    while low < high:  # comparing slices is faster than comparing marks
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if chosen[low:middle] == rejected[low:middle] else (low, middle - 1)
+    return chosen[:low]
+
+
+def _headed(text: str) -> str:
+    return "\n\n" + text.lstrip()
 
 
 def read_open_prompt(prompt: str) -> Conversation | None:
@@ -108,6 +117,9 @@ def read_open_prompt(prompt: str) -> Conversation | None:
     ({'role': 'user', 'content': 'Rice?'},)
     >>> read_open_prompt("Who says 'Assistant: hello'?")
     """
+    if not prompt.rstrip().endswith((":", ">", "]", "assistant", "model")):
+        return None
+    prompt = _headed(prompt)
     notation = _notation(prompt)
     if notation is None or not notation.chat:
         return None
@@ -122,6 +134,8 @@ def _notation(shared: str) -> Notation | None:
     """The notation whose marks begin first in the shared text, of those that mark an assistant's turn in it."""
     found = []
     for index, notation in enumerate(NOTATIONS):
+        if not any(sign in shared for sign in notation.signs):
+            continue
         marks = list(notation.turn.finditer(shared))
         if any(_role(mark) == "assistant" for mark in marks):
             found.append((marks[0].start(), index))

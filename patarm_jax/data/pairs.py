@@ -25,7 +25,13 @@ def prompt_key(prompt: Conversation) -> bytes:
 
 def pair_key(preference: Preference) -> bytes:
     """Equal for equal pairs, white space and the order of the responses apart."""
-    return _hash([prompt_key(preference.prompt).hex(), *sorted(map(plain, (preference.chosen, preference.rejected)))])
+    return pair_key_and_order(preference)[0]
+
+
+def pair_key_and_order(preference: Preference) -> tuple[bytes, bool]:
+    """The key of the pair, and whether the chosen response comes first by its text: of equal pairs, which is chosen."""
+    chosen, rejected = plain(preference.chosen), plain(preference.rejected)
+    return _hash([prompt_key(preference.prompt).hex(), *sorted((chosen, rejected))]), chosen < rejected
 
 
 def _hash(content: Sequence[object]) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 from patarm_jax.config import DataSection
 from patarm_jax.data import reasons
 from patarm_jax.data.cells import is_blank, joined, word
-from patarm_jax.data.pairs import pair_key, plain
+from patarm_jax.data.pairs import pair_key_and_order, plain
 from patarm_jax.data.reasons import Dropped
 from patarm_jax.data.rows import Row, read_rows
 from patarm_jax.data.sft import JudgedPreference, template_judgement
@@ -203,7 +203,7 @@ class _Twice:
 
     def see(self, preference: Preference, row: Row) -> None:
         """Counts the pair if it was seen before."""
-        key, order = pair_key(preference), plain(preference.chosen) < plain(preference.rejected)
+        key, order = pair_key_and_order(preference)
         if key in self._seen:
             turned = self._seen[key] != order
             self._counts[turned] += 1
