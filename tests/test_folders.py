@@ -224,6 +224,31 @@ def test_a_clone_of_a_hub_data_set_is_read_without_its_metadata(tmp_path):
     assert report.endswith("; not read: data/test-00000-of-00001.parquet, config.json, dataset_info.json and 1 more")
 
 
+LISTS = [
+    "configs: [{config_name: default, data_files: [{split: train, path: a.jsonl}, {split: test, path: 'more/*'}]}]",
+    "configs: [{config_name: x, data_files: {train: [a.jsonl], test: more/b.jsonl}}]",
+    "configs: [{data_files: '**a.jsonl'}, {data_dir: more, data_files: [{split: test, path: b.jsonl}]}]",
+]
+
+
+@pytest.mark.parametrize("listed", LISTS)
+def test_the_files_that_a_clone_lists_are_of_the_splits_it_says(tmp_path, listed):
+    make(tmp_path, "a.jsonl", "more/b.jsonl", "notes_test.json")
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n{listed}\n---\n# Pairs\n")
+    assert read(tmp_path) == (["a.jsonl"], "kept 1 of 1; dropped none; not read: more/b.jsonl, notes_test.json")
+    assert read(tmp_path, "test")[0] == ["more/b.jsonl"]
+    assert "holds the splits test (more/b.jsonl), train (a.jsonl)" in refusal(tmp_path, "dev")
+
+
+@pytest.mark.parametrize(
+    "text", ["# Pairs", "---\n: [\n---", "---\nconfigs: 3\n---", "---\nconfigs: [1, {data_files: 2}]\n---"]
+)
+def test_a_readme_that_lists_nothing_is_a_page_for_people(tmp_path, text):
+    make(tmp_path, "a.jsonl", "b.jsonl")
+    (tmp_path / "README.md").write_text(text)
+    assert read(tmp_path)[0] == ["a.jsonl", "b.jsonl"]
+
+
 def test_a_pointer_of_git_lfs_is_no_data(tmp_path):
     for name in ("train-00000-of-00001.parquet", "x.jsonl"):
         (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")

@@ -2,7 +2,8 @@
 
 The split of `data/train-00000-of-00002.parquet`, `eval.jsonl` or `dev/part-1.csv` stands in the name: a word of
 `SPLIT_WORDS` that other characters than letters set apart, in the name of the file or of a folder above it; or, in
-front of the number of a shard, any word. Within a folder that `datasets` wrote, the folder itself is the data.
+front of the number of a shard, any word. Of a clone of a Hub data set whose README.md lists its files by splits, that
+list counts instead. A folder that `datasets` wrote is data as a whole.
 """
 
 import json
@@ -10,6 +11,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from patarm_jax.types import UserError
 
@@ -80,9 +84,15 @@ def _found(folder: Path) -> tuple[list[Part], list[str]]:
     """All parts, and the paths of files that are none."""
     parts: list[Part] = []
     others: list[str] = []
+    listed = _listed_in_readme(folder)
     for path, split in _walk(folder, set()):
         inside = path.relative_to(folder).as_posix()
-        if path.is_dir() or (kind_of(path) and path.name not in _METADATA):
+        if listed and kind_of(path):
+            if path in listed:
+                parts.append(Part(path, inside, listed[path]))
+            else:
+                others.append(inside)
+        elif path.is_dir() or (kind_of(path) and path.name not in _METADATA):
             parts.append(Part(path, inside, split or split_named(inside, path.is_dir())))
         elif path.suffix.lower() not in _DOCUMENTS:
             others.append(inside)
@@ -121,6 +131,42 @@ def _splits_of(file: Path) -> list[str]:
     except (OSError, ValueError, LookupError, TypeError):
         pass
     raise UserError(f"{file} does not name the folders beside it. Write the data set again with save_to_disk.")
+
+
+def _listed_in_readme(folder: Path) -> dict[Path, str]:
+    """The files that the head of a data set's README.md lists, as the Hub reads it, and their splits; often none."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        head = yaml.safe_load(text.split("\n---", 1)[0]) if text.startswith("---") else None
+    except (OSError, UnicodeError, yaml.YAMLError):
+        return {}  # a page for people
+    configs = head.get("configs") if isinstance(head, dict) else None
+    found: dict[Path, str] = {}
+    for config in configs if isinstance(configs, list) else []:
+        base = str(config.get("data_dir") or "") if isinstance(config, dict) else ""
+        for split, patterns in _splits_of_config(config):
+            for pattern in patterns if isinstance(patterns, list) else [patterns]:
+                if isinstance(pattern, str) and (pattern := f"{base}/{pattern}".strip("/")):
+                    found |= dict.fromkeys(_matching(folder, pattern), split)
+    return found
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """The data files of a pattern, in which `**` counts as `*` within a name."""
+    names = [name if name == "**" else re.sub(r"\*+", "*", name) for name in pattern.split("/")]
+    return [path for path in folder.glob("/".join(names)) if kind_of(path)]
+
+
+def _splits_of_config(config: Any) -> list[tuple[str, Any]]:
+    """(split, patterns of its files), in the forms in which data_files may be written."""
+    match config:
+        case {"data_files": dict(files)}:
+            return [(str(split), patterns) for split, patterns in files.items()]
+        case {"data_files": list(files)} if all(isinstance(one, dict) for one in files):
+            return [(str(one.get("split", "train")), one.get("path")) for one in files]
+        case {"data_files": files}:
+            return [("train", files)]
+    return []
 
 
 def split_named(inside: str, whole: bool = False) -> str | None:

@@ -404,7 +404,7 @@ def _refuse_lone_surrogates(row: Row, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{row.where} holds half a character, which is no valid Unicode. Mend the file.") from error
+        raise UserError(f"{row.where} holds half a character, which is no valid Unicode. Fix the file.") from error
 
 
 Value = TypeVar("Value")
@@ -423,7 +423,7 @@ def _not_empty(row: Row, **fields: Sequence[str]) -> None:
 
 
 def _wrong(row: Row, field: str, got: str, allowed: str) -> UserError:
-    return UserError(f"{row.where}: {field} is {got}; allowed is {allowed}. Mend the file, or give the official one.")
+    return UserError(f"{row.where}: {field} is {got}; allowed is {allowed}. Fix the file, or give the official one.")
 
 
 def _refuse_what_has_no_effect(name: str, section: DataSection) -> None:
