@@ -70,12 +70,17 @@ class OptimizerSection:
 class DataSection:
     """Which preferences are read, and how their columns are called."""
 
-    path: str = ""  # a .jsonl, .json or .parquet file, a folder of them, or a Hub id
-    split: str = "train"  # of a Hub id, and of a folder whose files are named by their splits as on the Hub
+    # A .jsonl, .json, .csv or .tsv file (each also packed as .gz or .zst), a .parquet or .arrow file, a folder of them,
+    # a folder that datasets wrote with save_to_disk, or a Hub id.
+    path: str = ""
+    # Of a Hub id, and of a folder whose files or folders are named by their splits, as the Hub has it: train, training;
+    # validation, valid, dev, val; test, testing, eval, evaluation.
+    split: str = "train"
     # Ours → theirs, where they differ; several columns are joined without a space. Ours are: prompt, chosen, rejected,
     # id, source, domain, chosen_judgement, rejected_judgement.
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    domain: str = ""  # of every row, when the rows do not say
+    domain: str = ""  # of every row that names none, or one by a word that is unknown
+    domains: dict[str, str] = field(default_factory=dict)  # a row's own word → domain, such as stem: math
     # Source → domain, before `domain`; of a benchmark, subset → domain, before its own table.
     source_domains: dict[str, str] = field(default_factory=dict)
     drop_sources: tuple[str, ...] = ()
@@ -83,9 +88,9 @@ class DataSection:
     # them as failed.
     max_prompt_tokens: int = 2048
     max_completion_tokens: int = 1024  # of an SFT judgement with its end token; longer rows are dropped and counted
-    # What SFT does with a preference that carries no judgements: refuse, or write one that has the form and a score on
-    # the right side of the middle, and nothing to learn but the form.
-    missing_judgements: Literal["error", "template"] = "error"
+    # What SFT does with a preference that carries no judgements: refuse, leave it out, or write one that has the form
+    # and a score on the right side of the middle, and nothing to learn but the form.
+    missing_judgements: Literal["error", "drop", "template"] = "error"
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ class HeldoutSection:
     """Pairs that are judged now and then while the run trains, and never learnt from."""
 
     path: str = ""  # as data.path, whose other settings hold here too; empty: nothing is held out
-    split: str = "test"  # as data.split
+    split: str = "test"  # as data.split; of train.jsonl and eval.jsonl, the latter
     eval_every: int = 50  # steps; the last step is evaluated too
     votes: int = 1  # judgements of each response
     limit: int = 0  # so many of the pairs, the first ones; 0: all

@@ -59,6 +59,8 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     tiny_model_folder(root / "model")
     write_preferences(root / "pairs.jsonl")
+    text = (root / "pairs.jsonl").read_text()
+    (root / "heldout.jsonl").write_text(text.replace("pair-", "held-").replace("I like", "I love"))
     config = read_config(root / "model")
     tiny_model_folder(root / "reference")
     (root / "reference" / "config.json").unlink()
@@ -79,7 +81,7 @@ def config_file(world, name, recipe, **sections):
         "run": {"folder": str(world / name), "steps": 7, "checkpoint_every": 2, "show_every": 4, "tensorboard": False},
         # Five pairs are no multiple of any mesh.
         "heldout": {
-            "path": str(world / "pairs.jsonl"), "eval_every": 3, "limit": 5, "votes": 2, "best": "valid",
+            "path": str(world / "heldout.jsonl"), "eval_every": 3, "limit": 5, "votes": 2, "best": "valid",
             "sampling": {"max_new_tokens": 6, "rows": 4},
         },
         "pairs_per_step": 4,
@@ -265,7 +267,7 @@ def test_heldout_pairs_are_judged_alike_by_any_mesh(world, recipe):
     model = open_model(config.model.path)
     texts = []
     for mesh in (ALONE, make_mesh(MeshSection(**CUBE))):
-        heldout = open_heldout(config, model, mesh)
+        heldout = open_heldout(config, model, mesh, read_preferences(config.data)[0])
         params = init_params(model.config, jax.random.key(4), mesh)
         judgements = judge_heldout(heldout, params)
         assert len(judgements) == 2 * 5 and len(judgements[0]) == 2
@@ -280,15 +282,41 @@ def test_held_out_pairs_are_of_their_own_split(world):
     """Of a folder laid out by splits, training reads one and the held-out pairs are another."""
     folder = world / "splits"
     folder.mkdir()
-    for name, kept in (("train", 6), ("test", 2)):
-        lines = (world / "pairs.jsonl").read_text().splitlines(keepends=True)
-        (folder / f"{name}.jsonl").write_text("".join(lines[:kept]))
+    lines = (world / "pairs.jsonl").read_text().splitlines(keepends=True)
+    for name, taken in (("train", lines[:6]), ("eval", lines[6:8])):
+        (folder / f"{name}.jsonl").write_text("".join(taken))
     config = load(GRPOConfig, config_file(world, "splits-run", "grpo"))
     config = replace(
         config, data=replace(config.data, path=str(folder)), heldout=replace(config.heldout, path=str(folder), limit=0)
     )
-    assert len(read_preferences(config.data)[0]) == 6
-    assert len(open_heldout(config, open_model(config.model.path), ALONE).records) == 2
+    training, _ = read_preferences(config.data)
+    assert [one.id for one in training] == [f"pair-{number}" for number in range(6)]
+    heldout = open_heldout(config, open_model(config.model.path), ALONE, training)
+    assert [record.preference.id for record in heldout.records] == ["pair-6", "pair-7"]
+
+
+@pytest.mark.parametrize("recipe", ["sft", "grpo"])
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_held_out_pairs_that_are_trained_on_are_refused(world, recipe, dry, capsys):
+    """Whatever their ids, white space, and the order of their responses."""
+    rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    exchanged = rows[3] | {"id": "h-3", "chosen": rows[3]["rejected"] + "\n", "rejected": "  " + rows[3]["chosen"]}
+    fresh = [{**row, "id": f"h-{i}", "chosen": f"No {i}."} for i, row in enumerate(rows[:2])]
+    (world / "leaking.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*fresh, exchanged]))
+    sections = {"heldout": {"path": str(world / "leaking.jsonl"), "limit": 2}, "pairs_per_step": 8}
+    config = config_file(world, f"leaking-{recipe}", recipe, **sections)
+    assert main([recipe, str(config), *dry]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"1 of the 3 held-out pairs of {world / 'leaking.jsonl'} stands in the training data too" in said
+    assert "h-3, for one, which is pair-3 there" in said
+    assert not (world / f"leaking-{recipe}").exists()
+
+
+def test_prompts_that_are_trained_on_are_counted(world, capsys):
+    config = load(GRPOConfig, config_file(world, "same-prompts", "grpo"))
+    open_heldout(config, open_model(config.model.path), ALONE, read_preferences(config.data)[0])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "kept 12 of 12; dropped none; 12 of these pairs have a prompt that training has with other responses" in said
 
 
 def test_export_of_a_checkpoint_equals_the_export_of_the_run(world):

@@ -1,8 +1,10 @@
-"""Rows of a table, wherever it lies: JSON lines, JSON, parquet, a folder of those, or the Hugging Face Hub.
+"""Rows of a table, wherever it lies: in files of several kinds, a folder of those, or the Hugging Face Hub.
 
 The only file that knows `datasets`. What the columns mean is for `preferences` to say.
 """
 
+import csv
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -11,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from patarm_jax.config import one_line
+from patarm_jax.data.folders import KINDS, Part, kind_of, parts_of
+from patarm_jax.data.reading import lines_of, refuse_pointer, text_of
 from patarm_jax.types import UsageError, UserError
-
-SUFFIXES = (".jsonl", ".json", ".parquet")
-_KINDS = ".jsonl, .json or .parquet"
-_SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 
 
 @dataclass(frozen=True)
 class Row:
     """One row, and where it was found."""
 
-    where: str  # as an error tells it: the path, then the line of a .jsonl file or the number of the row, from 1
+    where: str  # as an error tells it: the path, then the line of a text file or the number of the row, from 1
     name: str  # "file-name:line" or "file-name:row": the same wherever the file is moved
     origin: str  # the path of the file, or the Hub id
     values: dict[str, Any]
@@ -44,144 +44,147 @@ class Table:
         return f"; not read: {', '.join(self.left_out[:3])}{more}"
 
 
-def read_rows(path: str, split: str, unwanted: str = "") -> Table:
+def read_rows(path: str, splits: Sequence[str] | None, unwanted: str = "", setting: str = "data") -> Table:
     """The rows of a file, of the files in a folder and its folders by their names, or of a split of a Hub data set.
 
     Args:
         path: of the file or folder, or the Hub id.
-        split: of a Hub id, and of a folder whose files are named by their splits as on the Hub: of
-            `data/train-00000-of-00001.parquet` and `data/test-00000-of-00001.parquet` one is read.
+        splits: of a folder whose files are named by their splits, those that are read: of `train.jsonl` and
+            `eval.jsonl` one. Of a Hub id the first is. Empty: the only one, of a Hub id train. None: all files,
+            whatever splits their names say.
         unwanted: files of a folder that are left out where there are others, as a regular expression over their paths.
+        setting: the section of the settings that says path and split, as an error names it.
     """
     if not path:
-        raise UsageError(f"data.path is empty. Give a {_KINDS} file, a folder of them, or a Hub id such as org/name.")
+        raise UsageError(f"{setting}.path is empty. Give a {KINDS} file, a folder of them, or a Hub id like org/name.")
     local = Path(path).expanduser()
     if local.is_dir():
-        return _read_folder(local, split, unwanted)
+        parts, left_out = parts_of(local, splits, unwanted, setting)
+        return Table((row for part in parts for row in _read_part(part)), left_out)
     if local.exists():
         return Table(_read_file(local))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and local.suffix not in SUFFIXES:
-        return Table(_read_hub(path, split))
-    raise UserError(f"data.path {path} does not exist. Give a {_KINDS} file, a folder of them, or a Hub id.")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not kind_of(local):
+        return Table(_read_hub(path, splits[0] if splits else "train", setting))
+    raise UserError(f"{setting}.path {path} does not exist. Give a {KINDS} file, a folder of them, or a Hub id.")
 
 
-def _read_folder(folder: Path, split: str, unwanted: str) -> Table:
-    files = _data_files(folder)
-    if not files:
-        raise UserError(f"the folder {folder} holds no {_KINDS} file. Give the folder that the files lie in.")
-    paths = {file: f"/{file.relative_to(folder).as_posix()}" for file in files}
-    wanted = [file for file in files if not (unwanted and re.search(unwanted, paths[file]))] or files
-    taken = _of_split(folder, wanted, split)
-    rows = (row for file in taken for row in _read_file(file))
-    return Table(rows, tuple(paths[file].removeprefix("/") for file in files if file not in taken))
-
-
-def _data_files(folder: Path) -> list[Path]:
-    """The files in a folder and its folders, by their names."""
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix in SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
-
-
-def _of_split(folder: Path, files: Sequence[Path], split: str) -> list[Path]:
-    """Of a folder that is laid out by splits the files of one; of any other all."""
-    inside: dict[Path, list[Path]] = {}  # what lies in the folder → its files
-    for file in files:
-        inside.setdefault(folder / file.relative_to(folder).parts[0], []).append(file)
-    names = {entry: _split_named(entry.stem if entry in files else entry.name) for entry in inside}
-    splits = sorted({name for name in names.values() if name is not None})
-    if None in names.values() or len(splits) < 2:
-        return [
-            file
-            for entry, its in inside.items()
-            for file in ([entry] if entry in files else _of_split(entry, its, split))
-        ]
-    if split not in splits:
-        raise UserError(
-            f"{folder} holds the splits {', '.join(splits)}, and data.split is {split or 'empty'}. Name one of them."
-        )
-    return [file for entry, its in inside.items() if names[entry] == split for file in its]
-
-
-def _split_named(name: str) -> str | None:
-    """The split that a name is, as the Hub writes it.
-
-    >>> [_split_named(name) for name in ("train-00000-of-00002", "gpt-00000-of-00001", "test", "train_math", "chat")]
-    ['train', 'gpt', 'test', None, None]
-    """
-    shard = re.fullmatch(r"(.+)-\d{5}-of-\d{5}", name)
-    return shard[1] if shard else name if name in _SPLITS else None
+def _read_part(part: Part) -> Iterator[Row]:
+    return _not_empty(_read_saved(part.path), part.path) if part.path.is_dir() else _read_file(part.path)
 
 
 def _read_file(file: Path) -> Iterator[Row]:
-    readers = {".jsonl": _read_json_lines, ".json": _read_json, ".parquet": _read_parquet}
-    if file.suffix not in readers:
-        raise UserError(f"cannot tell what {file} is by its name. Give a {_KINDS} file.")
-    number_of_rows = 0
-    for row in readers[file.suffix](file):
-        number_of_rows += 1
-        yield row
-    if not number_of_rows:
-        raise UserError(f"{file} is empty. Give a file with one preference per row, or remove it.")
+    readers = {
+        ".jsonl": _read_json_lines,
+        ".json": _read_json,
+        ".csv": _read_separated,
+        ".tsv": _read_separated,
+        ".parquet": _read_table,
+        ".arrow": _read_table,
+    }
+    kind = kind_of(file)
+    if kind not in readers:
+        raise UserError(f"cannot tell what {file} is by its name. Give a {KINDS} file.")
+    return _not_empty(readers[kind](file), file)
 
 
-# ---- JSON: by the standard library, because its errors can name the file and the line -------------------------------
+def _not_empty(rows: Iterator[Row], path: Path) -> Iterator[Row]:
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{path} is empty. Give a file with one preference per row, or remove it.")
+    yield first
+    yield from rows
+
+
+# ---- Text: by the standard library, because its errors can name the file and the line -------------------------------
 
 
 def _read_json_lines(file: Path) -> Iterator[Row]:
-    with _open(file) as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{file}:{number}"
-            if line.strip():
-                yield Row(where, f"{file.name}:{number}", str(file), _object(_parse_line(line, where), where))
+    for where, line in lines_of(file):
+        if line.strip():
+            values = _object(_parse_line(line, where), where)
+            yield Row(where, _name(file, where), str(file), values)
 
 
 def _read_json(file: Path) -> Iterator[Row]:
-    with _open(file) as stream:
-        content = stream.read()
+    content = text_of(file)
     if not content.strip():
         return
     try:
         parsed = _loads(content, str(file))
     except json.JSONDecodeError as error:
-        remedy = "It looks like JSON lines: name it .jsonl" if error.msg == "Extra data" else "Mend it there"
+        remedy = "It looks like JSON lines: name it .jsonl" if error.msg == "Extra data" else "Fix it there"
         raise UserError(f"{file}:{error.lineno} is not JSON: {error.msg} at column {error.colno}. {remedy}.") from error
     for number, value in enumerate(_the_list(parsed, file), start=1):
         where = f"{file}, row {number}"
         yield Row(where, f"{file.name}:{number}", str(file), _object(value, where))
 
 
-def _open(file: Path) -> Any:
+def _read_separated(file: Path) -> Iterator[Row]:
+    """CSV or TSV: a first row of names, cells in quotes where they hold line breaks or the separator.
+
+    Rows are strict, since a quote that is never closed or a cell too many moves all that follows into other columns.
+    """
+    csv.field_size_limit(2**31 - 1)  # responses may be longer than Python's limit of 131,072 characters
+    lines = (line for _, line in lines_of(file))
+    first = next(lines, "")
+    reader = csv.reader(itertools.chain([first], lines), delimiter=_separator(file, first), strict=True)
+    names: list[str] = []
+    begins = 1
     try:
-        return file.open("rb")
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}. Check its permissions.") from error
+        for cells in reader:
+            where, begins = f"{file}:{begins}", reader.line_num + 1
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not names:
+                names = _names(cells, where)
+                continue
+            if len(cells) != len(names):
+                raise UserError(
+                    f"{where} has {len(cells)} cells, and the first row names {len(names)} columns. "
+                    "Put a cell that holds the separator, a quote or a line break into double quotes."
+                )
+            yield Row(where, _name(file, where), str(file), dict(zip(names, cells, strict=True)))
+    except csv.Error as error:
+        raise UserError(
+            f"the row that begins in {file}:{begins} is not of the form of the others: {one_line(error)}. "
+            'Write a quote inside a quoted cell twice (""), and close each quote.'
+        ) from error
 
 
-def _parse_line(line: bytes, where: str) -> Any:
+def _separator(file: Path, first: str) -> str:
+    """A tab in TSV; in CSV a comma, or what some spreadsheets write in its place."""
+    if kind_of(file) == ".tsv":
+        return "\t"
+    return next((mark for mark in ",;\t" if mark in first), ",")
+
+
+def _names(cells: Sequence[str], where: str) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{where} names the column {twice[0]!r} twice. Give each column a name of its own.")
+    return names
+
+
+def _name(file: Path, where: str) -> str:
+    return f"{file.name}:{where.rpartition(':')[2]}"
+
+
+def _parse_line(line: str, where: str) -> Any:
     try:
         return _loads(line, where)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where} is not JSON: {error.msg} at column {error.colno}. "
-            "Write one JSON object per line, or remove the line."
-        ) from error
+        remedy = "Write one JSON object per line, or remove the line"
+        if not line.endswith("\n"):
+            remedy = "The file ends here without a line end and may be cut off: fetch it again, or remove the line"
+        raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}. {remedy}.") from error
 
 
-def _loads(content: bytes, where: str) -> Any:
+def _loads(content: str, where: str) -> Any:
     """What the JSON says; a JSONDecodeError is left to the caller, who knows what the file should look like."""
     try:
-        return json.loads(content.decode("utf-8-sig"))  # some editors begin a file with a byte-order mark
+        return json.loads(content)
     except json.JSONDecodeError:
         raise
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where} is not UTF-8: {error.reason} at byte {error.start}. Save the file as UTF-8."
-        ) from error
     except RecursionError as error:
         raise UserError(f"{where} is nested too deeply. Write text or a list of messages in each column.") from error
     except ValueError as error:  # Python reads no integer of more than 4,300 digits
@@ -205,22 +208,39 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-# ---- Parquet and the Hub: by datasets, which is imported when it is needed, for it weighs 80 MB ---------------------
+# ---- Tables and the Hub: by datasets, which is imported when it is needed, for it weighs 80 MB ----------------------
 
 
-def _read_parquet(file: Path) -> Iterator[Row]:
+def _read_table(file: Path) -> Iterator[Row]:
+    import datasets
+
+    refuse_pointer(file)
+    kind = kind_of(file)[1:]
+    try:
+        # Streaming reads the file itself; otherwise a copy of it would be left in a cache.
+        table = datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
+        for number, values in enumerate(table, start=1):
+            yield Row(f"{file}, row {number}", f"{file.name}:{number}", str(file), values)
+    except Exception as error:  # of datasets and pyarrow, which share no base class
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise UserError(f"cannot read {file}: {one_line(error)}. Give {article} {kind} file.") from error
+
+
+def _read_saved(folder: Path) -> Iterator[Row]:
+    """What `save_to_disk` wrote, from the disk as it is needed."""
     import datasets
 
     try:
-        # Streaming reads the file itself; otherwise a copy of it would be left in a cache.
-        table = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+        table = datasets.load_from_disk(str(folder))
         for number, values in enumerate(table, start=1):
-            yield Row(f"{file}, row {number}", f"{file.name}:{number}", str(file), values)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {one_line(error)}. Give a parquet file.") from error
+            yield Row(f"{folder}, row {number}", f"{folder.name}:{number}", str(folder), values)
+    except Exception as error:
+        raise UserError(
+            f"cannot read the data set in {folder}: {one_line(error)}. Write it again with save_to_disk."
+        ) from error
 
 
-def _read_hub(path: str, split: str) -> Iterator[Row]:
+def _read_hub(path: str, split: str, setting: str) -> Iterator[Row]:
     import datasets
 
     try:
@@ -228,7 +248,7 @@ def _read_hub(path: str, split: str) -> Iterator[Row]:
     except Exception as error:  # of datasets, the Hub and the network, which share no base class
         raise UserError(
             f"cannot load split {split} of {path} from the Hub, and no local file has that name: {one_line(error)}. "
-            "Check data.path, data.split and the network, or download the files and give their folder."
+            f"Check {setting}.path, {setting}.split and the network, or download the files and give their folder."
         ) from error
     for number, values in enumerate(table, start=1):
         yield Row(f"{path}, row {number}", f"{path}:{number}", path, values)

@@ -294,6 +294,7 @@ SOURCES: dict[str, Source] = {
         further=("-Best-of-K", "train"),
     ),
 }
+_SEPARATED = r"\.[ct]sv(\.gz|\.zst)?$"
 # No data sets of the Hub: LLMBar's is a script, which nothing runs any more, and RMB lies in its repository alone.
 _FILES_ONLY = {
     "llmbar": "github.com/princeton-nlp/LLMBar, Dataset/LLMBar",
@@ -312,7 +313,10 @@ def _read_official(name: str, section: DataSection) -> tuple[list[Item], str]:
     items: list[Item] = []
     rows = without = 0
     split = section.split or source.split_of(path)
-    table = read_rows(path, split, source.unwanted.replace("SPLIT", re.escape(split)))
+    # No official file is a CSV. A folder may hold a benchmark's further parts too.
+    unwanted = "|".join(filter(None, (source.unwanted.replace("SPLIT", re.escape(split)), _SEPARATED)))
+    splits = (split, source.further[1]) if source.further[1] and not section.split else (split,)
+    table = read_rows(path, splits if split else None, unwanted)
     for row in table.rows:
         found = list(source.read(row, _converted(name, source, row)))
         rows, without = rows + 1, without + (not found)
@@ -337,7 +341,7 @@ def _refuse_half_of_ties(items: Sequence[Item]) -> None:
 
 
 def _read_pairs(section: DataSection) -> tuple[list[Item], str]:
-    preferences, report = read_preferences(replace(section, split=section.split or "train"))
+    preferences, report = read_preferences(section)
     items = [
         Item(
             one.id,
@@ -400,7 +404,7 @@ def _refuse_lone_surrogates(row: Row, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{row.where} holds half a character, which is no valid Unicode. Mend the file.") from error
+        raise UserError(f"{row.where} holds half a character, which is no valid Unicode. Fix the file.") from error
 
 
 Value = TypeVar("Value")
@@ -419,11 +423,16 @@ def _not_empty(row: Row, **fields: Sequence[str]) -> None:
 
 
 def _wrong(row: Row, field: str, got: str, allowed: str) -> UserError:
-    return UserError(f"{row.where}: {field} is {got}; allowed is {allowed}. Mend the file, or give the official one.")
+    return UserError(f"{row.where}: {field} is {got}; allowed is {allowed}. Fix the file, or give the official one.")
 
 
 def _refuse_what_has_no_effect(name: str, section: DataSection) -> None:
-    given = {"columns": section.columns, "domain": section.domain, "drop_sources": section.drop_sources}
+    given = {
+        "columns": section.columns,
+        "domain": section.domain,
+        "domains": section.domains,
+        "drop_sources": section.drop_sources,
+    }
     for setting, value in given.items():
         if value:
             raise UsageError(

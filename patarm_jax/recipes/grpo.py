@@ -79,7 +79,7 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     optimizer, schedule = make_optimizer(config.optimizer, updates), make_schedule(config.optimizer, updates)
     programs = make_programs(config, model.config, mesh, optimizer)
     judge = make_judge(model.config, model.tokenizer, mesh, config.model, config.sampling, config.group_size)
-    heldout = open_heldout(config, model, mesh)
+    heldout = open_heldout(config, model, mesh, preferences)
     say(kernels_in_use(config.model, model.config, mesh, "causal", "shared"))
     if dry_run:
         widest = bucket(max(record.longest_prompt for record in records), WIDTH_MULTIPLE)

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from patarm_jax.config import GRPOConfig, HeldoutSection, SFTConfig
+from patarm_jax.data.pairs import shared_between
 from patarm_jax.data.pipeline import EncodedPair, bucket, encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import pairwise_accuracy
@@ -25,7 +26,7 @@ from patarm_jax.rollout.judging import (
     score_arrays,
 )
 from patarm_jax.rollout.stream import WIDTH_MULTIPLE
-from patarm_jax.types import Judgement, Status
+from patarm_jax.types import Judgement, Preference, Status, UserError
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,20 @@ class Heldout:
         return step % self.section.eval_every == 0 or step == steps
 
 
-def open_heldout(config: SFTConfig | GRPOConfig, model: Model, mesh: Mesh) -> Heldout | None:
-    """Reads the held-out pairs; None when there are none."""
+def open_heldout(
+    config: SFTConfig | GRPOConfig, model: Model, mesh: Mesh, training: Sequence[Preference]
+) -> Heldout | None:
+    """Reads the held-out pairs; None when there are none. Those that are trained on are refused."""
     section = config.heldout
     if not section.path:
         return None
-    preferences, read = read_preferences(replace(config.data, path=section.path, split=section.split))
+    data = replace(config.data, path=section.path, split=section.split)
+    preferences, read = read_preferences(data, "heldout")
+    said = _refuse_shared_pairs(config, training, preferences)
     if section.limit:
         preferences = preferences[: section.limit]
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
-    say(f"held out, {section.path}: {read}. Encoded: {encoded}.")
+    say(f"held out, {section.path}: {read}{said}. Encoded: {encoded}.")
     ways, processes = batch_ways(mesh), jax.process_count()
     padded = list(itertools.islice(itertools.cycle(records), -(-len(records) // ways) * ways))
     each = len(padded) // processes
@@ -69,6 +74,25 @@ def open_heldout(config: SFTConfig | GRPOConfig, model: Model, mesh: Mesh) -> He
         padded[jax.process_index() * each :][:each],
         bucket(max(record.longest_prompt for record in records), WIDTH_MULTIPLE),
     )
+
+
+def _refuse_shared_pairs(
+    config: SFTConfig | GRPOConfig, training: Sequence[Preference], heldout: Sequence[Preference]
+) -> str:
+    """Refuses pairs that are trained on; a clause on prompts that are, with other responses."""
+    shared = shared_between(training, heldout)
+    if shared.example is not None:
+        there, here = shared.example
+        where, stand = config.data.path, "stands" if shared.pairs == 1 else "stand"
+        raise UserError(
+            f"{shared.pairs:,} of the {len(heldout):,} held-out pairs of {config.heldout.path} {stand} in the training "
+            f"data too ({where}), with their responses in this order or the other: {here}, for one, which is {there} "
+            "there. A judge that learnt them is measured too high. Remove them from one of the two, or name other "
+            "pairs with heldout.path and heldout.split."
+        )
+    if not shared.prompts:
+        return ""
+    return f"; {shared.prompts:,} of these pairs have a prompt that training has with other responses"
 
 
 def judge_heldout(heldout: Heldout, params: Any) -> list[list[Judgement]]:

@@ -60,7 +60,7 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
     optimizer = make_optimizer(config.optimizer, steps)
     schedule = make_schedule(config.optimizer, steps)
     step_fn = make_update(config, model.config, mesh, optimizer)
-    heldout = open_heldout(config, model, mesh)
+    heldout = open_heldout(config, model, mesh, [one.preference for one in preferences])
     say(kernels_in_use(config.model, model.config, mesh, _form(config)))
     rows_multiple = config.micro_batches * max(1, batch_ways(mesh) // jax.process_count())
 

@@ -1,0 +1,63 @@
+"""When two preferences are the same pair: the same prompt and the same responses, in either order."""
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from patarm_jax.types import Conversation, Preference
+
+
+def plain(text: str) -> str:
+    r"""A text without what differs between copies of it: white space, and how accents are spelled.
+
+    >>> plain(" a\r\n b "), plain("e\u0301") == plain("\u00e9")
+    ('a b', True)
+    """
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def prompt_key(prompt: Conversation) -> bytes:
+    """Equal for equal prompts, white space apart."""
+    return _hash([[message["role"], plain(message["content"])] for message in prompt])
+
+
+def pair_key(preference: Preference) -> bytes:
+    """Equal for equal pairs, white space and the order of the responses apart."""
+    return pair_key_and_order(preference)[0]
+
+
+def pair_key_and_order(preference: Preference) -> tuple[bytes, bool]:
+    """The key of the pair, and whether the chosen response comes first by its text: of equal pairs, which is chosen."""
+    chosen, rejected = plain(preference.chosen), plain(preference.rejected)
+    return _hash([prompt_key(preference.prompt).hex(), *sorted((chosen, rejected))]), chosen < rejected
+
+
+def _hash(content: Sequence[object]) -> bytes:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What two sets of preferences have in common."""
+
+    pairs: int  # of the second, that stand in the first too
+    prompts: int  # the same, whatever the responses
+    example: tuple[str, str] | None  # ids of a shared pair, in the first and in the second
+
+
+def shared_between(first: Sequence[Preference], second: Sequence[Preference]) -> Shared:
+    """How many pairs and prompts of the second set stand in the first too."""
+    pairs = {pair_key(one): one.id for one in reversed(second)}
+    prompts = {prompt_key(one.prompt) for one in second}
+    met: dict[bytes, str] = {}
+    met_prompts: set[bytes] = set()
+    for one in first:
+        if (prompt := prompt_key(one.prompt)) in prompts:
+            met_prompts.add(prompt)
+            if (key := pair_key(one)) in pairs:
+                met.setdefault(key, one.id)
+    in_both = [one for one in second if pair_key(one) in met]
+    example = (met[pair_key(in_both[0])], in_both[0].id) if in_both else None
+    return Shared(len(in_both), sum(prompt_key(one.prompt) in met_prompts for one in second), example)

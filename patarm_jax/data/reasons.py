@@ -1,0 +1,33 @@
+"""Why a row cannot be learnt from: a report counts rows by these clauses. Where a setting helps, they name it."""
+
+from typing import get_args
+
+from patarm_jax.types import Domain
+
+
+class Dropped(Exception):
+    """The reason why a row is left out."""
+
+
+_DOMAINS = ", ".join(get_args(Domain))
+
+UNKNOWN_DOMAIN = (
+    f"no domain that is known (of {_DOMAINS}): set data.domain for all rows that say none, or give a word one of "
+    "them, such as data.domains.stem math, or a source, under data.source_domains"
+)
+DROPPED_SOURCE = "source in data.drop_sources"
+EMPTY_PROMPT = "empty prompt"
+NO_PROMPT = (
+    "no prompt: it has no column of its own (see data.columns), and nothing in the texts says for certain where it "
+    "ends and the responses begin"
+)
+NOT_USERS_TURN = "prompt that does not end with a user's turn"
+EMPTY_RESPONSE = "empty response"
+IDENTICAL = "identical responses, white space apart"
+UNEQUAL_PREFIXES = "dialogues that differ before their last message"
+OTHER_PROMPT = "dialogue that does not continue its prompt"
+NOT_ONE_MESSAGE = "response that is not exactly one assistant message"
+TEXT_AND_MESSAGES = "a response in text beside a dialogue in messages, and no prompt"
+NOT_UNICODE = "text that is not valid Unicode"
+BAD_JUDGEMENT = "judgement that is out of form"
+NO_JUDGEMENT = "no judgement of each side"
