@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "patarm_jax"
 # From the ground up. Modules on one floor do not import each other, save within one room.
 FLOORS = [
     ["types"],
-    ["config"],
+    ["config", "files"],
     ["judge", "reward", "model"],
     ["data", "train", "rollout.sampler"],
     ["rollout"],
@@ -44,7 +44,7 @@ ONE_HOME = {
     "datasets": "data.rows",
     "grain": "data.pipeline",
     "orbax": "train.checkpoint",
-    "safetensors": "model.weights",
+    "safetensors": "model.weight_files",
     "flax": "model.qwen3",
     "tyro": "config",
 }

@@ -262,7 +262,7 @@ def test_heldout_pairs_are_judged_alike_by_any_mesh(world, recipe):
     """By training's weights, on one device and on eight, as the stream that judges files does it."""
     cls = {"sft": SFTConfig, "grpo": GRPOConfig}[recipe]
     config = load(cls, config_file(world, f"heldout-{recipe}", recipe))
-    model = open_model(config.model.path)
+    model = open_model(config.model)
     texts = []
     for mesh in (ALONE, make_mesh(MeshSection(**CUBE))):
         heldout = open_heldout(config, model, mesh)
@@ -288,7 +288,7 @@ def test_held_out_pairs_are_of_their_own_split(world):
         config, data=replace(config.data, path=str(folder)), heldout=replace(config.heldout, path=str(folder), limit=0)
     )
     assert len(read_preferences(config.data)[0]) == 6
-    assert len(open_heldout(config, open_model(config.model.path), ALONE).records) == 2
+    assert len(open_heldout(config, open_model(config.model), ALONE).records) == 2
 
 
 def test_export_of_a_checkpoint_equals_the_export_of_the_run(world):

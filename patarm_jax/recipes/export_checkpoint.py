@@ -19,7 +19,7 @@ def main(checkpoint: Path, out: Path) -> None:
     """Writes `out` from the newest checkpoint of a run folder, or from RUN/checkpoints/STEP."""
     folder, step = _run_and_step(checkpoint.expanduser())
     config = _config(folder / "config.yaml")
-    model = open_model(config.model.path)
+    model = open_model(config.model)
     mesh = make_mesh(MeshSection())
     checkpoints = open_checkpoints(folder / CHECKPOINTS, config.run.keep_checkpoints, fingerprint={})
     step = checkpoints.latest() if step is None else step

@@ -65,7 +65,7 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     check_batch(mesh, config.pairs_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}")
 
     # ------------------------------------------------------------------------------------------------ model and data
-    model = open_model(config.model.path)
+    model = open_model(config.model)
     ref_section, reference = _open_reference(config, model)
     preferences, read = read_preferences(config.data)
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
@@ -220,7 +220,7 @@ def _open_reference(config: GRPOConfig, model: Model) -> tuple[ModelSection, Mod
     if not config.policy.reference or not config.policy.kl_coef:
         return config.model, model
     section = replace(config.model, path=config.policy.reference, weights="load")
-    reference = open_model(section.path)
+    reference = open_model(section)
     if reference.config != model.config or reference.tokenizer.control_tokens != model.tokenizer.control_tokens:
         raise UserError(
             f"policy.reference {section.path} is another network than model.path {model.folder}, or has other tokens. "

@@ -48,7 +48,7 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
     check_batch(mesh, 2 * config.pairs_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}")
 
     # ------------------------------------------------------------------------------------------------ model and data
-    model = open_model(config.model.path)
+    model = open_model(config.model)
     preferences, read = read_judged_preferences(config.data)
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
     say(f"{config.data.path}: {read}. Encoded: {encoded}.")
