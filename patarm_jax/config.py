@@ -100,6 +100,9 @@ class RunSection:
     steps: int = 0  # so many steps instead of whole epochs; 0: `epochs`
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    # What resuming and export do where a file of the newest checkpoint is cut or missing: stop, or take the checkpoint
+    # before it and put the damaged one aside.
+    on_damaged: Literal["stop", "previous"] = "stop"
     show_every: int = 10  # print a sample of judgements every so many steps; 0: never
     tensorboard: bool = True
     wandb_project: str = ""  # needs the wandb extra; empty: not used

@@ -144,8 +144,8 @@ def no_weights(stored: Stored) -> UserError:
     """What is said of a folder without weights that are read here."""
     left = _left_over(stored.folder, set())
     return UserError(
-        f"{stored.folder} holds neither {SINGLE} nor {INDEX}{f', but {_few(left)}' if left else ''}. Give a folder with "
-        "safetensors weights; shards need the index that was written with them."
+        f"{stored.folder} holds neither {SINGLE} nor {INDEX}{f', but {_few(left)}' if left else ''}. Give a folder "
+        "with safetensors weights; shards need the index that was written with them."
     )
 
 

@@ -178,7 +178,8 @@ def begin_or_resume(
     folder = open_folder(config.run)
     keep = config.run.keep_checkpoints
     best = f"eval/{config.heldout.best}" if config.heldout.path else ""
-    checkpoints = open_checkpoints(folder / CHECKPOINTS, keep, fingerprint(config, model, records), best)
+    whose = fingerprint(config, model, records)
+    checkpoints = open_checkpoints(folder / CHECKPOINTS, keep, whose, best, config.run.on_damaged, say)
     done = 0
     if checkpoints.latest() is None:
         state = new_state(config.model, model, mesh, config.run.seed, optimizer)
