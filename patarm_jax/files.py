@@ -20,12 +20,39 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from patarm_jax.types import UserError
+from patarm_jax.types import UsageError, UserError
 
 _OURS = re.compile(r"\..*\.patarm-[0-9a-f]{8}", re.DOTALL)
 _NAMED = 50  # letters of the name of what is written that its temporary name repeats; file systems allow 255 bytes
 _PROBE = b"\0" * 4096  # a full disk takes an empty file, but no byte
 _NOTHING = {"lost+found"}  # stands in every new file system
+
+
+# What only looks like a path: a first part that ends in a colon, as in gs://bucket/x, or file:/x.
+_ADDRESS = re.compile(r"\s*([^/]*):/(?=/)|(file):/")
+
+
+def refuse_address(text: str, setting: str) -> None:
+    """Refuses an address where a place on this machine's disks is meant, before `Path` makes a folder name of it.
+
+    >>> refuse_address("runs/a:b", "run.folder")
+    >>> refuse_address("file:///runs", "run.folder")
+    Traceback (most recent call last):
+      ...
+    patarm_jax.types.UsageError: run.folder is file:///runs, an address; a path is wanted. Leave out file://.
+    """
+    if not (found := _ADDRESS.match(text)):
+        return
+    scheme = (found[1] or found[2] or "").lower()
+    if scheme == "file":
+        remedy = "Leave out file://"
+    elif scheme in ("http", "https"):
+        remedy = "Download it and give the path; for data on the Hugging Face Hub, the id (owner/name) will do"
+    elif scheme == "hf":
+        remedy = "Download it and give the folder; for data, the id on the Hub (owner/name) will do"
+    else:
+        remedy = "Mount the bucket as a folder (with gcsfuse, s3fs or the like) and give that folder"
+    raise UsageError(f"{setting} is {text.strip()}, an address; a path is wanted. {remedy}.")
 
 
 # ------------------------------------------------------------------------------------------------- what is in the way

@@ -249,7 +249,8 @@ def test_judge_scores_a_file_and_goes_on_where_it_stopped(world, started, capsys
 
     # Another batch size draws the same; a first half that is there already is kept.
     process = started(*command, "--output", parted, "--sampling.rows", "2")
-    process.until(lambda: any(len(part.read_text().splitlines()) > 2 for part in world.glob("parted.jsonl.partial")))
+    answers = world / ".parted.jsonl.patarm-answers"
+    process.until(lambda: answers.exists() and len(answers.read_text().splitlines()) > 2)
     process.process.send_signal(signal.SIGTERM)
     assert "of 24 questions; the same command goes on" in process.end(1)
     assert not parted.exists()

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from patarm_jax.config import GRPOConfig, MeshSection, SFTConfig, load, read_yaml
+from patarm_jax.files import check_writable, is_occupied, occupied_error
 from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.recipes.export import ModelCardFacts, write_export
@@ -18,6 +19,10 @@ from patarm_jax.types import UserError
 
 def main(checkpoint: Path, out: Path) -> None:
     """Writes `out` from the newest checkpoint of a run folder, or from RUN/checkpoints/STEP."""
+    out = out.expanduser()
+    if is_occupied(out):
+        raise occupied_error(out)
+    check_writable(out, folder=True)
     folder, step = _run_and_step(checkpoint.expanduser())
     config = _config(folder / "config.yaml")
     if not (steps := steps_in(folder / CHECKPOINTS)) or step not in (None, *steps):
@@ -37,7 +42,7 @@ def _run_and_step(path: Path) -> tuple[Path, int | None]:
     if path.parent.name == CHECKPOINTS and path.name.isdigit():
         return path.parent.parent, int(path.name)
     if not (path / "config.yaml").is_file():
-        raise UserError(f"{path} is no run and no checkpoint of one. Give RUN or RUN/{CHECKPOINTS}/STEP.")
+        raise UserError(f"{path} is neither a run nor a checkpoint of one. Give RUN or RUN/{CHECKPOINTS}/STEP.")
     return path, None
 
 

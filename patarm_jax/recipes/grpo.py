@@ -36,6 +36,7 @@ from patarm_jax.recipes.run import (
     ROLLOUTS,
     begin_or_resume,
     check_batch,
+    check_folder,
     compile_ahead,
     finish,
     number_of_steps,
@@ -60,6 +61,8 @@ from patarm_jax.types import GRPOBatch, UserError
 
 def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     """Trains until done and exports; False when it was asked to stop before."""
+    if not dry_run:
+        check_folder(config.run)
     start_processes(config.mesh)
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.pairs_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}")

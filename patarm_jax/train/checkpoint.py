@@ -156,7 +156,7 @@ class Checkpoints:
 
     def _restored(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         said = self._read(step, **{DATA: ocp.args.JsonRestore(), FINGERPRINT: ocp.args.JsonRestore()})
-        _refuse_another_run(self.folder / str(step), expected=self.fingerprint, got=said[FINGERPRINT])
+        refuse_another_run(str(self.folder / str(step)), expected=self.fingerprint, got=said[FINGERPRINT])
         return self._read(step, **{STATE: ocp.args.StandardRestore(abstract_state)})[STATE], said[DATA]
 
     def _refusal(self, step: int, damage: Damage, remedy: str) -> UserError:
@@ -325,14 +325,16 @@ def _silence_coroutines() -> None:
     sys.unraisablehook = complain
 
 
-def _refuse_another_run(where: Path, expected: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+def refuse_another_run(
+    where: str, expected: Mapping[str, Any], got: Mapping[str, Any], what: str = "is a checkpoint of another run"
+) -> None:
+    """Refuses what another run has written, naming the first setting that differs."""
     stored = _flat(got)
     for key, value in _flat(expected).items():
         if key not in stored or stored[key] != value:
             was = f"is {stored[key]!r}" if key in stored else "is absent"
             raise UserError(
-                f"{where} is a checkpoint of another run: {key} {was} there and {value!r} here. "
-                "Set it as it was, or give another run folder."
+                f"{where} {what}: {key} {was} there and {value!r} here. Set it as it was, or give another run folder."
             )
 
 
