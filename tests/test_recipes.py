@@ -187,7 +187,7 @@ def test_a_run_folder_holds_what_it_should(world):
     assert main(["grpo", str(config), "--mesh.fsdp", "4", "--mesh.data", "2", "--pairs_per_step", "8"]) == 0
     folder = world / "inside"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "rollouts", "checkpoints", "export", "tensorboard",
+        ".patarm_run.json", "config.yaml", "metrics.jsonl", "rollouts", "checkpoints", "export", "tensorboard",
     }  # fmt: skip
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
     assert (resolved["mesh"]["data"], resolved["mesh"]["fsdp"], resolved["mesh"]["tensor"]) == (2, 4, 1)

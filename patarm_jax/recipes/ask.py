@@ -57,7 +57,7 @@ class Local:
         """What a draw depends on beside the question."""
         random, sampling = self.section.weights == "random", self.sampling
         return {
-            "weights": f"random, seed {self.seed}" if random else _digest(self.model),
+            "weights": f"{f'random, seed {self.seed}, ' if random else ''}{_digest(self.model)}",
             "dtype": self.section.dtype,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
