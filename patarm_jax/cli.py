@@ -13,6 +13,7 @@ import jax
 
 from patarm_jax import __version__
 from patarm_jax.config import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, SFTConfig, load, override
+from patarm_jax.files import refuse_address
 from patarm_jax.types import Benchmark, JudgeKind, UsageError, UserError
 
 _BENCHMARKS, _JUDGES = get_args(Benchmark), get_args(JudgeKind)
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = _verb(
         verbs, "demo", _demo, "everything end to end in minutes, no downloads", ["patarm demo --out runs/demo"]
     )
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder it writes (default: %(default)s)")
+    demo.add_argument("--out", type=_path, default=Path("runs/demo"), help="folder it writes (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of data, weights and sampling (default: %(default)s)")
     demo.add_argument("--short", action="store_true", help="a few steps of everything: minutes become seconds")
 
@@ -82,15 +83,19 @@ def _parser() -> argparse.ArgumentParser:
             f"patarm {name} configs/qwen3_8b_{name}.yaml --dry-run",
         ]
         train = _verb(verbs, name, _train, what, examples)
-        train.add_argument("config", type=Path, metavar="CONFIG.yaml")
+        train.add_argument("config", type=_path, metavar="CONFIG.yaml")
         train.add_argument("--dry-run", action="store_true", help="show config, batch and memory, train nothing")
         train.epilog = f"{train.epilog}\n\nany setting of the config can follow as --section.key value"
 
     examples = ["patarm judge runs/demo/grpo --input pairs.jsonl --output scores.jsonl --votes 8"]
     judge = _verb(verbs, "judge", _judge, "score the pairs of a file", examples)
-    judge.add_argument("model", metavar="MODEL", help="a Hugging Face folder, or the folder of a finished run")
-    judge.add_argument("--input", required=True, help="pairs: .jsonl, .json, .parquet, a folder of them, or a Hub id")
-    judge.add_argument("--output", required=True, help="scores, one JSON line per pair")
+    judge.add_argument(
+        "model", type=_place, metavar="MODEL", help="a Hugging Face folder, or the folder of a finished run"
+    )
+    judge.add_argument(
+        "--input", type=_place, required=True, help="pairs: .jsonl, .json, .parquet, a folder of them, or a Hub id"
+    )
+    judge.add_argument("--output", type=_place, required=True, help="scores, one JSON line per pair")
     judge.add_argument("--votes", type=int, default=1, help="judgements of each response (default: %(default)s)")
     judge.epilog = f"{judge.epilog}\n\nfurther settings follow as --sampling.temperature, --data.domain, …"
 
@@ -105,9 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     ]
     evaluate = _verb(verbs, "eval", _eval, "evaluate a judge on a benchmark", examples)
     evaluate.add_argument("benchmark", metavar="BENCHMARK", help=", ".join(_BENCHMARKS))
-    evaluate.add_argument("--model", default="", help="a Hugging Face folder, or the folder of a finished run")
-    evaluate.add_argument("--data", default="", help="the official files, a Hub id; default: the official Hub id")
-    evaluate.add_argument("--output", default="", help="folder that is written")
+    evaluate.add_argument(
+        "--model", type=_place, default="", help="a Hugging Face folder, or the folder of a finished run"
+    )
+    evaluate.add_argument(
+        "--data", type=_place, default="", help="the official files, a Hub id; default: the official Hub id"
+    )
+    evaluate.add_argument("--output", type=_place, default="", help="folder that is written")
     evaluate.add_argument(
         "--judge", choices=_JUDGES, default="pointwise", help="how it is asked (default: %(default)s)"
     )
@@ -116,14 +125,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--seed", type=int, default=0, help="of sampling, votes drawn and p-values (default: %(default)s)"
     )
-    evaluate.add_argument("--against", default="", help="folder of another judge's evaluation, to compare with")
+    evaluate.add_argument(
+        "--against", type=_place, default="", help="folder of another judge's evaluation, to compare with"
+    )
     evaluate.add_argument("--dry-run", action="store_true", help="say what it will cost, ask nothing")
     evaluate.epilog = f"{evaluate.epilog}\n\nfurther settings follow as --name, --sampling.temperature, --mesh.fsdp, …"
 
     examples = ["patarm report runs/grpo", "patarm report runs/grpo --out report.html --megabytes 100"]
     report = _verb(verbs, "report", _report, "a run's curves and rollouts as one page", examples)
-    report.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run, finished or not")
-    report.add_argument("--out", type=Path, help="the file that is written (default: RUN/report.html)")
+    report.add_argument("folder", type=_path, metavar="RUN", help="the folder of a run, finished or not")
+    report.add_argument("--out", type=_path, help="the file that is written (default: RUN/report.html)")
     report.add_argument("--megabytes", type=int, default=25, help="of rollouts it may hold (default: %(default)s)")
 
     examples = [
@@ -135,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = _verb(verbs, "bench", _bench, "measure speed and memory", examples)
     bench.usage = "patarm bench [TASK …] [--quick] [--json FILE] [--setting value …]"
     bench.add_argument("--quick", action="store_true", help="compare with plain implementations, in two minutes")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    bench.add_argument("--json", type=_path, metavar="FILE", help="write the numbers there too")
     bench.epilog = (
         "tasks: sft, sample, logprobs, grpo, attention, load, compile; all when none is named\n\n"
         f"{bench.epilog}\n\nfurther settings follow as --model, --rows, --prompt, --group, …"
@@ -143,8 +154,8 @@ def _parser() -> argparse.ArgumentParser:
 
     examples = ["patarm export runs/grpo judge-8b", "patarm export runs/grpo/checkpoints/400 judge-8b"]
     export = _verb(verbs, "export", _export, "a checkpoint as a Hugging Face folder", examples)
-    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run folder, or one of its checkpoints")
-    export.add_argument("out", type=Path, metavar="OUT", help="folder that is written; must not exist")
+    export.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="a run folder, or one of its checkpoints")
+    export.add_argument("out", type=_path, metavar="OUT", help="folder that is written; must not exist")
     return parser
 
 
@@ -166,6 +177,19 @@ def _verb(
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def _place(text: str) -> str:
+    """A file or folder on this machine; argparse names the argument in what is said."""
+    try:
+        refuse_address(text, "it")
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_place(text))
 
 
 def _demo(options: argparse.Namespace, rest: list[str]) -> int:

@@ -11,22 +11,35 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 import msgspec
 import yaml
 
+from patarm_jax.files import refuse_address
 from patarm_jax.flags import merged, nearest, settings_of
 from patarm_jax.types import Benchmark, JudgeKind, OpensThinking, RubricMode, UsageError, UserError
 
 Config = TypeVar("Config")
+PLACE = {"place": True}  # metadata of a field that names a file or folder on this machine
+
+
+class _Checked:
+    """What is checked of every section, wherever it comes from."""
+
+    def __post_init__(self) -> None:
+        kind = type(self).__name__
+        section = kind.removesuffix("Section").lower() + "." if kind.endswith("Section") else ""
+        for each in dataclasses.fields(cast(Any, self)):
+            if each.metadata.get("place"):
+                refuse_address(str(getattr(self, each.name)), section + each.name)
 
 
 @dataclass(frozen=True)
-class ModelSection:
+class ModelSection(_Checked):
     """Where the weights come from and in what precision they compute."""
 
-    path: str = ""  # a Hugging Face folder, or the folder of a finished run
+    path: str = field(default="", metadata=PLACE)  # a Hugging Face folder, or the folder of a finished run
     weights: Literal["load", "random"] = "load"  # random: only config.json and the tokenizer are read from path
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; the trained master copy is float32
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes: nothing, all but matmuls, all
@@ -36,7 +49,7 @@ class ModelSection:
 
 
 @dataclass(frozen=True)
-class MeshSection:
+class MeshSection(_Checked):
     """How many devices stand along each mesh axis; one of them may be -1, "all that are left"."""
 
     data: int = 1
@@ -52,7 +65,7 @@ class MeshSection:
 
 
 @dataclass(frozen=True)
-class OptimizerSection:
+class OptimizerSection(_Checked):
     """AdamW with warm-up, decay and clipping by the global norm."""
 
     learning_rate: float = 1e-6
@@ -67,12 +80,12 @@ class OptimizerSection:
 
 
 @dataclass(frozen=True)
-class DataSection:
+class DataSection(_Checked):
     """Which preferences are read, and how their columns are called."""
 
     # A .jsonl, .json, .csv or .tsv file (each also packed as .gz or .zst), a .parquet or .arrow file, a folder of them,
     # a folder that datasets wrote with save_to_disk, or a Hub id.
-    path: str = ""
+    path: str = field(default="", metadata=PLACE)
     # Of a Hub id, and of a folder whose files or folders are named by their splits, as the Hub has it: train, training;
     # validation, valid, dev, val; test, testing, eval, evaluation.
     split: str = "train"
@@ -94,22 +107,25 @@ class DataSection:
 
 
 @dataclass(frozen=True)
-class RunSection:
+class RunSection(_Checked):
     """The run folder and what is written into it when."""
 
-    folder: str = ""
+    folder: str = field(default="", metadata=PLACE)
     seed: int = 0
     epochs: int = 1
     steps: int = 0  # so many steps instead of whole epochs; 0: `epochs`
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    # What resuming and export do where a file of the newest checkpoint is cut or missing: stop, or take the checkpoint
+    # before it and put the damaged one aside.
+    on_damaged: Literal["stop", "previous"] = "stop"
     show_every: int = 10  # print a sample of judgements every so many steps; 0: never
     tensorboard: bool = True
     wandb_project: str = ""  # needs the wandb extra; empty: not used
 
 
 @dataclass(frozen=True)
-class SamplingSection:
+class SamplingSection(_Checked):
     """How judgements are drawn."""
 
     temperature: float = 1.0  # 0: greedy
@@ -123,7 +139,7 @@ class SamplingSection:
 
 
 @dataclass(frozen=True)
-class RewardSection:
+class RewardSection(_Checked):
     """Preference-Aware Reward and how rewards become advantages."""
 
     margin: Literal["graded", "constant"] = "graded"
@@ -132,22 +148,23 @@ class RewardSection:
 
 
 @dataclass(frozen=True)
-class PolicySection:
+class PolicySection(_Checked):
     """The policy update of GRPO."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_coef: float = 0.001  # 0: no reference is loaded
-    reference: str = ""  # a model folder; empty: model.path
+    reference: str = field(default="", metadata=PLACE)  # a model folder; empty: model.path
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
     updates_per_rollout: int = 1
 
 
 @dataclass(frozen=True)
-class HeldoutSection:
+class HeldoutSection(_Checked):
     """Pairs that are judged now and then while the run trains, and never learnt from."""
 
-    path: str = ""  # as data.path, whose other settings hold here too; empty: nothing is held out
+    # As data.path, whose other settings hold here too; empty: nothing is held out.
+    path: str = field(default="", metadata=PLACE)
     split: str = "test"  # as data.split; of train.jsonl and eval.jsonl, the latter
     eval_every: int = 50  # steps; the last step is evaluated too
     votes: int = 1  # judgements of each response
@@ -158,7 +175,7 @@ class HeldoutSection:
 
 
 @dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(_Checked):
     """`patarm sft`: supervised fine-tuning on judgements."""
 
     recipe: Literal["sft"] = "sft"
@@ -175,7 +192,7 @@ class SFTConfig:
 
 
 @dataclass(frozen=True)
-class GRPOConfig:
+class GRPOConfig(_Checked):
     """`patarm grpo`: reinforcement learning on preference pairs."""
 
     recipe: Literal["grpo"] = "grpo"
@@ -195,7 +212,7 @@ class GRPOConfig:
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
+class JudgeConfig(_Checked):
     """`patarm judge`: the knobs of scoring the pairs of a file; MODEL, --input and --output come beside them."""
 
     model: ModelSection = field(default_factory=ModelSection)
@@ -203,13 +220,13 @@ class JudgeConfig:
     data: DataSection = field(default_factory=DataSection)
     sampling: SamplingSection = field(default_factory=lambda: SamplingSection(rows=256))
     rubrics: RubricMode = "adaptive"
-    output: str = ""
+    output: str = field(default="", metadata=PLACE)
     votes: int = 1  # judgements of each response; their mean is the score
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class EndpointSection:
+class EndpointSection(_Checked):
     """An OpenAI-compatible server, such as vLLM's or SGLang's, that judges instead of a model here."""
 
     url: str = ""  # http://host:8000/v1; empty: the model judges here
@@ -227,7 +244,7 @@ class EndpointSection:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(_Checked):
     """`patarm eval`: the knobs of an evaluation; BENCHMARK, --model, --data and --output come beside them."""
 
     benchmark: Benchmark = "rewardbench"
@@ -238,16 +255,17 @@ class EvalConfig:
     data: DataSection = field(default_factory=lambda: DataSection(split="", max_prompt_tokens=16384))
     sampling: SamplingSection = field(default_factory=lambda: SamplingSection(rows=256))
     rubrics: RubricMode = "adaptive"
-    output: str = ""
+    output: str = field(default="", metadata=PLACE)
     name: str = ""  # of the judge, such as org/judge-8b, in results; empty: its folder's, or as the server calls it
     votes: int = 1  # answers to each question
     limit: int = 0  # about so many items, spread over the subsets; 0: all
     seed: int = 0
-    against: str = ""  # the folder of another evaluation of the same items, to compare with
+    # The folder of another evaluation of the same items, to compare with.
+    against: str = field(default="", metadata=PLACE)
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(_Checked):
     """`patarm bench`: what is measured, on random weights and made-up tokens."""
 
     model: Literal["tiny", "small", "0.6b", "1.7b", "4b", "8b", "14b"] = "tiny"

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "patarm_jax"
 # From the ground up. Modules on one floor do not import each other, save within one room.
 FLOORS = [
     ["types"],
-    ["flags"],
+    ["files", "flags"],
     ["config"],
     ["judge", "reward", "model"],
     ["data", "train", "rollout.sampler"],
@@ -47,7 +47,7 @@ ONE_HOME = {
     "datasets": "data.rows",
     "grain": "data.pipeline",
     "orbax": "train.checkpoint",
-    "safetensors": "model.weights",
+    "safetensors": "model.weight_files",
     "flax": "model.qwen3",
 }
 

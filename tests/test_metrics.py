@@ -89,7 +89,7 @@ def test_a_killed_run_loses_no_line(tmp_path):
 def test_a_full_disk_is_one_sentence(tmp_path):
     writer = open_metrics(tmp_path, 0, tensorboard=False, wandb_project="", config={})
     with open("/dev/full", "ab", buffering=0) as full:
-        with pytest.raises(UserError, match=r"cannot write /dev/full: No space left on device\. Free some space"):
+        with pytest.raises(UserError, match=r"cannot write /dev/full: No space left on device; .*\. Free some space"):
             metrics.MetricsWriter(full, None, None).write(1, {"loss": 1.0})
     writer.close()
 
@@ -232,7 +232,7 @@ def test_rollouts_on_a_full_disk_leave_nothing_and_keep_what_was_there(small_dis
     kept = write_rollouts(small_disk, 1, ROWS)
     noise = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9000, 4_000_000)))
     with pytest.raises(
-        UserError, match=r"cannot write .*step_000002.parquet: No space left on device\. Free some space"
+        UserError, match=r"cannot write .*step_000002.parquet: No space left on device; .*\. Free some space"
     ):
         write_rollouts(small_disk, 2, [RolloutRow("p", "chosen", noise, Status.OK, 1.0, 1.0, 1.0)])
     assert list(small_disk.iterdir()) == [kept]

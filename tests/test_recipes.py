@@ -189,7 +189,7 @@ def test_a_run_folder_holds_what_it_should(world):
     assert main(["grpo", str(config), "--mesh.fsdp", "4", "--mesh.data", "2", "--pairs_per_step", "8"]) == 0
     folder = world / "inside"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "rollouts", "checkpoints", "export", "tensorboard",
+        ".patarm_run.json", "config.yaml", "metrics.jsonl", "rollouts", "checkpoints", "export", "tensorboard",
     }  # fmt: skip
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
     assert (resolved["mesh"]["data"], resolved["mesh"]["fsdp"], resolved["mesh"]["tensor"]) == (2, 4, 1)
@@ -251,7 +251,8 @@ def test_judge_scores_a_file_and_goes_on_where_it_stopped(world, started, capsys
 
     # Another batch size draws the same; a first half that is there already is kept.
     process = started(*command, "--output", parted, "--sampling.rows", "2")
-    process.until(lambda: any(len(part.read_text().splitlines()) > 2 for part in world.glob("parted.jsonl.partial")))
+    answers = world / ".parted.jsonl.patarm-answers"
+    process.until(lambda: answers.exists() and len(answers.read_text().splitlines()) > 2)
     process.process.send_signal(signal.SIGTERM)
     assert "of 24 questions; the same command goes on" in process.end(1)
     assert not parted.exists()
@@ -264,7 +265,7 @@ def test_heldout_pairs_are_judged_alike_by_any_mesh(world, recipe):
     """By training's weights, on one device and on eight, as the stream that judges files does it."""
     cls = {"sft": SFTConfig, "grpo": GRPOConfig}[recipe]
     config = load(cls, config_file(world, f"heldout-{recipe}", recipe))
-    model = open_model(config.model.path)
+    model = open_model(config.model)
     texts = []
     for mesh in (ALONE, make_mesh(MeshSection(**CUBE))):
         heldout = open_heldout(config, model, mesh, read_preferences(config.data)[0])
@@ -291,7 +292,7 @@ def test_held_out_pairs_are_of_their_own_split(world):
     )
     training, _ = read_preferences(config.data)
     assert [one.id for one in training] == [f"pair-{number}" for number in range(6)]
-    heldout = open_heldout(config, open_model(config.model.path), ALONE, training)
+    heldout = open_heldout(config, open_model(config.model), ALONE, training)
     assert [record.preference.id for record in heldout.records] == ["pair-6", "pair-7"]
 
 
@@ -314,7 +315,7 @@ def test_held_out_pairs_that_are_trained_on_are_refused(world, recipe, dry, caps
 
 def test_prompts_that_are_trained_on_are_counted(world, capsys):
     config = load(GRPOConfig, config_file(world, "same-prompts", "grpo"))
-    open_heldout(config, open_model(config.model.path), ALONE, read_preferences(config.data)[0])
+    open_heldout(config, open_model(config.model), ALONE, read_preferences(config.data)[0])
     said = " ".join(capsys.readouterr().err.split())
     assert "kept 12 of 12; dropped none; 12 of these pairs have a prompt that training has with other responses" in said
 

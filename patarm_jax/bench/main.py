@@ -18,6 +18,7 @@ from patarm_jax.bench.measure import Limits, device_peak, host_peak, limits
 from patarm_jax.bench.quick import ratios
 from patarm_jax.bench.tasks import TASKS, Result, open_bench
 from patarm_jax.config import BenchConfig
+from patarm_jax.files import check_writable, write_json, writing
 from patarm_jax.recipes.run import check_batch
 from patarm_jax.types import UsageError, UserError
 
@@ -28,6 +29,8 @@ def main(tasks: Sequence[str], config: BenchConfig, output: Path | None = None) 
         raise UsageError(f"there is no task {unknown[0]}. The tasks are {', '.join(TASKS)}.")
     if config.responses % 2:
         raise UsageError(f"responses is {config.responses}; allowed is an even number: they are compared in pairs.")
+    about = {"config": dataclasses.asdict(config), "tasks": list(tasks or TASKS)}
+    _check(output, about)
     bench = open_bench(config)
     check_batch(bench.mesh, config.rows, config.micro_batches, f"rows {config.rows}")
     check_batch(bench.mesh, config.responses // 2, config.micro_batches, f"responses {config.responses}, in pairs,")
@@ -37,18 +40,20 @@ def main(tasks: Sequence[str], config: BenchConfig, output: Path | None = None) 
         print(f"{task} …", file=sys.stderr, flush=True)
         rows.append(_row(TASKS[task](bench), most))
     _show(rows, most, config)
-    _write(output, {"config": dataclasses.asdict(config), "limits": dataclasses.asdict(most), "results": rows})
+    _write(output, about | {"limits": dataclasses.asdict(most), "results": rows})
 
 
 def quick(config: BenchConfig, output: Path | None = None) -> bool:
     """Prints how our ways compare with the plain ones; False when one fell below its floor."""
+    about = {"config": dataclasses.asdict(config), "tasks": ["quick"]}
+    _check(output, about)
     found = ratios(config)
     table = Table("", "plain, ms", "ours, ms", "times faster", "floor", title="ours against the plain way", box=None)
     for each in found:
         values = (f"{1000 * each.plain:,.1f}", f"{1000 * each.ours:,.1f}", f"{each.value:.2f}", f"{each.floor:.1f}")
         table.add_row(each.name, *values, style="" if each.value >= each.floor else "bold red")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    _write(output, {"ratios": [dataclasses.asdict(each) | {"times_faster": each.value} for each in found]})
+    _write(output, about | {"ratios": [dataclasses.asdict(each) | {"times_faster": each.value} for each in found]})
     return all(each.value >= each.floor for each in found)
 
 
@@ -96,6 +101,21 @@ def _show(rows: list[dict[str, Any]], most: Limits, config: BenchConfig) -> None
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
+def _check(output: Path | None, about: dict[str, Any]) -> None:
+    """Refuses an output that cannot be written, or that holds anything but an earlier run of the same bench."""
+    if output is None:
+        return
+    check_writable(output, folder=False)
+    if output.is_file() and output.stat().st_size:
+        try:
+            before = json.loads(output.read_text(encoding="utf-8"))
+            same = {name: before[name] for name in about} == json.loads(json.dumps(about))
+        except (OSError, ValueError, LookupError, TypeError):
+            same = False
+        if not same:
+            raise UserError(f"{output} is there and is not of this bench with these settings. Name another file.")
+
+
 def _write(output: Path | None, content: dict[str, Any]) -> None:
     if output is None:
         return
@@ -106,7 +126,5 @@ def _write(output: Path | None, content: dict[str, Any]) -> None:
         "devices": [device.device_kind for device in jax.devices()],
         "machine": platform.machine(),
     }
-    try:
-        output.write_text(json.dumps(about | content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}. Name another file.") from error
+    with writing(output):
+        write_json(output, about | content)

@@ -22,6 +22,7 @@ from patarm_jax.demo.settings import Sizes, demo_configs, judge_config
 from patarm_jax.demo.tokenizer import write_untrained_model
 from patarm_jax.demo.world import deal_to_other_prompts, make_world, teacher_judgement, write_pairs
 from patarm_jax.evaluate.accuracy import Accuracy
+from patarm_jax.files import check_writable
 from patarm_jax.recipes import grpo, judge_file, sft
 from patarm_jax.types import CHOSEN, REJECTED, UserError
 
@@ -83,6 +84,7 @@ def make_data(out: Path, seed: int, sizes: Sizes) -> None:
 
 def _begin_anew(out: Path, seed: int, short: bool) -> None:
     """A finished demo is made anew; one of another seed or length is not overwritten, an unfinished one goes on."""
+    check_writable(out, folder=True)
     mark, wanted = out / "demo.json", json.dumps({"seed": seed, "short": short})
     if mark.is_file() and mark.read_text(encoding="utf-8") != wanted:
         raise UserError(f"{out} holds a demo with other arguments: {mark.read_text()}. Give another folder as --out.")

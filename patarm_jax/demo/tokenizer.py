@@ -13,6 +13,7 @@ import jax
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from patarm_jax.demo.settings import model_shape
+from patarm_jax.files import appearing_whole
 from patarm_jax.judge.prompts import pointwise
 from patarm_jax.judge.rubrics import PRIMARY
 from patarm_jax.model import weights
@@ -47,7 +48,7 @@ def write_untrained_model(folder: Path, pairs: Path, seed: int) -> None:
     tokenizer = train_tokenizer(text for row in rows for text in _texts(row))
     ids = tokenizer.get_vocab()
     shape = model_shape(len(ids))
-    with weights.appearing_whole(folder) as part:
+    with appearing_whole(folder) as part:
         weights.save(
             init_params(shape, jax.random.key(seed)),
             shape,

@@ -6,6 +6,7 @@ Every key of the file is either understood or refused by name: a silent default 
 import dataclasses
 import json
 import re
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import msgspec
 
 from patarm_jax.config import one_line
+from patarm_jax.model.config_keys import EMPTY, INERT, ONLY, REFUSED, ROPE
 from patarm_jax.types import UserError
 
 
@@ -38,30 +40,8 @@ class Qwen3Config:
 
 
 _ARCHITECTURES = {False: "Qwen3ForCausalLM", True: "Qwen3ForSequenceClassification"}  # by scalar_head
-# What a classifier's config says of its classes, of which there is one.
-_CLASSES = {"id2label", "label2id", "num_labels", "problem_type"}
-
-# Keys with one supported value. Anything else would be a different network.
-REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
-    "model_type": ("qwen3",),
-    "architectures": (*([name] for name in _ARCHITECTURES.values()), None),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "attention_dropout": (0, 0.0),
-    "use_sliding_window": (False,),
-    "sliding_window": (None,),
-    "rope_scaling": (None,),
-}
-# Keys that do not change the function computed here.
-INERT = {
-    "_name_or_path",
-    "dtype",
-    "max_window_layers",  # only read when use_sliding_window is true
-    "pad_token_id",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
+# What `from_hf` reads itself, beside the fields of `Qwen3Config`.
+_READ = {"model_type", "architectures", "rope_parameters", "rope_scaling", "layer_types"}
 
 
 def read_config(folder: Path) -> Qwen3Config:
@@ -89,26 +69,15 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
 
 
 def from_hf(raw: dict[str, Any], where: str) -> Qwen3Config:
-    """Our config from Hugging Face's keys, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`)."""
+    """Our config from Hugging Face's keys, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
+
+    Raises:
+        UserError: when a key is missing, not known, or says something that would make another network.
+    """
     known = {field.name for field in dataclasses.fields(Qwen3Config)} - {"scalar_head"}
-    scalar = raw.get("architectures") == [_ARCHITECTURES[True]]
-    allowed = (
-        known | INERT | (_CLASSES if scalar else set()) | REQUIRED_VALUES.keys() | {"rope_parameters", "layer_types"}
-    )
-    if unknown := sorted(raw.keys() - allowed):
-        raise UserError(f"{where}: keys that are not understood: {', '.join(unknown)}. Only dense Qwen3 models are.")
-    for key, supported in REQUIRED_VALUES.items():
-        if key in raw and raw[key] not in supported:
-            raise UserError(f"{where}: {key} is {raw[key]!r}; supported is {supported[0]!r}: only dense Qwen3 is.")
-    if "model_type" not in raw:
-        raise UserError(f"{where}: model_type is missing; supported is 'qwen3'. Only dense Qwen3 models are.")
-    layer_types = raw.get("layer_types") or []
-    if not isinstance(layer_types, list):
-        raise UserError(f"{where}: layer_types is {layer_types!r}; supported is a list of 'full_attention'.")
-    if any(kind != "full_attention" for kind in layer_types):
-        raise UserError(
-            f"{where}: layer_types holds {sorted(set(map(str, layer_types)))}; supported is 'full_attention'."
-        )
+    scalar = _refuse_another_architecture(raw, where)
+    _refuse_keys(raw, known, where)
+    _refuse_layers(raw, where)
     values: dict[str, Any] = {key: raw[key] for key in known if key in raw} | _rope_theta(raw, where)
     required = [f.name for f in dataclasses.fields(Qwen3Config) if f.default is dataclasses.MISSING]
     if missing := [key for key in [*required, "rope_theta"] if values.get(key) is None]:
@@ -156,18 +125,70 @@ def to_hf(config: Qwen3Config, dtype: str) -> dict[str, Any]:
     }
 
 
+def _refuse_another_architecture(raw: dict[str, Any], where: str) -> bool:
+    """Refuses all but the two heads of a dense Qwen3; says whether the head gives a score."""
+    if raw.get("model_type") != "qwen3":
+        got = f"is {raw['model_type']!r}" if "model_type" in raw else "is missing"
+        raise UserError(f"{where}: model_type {got}; supported is 'qwen3'. Only dense Qwen3 models are.")
+    named = raw.get("architectures")
+    if named not in (None, *([name] for name in _ARCHITECTURES.values())):
+        raise UserError(
+            f"{where}: architectures is {named!r}; supported is {[_ARCHITECTURES[False]]!r}: only dense Qwen3 is."
+        )
+    return bool(named == [_ARCHITECTURES[True]])
+
+
+def _refuse_keys(raw: dict[str, Any], known: set[str], where: str) -> None:
+    """Refuses what the tables of `config_keys` do not let pass."""
+    for key in sorted(REFUSED.keys() & raw.keys()):
+        if raw[key] not in EMPTY:
+            raise UserError(f"{where}: {key} is {reprlib.repr(raw[key])}; supported is none. {REFUSED[key]}.")
+    if unknown := sorted(raw.keys() - known - _READ - INERT.keys() - ONLY.keys() - REFUSED.keys()):
+        raise UserError(
+            f"{where}: keys that are not understood: {', '.join(unknown)}. Only dense Qwen3 models are. Where they "
+            "change nothing in what this model computes, remove them from the file."
+        )
+    for key, (supported, why) in ONLY.items():
+        if key in raw and raw[key] not in supported:
+            raise UserError(f"{where}: {key} is {raw[key]!r}; supported is {supported[0]!r}: {why}.")
+
+
+def _refuse_layers(raw: dict[str, Any], where: str) -> None:
+    layer_types = raw.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise UserError(f"{where}: layer_types is {layer_types!r}; supported is a list of 'full_attention'.")
+    if any(kind != "full_attention" for kind in layer_types):
+        raise UserError(
+            f"{where}: layer_types holds {sorted(set(map(str, layer_types)))}; supported is 'full_attention'."
+        )
+    if layer_types and len(layer_types) != raw.get("num_hidden_layers"):
+        raise UserError(
+            f"{where}: layer_types has {len(layer_types)} layers and num_hidden_layers is "
+            f"{raw.get('num_hidden_layers')!r}. Copy the file again from where the model came."
+        )
+
+
 def _rope_theta(raw: dict[str, Any], where: str) -> dict[str, float]:
-    """`rope_theta` from inside `rope_parameters`, where it does not contradict the one outside."""
-    rope = raw.get("rope_parameters")
-    if rope is None:
-        return {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{where}: rope_parameters is {rope!r}; supported is a mapping with rope_theta.")
-    if unknown := sorted(rope.keys() - {"rope_theta", "rope_type"}):
-        raise UserError(f"{where}: rope_parameters holds keys that are not understood: {', '.join(unknown)}.")
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"{where}: rope_parameters.rope_type is {rope['rope_type']!r}; supported is 'default'.")
-    theta, outside = rope.get("rope_theta"), raw.get("rope_theta")
-    if None not in (theta, outside) and theta != outside:
-        raise UserError(f"{where}: rope_theta is {outside!r} and, in rope_parameters, {theta!r}. Keep the true one.")
-    return {} if theta is None else {"rope_theta": theta}
+    """The one `rope_theta` that stands outside, in `rope_parameters` or in `rope_scaling`, and unscaled everywhere."""
+    found = {} if raw.get("rope_theta") is None else {"rope_theta": raw["rope_theta"]}
+    both = [raw.get(name) for name in ("rope_parameters", "rope_scaling")]
+    if all(both) and both[0] != both[1]:  # transformers forgets what rope_parameters says, the base included
+        raise UserError(f"{where}: rope_parameters is {both[0]!r} and rope_scaling {both[1]!r}. Keep the true one.")
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = raw.get(name)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise UserError(f"{where}: {name} is {rope!r}; supported is a mapping such as {{'rope_type': 'default'}}.")
+        # transformers reads no more than the names of these where the type is default.
+        if unknown := sorted(rope.keys() - ROPE.keys() - {"rope_theta", "original_max_position_embeddings"}):
+            raise UserError(f"{where}: {name} holds keys that are not understood: {', '.join(unknown)}.")
+        for key, (supported, why) in ROPE.items():
+            if key in rope and rope[key] not in supported:
+                raise UserError(f"{where}: {name}.{key} is {rope[key]!r}; supported is {supported[0]!r}: {why}.")
+        if rope.get("rope_theta") is not None:
+            found[f"{name}.rope_theta"] = rope["rope_theta"]
+    if any(theta != next(iter(found.values())) for theta in found.values()):
+        said = " and ".join(f"{name} is {theta!r}" for name, theta in found.items())
+        raise UserError(f"{where}: {said}. Keep the true one.")
+    return {"rope_theta": next(iter(found.values()))} if found else {}

@@ -19,16 +19,16 @@ from patarm_jax.evaluate.answers import Answer, Answers, Kind, Question, answer_
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.qwen3 import Params
 from patarm_jax.model.sharding import make_mesh
+from patarm_jax.model.weight_files import digest
 from patarm_jax.recipes.model import EXPORT, Model, load_params, open_model, rollout_rules
 from patarm_jax.recipes.process import say, stop_requests
 from patarm_jax.rollout.judging import Parse, judge, make_judge
 from patarm_jax.rollout.scalar import make_scorer, scores
 from patarm_jax.rollout.stream import Request
 from patarm_jax.train.metrics import progress
-from patarm_jax.types import UsageError, UserError
+from patarm_jax.types import UsageError
 
 AGAIN = (Kind.FAILED, Kind.TOO_LONG)  # what is too long for one limit may fit another
-_SAMPLED = 1 << 20  # bytes at each end of a file of weights that tell it from another
 # The ids of a question's votes lie this far apart, so that more votes leave those there are as they are; no two votes
 # share an id among up to a million questions.
 _VOTES_APART = 1 << 20
@@ -58,7 +58,7 @@ class Local:
         """What a draw depends on beside the question."""
         random, sampling = self.section.weights == "random", self.sampling
         return {
-            "weights": f"random, seed {self.seed}" if random else _digest(self.model),
+            "weights": f"{f'random, seed {self.seed}, ' if random else ''}{_digest(self.model)}",
             "dtype": self.section.dtype,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
@@ -91,9 +91,7 @@ def open_local(
         raise UsageError(
             "judging runs in one process. Set mesh.distributed to none, and give each process its own part of the data."
         )
-    return Local(
-        open_model(section.path, scalar), section, placement, make_mesh(placement), sampling, votes, seed, longest
-    )
+    return Local(open_model(section, scalar), section, placement, make_mesh(placement), sampling, votes, seed, longest)
 
 
 def encode_questions(local: Local, lacking: Sequence[tuple[Question, list[int]]]) -> list[Encoded]:
@@ -181,17 +179,9 @@ def load_weights(local: Local) -> Params:
 
 
 def _digest(model: Model) -> str:
-    """Tells a judge from others, wherever its folder is moved: network, tokenizer, and both ends of its weights."""
+    """Tells a judge from others, wherever its folder is moved: network, tokenizer, and the weights that are read."""
     tokenizer = model.tokenizer
-    digest = hashlib.sha256(repr((model.config, tokenizer.stop_ids, sorted(tokenizer.files.items()))).encode())
-    for file in sorted(model.folder.glob("*.safetensors")):
-        try:
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with file.open("rb") as stream:
-                digest.update(stream.read(_SAMPLED))
-                stream.seek(max(0, size - _SAMPLED))
-                digest.update(stream.read(_SAMPLED))
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}. See whether the model is there whole.") from error
-    return digest.hexdigest()[:16]
+    found = hashlib.sha256(repr((model.config, tokenizer.stop_ids, sorted(tokenizer.files.items()))).encode())
+    if model.stored:
+        found.update(digest(model.stored))
+    return found.hexdigest()[:16]

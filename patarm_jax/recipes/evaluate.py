@@ -31,6 +31,7 @@ from patarm_jax.evaluate.findings import Evaluation, find
 from patarm_jax.evaluate.judges import PARSERS, ask_about, judged, questions_of
 from patarm_jax.evaluate.scoring import plan
 from patarm_jax.evaluate.summary import show, verdict
+from patarm_jax.files import check_writable, write_text
 from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.recipes.ask import Local, ask_local, ask_scalar, encode_questions, open_local
 from patarm_jax.recipes.ask_endpoint import Remote, ask_endpoint, ask_name
@@ -43,6 +44,8 @@ ANSWERS = "answers.jsonl"
 def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     """Writes `config.output`; gives what was found, or None when it was asked to stop before the end."""
     folder = _output(config)
+    if not dry_run:
+        _refuse_foreign(folder)
     judge = _open_judge(config, folder, dry_run)
 
     # ------------------------------------------------------------------------------------------------------ questions
@@ -65,8 +68,9 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
 
     # ------------------------------------------------------------------------------------------------------------ ask
     with open_answers(folder / ANSWERS, _identity(config, judge)) as answers:
+        _refuse_other_data(folder, answers, questions_of(list(everything.values())))
         with writing(folder):
-            (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            write_text(folder / "config.yaml", to_yaml(config))
         if not _ask(judge, config.judge, answers, questions):
             return None
 
@@ -126,6 +130,31 @@ def _output(config: EvalConfig) -> Path:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"the output {folder} is a file. Name a folder, such as runs/eval.")
     return folder
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Refuses a folder that cannot be written, or that holds anything but an evaluation."""
+    check_writable(folder, folder=True)
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in names if name[0] != "." and not name.endswith((".log", ".out", ".err", ".txt"))]
+    if foreign and ANSWERS not in names:
+        raise UserError(
+            f"the output {folder} is not empty and holds no evaluation, but {', '.join(foreign[:3])}. Name another "
+            "folder as --output."
+        )
+
+
+def _refuse_other_data(folder: Path, answers: Answers, questions: Sequence[Question]) -> None:
+    """Refuses a folder whose answers are all to other questions; that some of them are is told."""
+    asked = {question.key for question in questions}
+    known = {question for question, _ in answers.known}
+    if known and not known & asked:
+        raise UserError(
+            f"{folder} holds an evaluation on other data: none of its {len(known):,} questions is asked here. Name "
+            "another folder as --output."
+        )
+    if others := len(known - asked):
+        say(f"{folder} has answers to {others:,} questions that are not asked of these data; they are left out")
 
 
 def _that_can_be_asked(items: Sequence[Item], config: EvalConfig) -> tuple[list[Item], str]:

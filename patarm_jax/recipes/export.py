@@ -10,6 +10,7 @@ import huggingface_hub
 import jax
 
 from patarm_jax.data.tokenizer import Tokenizer, save_tokenizer
+from patarm_jax.files import appearing_whole
 from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.qwen3 import Params
@@ -44,6 +45,7 @@ def write_export(
     tokenizer: Tokenizer,
     card: ModelCardFacts,
     dtype: str = "bfloat16",
+    replace: bool = False,
 ) -> None:
     """Writes a folder that transformers, vLLM and `patarm judge` load as it is; it appears whole or not at all.
 
@@ -56,11 +58,12 @@ def write_export(
         tokenizer: written as it was read; its stop ids become the model's.
         card: the facts for README.md.
         dtype: of the stored weights: "bfloat16", "float16" or "float32".
+        replace: a folder that is not empty makes room for the new one, when that is whole.
 
     Raises:
-        UserError: when the folder is not empty or the disk is full.
+        UserError: when the folder is not empty, or cannot be written.
     """
-    with weights.appearing_whole(folder) as part:
+    with appearing_whole(folder, replace) as part:
         weights.save(params, config, part, dtype=dtype, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
         if jax.process_index() == 0:
             save_tokenizer(tokenizer, part)

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from patarm_jax.config import GRPOConfig, MeshSection, SFTConfig, load, read_yaml
+from patarm_jax.files import check_writable, is_occupied, occupied_error
 from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.recipes.export import ModelCardFacts, write_export
@@ -12,22 +13,25 @@ from patarm_jax.recipes.model import open_model
 from patarm_jax.recipes.process import say
 from patarm_jax.recipes.run import CHECKPOINTS
 from patarm_jax.train.checkpoint import open_checkpoints
+from patarm_jax.train.checkpoint_files import steps_in
 from patarm_jax.types import UserError
 
 
 def main(checkpoint: Path, out: Path) -> None:
     """Writes `out` from the newest checkpoint of a run folder, or from RUN/checkpoints/STEP."""
+    out = out.expanduser()
+    if is_occupied(out):
+        raise occupied_error(out)
+    check_writable(out, folder=True)
     folder, step = _run_and_step(checkpoint.expanduser())
     config = _config(folder / "config.yaml")
-    model = open_model(config.model.path)
-    mesh = make_mesh(MeshSection())
-    checkpoints = open_checkpoints(folder / CHECKPOINTS, config.run.keep_checkpoints, fingerprint={})
-    step = checkpoints.latest() if step is None else step
-    if step is None or not (folder / CHECKPOINTS / str(step)).is_dir():
+    if not (steps := steps_in(folder / CHECKPOINTS)) or step not in (None, *steps):
         which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise UserError(f"{folder} holds {which}. Let the run save one, or name another step.")
-    params = checkpoints.restore_params(abstract_params(model.config, mesh, dtype=jnp.float32), step)
-    checkpoints.close()
+    model = open_model(config.model)
+    mesh = make_mesh(MeshSection())
+    checkpoints = open_checkpoints(folder / CHECKPOINTS, 1, {}, on_damaged=config.run.on_damaged, say=say)
+    params, step = checkpoints.restore_params(abstract_params(model.config, mesh, dtype=jnp.float32), step)
     reward = f"PAR with the {config.reward.margin} margin" if isinstance(config, GRPOConfig) else ""
     card = ModelCardFacts(config.model.path, config.recipe, config.data.path, None, step, reward, config.rubrics)
     write_export(out, params, model.config, model.tokenizer, card, config.model.dtype)
@@ -38,7 +42,7 @@ def _run_and_step(path: Path) -> tuple[Path, int | None]:
     if path.parent.name == CHECKPOINTS and path.name.isdigit():
         return path.parent.parent, int(path.name)
     if not (path / "config.yaml").is_file():
-        raise UserError(f"{path} is no run and no checkpoint of one. Give RUN or RUN/{CHECKPOINTS}/STEP.")
+        raise UserError(f"{path} is neither a run nor a checkpoint of one. Give RUN or RUN/{CHECKPOINTS}/STEP.")
     return path, None
 
 

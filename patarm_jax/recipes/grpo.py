@@ -36,6 +36,7 @@ from patarm_jax.recipes.run import (
     ROLLOUTS,
     begin_or_resume,
     check_batch,
+    check_folder,
     compile_ahead,
     finish,
     number_of_steps,
@@ -60,12 +61,14 @@ from patarm_jax.types import GRPOBatch, UserError
 
 def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     """Trains until done and exports; False when it was asked to stop before."""
+    if not dry_run:
+        check_folder(config.run)
     start_processes(config.mesh)
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.pairs_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}")
 
     # ------------------------------------------------------------------------------------------------ model and data
-    model = open_model(config.model.path)
+    model = open_model(config.model)
     ref_section, reference = _open_reference(config, model)
     preferences, read = read_preferences(config.data)
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
@@ -220,7 +223,7 @@ def _open_reference(config: GRPOConfig, model: Model) -> tuple[ModelSection, Mod
     if not config.policy.reference or not config.policy.kl_coef:
         return config.model, model
     section = replace(config.model, path=config.policy.reference, weights="load")
-    reference = open_model(section.path)
+    reference = open_model(section)
     if reference.config != model.config or reference.tokenizer.control_tokens != model.tokenizer.control_tokens:
         raise UserError(
             f"policy.reference {section.path} is another network than model.path {model.folder}, or has other tokens. "

@@ -3,10 +3,10 @@
 A run that was stopped goes on where it stopped; the output appears when it is whole.
 """
 
+import hashlib
 import json
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ import numpy as np
 from patarm_jax.config import JudgeConfig
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import Accuracy, pairwise_accuracy
-from patarm_jax.evaluate.answers import Answer, Answers, Question, open_answers, writing
+from patarm_jax.evaluate.answers import Answer, Answers, Question, open_answers
 from patarm_jax.evaluate.judges import SIDES
 from patarm_jax.evaluate.outcomes import mean_scores
+from patarm_jax.files import check_writable, write_text, writing
 from patarm_jax.judge.parse import parse_pointwise
 from patarm_jax.judge.prompts import pointwise
 from patarm_jax.recipes.ask import ask_local, open_local
 from patarm_jax.recipes.process import say
-from patarm_jax.types import CHOSEN, REJECTED, Preference, Status, UsageError
+from patarm_jax.types import CHOSEN, REJECTED, Preference, Status, UsageError, UserError
 
 
 def main(config: JudgeConfig) -> Accuracy | None:
@@ -32,6 +33,8 @@ def main(config: JudgeConfig) -> Accuracy | None:
     output = Path(config.output).expanduser()
     if output.is_dir():
         raise UsageError(f"the output {output} is a folder. Name a file, such as {output / 'scores.jsonl'}.")
+    check_writable(output, folder=False)
+    before = _written_before(output)
     longest = config.data.max_prompt_tokens
     local = open_local(config.model, config.mesh, config.sampling, config.votes, config.seed, longest)
 
@@ -45,21 +48,54 @@ def main(config: JudgeConfig) -> Accuracy | None:
     ]
 
     # ---------------------------------------------------------------------------------------------------------- judge
-    part = output.with_name(output.name + ".partial")
-    with open_answers(part, local.identity | {"rubrics": config.rubrics}) as answers:
+    identity = local.identity | {"rubrics": config.rubrics}
+    run = _run(identity, questions, config.votes)
+    if any(row.get("run") != run for row in before):
+        raise UserError(
+            f"{output} holds scores of another judge, of other data or with other settings. Name another file as "
+            "--output, or remove it."
+        )
+    if [row["id"] for row in before] == [one.id for one in preferences]:
+        return _tell(output, before, "these scores were there already")
+    part = output.with_name(f".{output.name}.patarm-answers")  # always the same: a stopped run goes on from it
+    with open_answers(part, identity) as answers:
         if not ask_local(local, answers, questions, parse_pointwise):
             return None
-    rows = [_row(one, questions[2 * i : 2 * i + 2], answers, config.votes) for i, one in enumerate(preferences)]
-    with writing(output):
-        whole = output.with_name(output.name + ".whole")
-        whole.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        os.replace(whole, output)
+    rows = [
+        {"run": run, **_row(one, questions[2 * i : 2 * i + 2], answers, config.votes)}
+        for i, one in enumerate(preferences)
+    ]
+    with writing(output, "What is judged is kept."):
+        write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         part.unlink()
+    return _tell(output, rows, "done")
+
+
+def _written_before(output: Path) -> list[dict[str, Any]]:
+    """The rows that an earlier command wrote; a file that is not of this command is refused."""
+    if not output.is_file():
+        return []
+    try:
+        rows = [json.loads(line) for line in output.read_text(encoding="utf-8").split("\n") if line]
+        if all("run" in row and "judgements" in row for row in rows):
+            return rows
+    except (OSError, ValueError, TypeError):
+        pass  # it is no file of ours
+    raise UserError(f"{output} is there and holds no scores of `patarm judge`. Name another file as --output.")
+
+
+def _run(identity: Mapping[str, Any], questions: Sequence[Question], votes: int) -> str:
+    """Names a command by all that its scores depend on."""
+    about = json.dumps([identity, votes, [question.key for question in questions]])
+    return hashlib.sha256(about.encode()).hexdigest()[:16]
+
+
+def _tell(output: Path, rows: Sequence[dict[str, Any]], what: str) -> Accuracy:
     result = _accuracy(rows)
     low, high = (100 * bound for bound in result.interval)
     interval = f" (95 % interval {low:.1f} to {high:.1f})" if low == low else ""  # one pair has none
     say(
-        f"done: {output}. The chosen response scored higher in {100 * result.accuracy_strict:.1f} % of the pairs, "
+        f"{what}: {output}. The chosen response scored higher in {100 * result.accuracy_strict:.1f} % of the pairs, "
         f"{100 * result.accuracy_half:.1f} % with a tie as half{interval}; "
         f"{100 * result.valid:.1f} % of the judgements could be read"
     )

@@ -13,6 +13,8 @@ from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config, read_config
 from patarm_jax.model.qwen3 import Params, abstract_params, init_params, layers_apart
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, Rules
+from patarm_jax.model.weight_files import Stored, read_stored
+from patarm_jax.recipes.process import say
 from patarm_jax.types import UsageError, UserError
 
 EXPORT = "export"  # the folder of a run that holds the model it made
@@ -23,17 +25,24 @@ class Model:
     """A model folder, read but for its weights."""
 
     folder: Path
-    config: Qwen3Config
+    config: Qwen3Config  # as the weights are, which config.json does not always say
     tokenizer: Tokenizer
+    stored: Stored | None  # where its weights lie; None where they are random
 
 
-def open_model(path: str, scalar: bool = False) -> Model:
-    """The model in a Hugging Face folder, or the export of a finished run; `scalar`: one that gives a score."""
+def open_model(section: ModelSection, scalar: bool = False) -> Model:
+    """The model in a Hugging Face folder, or the export of a finished run; `scalar`: one that gives a score.
+
+    Everything that is made from the config, such as the shapes of the weights, is made from the one that this gives.
+    """
+    path = section.path
     if not path:
         raise UsageError("model.path is empty. Give a Hugging Face folder, or the folder of a finished run.")
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"model.path {path} is no folder. Give a Hugging Face folder, or the folder of a finished run.")
+        raise UserError(
+            f"model.path {path} is not a folder. Give a Hugging Face folder, or the folder of a finished run."
+        )
     if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
         if not (folder / EXPORT).is_dir():
             raise UserError(
@@ -41,7 +50,9 @@ def open_model(path: str, scalar: bool = False) -> Model:
                 f"it, or take a checkpoint with `patarm export {folder} OUT`."
             )
         folder = folder / EXPORT
-    model = Model(folder, read_config(folder), load_tokenizer(folder))
+    stored = None if section.weights == "random" else read_stored(folder)
+    config = read_config(folder) if stored is None else stored.config
+    model = Model(folder, config, load_tokenizer(folder), stored)
     if model.config.scalar_head != scalar:
         is_, needed = (
             ("a scalar reward model", "one that writes")
@@ -57,6 +68,8 @@ def open_model(path: str, scalar: bool = False) -> Model:
             f"{folder}: the tokenizer has {model.tokenizer.vocab_size} tokens and the model {model.config.vocab_size}. "
             "They are of different models."
         )
+    for remark in stored.remarks if stored else ():
+        say(remark)
     return model
 
 
@@ -68,7 +81,7 @@ def load_params(
         params = init_params(model.config, jax.random.key(seed), mesh, rules)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         return layers_apart(params) if apart else params
-    return weights.load(model.folder, mesh, rules, dtype, apart)[0]
+    return weights.load(model.folder, mesh, rules, dtype, apart, model.stored)[0]
 
 
 def weight_sync(network: Qwen3Config, mesh: Mesh, placement: MeshSection, dtype: str) -> Any:

@@ -1,13 +1,11 @@
 """What every training story begins and ends with: its state, its folder, and what its checkpoints belong to."""
 
-import contextlib
 import dataclasses
 import hashlib
+import json
 import math
-import os
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +17,23 @@ from jax.sharding import Mesh
 
 from patarm_jax.config import GRPOConfig, ModelSection, RunSection, SFTConfig, to_yaml
 from patarm_jax.data.pipeline import EncodedPair, batches_per_epoch
-from patarm_jax.model.config import Qwen3Config
+from patarm_jax.files import check_writable, write_json, write_text, writing
+from patarm_jax.model.config import Qwen3Config, read_json_object
 from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.model.sharding import TRAIN_RULES, batch_ways
 from patarm_jax.recipes.dry_run import Program
 from patarm_jax.recipes.export import ModelCardFacts, write_export
 from patarm_jax.recipes.model import EXPORT, Model, load_params
 from patarm_jax.recipes.process import say
-from patarm_jax.train.checkpoint import Checkpoints, open_checkpoints
+from patarm_jax.train.checkpoint import Checkpoints, open_checkpoints, refuse_another_run
+from patarm_jax.train.checkpoint_files import steps_in
 from patarm_jax.train.metrics import MetricsWriter, compilations, open_metrics
 from patarm_jax.train.steps import TrainState, abstract_state, init_state
 from patarm_jax.types import UsageError, UserError
 
 CHECKPOINTS, ROLLOUTS = "checkpoints", "rollouts"
+MARK = ".patarm_run.json"  # in a run folder: what must not change between its processes
+_BESIDE = (".log", ".out", ".err", ".txt", ".yaml", ".yml", ".sh")  # what people keep in the folder of a run
 
 # ------------------------------------------------------------------------------------------------------------- state
 
@@ -56,28 +58,51 @@ def state_shardings(network: Qwen3Config, mesh: Mesh, optimizer: optax.GradientT
 # --------------------------------------------------------------------------------------------------------------- run
 
 
-def open_folder(section: RunSection) -> Path:
-    """The run folder."""
+def check_folder(section: RunSection) -> None:
+    """Refuses a run folder that cannot be written or holds something else, before anything is read."""
+    folder = _folder(section)
+    check_writable(folder, folder=True)
+    if not (folder / MARK).exists() and not steps_in(folder / CHECKPOINTS) and (foreign := _foreign(folder)):
+        raise UserError(
+            f"run.folder {folder} is not empty and is not a run's: it holds {', '.join(foreign[:3])}"
+            f"{' and more' if len(foreign) > 3 else ''}. Give another run folder, or remove what is there."
+        )
+
+
+def _folder(section: RunSection) -> Path:
     if not section.folder:
         raise UsageError("run.folder is empty. Name the folder that the run is to write, such as runs/judge.")
-    folder = Path(section.folder).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make run.folder {folder}: {error.strerror}. Name another folder.") from error
-    return folder
+    return Path(section.folder).expanduser()
 
 
-def _write_config(folder: Path, config: SFTConfig | GRPOConfig) -> None:
-    """The resolved config, complete."""
-    if jax.process_index() != 0:
-        return
-    part = folder / "config.yaml.partial"
-    try:
-        part.write_text(to_yaml(config), encoding="utf-8")
-        os.replace(part, folder / "config.yaml")
-    except OSError as error:
-        raise UserError(f"cannot write {folder / 'config.yaml'}: {error.strerror}. Free some space.") from error
+def _foreign(folder: Path) -> list[str]:
+    """What no one but another program, or a run before its first checkpoint, leaves in a folder."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    empty = [] if names != [CHECKPOINTS] or any((folder / CHECKPOINTS).iterdir()) else [CHECKPOINTS]
+    return [
+        name
+        for name in names
+        if name not in (*empty, "lost+found")
+        and not (name.endswith(_BESIDE) and name != "config.yaml")
+        and not name.startswith(".")
+    ]
+
+
+def _claim(folder: Path, whose: Mapping[str, Any]) -> None:
+    """Refuses a folder in which another run was begun, also when it has saved no checkpoint."""
+    found = read_json_object(folder / MARK)
+    if found is not None and not steps_in(folder / CHECKPOINTS):
+        where = f"{folder}, where no checkpoint is saved yet,"
+        refuse_another_run(where, expected=json.loads(json.dumps(whose)), got=found, what="holds another run")
+
+
+def _write_mark(folder: Path, config: SFTConfig | GRPOConfig, whose: Mapping[str, Any]) -> None:
+    """Whose folder this is, and the resolved config, complete."""
+    if jax.process_index() == 0:
+        with writing(folder / MARK):
+            write_json(folder / MARK, dict(whose))
+        with writing(folder / "config.yaml"):
+            write_text(folder / "config.yaml", to_yaml(config))
 
 
 def number_of_steps(section: RunSection, records: Sequence[EncodedPair], pairs_per_step: int) -> tuple[int, int]:
@@ -175,10 +200,13 @@ def begin_or_resume(
     steps: int,
 ) -> tuple[Run, TrainState]:
     """Opens the run folder; the state is the last checkpoint's, and the iterator stands where it stood then."""
-    folder = open_folder(config.run)
-    keep = config.run.keep_checkpoints
+    folder, keep = _folder(config.run), config.run.keep_checkpoints
     best = f"eval/{config.heldout.best}" if config.heldout.path else ""
-    checkpoints = open_checkpoints(folder / CHECKPOINTS, keep, fingerprint(config, model, records), best)
+    whose = fingerprint(config, model, records)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, whose)
+    checkpoints = open_checkpoints(folder / CHECKPOINTS, keep, whose, best, config.run.on_damaged, say)
     done = 0
     if checkpoints.latest() is None:
         state = new_state(config.model, model, mesh, config.run.seed, optimizer)
@@ -186,7 +214,7 @@ def begin_or_resume(
         state, data_state, done = checkpoints.restore(state_shape(model.config, mesh, optimizer))
         iterator.set_state(data_state)
         say(f"{folder}: {done} of {steps} steps are done")
-    _write_config(folder, config)  # not before the checkpoint has turned out to be of this run
+    _write_mark(folder, config, whose)  # not before the checkpoint has turned out to be of this run
     writer = open_metrics(
         folder,
         done,
@@ -205,30 +233,13 @@ def finish(run: Run, step: int, state: TrainState, model: Model, card: ModelCard
     if best is not None:
         say(f"best on the held-out pairs: {run.folder / CHECKPOINTS / str(best)}, which `patarm export` takes")
     if step < run.steps:
-        say(f"stopped after step {step} of {run.steps}, saved in {run.folder}; the same command goes on from there")
+        say(f"stopped after step {step} of {run.steps}, saved in {run.folder}; run the command again to resume")
         return False
     export = run.folder / EXPORT
     if run.done >= run.steps and export.is_dir():
         say(f"{run.folder} is complete. Raise run.steps or run.epochs to train on.")
         return True
-    with _kept_until_replaced(export):  # of this run when it was shorter
-        write_export(export, state.params, model.config, model.tokenizer, card, dtype)
+    # What is there is of this run when it was shorter.
+    write_export(export, state.params, model.config, model.tokenizer, card, dtype, replace=True)
     say(f"done: {export}")
     return True
-
-
-@contextlib.contextmanager
-def _kept_until_replaced(folder: Path) -> Iterator[None]:
-    """Puts a folder aside while another of its name is written; it comes back when that fails."""
-    previous, first = folder.with_name(folder.name + ".previous"), jax.process_index() == 0
-    if first and folder.is_dir():
-        shutil.rmtree(previous, ignore_errors=True)
-        os.replace(folder, previous)
-    try:
-        yield
-    except BaseException:
-        if first and previous.is_dir():
-            os.replace(previous, folder)
-        raise
-    if first:
-        shutil.rmtree(previous, ignore_errors=True)

@@ -27,6 +27,7 @@ from patarm_jax.recipes.process import say, start_processes, stop_requests
 from patarm_jax.recipes.run import (
     begin_or_resume,
     check_batch,
+    check_folder,
     compile_ahead,
     finish,
     number_of_steps,
@@ -43,12 +44,14 @@ WIDTH_MULTIPLE = 64  # sequences are padded to buckets of this many tokens
 
 def main(config: SFTConfig, dry_run: bool = False) -> bool:
     """Trains until done and exports; False when it was asked to stop before."""
+    if not dry_run:
+        check_folder(config.run)
     start_processes(config.mesh)
     mesh = make_mesh(config.mesh)
     check_batch(mesh, 2 * config.pairs_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}")
 
     # ------------------------------------------------------------------------------------------------ model and data
-    model = open_model(config.model.path)
+    model = open_model(config.model)
     preferences, read = read_judged_preferences(config.data)
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
     say(f"{config.data.path}: {read}. Encoded: {encoded}.")

@@ -24,6 +24,7 @@ import pyarrow.parquet
 
 from patarm_jax.config import GRPOConfig, SFTConfig, from_mapping, read_yaml
 from patarm_jax.data.preferences import read_preferences
+from patarm_jax.files import check_writable, write_text, writing
 from patarm_jax.types import UsageError, UserError
 
 _PROMPTS = 4000  # characters of a prompt or response that are shown
@@ -77,6 +78,8 @@ def main(run: Path, out: Path | None = None, megabytes: int = 25) -> tuple[Path,
     """
     if megabytes < 1:
         raise UsageError(f"--megabytes is {megabytes}. Give 1 or more.")
+    out = out or run / "report.html"
+    mark = _check(run, out)
     config = _config(run)
     metrics = _metrics(run / "metrics.jsonl")
     steps = sorted(p for p in (run / "rollouts").glob("step_*") if re.fullmatch(r"step_\d+\.parquet", p.name))
@@ -94,11 +97,8 @@ def main(run: Path, out: Path | None = None, megabytes: int = 25) -> tuple[Path,
         "preferences": preferences,
         "missing": missing,
     }
-    out = out or run / "report.html"
-    try:
-        out.write_text(_page(payload, rollouts), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}. Name another file as --out.") from error
+    with writing(out):
+        write_text(out, _page(payload, rollouts, mark))
     part = f", rollouts of {len(taken)} of {len(steps)} steps" if steps else ", no rollouts"
     return out, f"{len(metrics)} steps{part}"
 
@@ -112,14 +112,30 @@ class _Step:
     data: str
 
 
-def _page(payload: Mapping[str, Any], rollouts: Sequence[_Step]) -> str:
+def _check(run: Path, out: Path) -> str:
+    """Refuses a file that is there and is not the page of this run; gives what the page is known by.
+
+    Inside the run's own folder report.html is always its page.
+    """
+    mark = f"patarm report {hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]}"
+    if not run.is_dir():
+        return mark  # which is said where the config is read
+    check_writable(out, folder=False)
+    if out.is_file() and out.resolve() != (run / "report.html").resolve() and out.stat().st_size:
+        with out.open("rb") as page:
+            if mark.encode() not in page.read(2000):
+                raise UserError(f"{out} is there and is not the page of {run}. Name another file as --out.")
+    return mark
+
+
+def _page(payload: Mapping[str, Any], rollouts: Sequence[_Step], mark: str) -> str:
     page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     script = page.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     kind = 'type="application/octet-stream"'
     steps = [f'<script {kind} data-step="{step.number}">{step.data}</script>' for step in rollouts]
     # The browser runs this script and no other.
-    page = page.replace("__SCRIPT__", f"sha256-{digest}", 1)
+    page = page.replace("__MARK__", mark, 1).replace("__SCRIPT__", f"sha256-{digest}", 1)
     return page.replace("__PAYLOAD__", _packed(payload), 1).replace("__STEPS__", "\n".join(steps), 1)
 
 

@@ -5,22 +5,33 @@ its own name when it is whole, so that a run killed at any moment starts again f
 """
 
 import contextlib
+import functools
+import inspect
 import json
 import logging
 import math
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from patarm_jax.train.checkpoint_files import FILES, Damage, damage_of, note_files, steps_in
 from patarm_jax.types import UserError
 
 STATE, DATA, FINGERPRINT = "state", "data", "fingerprint"
 UNFINISHED = "*.orbax-checkpoint-tmp"
+
+
+def _silent(message: str) -> None:
+    """Tells no one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +40,19 @@ class Checkpoints:
 
     folder: Path
     fingerprint: Mapping[str, Any]
-    manager: ocp.CheckpointManager
+    options: ocp.CheckpointManagerOptions
     tracks_best: bool = False  # else orbax takes the last one for the best
+    on_damaged: Literal["stop", "previous"] = "stop"
+    say: Callable[[str], None] = _silent  # of a damaged checkpoint that is passed over
+
+    @functools.cached_property
+    def manager(self) -> ocp.CheckpointManager:
+        """Orbax's, which reads the metrics of all steps when it is made: not before the damaged ones are put aside."""
+        return _manager(self.folder, self.options)
 
     def latest(self) -> int | None:
-        """The last step that is wholly on disk, or None."""
-        return self.manager.latest_step()
+        """The last step that has a folder, whole or damaged, or None."""
+        return max(steps_in(self.folder), default=None)
 
     def best(self) -> int | None:
         """The step whose metrics were best, or None when none came with any."""
@@ -75,6 +93,8 @@ class Checkpoints:
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int]:
         """The last checkpoint as (state, data state, step), each array straight into its sharding.
 
+        With `on_damaged` "previous" the last one that is whole; those after it are put aside.
+
         Args:
             abstract_state: the state's pytree of ShapeDtypeStructs with shardings; of any mesh, not only the one that
                 saved.
@@ -82,45 +102,126 @@ class Checkpoints:
         Raises:
             UserError: when there is none, when it is of another run, or when it is damaged.
         """
-        step = self.latest()
-        if step is None:
-            raise UserError(f"{self.folder} holds no whole checkpoint. Start the run anew, or give another run folder.")
-        where = self.folder / str(step)
-        with _damage(where):
-            said = self._read(step, **{DATA: ocp.args.JsonRestore(), FINGERPRINT: ocp.args.JsonRestore()})
-        _refuse_another_run(where, expected=self.fingerprint, got=said[FINGERPRINT])
-        with _damage(where):
-            state = self._read(step, **{STATE: ocp.args.StandardRestore(abstract_state)})[STATE]
-        return state, said[DATA], step
+        remedy = "Set run.on_damaged to previous to go on from {}, remove that folder, or give another run folder"
+        (state, data_state), step = self._last_whole(lambda step: self._restored(step, abstract_state), remedy)
+        self._put_aside([one for one in steps_in(self.folder) if one > step or damage_of(self.folder / str(one))])
+        return state, data_state, step
 
-    def restore_params(self, abstract_params: Any, step: int) -> Any:
-        """The parameters of one checkpoint, without the optimiser's moments, straight into their shardings."""
+    def restore_params(self, abstract_params: Any, step: int | None = None) -> tuple[Any, int]:
+        """(parameters of one checkpoint without the optimiser's moments, straight into their shardings; its step).
+
+        Args:
+            abstract_params: as of `restore`.
+            step: None: the last one, as `restore` takes it; nothing is put aside.
+
+        Raises:
+            UserError: as from `restore`.
+        """
         wanted = {"params": abstract_params}
         arguments = ocp.args.PyTreeRestore(
             item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
         )
-        with _damage(self.folder / str(step)):
+
+        def read(step: int) -> Any:
             return self._read(step, **{STATE: arguments})[STATE]["params"]
+
+        remedy = "Name another checkpoint of the run, such as {}"
+        if step is None:
+            return self._last_whole(read, remedy)
+        try:
+            return read(step), step
+        except Damage as damage:
+            raise self._refusal(step, damage, remedy) from None
+
+    def _last_whole(self, read: Callable[[int], Any], remedy: str) -> tuple[Any, int]:
+        """What the last checkpoint gives, or the last that is whole, and its step."""
+        steps = steps_in(self.folder)
+        if not steps:
+            raise UserError(f"{self.folder} holds no whole checkpoint. Start the run anew, or give another run folder.")
+        first: UserError | None = None
+        for step in reversed(steps):
+            try:
+                found = read(step)
+            except Damage as damage:
+                first = first or self._refusal(step, damage, remedy)
+                if self.on_damaged == "stop":
+                    raise first from None
+                self.say(f"{self.folder / str(step)} is damaged: {damage}")
+            else:
+                if first is not None:
+                    self.say(f"run.on_damaged is previous: the checkpoint of step {step} is taken")
+                return found, step
+        assert first is not None
+        raise first
+
+    def _restored(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        said = self._read(step, **{DATA: ocp.args.JsonRestore(), FINGERPRINT: ocp.args.JsonRestore()})
+        refuse_another_run(str(self.folder / str(step)), expected=self.fingerprint, got=said[FINGERPRINT])
+        return self._read(step, **{STATE: ocp.args.StandardRestore(abstract_state)})[STATE], said[DATA]
+
+    def _refusal(self, step: int, damage: Damage, remedy: str) -> UserError:
+        before = max((other for other in steps_in(self.folder) if other < step), default=None)
+        if before is None:
+            remedy = "There is none before it: remove that folder to begin anew, or give another run folder"
+        return UserError(
+            f"cannot restore the checkpoint {self.folder / str(step)}: {damage}. It is damaged, or of another model. "
+            f"{remedy.format(self.folder / str(before))}."
+        )
+
+    def _put_aside(self, steps: Sequence[int]) -> None:
+        """Moves damaged checkpoints out of the way of those that will be saved; none is removed."""
+        for step in steps:
+            if jax.process_index() == 0:
+                aside = _free_name(self.folder.with_name(self.folder.name + "-damaged") / str(step))
+                aside.parent.mkdir(exist_ok=True)
+                os.rename(self.folder / str(step), aside)
+                self.say(f"the damaged checkpoint of step {step} is kept as {aside}")
+        if steps:
+            multihost_utils.sync_global_devices("put damaged checkpoints aside")
 
     def check(self) -> None:
         """Raises UserError when the save that is going on in the background has failed."""
         with self._failures():
             self.manager.check_for_errors()
+        if not self.manager.is_saving_in_progress():
+            self._note_files()
 
     def wait(self) -> None:
         """Returns when nothing is being saved any more; raises UserError when the last save failed."""
         with self._failures():
             self.manager.wait_until_finished()
+        self._note_files()
 
     def close(self) -> None:
         """Waits, and ends the threads that save."""
+        if "manager" not in vars(self):  # nothing was saved
+            return
         try:
             self.wait()
         finally:
             self.manager.close()
 
+    def _note_files(self) -> None:
+        """Writes down what files the last checkpoint has, now that all are there."""
+        step = self.latest()
+        if jax.process_index() == 0 and step is not None and not (self.folder / str(step) / FILES).exists():
+            with self._failures():
+                note_files(self.folder / str(step))
+
     def _read(self, step: int, **items: Any) -> Any:
-        return self.manager.restore(step, args=ocp.args.Composite(**items))
+        """Items of a checkpoint; raises Damage."""
+        where = self.folder / str(step)
+        if not where.is_dir():
+            raise Damage("it is missing")
+        if damage := damage_of(where):
+            raise Damage(damage)
+
+        def read() -> Any:
+            # Not by the manager, which looks at all checkpoints, when one of them is damaged.
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+                return reader.restore(where.absolute(), args=ocp.args.Composite(**items))
+
+        return _or_damage(read)
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
@@ -131,7 +232,7 @@ class Checkpoints:
             self._remove_unfinished()
             raise UserError(
                 f"cannot write a checkpoint into {self.folder}: {_reason(error)}. "
-                f"{self._what_is_left()} Mend that and start the same command again."
+                f"{self._what_is_left()} Fix this and run the command again to resume."
             ) from error
 
     def _what_is_left(self) -> str:
@@ -144,7 +245,14 @@ class Checkpoints:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def open_checkpoints(folder: Path, keep: int, fingerprint: Mapping[str, Any], best: str = "") -> Checkpoints:
+def open_checkpoints(
+    folder: Path,
+    keep: int,
+    fingerprint: Mapping[str, Any],
+    best: str = "",
+    on_damaged: Literal["stop", "previous"] = "stop",
+    say: Callable[[str], None] = _silent,
+) -> Checkpoints:
     """The checkpoints in a folder, which is made when it is missing.
 
     Args:
@@ -153,6 +261,8 @@ def open_checkpoints(folder: Path, keep: int, fingerprint: Mapping[str, Any], be
         fingerprint: JSON that tells this run from others, such as the model's config and a hash of the data. It is
             stored with each checkpoint; `restore` refuses one in which any of these keys is absent or differs.
         best: the metric whose largest value tells the best checkpoint, which is kept besides; empty: none is.
+        on_damaged: whether a damaged checkpoint stops the run, or the one before it is taken.
+        say: tells the user of damaged checkpoints that are passed over.
     """
     logging.getLogger("absl").addFilter(_not_from_orbax)
     policies = ocp.checkpoint_managers
@@ -169,11 +279,17 @@ def open_checkpoints(folder: Path, keep: int, fingerprint: Mapping[str, Any], be
         )
     else:
         options = ocp.CheckpointManagerOptions(preservation_policy=latest)
+    checkpoints = Checkpoints(folder, json.loads(json.dumps(dict(fingerprint))), options, bool(best), on_damaged, say)
+    if checkpoints.latest() is None:
+        checkpoints.manager  # noqa: B018  # makes the folder, or says why not
+    return checkpoints
+
+
+def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     try:
-        manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        return ocp.CheckpointManager(folder.absolute(), options=options)
     except OSError as error:
         raise UserError(f"cannot keep checkpoints in {folder}: {error}. Give another run folder.") from error
-    return Checkpoints(folder, json.loads(json.dumps(dict(fingerprint))), manager, tracks_best=bool(best))
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
@@ -181,26 +297,55 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "/orbax/" not in record.pathname
 
 
-@contextlib.contextmanager
-def _damage(folder: Path) -> Iterator[None]:
+def _or_damage(read: Callable[[], Any]) -> Any:
+    """What is read; what orbax and tensorstore raise of a damaged checkpoint, as Damage."""
     try:
-        yield
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(
-            f"cannot restore the checkpoint {folder}: {_reason(error)}. It is damaged, or of another model; remove "
-            "that folder to go on from the checkpoint before it, or give another run folder."
-        ) from error
+        return read()
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, AssertionError) as error:
+        _silence_coroutines()
+        raise Damage(_reason(error)) from None
 
 
-def _refuse_another_run(where: Path, expected: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+def _silence_coroutines() -> None:
+    """Orbax leaves the arrays that it had not come to yet as coroutines of a closed event loop.
+
+    Each of them complains on stderr when it is read or collected, whenever that may be; all else is passed on.
+    """
+    before = sys.unraisablehook
+    if getattr(before, "__module__", "") == __name__:
+        return
+
+    def complain(unraisable: Any) -> None:
+        left = unraisable.object
+        of_orbax = inspect.iscoroutine(left) and "/orbax/" in left.cr_code.co_filename
+        if not of_orbax and not (left is None and str(unraisable.exc_value) == "Event loop is closed"):
+            before(unraisable)
+
+    warnings.filterwarnings("ignore", message="coroutine '_read_array", category=RuntimeWarning)
+    sys.unraisablehook = complain
+
+
+def refuse_another_run(
+    where: str, expected: Mapping[str, Any], got: Mapping[str, Any], what: str = "is a checkpoint of another run"
+) -> None:
+    """Refuses what another run has written, naming the first setting that differs."""
     stored = _flat(got)
     for key, value in _flat(expected).items():
         if key not in stored or stored[key] != value:
             was = f"is {stored[key]!r}" if key in stored else "is absent"
             raise UserError(
-                f"{where} is a checkpoint of another run: {key} {was} there and {value!r} here. "
-                "Set it as it was, or give another run folder."
+                f"{where} {what}: {key} {was} there and {value!r} here. Set it as it was, or give another run folder."
             )
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or with a number behind it when it is taken."""
+    number = 1
+    free = path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

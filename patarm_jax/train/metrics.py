@@ -30,6 +30,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 from tqdm import tqdm
 
+from patarm_jax.files import whole_file, write_text, writing
 from patarm_jax.types import Status, UserError
 
 Scalar = float | int | np.generic | jax.Array
@@ -121,9 +122,8 @@ def _cut_off_after(path: Path, step: int) -> None:
                 kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: line {number} is not metrics of a step. Remove the line, or the file.") from error
-    part = path.with_name(path.name + ".partial")
-    part.write_bytes(b"".join(kept))
-    os.replace(part, path)
+    with whole_file(path) as part:
+        part.write_bytes(b"".join(kept))
 
 
 def _open_wandb(run_folder: Path, project: str, config: Mapping[str, Any]) -> Any:
@@ -137,7 +137,7 @@ def _open_wandb(run_folder: Path, project: str, config: Mapping[str, Any]) -> An
         ) from error
     identity = run_folder / "wandb_id.txt"
     if not identity.exists():
-        identity.write_text(secrets.token_hex(4), encoding="utf-8")
+        write_text(identity, secrets.token_hex(4))
     return wandb.init(
         project=project,
         id=identity.read_text(encoding="utf-8"),
@@ -148,16 +148,8 @@ def _open_wandb(run_folder: Path, project: str, config: Mapping[str, Any]) -> An
     )
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise UserError(
-            f"cannot write {path}: {reason}. Free some space or give another run folder; the same command goes on from "
-            "the last checkpoint."
-        ) from error
+def _writing(path: Path) -> contextlib.AbstractContextManager[None]:
+    return writing(path, "Then run the command again to resume from the last checkpoint.")
 
 
 # --------------------------------------------------------------------------------------------------------------- time
@@ -330,12 +322,10 @@ SCHEMA = pa.schema(
 def write_rollouts(folder: Path, step: int, rows: Sequence[RolloutRow]) -> Path:
     """Writes the judgements of a step, of all processes, as `step_000010.parquet`; the file appears whole."""
     path = folder / f"step_{step:06}.parquet"
-    part = path.with_name(path.name + ".partial")
     table = pa.Table.from_pylist([asdict(row) | {"status": row.status.name} for row in rows], schema=SCHEMA)
     with _writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(table, part)  # removes what it could not finish
-        os.replace(part, path)
+        with whole_file(path) as part:
+            pyarrow.parquet.write_table(table, part)
     return path
 
 
