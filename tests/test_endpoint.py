@@ -323,7 +323,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_paid_for_twice(pairs, small_
         command[command.index("--output") + 1] = str(disk / "out")
         assert main(command) == 1
         said = capsys.readouterr().err.splitlines()[-1]
-        assert said.startswith(f"patarm: cannot write {disk / 'out' / 'answers.jsonl'}: No space left on device.")
+        assert said.startswith(f"patarm: cannot write {disk / 'out' / 'answers.jsonl'}: No space left on device; ")
         kept = (disk / "out" / "answers.jsonl").read_bytes().count(b"\n") - 1
         assert 0 < kept < 192 and len(chat.asked) == kept + 1
         resize("8m")

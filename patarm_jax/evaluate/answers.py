@@ -15,8 +15,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from patarm_jax.files import writing
 from patarm_jax.types import Judgement, Message, UserError
 
+KEPT = "What is judged is kept."
 _BEGINNING = '{"judge": '  # of a file of answers
 
 
@@ -172,12 +174,12 @@ def open_answers(path: Path, identity: Mapping[str, Any]) -> Iterator[Answers]:
         identity: JSON that tells whose answers these are: who judged, how, and what else a draw depends on.
     """
     wanted = json.loads(json.dumps(identity))
-    with writing(path):
+    with writing(path, KEPT):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab", buffering=0)  # what a full disk did not take is not tried again when it is closed
     with file:
         _lock(path, file)
-        with writing(path):
+        with writing(path, KEPT):
             answers = _opened(path, wanted, file)
         yield answers
 
@@ -185,21 +187,9 @@ def open_answers(path: Path, identity: Mapping[str, Any]) -> Iterator[Answers]:
 def _append(path: Path, file: IO[bytes], text: str) -> None:
     """All of a text, as an unbuffered file takes it; a line that a full disk cut off is removed by the next opening."""
     rest = memoryview(text.encode())
-    with writing(path):
+    with writing(path, KEPT):
         while rest:
             rest = rest[file.write(rest) :]
-
-
-@contextlib.contextmanager
-def writing(output: Path) -> Iterator[None]:
-    """What cannot be written, as one sentence."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"cannot write {output}: {reason}. Free some space or name another place; what is judged is kept."
-        ) from error
 
 
 def _lock(path: Path, file: IO[bytes]) -> None:

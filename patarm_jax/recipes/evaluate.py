@@ -16,6 +16,7 @@ import numpy as np
 
 from patarm_jax.config import EvalConfig, to_yaml
 from patarm_jax.evaluate.answers import (
+    KEPT,
     Answers,
     Kind,
     Question,
@@ -23,7 +24,6 @@ from patarm_jax.evaluate.answers import (
     missing,
     open_answers,
     read_answers,
-    writing,
 )
 from patarm_jax.evaluate.benchmarks import SOURCES, Item, limited, read_benchmark
 from patarm_jax.evaluate.files import RESULTS, compared, load_measured, write_files
@@ -31,7 +31,7 @@ from patarm_jax.evaluate.findings import Evaluation, find
 from patarm_jax.evaluate.judges import PARSERS, ask_about, judged, questions_of
 from patarm_jax.evaluate.scoring import plan
 from patarm_jax.evaluate.summary import show, verdict
-from patarm_jax.files import check_writable, write_text
+from patarm_jax.files import check_writable, write_text, writing
 from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.recipes.ask import Local, ask_local, ask_scalar, encode_questions, open_local
 from patarm_jax.recipes.ask_endpoint import Remote, ask_endpoint, ask_name
@@ -69,7 +69,7 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     # ------------------------------------------------------------------------------------------------------------ ask
     with open_answers(folder / ANSWERS, _identity(config, judge)) as answers:
         _refuse_other_data(folder, answers, questions_of(list(everything.values())))
-        with writing(folder):
+        with writing(folder, KEPT):
             write_text(folder / "config.yaml", to_yaml(config))
         if not _ask(judge, config.judge, answers, questions):
             return None
@@ -87,7 +87,7 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     if theirs is not None:
         result = replace(result, against=compared(result, theirs))
     _tell_what_is_replaced(folder, len(items))
-    with writing(folder):
+    with writing(folder, KEPT):
         write_files(folder, result, asked, answers, said)
     show(result)
     say(f"done: {folder / 'summary.md'}")
