@@ -248,6 +248,9 @@ def test_judge_scores_a_file_and_goes_on_where_it_stopped(world, started, capsys
     assert all(
         row["score_chosen"] is None and row["prefers"] is None for row in rows
     )  # random weights write nothing valid
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("none of the 48 answers could be read") and f"text and reason in {whole}" in last
+    assert "Most were cut off: raise --sampling.max_new_tokens" in last
 
     # Another batch size draws the same; a first half that is there already is kept.
     process = started(*command, "--output", parted, "--sampling.rows", "2")

@@ -1,5 +1,7 @@
 """An evaluation for people: `summary.md`, and the table on the console."""
 
+from collections.abc import Mapping, Sequence
+
 import rich.box
 import rich.console
 import rich.table
@@ -118,24 +120,36 @@ def verdict(result: Evaluation, answers: str) -> str:
             f"{found.failed:,} of {found.answers:,} answers never came, so that the numbers are of the others alone. "
             "Run the same command again to ask for them."
         )
-    if found.valid >= 0.5:
+    return hardly_readable(found.valid, found.answers, found.reasons, found.counts, answers)
+
+
+def hardly_readable(
+    valid: float, answers: int, reasons: Sequence[tuple[str, int]], counts: Mapping[str, int], place: str
+) -> str:
+    """Words on answers of which less than half could be read; empty where more could.
+
+    Args:
+        valid: the share that could be read.
+        answers: how many there are.
+        reasons: why others could not be read, the most frequent first, with their numbers.
+        counts: of the kinds `cut` and `too_long`.
+        place: the path of the file that holds the answers.
+    """
+    if valid >= 0.5 or not reasons:
         return ""
-    share = f"only {100 * found.valid:.1f} %" if found.valid else "none"
-    reason, count = found.reasons[0]
-    return (
-        f"{share} of the {found.answers:,} answers could be read, so that the numbers say little of the judge. Most "
-        f"often ({count:,} ×): {reason}. {_advice(result, reason)}Look at the fields text and reason in {answers}."
-    )
-
-
-def _advice(result: Evaluation, reason: str) -> str:
+    share = f"only {100 * valid:.1f} %" if valid else "none"
+    reason, count = reasons[0]
+    advice = ""
     if ALL_APART in reason:
-        return "The server takes the judgement for thinking: start it without a reasoning parser. "
-    if result.findings.cut > 0.5:
-        return "Most were cut off: raise --sampling.max_new_tokens. "
-    if result.findings.counts["too_long"] > result.findings.answers / 2:
-        return "Most were too long: raise --data.max_prompt_tokens, or the context of the server. "
-    return ""
+        advice = "The server takes the judgement for thinking: start it without a reasoning parser. "
+    elif counts["cut"] > answers / 2:
+        advice = "Most were cut off: raise --sampling.max_new_tokens. "
+    elif counts["too_long"] > answers / 2:
+        advice = "Most were too long: raise --data.max_prompt_tokens, or the context of the server. "
+    return (
+        f"{share} of the {answers:,} answers could be read, so that the numbers say little of the judge. Most often "
+        f"({count:,} ×): {reason}. {advice}Look at the fields text and reason in {place}."
+    )
 
 
 def _sections_table(result: Evaluation) -> str:

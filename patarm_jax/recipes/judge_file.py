@@ -6,6 +6,7 @@ A run that was stopped goes on where it stopped; the output appears when it is w
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from patarm_jax.evaluate.accuracy import Accuracy, pairwise_accuracy
 from patarm_jax.evaluate.answers import Answer, Answers, Question, open_answers
 from patarm_jax.evaluate.judges import SIDES
 from patarm_jax.evaluate.outcomes import mean_scores
+from patarm_jax.evaluate.summary import hardly_readable
 from patarm_jax.files import check_writable, write_text, writing
 from patarm_jax.judge.parse import parse_pointwise
 from patarm_jax.judge.prompts import pointwise
@@ -99,6 +101,11 @@ def _tell(output: Path, rows: Sequence[dict[str, Any]], what: str) -> Accuracy:
         f"{100 * result.accuracy_half:.1f} % with a tie as half{interval}; "
         f"{100 * result.valid:.1f} % of the judgements could be read"
     )
+    every = [one for row in rows for side in SIDES for one in row["judgements"][side]]
+    reasons = Counter(one["reason"] for one in every if one["reason"]).most_common()
+    counts = Counter(str(one["kind"]).lower() for one in every)
+    if caution := hardly_readable(result.valid, len(every), reasons, counts, str(output)):
+        say(caution)
     return result
 
 
@@ -118,7 +125,8 @@ def _row(preference: Preference, questions: Sequence[Question], answers: Answers
 
 
 def _judgement(one: Answer) -> dict[str, Any]:
-    return {"score": one.score, "status": one.status, "reason": one.reason, "tokens": one.tokens, "text": one.text}
+    names = ("score", "status", "kind", "reason", "tokens", "text")
+    return {name: getattr(one, name) for name in names}
 
 
 def _mean(side: Sequence[Answer]) -> float | None:
