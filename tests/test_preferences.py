@@ -213,6 +213,7 @@ DROPPED = [
     ({"chosen": "same", "rejected": "same "}, p.IDENTICAL),
     (EXPLICIT | {"chosen": "\u200b\u2060"}, p.EMPTY_RESPONSE),
     (EXPLICIT | {"chosen": "The  sky.\n", "rejected": "The sky."}, p.IDENTICAL),
+    (EXPLICIT | {"chosen": "if a:\r\n    b", "rejected": "if a:\n    b\n"}, p.IDENTICAL),
     ({"chosen": "The sky is", "rejected": [USER, GREEN]}, p.TEXT_AND_MESSAGES),
     ({"chosen": [USER, BLUE], "rejected": [SYSTEM, USER, GREEN]}, p.UNEQUAL_PREFIXES),
     ({"chosen": [USER, BLUE], "rejected": [USER | {"content": "The sea is"}, GREEN]}, p.UNEQUAL_PREFIXES),

@@ -18,6 +18,20 @@ def plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
+def laid_out(text: str) -> list[str]:
+    r"""The lines of a text, without what differs between copies of it but with their indentation: that is code.
+
+    >>> laid_out("if a:\r\n  b\n\n") == laid_out("if  a:\n  b "), laid_out("if a:\n  b") == laid_out("if a:\nb")
+    (True, False)
+    """
+    lines = [line for line in unicodedata.normalize("NFC", text).splitlines() if line.strip()]
+    indents = [line[: len(line) - len(line.lstrip())].expandtabs(8) for line in lines]
+    return [
+        indent * (number > 0) + " ".join(line.split())
+        for number, (line, indent) in enumerate(zip(lines, indents, strict=True))
+    ]
+
+
 def prompt_key(prompt: Conversation) -> bytes:
     """Equal for equal prompts, white space apart."""
     return _hash([[message["role"], plain(message["content"])] for message in prompt])

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 from patarm_jax.config import DataSection
 from patarm_jax.data import reasons
 from patarm_jax.data.cells import is_blank, joined, word
-from patarm_jax.data.pairs import pair_key_and_order, plain
+from patarm_jax.data.pairs import laid_out, pair_key_and_order
 from patarm_jax.data.reasons import Dropped
 from patarm_jax.data.rows import Row, read_rows
 from patarm_jax.data.sft import JudgedPreference, template_judgement
@@ -137,7 +137,7 @@ def _refuse_missing_columns(row: Row, columns: Iterable[str], mapping: Mapping[s
         raise UserError(
             f"{row.where} has no column {', '.join(missing)}; it has {', '.join(row.values) or 'none'}. Needed are "
             "chosen and rejected, and prompt unless both contain it: say under data.columns what they are called, "
-            "such as `chosen: accepted`."
+            "such as `chosen: accepted`, or --data.columns.chosen accepted."
         )
 
 
@@ -179,7 +179,7 @@ def _drop_what_teaches_nothing(prompt: Conversation, chosen: str, rejected: str)
         raise Dropped(reasons.NOT_USERS_TURN)
     if is_blank(chosen) or is_blank(rejected):
         raise Dropped(reasons.EMPTY_RESPONSE)
-    if plain(chosen) == plain(rejected):
+    if laid_out(chosen) == laid_out(rejected):
         raise Dropped(reasons.IDENTICAL)
     for text in (chosen, rejected, *(message["content"] for message in prompt)):
         _drop_lone_surrogates(text)

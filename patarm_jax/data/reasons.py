@@ -23,7 +23,7 @@ NO_PROMPT = (
 )
 NOT_USERS_TURN = "prompt that does not end with a user's turn"
 EMPTY_RESPONSE = "empty response"
-IDENTICAL = "identical responses, white space apart"
+IDENTICAL = "identical responses, white space apart (but not indentation)"
 UNEQUAL_PREFIXES = "dialogues that differ before their last message"
 OTHER_PROMPT = "dialogue that does not continue its prompt"
 NOT_ONE_MESSAGE = "response that is not exactly one assistant message"
