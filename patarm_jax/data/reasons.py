@@ -12,8 +12,8 @@ class Dropped(Exception):
 _DOMAINS = ", ".join(get_args(Domain))
 
 UNKNOWN_DOMAIN = (
-    f"no domain that is known (of {_DOMAINS}): set data.domain for all rows that say none, or give a word one of "
-    "them, such as data.domains.stem math, or a source, under data.source_domains"
+    f"no domain that is known (of {_DOMAINS}): set data.domain for all rows that say none of them, or give a word "
+    "one of them, such as data.domains.stem math, or a source, under data.source_domains"
 )
 DROPPED_SOURCE = "source in data.drop_sources"
 EMPTY_PROMPT = "empty prompt"

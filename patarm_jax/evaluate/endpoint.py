@@ -183,7 +183,8 @@ async def _send(client: httpx.AsyncClient, method: str, path: str, content: Any)
     text = _without_key(client, response.text)
     raise_for_status(response.status_code, text, _retry_after(response))
     if response.headers.get("Content-Type", "").startswith("text/event-stream"):
-        raise Unavailable("the server streams its answer, which was not asked for", answered=True, foreign=True)
+        why = "the server streams its answer though that was not asked for: turn streaming off there"
+        raise Unavailable(why, answered=True, foreign=True)
     try:
         return response.json()
     except (ValueError, RecursionError) as error:

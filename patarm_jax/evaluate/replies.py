@@ -181,7 +181,7 @@ def read_reply(answer: Any) -> Reply:
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise _nonsense(answer) from error
     if choice.get("error"):
-        _raise_error(choice["error"])
+        _raise_error(choice["error"], str(finish or "error"))
     finish = "" if finish is None else str(finish)
     kind, tokens = _kind(choice, finish), _tokens(answer.get("usage"))
     refusal = _plain(message.get("refusal")) or refused
@@ -205,13 +205,17 @@ def _kind(choice: Mapping[str, Any], finish: str) -> Kind:
     return FINISH_REASONS.get(finish.lower(), Kind.FAILED)
 
 
-def _raise_error(error: Any) -> None:
+def _raise_error(error: Any, finish: str = "error") -> None:
     """An error inside a reply of status 200, by the status it names where it names one."""
     said = str(error.get("message") or error) if isinstance(error, Mapping) else str(error)
     code = error.get("code") if isinstance(error, Mapping) else None
     if isinstance(code, int) and not isinstance(code, bool) and 400 <= code < 600:
-        raise_for_status(code, json.dumps({"error": error}, ensure_ascii=False))
-    raise Unavailable(_short(f"the answer is an error: {said}"), answered=True, finish="error")
+        try:
+            raise_for_status(code, json.dumps({"error": error}, ensure_ascii=False))
+        except Unavailable as unavailable:
+            unavailable.finish, unavailable.answered = finish, not unavailable.busy
+            raise
+    raise Unavailable(_short(f"the answer is an error: {said}"), answered=True, finish=finish)
 
 
 def _nonsense(answer: Any) -> Unavailable:
