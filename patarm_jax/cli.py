@@ -5,15 +5,16 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 
 from patarm_jax import __version__
 from patarm_jax.config import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, SFTConfig, load, override
 from patarm_jax.files import refuse_address
+from patarm_jax.flags import listed
 from patarm_jax.types import Benchmark, JudgeKind, UsageError, UserError
 
 _BENCHMARKS, _JUDGES = get_args(Benchmark), get_args(JudgeKind)
@@ -57,8 +58,23 @@ def _keep_compiled_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+class _Once(argparse.Action):
+    """Stores the value of an option, which may be given once: of two, one would be ignored."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        given = vars(namespace).setdefault("given", set())
+        if option_string and self.dest in given:
+            parser.error(f"{option_string} is given twice. Give it once")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class _Parser(argparse.ArgumentParser):
     """Argparse that raises its errors, as one sentence, instead of printing usage and leaving."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.register("action", None, _Once)  # in place of `store`
 
     def error(self, message: str) -> None:  # type: ignore[override]  # it does not return here either
         raise UsageError(f"{message}. `{self.prog} --help` shows how it is used.")
@@ -85,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         train = _verb(verbs, name, _train, what, examples)
         train.add_argument("config", type=_path, metavar="CONFIG.yaml")
         train.add_argument("--dry-run", action="store_true", help="show config, batch and memory, train nothing")
-        train.epilog = f"{train.epilog}\n\nany setting of the config can follow as --section.key value"
+        settings = listed(SFTConfig() if name == "sft" else GRPOConfig())
+        train.epilog = f"{train.epilog}\n\nany setting of the config can follow, with its default:\n{settings}"
 
     examples = ["patarm judge runs/demo/grpo --input pairs.jsonl --output scores.jsonl --votes 8"]
     judge = _verb(verbs, "judge", _judge, "score the pairs of a file", examples)
@@ -97,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     judge.add_argument("--output", type=_place, required=True, help="scores, one JSON line per pair")
     judge.add_argument("--votes", type=int, default=1, help="judgements of each response (default: %(default)s)")
-    judge.epilog = f"{judge.epilog}\n\nfurther settings follow as --sampling.temperature, --data.domain, …"
+    judge.epilog = f"{judge.epilog}\n\nfurther settings can follow, with their defaults:\n{listed(JudgeConfig())}"
 
     examples = [
         "patarm eval rewardbench --model judge-8b --data allenai/reward-bench --output runs/rewardbench",
@@ -129,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         "--against", type=_place, default="", help="folder of another judge's evaluation, to compare with"
     )
     evaluate.add_argument("--dry-run", action="store_true", help="say what it will cost, ask nothing")
-    evaluate.epilog = f"{evaluate.epilog}\n\nfurther settings follow as --name, --sampling.temperature, --mesh.fsdp, …"
+    evaluate.epilog = f"{evaluate.epilog}\n\nfurther settings can follow, with their defaults:\n{listed(EvalConfig())}"
 
     examples = ["patarm report runs/grpo", "patarm report runs/grpo --out report.html --megabytes 100"]
     report = _verb(verbs, "report", _report, "a run's curves and rollouts as one page", examples)
@@ -215,6 +232,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 def _judge(options: argparse.Namespace, rest: list[str]) -> int:
     from patarm_jax.recipes.judge_file import main as judge
 
+    _refuse_both(rest, {"MODEL": "--model.path", "--input": "--data.path"})
     config = override(JudgeConfig(votes=options.votes, output=options.output), rest)
     model = dataclasses.replace(config.model, path=options.model)
     done = judge(dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, path=options.input)))
@@ -235,6 +253,7 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
         seed=options.seed,
         against=options.against,
     )
+    _refuse_both(rest, {"--model": options.model and "--model.path", "--data": options.data and "--data.path"})
     config = override(config, rest)
     model = dataclasses.replace(config.model, path=options.model or config.model.path)
     data = dataclasses.replace(config.data, path=options.data or config.data.path)
@@ -272,6 +291,14 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
 
     export(options.checkpoint, options.out)
     return 0
+
+
+def _refuse_both(rest: list[str], names: Mapping[str, str]) -> None:
+    """Refuses a setting that is given by its short name, and by its long one besides."""
+    given = {word.split("=")[0] for word in rest}
+    for short, long in names.items():
+        if long and long in given:
+            raise UsageError(f"{short} and {long} are both given, and mean the same. Give one of them.")
 
 
 def _refuse(rest: list[str]) -> None:

@@ -29,7 +29,8 @@ _NOTHING = {"lost+found"}  # stands in every new file system
 
 
 # What only looks like a path: a first part that ends in a colon, as in gs://bucket/x, or file:/x.
-_ADDRESS = re.compile(r"\s*([^/]*):/(?=/)|(file):/")
+# One slash is what `Path` and many a script leave of gs://. A single letter is a folder's name, or a drive.
+_ADDRESS = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.:-]+):/")
 
 
 def refuse_address(text: str, setting: str) -> None:
@@ -43,7 +44,7 @@ def refuse_address(text: str, setting: str) -> None:
     """
     if not (found := _ADDRESS.match(text)):
         return
-    scheme = (found[1] or found[2] or "").lower()
+    scheme = found[1].lower()
     if scheme == "file":
         remedy = "Leave out file://"
     elif scheme in ("http", "https"):

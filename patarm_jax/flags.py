@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from patarm_jax.types import UsageError
 
-_BOOLEANS = {"true": True, "false": False}
+_BOOLEANS = {"true": True, "True": True, "false": False, "False": False}
 
 
 def settings_of(cls: type, arguments: Sequence[str]) -> dict[str, Any]:
@@ -59,6 +59,18 @@ def dotted_keys(cls: Any, prefix: str = "") -> list[str]:
     for name, kind in get_type_hints(cls).items():
         keys += dotted_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
     return keys
+
+
+def listed(config: Any) -> str:
+    """Every setting with its value, a line each, as `--help` shows them."""
+    lines = []
+    for key in dotted_keys(type(config)):
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        shown = str(value).lower() if isinstance(value, bool) else "" if value in ((), {}) else str(value)
+        lines.append(f"  --{key}{'.NAME' * isinstance(value, dict)} {shown}".rstrip())
+    return "\n".join(lines)
 
 
 def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
@@ -109,7 +121,10 @@ def _example(flag: str) -> str:
 
 
 def _unknown(cls: type, flag: str) -> UsageError:
-    known = [f"--{key}" for key in dotted_keys(cls)]
+    every = dotted_keys(cls)
+    known = [f"--{key}" for key in every]
+    if (positive := flag.replace("no-", "", 1)) in every:
+        return UsageError(f"unknown option --{flag}. Say --{positive} false.")
     return UsageError(f"unknown option --{flag}.{nearest(f'--{flag}', known)}")
 
 
@@ -118,7 +133,8 @@ def _value(name: str, kind: Any, words: Sequence[str]) -> Any:
         return list(words)
     if len(words) != 1:
         more = f"{len(words)} values, {' '.join(words)}" if words else "no value"
-        raise UsageError(f"--{name} has {more}; allowed is {_allowed(kind)}. Put a value with spaces into quotes.")
+        quotes = " Put a value with spaces into quotes." if words else f" Give one, as in --{name} VALUE."
+        raise UsageError(f"--{name} has {more}; allowed is {_allowed(kind)}.{quotes}")
     (word,) = words
     try:
         if kind is bool:

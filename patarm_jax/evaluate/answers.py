@@ -237,7 +237,9 @@ def _parsed(path: Path, lines: Sequence[bytes]) -> Known:
         try:
             fields = json.loads(line)
             if "kind" not in fields:
-                continue  # of an earlier version, which took servers' errors for answers: it is asked again
+                if fields.get("status") != "OK":
+                    continue  # of an earlier version, which took servers' errors for answers: it is asked again
+                fields["kind"] = Kind.CUT if fields.pop("cut", False) else Kind.ANSWER
             answer = Answer(**fields)
         except (ValueError, TypeError) as error:
             raise UserError(

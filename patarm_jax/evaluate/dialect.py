@@ -13,19 +13,25 @@ from typing import Any
 from patarm_jax.config import EndpointSection, SamplingSection
 from patarm_jax.evaluate.answers import Question
 from patarm_jax.evaluate.replies import Refused
+from patarm_jax.types import Message
 
 _LIMITS = ("max_tokens", "max_completion_tokens")  # what servers call the limit of new tokens
 _ALL_TOKENS = (-1, 0)  # what servers call a top_k that leaves all tokens
-# Fields that a request can do without. Where a refusal names several, one without effect goes first.
-_SPARABLE = ("min_p", "repetition_penalty", "top_k", "seed", "top_p", "temperature", "chat_template_kwargs")
-_WITHOUT_EFFECT = {"min_p": 0.0, "repetition_penalty": 1.0, "top_k": -1, "top_p": 1.0, "temperature": 1.0}
-_ABOUT_A_VALUE = re.compile(r"must be|at least|greater|less than|out of range|invalid value", re.IGNORECASE)
-# How a server says that it means the field and not the question.
-_MEANS_A_FIELD = re.compile(
-    r"support|unrecogni[sz]ed|unexpected|unknown|invalid|extra (?:input|field)|not (?:allowed|permitted|available)|"
-    r"cannot|only|deprecated",
+# Fields that a request can do without, with the value at which they have no effect. A seed is ours, whatever it is.
+_NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "top_k": None, "seed": None, "top_p": 1.0, "temperature": 1.0}
+_SPARABLE = (*_NEUTRAL, "chat_template_kwargs")
+_ABOUT_A_VALUE = re.compile(
+    r"must be|at least|at most|greater|less than|out of range|between|too (?:large|high|low)|invalid value",
     re.IGNORECASE,
 )
+# How a server says that it means the field and not the question.
+_MEANS_A_FIELD = re.compile(
+    r"support|unrecogni[sz]ed|unexpected|unknown|not known|invalid|isn't valid|extra (?:input|field)|cannot|only|"
+    r"deprecated|not (?:allowed|permitted|available|enabled)|parameter|argument|\bloc\b",
+    re.IGNORECASE,
+)
+_MEANS_THE_SYSTEM = re.compile(r"system (?:role|message|prompt)|roles? must alternate", re.IGNORECASE)
+_IN_USERS_TURN = "the system's words begin the user's turn"
 
 
 @dataclass
@@ -35,6 +41,15 @@ class Dialect:
     without: set[str] = field(default_factory=set)  # fields that it does not take
     limit: str = _LIMITS[0]
     all_tokens: int = _ALL_TOKENS[0]
+    system_in_users_turn: bool = False  # where the server's chat template knows no system
+
+    def messages(self, question: Question) -> list[Message]:
+        """What is asked; without a turn of the system where the server takes none."""
+        messages = list(question.messages)
+        if not self.system_in_users_turn or messages[0]["role"] != "system":
+            return messages
+        system, user, *rest = messages
+        return [Message(role="user", content=f"{system['content']}\n\n{user['content']}"), *rest]
 
     def fields(
         self, question: Question, vote: int, sampling: SamplingSection, section: EndpointSection, seed: int
@@ -54,28 +69,43 @@ class Dialect:
             fields["chat_template_kwargs"] = {"enable_thinking": section.thinking == "on"}
         return {name: value for name, value in fields.items() if name not in self.without}
 
+    def record(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """What an answer is kept with: the fields of its request, and a word where its messages were changed."""
+        return {**fields, "messages": _IN_USERS_TURN} if self.system_in_users_turn else dict(fields)
+
     def adapt(self, refusal: Refused, sent: Mapping[str, Any]) -> str | None:
-        """Changes the field that a refusal of these ones names.
+        """Changes what a refusal of a request with these fields names.
 
         Returns what was changed, in words; "" where another refusal has led to that already, so that the request is
-        only to be sent anew; None where the refusal is about no field that can be changed.
+        only to be sent anew; None where the refusal is about nothing that can be changed.
         """
-        if refusal.own or refusal.for_all:
+        if refusal.own or refusal.for_all or not refusal.lasting:
             return None
+        if _MEANS_THE_SYSTEM.search(refusal.said):
+            return self._move_system("messages" in sent)
         named = [name for name in _named(refusal) if name in sent]
         about_value = _ABOUT_A_VALUE.search(refusal.said) is not None
-        if "top_k" in named and about_value and sent["top_k"] in _ALL_TOKENS:
+        if "top_k" in named and sent["top_k"] in _ALL_TOKENS:
             return self._other_top_k(int(sent["top_k"]))
-        if not named or about_value:  # a value that the user chose is for the user to change
+        # A value that the user chose is for the user to change.
+        free = [name for name in named if not about_value or _has_no_effect(name, sent[name])]
+        if not free:
             return None
-        if named[0] in _LIMITS:
-            return self._rename_limit(named[0])
-        without_effect = [name for name in named if sent[name] == _WITHOUT_EFFECT.get(name)]
-        name = (without_effect or named)[0]
+        if free[0] in _LIMITS:
+            return self._rename_limit(free[0])
+        name = next((name for name in free if _has_no_effect(name, sent[name])), free[0])
         if name in self.without:
             return ""
         self.without.add(name)
         return f"{name} is left out, which the server does not take"
+
+    def _move_system(self, moved: bool) -> str | None:
+        if moved:
+            return None  # it does not take that either
+        if self.system_in_users_turn:
+            return ""
+        self.system_in_users_turn = True
+        return "it takes no turn of the system, whose words now begin the user's turn"
 
     def _rename_limit(self, refused: str) -> str | None:
         if refused != self.limit:
@@ -95,9 +125,15 @@ class Dialect:
         return "top_k is left out, which the server does not take"
 
 
+def _has_no_effect(name: str, value: Any) -> bool:
+    return name in _NEUTRAL and _NEUTRAL[name] in (None, value) and not (name == "top_k" and value not in _ALL_TOKENS)
+
+
 def _named(refusal: Refused) -> list[str]:
     """The fields that a refusal names: as the server's `param`, or in its words."""
-    in_words = [name for name in (*_LIMITS, *_SPARABLE) if re.search(rf"(?<![\w-]){name}(?![\w-])", refusal.said)]
+    every = (*_LIMITS, *_SPARABLE)
     if refusal.field and "both" not in refusal.said:
-        return [name for name in (*_LIMITS, *_SPARABLE) if name == refusal.field]
-    return in_words if _MEANS_A_FIELD.search(refusal.said) else []
+        return [name for name in every if name == refusal.field]
+    if not (_MEANS_A_FIELD.search(refusal.said) or _ABOUT_A_VALUE.search(refusal.said)):
+        return []
+    return [name for name in every if re.search(rf"(?<![\w-]){name}(?![\w-])", refusal.said)]

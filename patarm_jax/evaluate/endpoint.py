@@ -7,6 +7,7 @@ every question alike (a wrong key, an unknown model) is for the caller to tell.
 
 import asyncio
 import ipaddress
+import json
 import math
 import os
 import urllib.request
@@ -181,12 +182,15 @@ async def _send(client: httpx.AsyncClient, method: str, path: str, content: Any)
         why = _without_key(client, str(error) or type(error).__name__)
         raise Unavailable(f"cannot reach the server{_through(client)}: {why}") from error
     text = _without_key(client, response.text)
+    if response.is_redirect:
+        where = _without_key(client, response.headers.get("Location", "nowhere"))
+        raise Refused(response.status_code, f"moved to {where}; give that address as endpoint.url, up to /v1")
     raise_for_status(response.status_code, text, _retry_after(response))
     if response.headers.get("Content-Type", "").startswith("text/event-stream"):
         why = "the server streams its answer though that was not asked for: turn streaming off there"
         raise Unavailable(why, answered=True, foreign=True)
     try:
-        return response.json()
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Unavailable(f"the answer is not JSON: {text[:80]!r}", answered=True, foreign=True) from error
 
@@ -194,7 +198,7 @@ async def _send(client: httpx.AsyncClient, method: str, path: str, content: Any)
 def _without_key(client: httpx.AsyncClient, text: str) -> str:
     """Servers repeat the key that they refuse; no log and no file is to hold it."""
     key = client.headers.get("Authorization", "").removeprefix("Bearer ")
-    return text.replace(key, "***") if key else text
+    return text.replace(key, "***").replace(json.dumps(key)[1:-1], "***") if key else text
 
 
 def _through(client: httpx.AsyncClient) -> str:

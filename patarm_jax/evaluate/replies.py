@@ -31,6 +31,7 @@ FINISH_REASONS: dict[str, Kind] = {
     "length": Kind.CUT,
     "max_tokens": Kind.CUT,  # Anthropic, Gemini, Cohere
     "max_output_tokens": Kind.CUT,
+    "token_limit": Kind.CUT,  # watsonx
     "model_length": Kind.CUT,  # Mistral: at the end of the context
     "model_context_window_exceeded": Kind.CUT,  # Anthropic, the same
     "repetition": Kind.CUT,  # vLLM, where it detects that a text goes round in circles
@@ -44,11 +45,14 @@ FINISH_REASONS: dict[str, Kind] = {
     "spii": Kind.REFUSED,
     "error_toxic": Kind.REFUSED,  # Cohere
     "guardrail_intervened": Kind.REFUSED,  # Bedrock
+    "sensitive": Kind.REFUSED,  # GLM
     "error": Kind.FAILED,  # OpenRouter, Mistral, vLLM
     "abort": Kind.FAILED,  # vLLM and SGLang: the request was given up
     "aborted": Kind.FAILED,
     "cancelled": Kind.FAILED,
     "timeout": Kind.FAILED,
+    "time_limit": Kind.FAILED,  # watsonx
+    "network_error": Kind.FAILED,  # GLM
     "insufficient_system_resource": Kind.FAILED,  # DeepSeek
     "malformed_function_call": Kind.FAILED,  # Gemini
     "other": Kind.FAILED,  # Gemini
@@ -58,15 +62,26 @@ FINISH_REASONS: dict[str, Kind] = {
 _TOO_LONG = re.compile(
     r"context[ _-]?(?:length|window|size)|max(?:imum)?[ _-]model[ _-]len|prompt is too long|input (?:is )?too long|"
     r"too many (?:input )?tokens|exceeds? the (?:model's )?max\w* (?:\w+ )?(?:length|tokens)|reduce the length|"
-    r"input length .*exceed|longer than the (?:model's )?(?:maximum|context)",
+    r"input length .*exceed|longer than the (?:model's )?(?:maximum|context)|range of input length|"
+    r"(?:inputs?|prompt)\W{1,3}(?:tokens?|must have less|token count)",
     re.IGNORECASE,
 )
 _UNWANTED = re.compile(
-    r"content[ _-]?(?:policy|filter|management)|responsibleaipolicy|moderation|flagged|data_inspection_failed|"
-    r"safety (?:system|policy|filter)|prohibited content|usage polic",
+    r"content[ _-]?(?:policy|filter|management)|responsibleaipolicy|moderation|flagged|data_?inspection_?failed|"
+    r"safety (?:system|policy|filter)|prohibited content|usage polic|inappropriate content|content exists risk",
     re.IGNORECASE,
 )
-_NO_MONEY = re.compile(r"insufficient[ _](?:quota|balance|credit|funds)|billing|payment required", re.IGNORECASE)
+# What is refused to every question alike, whatever the status: no money, no key, no model.
+_NO_MONEY = re.compile(
+    r"insufficient[ _](?:quota|balance|credit|funds)|billing|payment required|credit balance|out of credits|"
+    r"exceeded your (?:current )?quota|(?:key|total|usage|spend(?:ing)?|monthly) limit",
+    re.IGNORECASE,
+)
+_NO_SERVICE = re.compile(
+    r"api[ _-]?key|unauthori[sz]ed|authenticat|model_not_found|(?:unknown|no such) model|"
+    r"model\b.{0,80}\b(?:not (?:loaded|found|available|exist)|does not exist|unavailable)",
+    re.IGNORECASE,
+)
 ALL_APART = "all of it came as thinking, and nothing as content"
 _MOST_TOKENS = 2**31 - 1  # that an answer may be said to have
 _SHOWN = 200  # characters of what a server says
@@ -97,8 +112,8 @@ class Unavailable(Exception):
 class Refused(Exception):
     """There will be no answer to this question; the message says why."""
 
-    # No key, no money: the same for every question.
-    _FOR_ALL = (401, 402, 429)
+    _FOR_ALL = (401, 402, 429)  # no key, no money
+    _OF_A_QUESTION = (400, 413, 422)
 
     def __init__(self, status: int, said: str, kind: Kind = Kind.REFUSED) -> None:
         super().__init__(_short(f"{status}: {said}"))
@@ -112,12 +127,14 @@ class Refused(Exception):
     @property
     def for_all(self) -> bool:
         """Whether the server refuses every question for this reason."""
-        return self.status in self._FOR_ALL
+        if self.own:
+            return False
+        return self.status in self._FOR_ALL or any(words.search(self.said) for words in (_NO_MONEY, _NO_SERVICE))
 
     @property
     def lasting(self) -> bool:
-        """Whether it is about the question, where others are answered; else it is about an address, and asked again."""
-        return self.own or self.status in (400, 403, 413, 422)
+        """Whether it is about the question, where others are answered; else it is asked again."""
+        return self.own or (self.status in self._OF_A_QUESTION and not self.for_all)
 
 
 @dataclass(frozen=True)
@@ -138,7 +155,7 @@ def raise_for_status(status: int, said: str, pause: float = 0.0) -> None:
         return
     spent = status == 429 and _NO_MONEY.search(said) is not None  # waiting brings none
     # A server that is busy says 429. Some say 500 to a question that does not fit.
-    if status in (400, 413, 422, 500) and _TOO_LONG.search(said):
+    if status == 413 or (status in (400, 422, 500) and _TOO_LONG.search(said)):
         raise Refused(status, said, Kind.TOO_LONG)
     if (status in (408, 409, 425, 429) and not spent) or status >= 500:
         raise Unavailable(_short(f"{status}: {said}"), pause=pause, busy=status == 429)
@@ -146,7 +163,7 @@ def raise_for_status(status: int, said: str, pause: float = 0.0) -> None:
 
 
 def _short(text: str) -> str:
-    return " ".join(text.split())[:_SHOWN]
+    return " ".join(text.split())[:_SHOWN].rstrip(".")
 
 
 def _field(said: str) -> str:
@@ -174,14 +191,15 @@ def read_reply(answer: Any) -> Reply:
         _raise_error(answer["error"])
     try:
         choice = answer["choices"][0]
-        message = choice.get("message") or {}
+        message = choice["message"]
+        failure = choice.get("error") or message.get("error")
         content, apart, refused = _parts(message.get("content"))
         thinking = "".join([apart, *(_plain(message.get(name)) for name in _thinking_fields(message))])
         finish = choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise _nonsense(answer) from error
-    if choice.get("error"):
-        _raise_error(choice["error"], str(finish or "error"))
+    if failure:
+        _raise_error(failure, str(finish or "error"))
     finish = "" if finish is None else str(finish)
     kind, tokens = _kind(choice, finish), _tokens(answer.get("usage"))
     refusal = _plain(message.get("refusal")) or refused
@@ -250,10 +268,12 @@ def _parts(content: Any) -> tuple[str, str, str]:
             text.append(part)
         elif part.get("type") in ("thinking", "reasoning", "redacted_thinking"):
             thinking.append(_plain(part.get("thinking") or part.get("text") or part.get("reasoning")))
-        elif part.get("type") in ("text", "output_text"):
+        elif part.get("type", "text") in ("text", "output_text"):
             text.append(_plain(part.get("text")))
         elif part.get("type") == "refusal":
             refusal.append(_plain(part.get("refusal")))
+        else:
+            raise TypeError("a part that is neither text nor thinking")
     return "".join(text), "".join(thinking), "".join(refusal)
 
 

@@ -115,12 +115,14 @@ def verdict(result: Evaluation, answers: str) -> str:
         answers: the path of the file that holds every answer.
     """
     found = result.findings
-    if found.failed:
-        return (
-            f"{found.failed:,} of {found.answers:,} answers never came, so that the numbers are of the others alone. "
-            "Run the same command again to ask for them."
-        )
-    return hardly_readable(found.valid, found.answers, found.reasons, found.counts, answers)
+    little = hardly_readable(found.valid, found.answers, found.reasons, found.counts, answers)
+    if not found.failed:
+        return little
+    never = (
+        f"{found.failed:,} of {found.answers:,} answers never came, so that the numbers are of the others alone. Run "
+        "the same command again to ask for them."
+    )
+    return f"{little} {never}".strip()
 
 
 def hardly_readable(

@@ -27,6 +27,15 @@ _WHITESPACE = " \t\n\r\f\v"
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 # Fixed strings and no repetition: a search looks at each character a bounded number of times, however hostile the text.
 _ANY_TAG = re.compile("|".join(f"<{name}>|</{name}>" for name in JUDGEMENT_TAGS))
+# What general models write around their thinking: Qwen, DeepSeek and most others; Magistral; Kimi; gpt-oss; and others.
+_OPENS_THINKING = re.compile(
+    r"<(?:seed:)?(?:think|thinking|thought|reasoning) ?>|\[THINK\]|◁think▷|<\|begin_of_thought\|>"
+    r"|<\|channel\|>analysis<\|message\|>"
+)
+_CLOSES_THINKING = re.compile(
+    r"</(?:seed:)?(?:think|thinking|thought|reasoning) ?>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>"
+    r"|<\|channel\|>final<\|message\|>"
+)
 _ANSWER_TAG = re.compile("<answer>|</answer>")
 _QUOTED = 40  # characters of a bad answer repeated in the reason; logs and tables stay readable
 
@@ -78,8 +87,9 @@ def parse_pairwise(text: str) -> Judgement:
 def parse_baseline(text: str) -> Judgement:
     """Reads a general model's judgement: an explanation, then a number from 1 to 10 in `<answer>`.
 
-    A general model may think first. All up to the first `</think>` is its thinking, whether it opened that itself or
-    its chat template did, and no score is read from there, nor from thinking that never ends.
+    A general model may think first. All up to the first `</think>`, or what it writes in its place, is its thinking,
+    whether it opened that itself or its chat template did. No score is read from there, nor from thinking that never
+    ends.
 
     >>> judgement = parse_baseline("Clear, but wrong on the date. <answer>4</answer>")
     >>> judgement.status.name, judgement.score, judgement.evaluation
@@ -154,16 +164,16 @@ def _thinking(text: str) -> tuple[str, int]:
 
 def _thinking_if_any(text: str) -> tuple[str, int]:
     """The same of a general model, which need not think, and whose chat template may have opened its thinking."""
-    before, closing, after = text.partition("</think>")
-    if not closing:
-        if "<think>" in text:
-            raise _Unreadable("</think> is missing")
+    closing = _CLOSES_THINKING.search(text)
+    if closing is None:
+        if opening := _OPENS_THINKING.search(text):
+            raise _Unreadable(f"the thinking that {opening.group()} opens has no end")
         return "", 0
-    for tag in ("<think>", "</think>"):
-        if tag in after:
-            raise _Unreadable(f"{tag} is repeated")
-    _, opening, inside = before.partition("<think>")
-    return inside if opening else before, len(before) + len(closing)
+    if again := _OPENS_THINKING.search(text, closing.end()) or _CLOSES_THINKING.search(text, closing.end()):
+        raise _Unreadable(f"{again.group()} is repeated")
+    before = text[: closing.start()]
+    opening = _OPENS_THINKING.search(before)
+    return before[opening.end() :] if opening else before, closing.end()
 
 
 def _in_order(tags: list[re.Match[str]], names: tuple[str, ...]) -> list[re.Match[str]]:

@@ -23,6 +23,7 @@ from patarm_jax.types import UserError
 _MOST_LOST = 2  # times the concurrency: after so many failures in a row, and 20 at least, the evaluation stops
 _ENOUGH_ALIKE = 2  # refusals in the same words, where nothing was ever answered, to say that all would be refused
 _ENOUGH_REFUSED = 3  # in any words
+_MOST_REFUSED = 100  # in a row where others were answered before, to say that no more will be
 _SECONDS_BETWEEN = 60.0  # two words on trouble
 
 
@@ -166,8 +167,9 @@ class _Asking:
     async def _ask(self, client: httpx.AsyncClient, question: Question, vote: int) -> None:
         remote = self.remote
         while True:
-            sent = self.dialect.fields(question, vote, remote.sampling, remote.section, remote.seed)
-            request = {"model": remote.name, "messages": list(question.messages), **sent}
+            fields = self.dialect.fields(question, vote, remote.sampling, remote.section, remote.seed)
+            request = {"model": remote.name, "messages": self.dialect.messages(question), **fields}
+            sent = self.dialect.record(fields)
             try:
                 reply = await complete(client, request, remote.section, self._ending, self._tell, self._spend)
             except Stopped:
@@ -199,24 +201,30 @@ class _Asking:
             self._add(no_answer(question, vote, Kind.REFUSED, f"refused: {reply.reason}", **more))
             return
         self.answered = True
-        self._release_held()
+        self._release_held(followed=True)
         self._add(as_answer(question, vote, self.parse, self.remote.section.opens_thinking, reply, sent))
 
     def _refused(self, question: Question, vote: int, sent: Mapping[str, Any], refusal: Refused) -> None:
-        """Where others are answered, a refusal is this question's own; before that, nobody knows."""
+        """Whether a refusal is this question's own or everyone's, what follows will tell."""
         self.lost = 0 if self.answered and refusal.lasting else self.lost + 1
         self.held.append(_Held(question, vote, sent, refusal))
         if refusal.for_all:
             self._give_up(refusal)
-        elif self.answered:
-            self._release_held()
 
-    def _release_held(self) -> None:
-        """Refusals are final where others were answered; else there was no judge yet, and they are asked again."""
+    def _release_held(self, followed: bool = False) -> None:
+        """Records refusals: as final where an answer followed them, else as failed, for the judge may be gone.
+
+        At the end of all requests nothing follows. Then a refusal is final that names the question, or that was the
+        same when the command ran before, or that is one of a few.
+        """
+        few = sum(not one.refusal.own for one in self.held) < _ENOUGH_REFUSED
         for one in self.held:
-            final = self.answered and one.refusal.lasting and not one.refusal.for_all
+            reason = f"refused: {one.refusal}"
+            before = self.answers.known.get((one.question.key, one.vote))
+            again = before is not None and before.reason == reason
+            final = self.answered and one.refusal.lasting and (followed or few or again or one.refusal.own)
             kind = one.refusal.kind if final else Kind.FAILED
-            self._add(no_answer(one.question, one.vote, kind, f"refused: {one.refusal}", sent=one.sent))
+            self._add(no_answer(one.question, one.vote, kind, reason, sent=one.sent))
         self.held.clear()
 
     def _add(self, answer: Answer) -> None:
@@ -236,10 +244,14 @@ class _Asking:
         return not self.answered and any(not one.refusal.own for one in self.held)
 
     def _give_up_where_all_is_refused(self) -> None:
-        if self.answered or not self.held:
-            return
         doubtful = [one.refusal for one in self.held if not one.refusal.own]
+        if self.answered:
+            if len(doubtful) > _MOST_REFUSED:
+                self._give_up(doubtful[-1])
+            return
         alike = len(doubtful) >= _ENOUGH_ALIKE and len({_without_numbers(each) for each in doubtful}) == 1
+        if not self.held:
+            return
         if alike or len(doubtful) >= _ENOUGH_REFUSED or len(self.held) > self._too_many:
             self._give_up(self.held[-1].refusal)
 

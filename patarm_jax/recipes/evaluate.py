@@ -76,7 +76,8 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
 
     # ---------------------------------------------------------------------------------------------------------- score
     given = [answer for question in questions for answer in answers.of(question, config.votes)]
-    if not any(answer.kind in (Kind.ANSWER, Kind.CUT) for answer in given):
+    came = any(answer.kind in (Kind.ANSWER, Kind.CUT) for answer in given)
+    if not came and any(not answer.came for answer in given):
         raise UserError(
             f"no question was answered, the first one because: {given[0].reason}. Nothing is scored. When that is put "
             "right, run the same command again to ask for what failed."

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -104,7 +105,9 @@ class Checkpoints:
         """
         remedy = "Set run.on_damaged to previous to go on from {}, remove that folder, or give another run folder"
         (state, data_state), step = self._last_whole(lambda step: self._restored(step, abstract_state), remedy)
-        self._put_aside([one for one in steps_in(self.folder) if one > step or damage_of(self.folder / str(one))])
+        damaged = [one for one in steps_in(self.folder) if one > step or damage_of(self.folder / str(one))]
+        if _seen_by_all("some" if damaged else ""):  # nothing is moved before every process has looked
+            self._put_aside(damaged)
         return state, data_state, step
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> tuple[Any, int]:
@@ -176,8 +179,7 @@ class Checkpoints:
                 aside.parent.mkdir(exist_ok=True)
                 os.rename(self.folder / str(step), aside)
                 self.say(f"the damaged checkpoint of step {step} is kept as {aside}")
-        if steps:
-            multihost_utils.sync_global_devices("put damaged checkpoints aside")
+        multihost_utils.sync_global_devices("put damaged checkpoints aside")
 
     def check(self) -> None:
         """Raises UserError when the save that is going on in the background has failed."""
@@ -211,9 +213,7 @@ class Checkpoints:
     def _read(self, step: int, **items: Any) -> Any:
         """Items of a checkpoint; raises Damage."""
         where = self.folder / str(step)
-        if not where.is_dir():
-            raise Damage("it is missing")
-        if damage := damage_of(where):
+        if damage := _seen_by_all(damage_of(where) if where.is_dir() else "it is missing"):
             raise Damage(damage)
 
         def read() -> Any:
@@ -243,6 +243,13 @@ class Checkpoints:
         if jax.process_index() == 0:
             for folder in self.folder.glob(UNFINISHED):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _seen_by_all(damage: str) -> str:
+    """What is wrong as this process sees it or, where it sees nothing, another one; all decide alike."""
+    if jax.process_count() > 1 and multihost_utils.process_allgather(np.int32(bool(damage))).any():
+        return damage or "another process finds it damaged"
+    return damage
 
 
 def open_checkpoints(

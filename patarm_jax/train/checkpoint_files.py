@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from patarm_jax.files import write_json
+from patarm_jax.types import UserError
 
 FILES = "patarm_files.json"  # in the folder of a step: {file: [bytes, sha256 or null]}
 _SMALL = 1 << 16  # bytes of a file whose content is checked too; the large ones hold sums of their own
@@ -48,8 +49,12 @@ def damage_of(step: Path) -> str:
     for name, expected in noted.items():
         try:
             found = _about(step / name)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return f"{name} is missing"
+        except OSError as error:  # such as a lost right, or a network disk that is away: nothing is wrong with the file
+            raise UserError(
+                f"cannot read {step / name}: {error.strerror}. Make it a file that you may read."
+            ) from error
         if found[0] != expected[0]:
             return f"{name} has {found[0]:,} bytes instead of {expected[0]:,}"
         if found != expected:
