@@ -17,7 +17,7 @@ class Chat(BaseHTTPRequestHandler):
     """A chat server that knows the good answer, and fails as its `plan` says before it answers."""
 
     # What to do to the next requests: "429", "nonsense", "slow" and so on, as do_POST has them, or a function from the
-    # request to (status, content).
+    # request to (status, content) or (status, content, headers).
     plan: list
     always = ""  # the same for every later request
     asked: list
@@ -35,7 +35,8 @@ class Chat(BaseHTTPRequestHandler):
             self.times.append(time.monotonic())
             do = self.plan.pop(0) if self.plan else type(self).always
         if callable(do):
-            self.reply(*do(request))
+            status, content, *headers = do(request)
+            self.reply(status, content, **(headers[0] if headers else {}))
             return
         if do in ("slow", "slower"):
             time.sleep(1.5 if do == "slow" else 4)

@@ -149,7 +149,7 @@ def test_one_judgement_of_each_response_is_a_group_where_the_pair_is():
         (["--run.seed", "1", "--run.seed", "2"], "--run.seed is given twice"),
         (["--run", "1"], "--run is a section. Give one of its settings: --run.folder, --run.seed,"),
         (["--packing", "yes"], "--packing is 'yes'; allowed is true or false"),
-        (["--no-packing"], "unknown option --no-packing. Did you mean --packing?"),
+        (["--no-packing"], "unknown option --no-packing. Say --packing false."),
         (["--optimizer.decay", "square"], "'constant', 'linear', 'cosine'"),
         (["--pairs_per_step", "0"], "pairs_per_step is 0; allowed is 1 or more"),
         (["-v", "8"], "unknown argument -v. Give settings as --section.key value"),

@@ -43,6 +43,12 @@ UNKNOWN = "Unrecognized request argument supplied: "
     [
         (refusing(lambda r: "max_tokens" in r, message=MAX_TOKENS, param="max_tokens"), "max_tokens",
          {"max_completion_tokens": 1024}),
+        (refusing(lambda r: r.get("top_k") == -1, message="top_k must be greater than 0"), "-", {"top_k": 0}),
+        (refusing(lambda r: "min_p" in r, message="min_p must be in (0, 1], got 0.0"), "min_p", {"top_k": -1}),
+        (refusing(lambda r: "seed" in r, message="seed must be between 0 and 1000"), "seed", {"top_k": -1}),
+        (refusing(lambda r: "top_k" in r, message="Argument not known: top_k"), "top_k", {"min_p": 0.0}),
+        (refusing(lambda r: "repetition_penalty" in r, message="repetition_penalty is not enabled here"),
+         "repetition_penalty", {"min_p": 0.0}),
         (refusing(lambda r: "max_tokens" in r, message=MAX_TOKENS), "max_tokens", {"max_completion_tokens": 1024}),
         (refusing(lambda r: {"temperature", "top_p"} <= r.keys(), message=BOTH), "top_p", {"temperature": 1.0}),
         (refusing(lambda r: "seed" in r, message="seed is not supported"), "seed", {}),
@@ -64,6 +70,28 @@ def test_a_field_that_a_server_refuses_is_left_out_and_said_once(pairs, capsys, 
     assert said.count("which the server does not take. Every answer is kept with what was sent") >= 1
     assert len(set(said.splitlines())) == len(said.splitlines())  # nothing twice
     assert len(chat.asked) <= 12 + 4 * 4
+
+
+def test_a_server_without_a_system_is_asked_in_the_users_turn(pairs, capsys):
+    """As templates of Gemma and of Mistral's first models have it."""
+    message = "Conversation roles must alternate user/assistant/user/assistant/..."
+    answer = refusing(lambda r: r["messages"][0]["role"] == "system", message=message)
+    with served(always=answer) as (url, chat):
+        assert main(remote(pairs, url)) == 0
+    assert overall(pairs)[1] == 1.0
+    (turn,) = chat.asked[-1]["messages"]
+    assert turn["role"] == "user" and turn["content"].startswith("You are an expert assessor")
+    assert "it takes no turn of the system" in capsys.readouterr().err
+    line = json.loads((pairs / "out" / "answers.jsonl").read_text().splitlines()[-1])
+    assert line["sent"]["messages"] == "the system's words begin the user's turn"
+
+
+def test_too_large_a_limit_is_no_reason_for_another_name(pairs, capsys):
+    answer = refusing(lambda r: True, message="max_tokens is too large: 1024. This model supports at most 512")
+    with served(always=answer) as (url, _):
+        assert main(remote(pairs, url)) == 1
+    said = capsys.readouterr().err
+    assert "supports at most 512" in said and "max_completion_tokens" not in said
 
 
 def test_fastapis_way_to_refuse_a_field(pairs):
@@ -118,16 +146,25 @@ def test_a_mistake_cannot_cost_a_fortune(pairs, capsys):
     assert overall(pairs, "more")[1] == 1.0
 
 
-def test_a_key_is_in_no_error_and_no_file(pairs, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "reply",
+    [
+        (401, {"error": {"message": "Incorrect API key provided: sk-very-secret"}}),
+        (200, {"error": {"code": 401, "message": "Incorrect API key provided: Bearer sk-very-secret"}}),
+        (200, {"error": "Incorrect API key provided: sk-very-secret"}),
+        (200, {"Incorrect API key provided": "sk-very-secret"}),
+    ],
+)
+def test_a_key_is_in_no_error_and_no_file(pairs, capsys, monkeypatch, reply):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret\n")  # as `cat key` gives it
 
     def answer(request):
-        return 401, {"error": {"message": "Incorrect API key provided: sk-very-secret"}}
+        return reply
 
     with served(always=answer) as (url, _):
-        assert main(remote(pairs, url)) == 1
+        assert main(remote(pairs, url, "--endpoint.tries", 1)) == 1
     said = capsys.readouterr().err
-    assert "Incorrect API key provided: ***" in said and "very-secret" not in said
+    assert "Incorrect API key provided" in said and "***" in said and "very-secret" not in said
     for file in (pairs / "out").iterdir():
         assert "very-secret" not in file.read_text()
 

@@ -166,15 +166,16 @@ def test_only_a_busy_server_is_given_up_by_the_clock(pairs):
 
 
 def test_one_refusal_among_answers_is_that_questions_own(pairs):
-    with served("", "", "", "403") as (url, chat):
+    with served("", "", "", "400") as (url, chat):
         assert main(remote(pairs, url, "--endpoint.concurrency", 1)) == 0
         assert main(remote(pairs, url, "--endpoint.concurrency", 1)) == 0
         assert len(chat.asked) == 12  # it is not asked again
     assert overall(pairs)[0]["counts"]["refused"] == 1
 
 
-def test_an_address_that_is_wrong_now_and_then_is_asked_again(pairs):
-    with served("", "", "", "404") as (url, chat):
+@pytest.mark.parametrize("status", ["403", "404"])
+def test_an_address_that_is_wrong_now_and_then_is_asked_again(pairs, status):
+    with served("", "", "", status) as (url, chat):
         assert main(remote(pairs, url, "--endpoint.concurrency", 1)) == 1
         assert overall(pairs)[0]["failed"] == 1
         assert main(remote(pairs, url, "--endpoint.concurrency", 1)) == 0
@@ -183,7 +184,7 @@ def test_an_address_that_is_wrong_now_and_then_is_asked_again(pairs):
 
 def test_those_under_way_tell_whether_a_refusal_is_for_all(pairs, capsys):
     """The first answer that comes is a refusal; nothing that was paid for meanwhile is lost."""
-    with served("403", *["slow"] * 3) as (url, chat):
+    with served("400", *["slow"] * 3) as (url, chat):
         assert main(remote(pairs, url)) == 0
         assert overall(pairs)[0]["counts"]["refused"] == 1 and len(chat.asked) == 12
     with served(*["403"] * 50) as (url, chat):
@@ -220,6 +221,54 @@ def test_many_questions_may_be_refused_where_others_are_answered(pairs):
     with served() as (url, chat):
         assert main(remote(pairs, url, "--endpoint.concurrency", 1, "--votes", 4)) == 0
     assert len(chat.asked) == 12  # the fourth votes
+
+
+GONE = [
+    "Your credit balance is too low to access the API. Please go to Plans & Billing",
+    "Key limit exceeded (total limit)",
+    "API key expired. Please renew the API key.",
+    "The model `judge-x` is not loaded",
+]
+
+
+@pytest.mark.parametrize("words", GONE)
+@pytest.mark.parametrize("status", [400, 403])
+def test_what_ends_everything_is_never_final(pairs, capsys, words, status):
+    """Money, keys and models go in the middle of things; what is lacking then is asked when they are back."""
+    gone = lambda _: (status, {"error": {"message": words}})  # noqa: E731
+    with served("", "", "", always=gone) as (url, chat):
+        assert main(remote(pairs, url, "--endpoint.concurrency", 1)) == 1
+        assert words[:20] in capsys.readouterr().err and len(chat.asked) == 4
+        chat.always = ""
+        assert main(remote(pairs, url, "--endpoint.concurrency", 1)) == 0
+        assert len(chat.asked) == 4 + 9
+    assert overall(pairs)[1] == 1.0
+
+
+def test_refusals_that_no_answer_follows_are_asked_once_more(pairs):
+    """The judge may be gone, in words that nobody knows. Refused in the same words again, they are final."""
+    with served("", "", "", always="400") as (url, chat):
+        alone = ["--endpoint.concurrency", 1]
+        assert main(remote(pairs, url, *alone)) == 1
+        assert overall(pairs)[0]["counts"]["failed"] == 9
+        assert main(remote(pairs, url, *alone)) == 0
+        assert overall(pairs)[0]["counts"]["refused"] == 9 and len(chat.asked) == 12 + 9
+
+
+def test_where_every_answer_is_a_refusal_that_is_the_result(pairs, capsys):
+    refusal = {"choices": [{"message": {"content": None, "refusal": "I will not."}, "finish_reason": "stop"}]}
+    with served(always=lambda _: (200, refusal)) as (url, chat):
+        assert main(remote(pairs, url)) == 0
+        assert "none of the 12 answers could be read" in capsys.readouterr().err
+        assert main(remote(pairs, url)) == 0 and len(chat.asked) == 12
+    assert overall(pairs)[0]["counts"]["refused"] == 12
+
+
+def test_a_moved_address_is_named(pairs, capsys):
+    moved = {"Location": "http://elsewhere:8000/v1/chat/completions"}
+    with served(always=lambda _: (307, {}, moved)) as (url, _):
+        assert main(remote(pairs, url)) == 1
+    assert "307: moved to http://elsewhere:8000/v1/chat/completions; give that address" in capsys.readouterr().err
 
 
 def test_what_was_never_asked_comes_before_what_failed(pairs):

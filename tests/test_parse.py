@@ -284,6 +284,13 @@ def test_large_hostile_text_is_read_to_its_end(piece):
         ("Poor. <answer>2</answer><think>Or <answer>9</answer>?", None),
         ("a</think><answer>9</answer></think><answer>2</answer>", None),
         ("</think><answer>2</answer>", 2.0),
+        ("[THINK]Perhaps <answer>9</answer>", None),
+        ("[THINK]Perhaps <answer>9</answer>[/THINK]<answer>2</answer>", 2.0),
+        ("<thinking>Perhaps <answer>9</answer>, but", None),
+        ("<|channel|>analysis<|message|>Perhaps <answer>9</answer>", None),
+        ("<|channel|>analysis<|message|><answer>9</answer><|channel|>final<|message|><answer>2</answer>", 2.0),
+        ("◁think▷<answer>9</answer>◁/think▷<answer>2</answer>", 2.0),
+        ("<seed:think><answer>9</answer>", None),
     ],
 )
 def test_no_score_is_read_from_inside_thinking(text, score):

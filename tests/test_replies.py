@@ -59,6 +59,11 @@ def kind_of(reply) -> Kind:
         ({"choices": None, "usage": None}, Kind.FAILED),
         ({"choices": []}, Kind.FAILED),
         ({"choices": [None]}, Kind.FAILED),
+        ({"choices": [{"message": None, "finish_reason": "stop"}], "usage": {"completion_tokens": 9}}, Kind.FAILED),
+        ({"choices": [{"text": TEXT, "finish_reason": "stop"}]}, Kind.FAILED),
+        (completion(TEXT, error="boom"), Kind.FAILED),
+        (completion([{"type": "image_url", "image_url": {}}]), Kind.FAILED),
+        (completion([{"text": TEXT}]), Kind.ANSWER),
         (completion(content=7), Kind.FAILED),
         ([], Kind.FAILED),
         (None, Kind.FAILED),
@@ -81,6 +86,11 @@ def test_every_finish_reason_has_its_kind(finish, kind):
         (400, '{"error": {"code": "context_length_exceeded"}}', Kind.TOO_LONG),
         (422, "`inputs` must have less tokens: input too long", Kind.TOO_LONG),
         (413, "prompt is too long: 210000 tokens > 200000 maximum", Kind.TOO_LONG),
+        (413, "request entity", Kind.TOO_LONG),
+        (422, "`inputs` tokens + `max_new_tokens` must be <= 4096", Kind.TOO_LONG),
+        (400, "Range of input length should be [1, 30720]", Kind.TOO_LONG),
+        (400, "prompt token count of 5000 exceeds the limit of 4096", Kind.TOO_LONG),
+        (400, "DataInspectionFailed", Kind.REFUSED),
         (500, "Input length exceeds the model's maximum length", Kind.TOO_LONG),
         (400, "The response was filtered due to the prompt triggering content management policy", Kind.REFUSED),
         (400, "data_inspection_failed", Kind.REFUSED),
@@ -186,16 +196,17 @@ def test_an_answers_line_says_what_was_sent(pairs):
     assert sent == {name: value for name, value in first["sent"].items() if name != "seed"} | {"answers": 12}
 
 
-def test_answers_of_an_earlier_version_are_asked_again(pairs):
-    """It took errors for judgements that could not be read."""
-    with served() as (url, chat):
+def test_of_an_earlier_version_what_could_not_be_read_is_asked_again(pairs):
+    """It took errors for judgements that could not be read; what could be read stays paid for."""
+    with served("unread", "unread") as (url, chat):
         assert main(remote(pairs, url)) == 0
         path = pairs / "out" / "answers.jsonl"
         first, *lines = path.read_text().splitlines()
-        old = [{k: v for k, v in json.loads(line).items() if k not in ("kind", "sent", "opened")} for line in lines]
+        new = ("kind", "sent", "opened", "finish_reason")
+        old = [{"cut": False} | {k: v for k, v in json.loads(line).items() if k not in new} for line in lines]
         path.write_text("\n".join([first, *map(json.dumps, old)]) + "\n")
         assert main(remote(pairs, url)) == 0
-        assert len(chat.asked) == 24
+        assert len(chat.asked) == 12 + 2
     assert overall(pairs)[1] == 1.0
 
 
