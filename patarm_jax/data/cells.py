@@ -86,6 +86,17 @@ def text_or_messages(column: str, value: Any) -> str | Conversation | None:
     return tuple(_message(column, one) for one in listed)
 
 
+def show_messages(chosen: Any, rejected: Any) -> bool:
+    """Whether one of two answers in text looks like messages, and the other does not: then it is an answer in JSON.
+
+    A list of messages that is cut off is none: it stays to be dropped as unreadable.
+    """
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        return False
+    looks = [side for side in (chosen, rejected) if _MESSAGES_AS_TEXT.match(side)]
+    return len(looks) == 1 and not (looks[0].lstrip().startswith("[") and _parsed(looks[0]) is None)
+
+
 def _listed(value: Any) -> Sequence[Any] | None:
     """The messages of a value, not yet looked at; None where it is of no form that has any."""
     match value:
