@@ -167,6 +167,15 @@ def test_without_turns_the_cut_is_at_the_only_place_that_is_certain(tmp_path, ch
         ("describe rice it is good", "describe rice it is bad"),
         ("Tell me about Mr. Smith He is old", "Tell me about Mr. Smith He is young"),
         ("Tell me about Mr. Smith", "Tell me about Mr. Jones"),
+        # What both share looks like the beginning of an answer.
+        ("Sure\n\nApples", "Sure\n\nPears"),
+        ("Of course!\n\nApples", "Of course!\n\nPears"),
+        ("Here is a list:\nApples", "Here is a list:\nPears"),
+        ("# A title\n\nApples", "# A title\n\nPears"),
+        ("- an apple\nPears", "- an apple\nPlums"),
+        ("1) an apple\nPears", "1) an apple\nPlums"),
+        ("def f(x):\n    return 1", "def f(x):\n    pass"),
+        ("Really? Yes", "Really? No"),
         ("Dr. Who is great", "Dr. Who is green"),
         ("It takes 18 minutes", "It takes 180 minutes"),
         ("How long?\nIt takes 18 minutes.", "How long?\nIt takes 180 minutes."),
@@ -305,6 +314,15 @@ def test_a_prompt_that_both_texts_repeat_is_no_part_of_the_responses(tmp_path, p
 )
 def test_answers_that_only_begin_alike_stay_whole(tmp_path, prompt, chosen, rejected):
     assert sides(tmp_path, chosen, rejected, prompt=prompt) == ([("user", prompt)], chosen, rejected)
+
+
+def test_texts_may_repeat_a_part_of_the_prompt_and_hold_marks_of_their_own(tmp_path):
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
+    turns = [("system", "Be brief."), ("user", "a")]
+    assert sides(tmp_path, "Human: a\nAI: yes x", "Human: a\nAI: yes y", prompt=prompt) == (turns, "yes x", "yes y")
+    prompt = "\n\nHuman: a\n\nAssistant:"
+    got = sides(tmp_path, prompt + " use <|x|> 1", prompt + " use <|x|> 2", prompt=prompt)
+    assert got == ([("user", "a")], "use <|x|> 1", "use <|x|> 2")
 
 
 def test_an_answer_loses_the_tokens_that_close_it_in_the_notation_of_its_prompt(tmp_path):

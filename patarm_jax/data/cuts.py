@@ -5,7 +5,9 @@ grade a fragment. So what both share is taken as the prompt in these cases alone
 
 1. Both share one line that ends in a line break, a blank line or a question mark, and the responses begin right behind
    it and differ in their first word. Whatever else they shared could be the answer's, and so could any line or
-   sentence behind the first: hence the line holds no end of a sentence, and no colon, that more text follows.
+   sentence behind the first: hence the line holds no end of a sentence, and no colon, that more text follows. Nor is
+   it a prompt if it looks like an answer's first line: one word, a heading or an item of a list, or a line that ends
+   in a colon or an exclamation mark, such as `Sure!` or `Here is a list:`.
 2. Both complete a short sentence that has no end yet, as TRL's "The sky is" + " blue.", " green.". An answer behind a
    prompt begins with a capital letter or behind a mark. Where the shared words hold no mark at all and no capital
    letter but the first, no answer has begun in them, and they are all prompt. The sides differ from a word's first
@@ -20,6 +22,9 @@ from patarm_jax.data.reasons import NO_PROMPT, Dropped
 _CLOSING = r"""["'”’)\]」』）]*"""
 _GOES_ON = re.compile(rf"[.!?…:;]{_CLOSING}\s|[。！？：]{_CLOSING}")  # behind it a further sentence, or the answer
 _QUESTION = re.compile(rf"[?？]{_CLOSING}\Z")
+# A letter or digit first, two words or a script without spaces, and no mark at the end that leads over to an answer.
+_ASKS = re.compile(rf"""["'“‘«(¿]?\w(?=.*(?:\S\s+\S|[\u2e80-\U0010ffff])).*(?<![:;!…：！,\\]){_CLOSING}\Z""", re.DOTALL)
+_LISTED = re.compile(r"(?:\d{1,3}|[A-Za-z])[.)]\s")
 _SENTENCE_BEGINS = re.compile(r"[A-ZÀ-ÖØ-Þ][a-zà-öø-ÿ]*(?: +[a-zà-öø-ÿ]+){0,9} +")
 _SPACE = re.compile(r"\s*")
 
@@ -52,6 +57,8 @@ def cut_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
     end = len(_whole_words(shared, chosen, rejected).rstrip())
     prompt, *sides = shared[:end], chosen[end:], rejected[end:]
     question = _QUESTION.search(prompt)
+    if not _ASKS.match(prompt) or _LISTED.match(prompt):
+        raise Dropped(NO_PROMPT)
     if "\n" in prompt or any(mark.end() < end for mark in _GOES_ON.finditer(prompt)):
         raise Dropped(NO_PROMPT)
     for side in sides:

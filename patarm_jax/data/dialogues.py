@@ -102,17 +102,23 @@ NOTATIONS = [
 ]  # fmt: skip
 
 
-def read_dialogues(chosen: str, rejected: str) -> tuple[Conversation, Conversation] | None:
+def read_dialogues(chosen: str, rejected: str, known: bool = False) -> tuple[Conversation, Conversation] | None:
     r"""Both texts as messages, where what they share says that they are dialogues; None where it does not.
 
     >>> sides = read_dialogues("\n\nHuman: Rice?\n\nAssistant: 18 minutes.", "\n\nHuman: Rice?\n\nAssistant: 180.")
     >>> [[tuple(message.values()) for message in side] for side in sides]
     [[('user', 'Rice?'), ('assistant', '18 minutes.')], [('user', 'Rice?'), ('assistant', '180.')]]
+
+    Args:
+        chosen: one text.
+        rejected: the other.
+        known: whether the prompt is known from elsewhere, so that odd marks in the texts lead nobody astray.
     """
     chosen, rejected = _headed(chosen), _headed(rejected)
     shared = shared_start(chosen, rejected)
     notation = _notation(shared) or _notation_of_each(chosen, rejected)
-    _drop_unknown_marks(shared, notation)
+    if not known:
+        _drop_unknown_marks(shared, notation)
     if notation is None:
         return None
     return _without_open_turns(*(_messages(text, notation, len(shared)) for text in (chosen, rejected)))

@@ -74,7 +74,7 @@ def _with_prompt(prompt: str | Conversation, chosen: str | Conversation, rejecte
         opened = read_open_prompt(prompt)
         if opened and texts:
             if all(side.lstrip().startswith(prompt.strip()) for side in texts):
-                dialogues = read_dialogues(*texts)
+                dialogues = read_dialogues(*texts, known=True)
                 if dialogues is not None:
                     return _split_dialogues(*dialogues)
             return opened[0], closed(texts[0], opened[1]), closed(texts[1], opened[1])
@@ -92,13 +92,15 @@ def _with_prompt(prompt: str | Conversation, chosen: str | Conversation, rejecte
 def _without_repeated_prompt(prompt: Conversation, chosen: str, rejected: str) -> Sides:
     """Two answers in text. Where both begin with the prompt, as a dialogue or as it stands, it is no part of them."""
     try:
-        dialogues = read_dialogues(chosen, rejected)
+        dialogues = read_dialogues(chosen, rejected, known=True)
     except Dropped:  # answers that show dialogues
         dialogues = None
     if dialogues and prompt and dialogues[0][:-1] == dialogues[1][:-1]:
         context = dialogues[0][:-1]
         if _stripped(context[-len(prompt) :]) == _stripped(prompt):
             return _split_dialogues(*dialogues)
+        if context and _stripped(prompt[-len(context) :]) == _stripped(context):
+            return prompt, *_split_dialogues(*dialogues)[1:]
     asked = prompt[-1]["content"].strip() if prompt else ""
     answers = [side.lstrip() for side in (chosen, rejected)]
     if _is_told_apart(asked) and all(side.startswith(asked) for side in answers):
