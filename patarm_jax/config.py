@@ -83,8 +83,8 @@ class OptimizerSection(_Checked):
 class DataSection(_Checked):
     """Which preferences are read, and how their columns are called."""
 
-    # A .jsonl, .json, .csv or .tsv file (each also packed as .gz or .zst), a .parquet or .arrow file, a folder of them,
-    # a folder that datasets wrote with save_to_disk, or a Hub id.
+    # A .jsonl, .json, .csv or .tsv file (each also packed: .gz, .zst, .bz2, .xz), a .parquet or .arrow file, a folder
+    # of them, a folder that datasets wrote with save_to_disk, or a Hub id.
     path: str = field(default="", metadata=PLACE)
     # Of a Hub id, and of a folder whose files or folders are named by their splits, as the Hub has it: train, training;
     # validation, valid, dev, val; test, testing, eval, evaluation.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from patarm_jax.config import DataSection
 from patarm_jax.data import reasons as p
-from patarm_jax.data.dialogues import cut_texts
+from patarm_jax.data.cuts import cut_texts
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.data.reasons import Dropped
 
@@ -66,7 +66,12 @@ NOTATIONS = {
     "questions": "Question: How long does rice take?\n\nAnswer: {}",
     "Q and A": "Q: How long does rice take?\nA: {}",
     "tasks": "Prompt: How long does rice take?\nResponse: {}",
-    "summary": "How long does rice take?\n\nTL;DR: {}",
+    "gpt-oss": "<|start|>user<|message|>How long does rice take?<|end|>"
+    "<|start|>assistant<|channel|>final<|message|>{}<|return|>",
+    "Cohere": "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>How long does rice take?<|END_OF_TURN_TOKEN|>"
+    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{}<|END_OF_TURN_TOKEN|>",
+    "Baize": "[|Human|] How long does rice take?\n[|AI|] {}",
+    "tags": "<user>How long does rice take?</user>\n<assistant>{}</assistant>",
 }
 ALIKE = [
     ("I think rice takes 18 minutes.", "I think rice takes 180 minutes."),  # the texts part inside a number
@@ -105,7 +110,9 @@ HH = "\n\nHuman: Rice?\n\nAssistant:{}"
         (HH.format(" 18."), HH.format(""), p.EMPTY_RESPONSE),
         (HH.format(" 18."), HH.format(" 18.\n"), p.IDENTICAL),
         (HH.format(" 18.\n\nHuman: Thanks\n\nAssistant: Welcome"), HH.format(" 180."), p.UNEQUAL_PREFIXES),
-        (HH.format(" 18.\n\nHuman: Sure?"), HH.format(" 18.\n\nHuman: Ok?"), p.NOT_ONE_MESSAGE),
+        (HH.format(" 18.\n\nHuman: Sure?"), HH.format(" 18.\n\nHuman: Ok?"), p.IDENTICAL),
+        (HH.format(" 18.\n\nHuman: Sure?"), HH.format(" 180."), p.OPEN_TURN),
+        (HH.format(" 180."), HH.format(" 18.\n\nHuman:"), p.OPEN_TURN),
         (HH.format(" Hi.\n\nAssistant: 18"), HH.format(" Hi.\n\nAssistant: 180"), p.NO_PROMPT),
         ("\n\nAssistant: 18", "\n\nAssistant: 180", p.EMPTY_PROMPT),
         ("\n\nHuman: 2?\n\nAssistant: 2", "\n\nHuman: 3?\n\nAssistant: 3", p.UNEQUAL_PREFIXES),
@@ -118,21 +125,19 @@ def test_dialogues_that_have_no_two_responses_to_one_prompt(tmp_path, chosen, re
 
 
 CERTAIN = [
-    # The only line break.
-    ("How long?\nIt takes 18 minutes.", "How long?\nIt takes 180 minutes.",
-     "How long?", "It takes 18 minutes.", "It takes 180 minutes."),
-    ("I have rice. How long?\n\nIt takes 18.", "I have rice. How long?\n\nIt is done.",
-     "I have rice. How long?", "It takes 18.", "It is done."),
-    ("\nHow long?\nIt\nis 1", "\nHow long?\nIt\tis 2", "How long?", "It\nis 1", "It\tis 2"),
-    # The only end of a sentence.
+    # Lines of their own.
+    ("How long?\nAbout 18 minutes.", "How long?\nIt takes 180 minutes.",
+     "How long?", "About 18 minutes.", "It takes 180 minutes."),
+    ("Name a tea\n\nGreen.\n\nIt is good.", "Name a tea\n\nBlack.", "Name a tea", "Green.\n\nIt is good.", "Black."),
+    ("\nHow long?\r\nNo", "\nHow long?\r\nNot long", "How long?", "No", "Not long"),
+    ("How long?\n\nLong", "How long?\nShort", "How long?", "Long", "Short"),
+    # A question.
     ("Capital of France? Paris", "Capital of France? Paris, in Spain.",
      "Capital of France?", "Paris", "Paris, in Spain."),
-    ('Who said "Eureka!" It was X.', 'Who said "Eureka!" It was Y.', 'Who said "Eureka!"', "It was X.", "It was Y."),
-    ("法国的首都是哪里？是巴黎。", "法国的首都是哪里？是柏林。", "法国的首都是哪里？", "是巴黎。", "是柏林。"),
+    ('Who said "Eureka?" It was X.', 'Who said "Eureka?" X.', 'Who said "Eureka?"', "It was X.", "X."),
+    ("法国的首都是哪里？巴黎。", "法国的首都是哪里？柏林。", "法国的首都是哪里？", "巴黎。", "柏林。"),
     # A sentence that both complete.
     ("The sky is blue.", "The sky is green.", "The sky is", " blue.", " green."),
-    ("It takes 18 minutes", "It takes 180 minutes", "It takes", " 18 minutes", " 180 minutes"),
-    ("Dr. Who is great", "Dr. Who is green", "Dr. Who is", " great", " green"),
 ]  # fmt: skip
 
 
@@ -151,10 +156,89 @@ def test_without_turns_the_cut_is_at_the_only_place_that_is_certain(tmp_path, ch
         ("How long?\nSure:\nIt takes 18.", "How long?\nSure:\nIt takes 180."),  # either line could end the prompt
         ("Rice? Sure. It takes 18.", "Rice? Sure. It takes 180."),
         ("天空是蓝色的", "天空是绿色的"),
+        # The answer begins in what both share.
+        ("How do I cook rice? Boil water first.\nThen add the rice.", "How do I cook rice? Boil water first.\nEat it."),
+        ("How do I cook rice? Boil it first.\n\nThen add it.", "How do I cook rice? Boil it first.\n\nEat it raw."),
+        ("List fruits: Sure!\n- apple", "List fruits: Sure!\n- pear"),
+        ("List fruits: Sure!\nApple", "List fruits: Sure!\nPear"),
+        ("Describe rice Rice is a grain. It is good", "Describe rice Rice is a grain. It is bad"),
+        ("Describe rice Rice is a grain. Good", "Describe rice Rice is a grain. Bad"),
+        ("Describe rice Rice is good", "Describe rice Rice is bad"),
+        ("describe rice it is good", "describe rice it is bad"),
+        ("Tell me about Mr. Smith He is old", "Tell me about Mr. Smith He is young"),
+        ("Tell me about Mr. Smith", "Tell me about Mr. Jones"),
+        # What both share looks like the beginning of an answer.
+        ("Sure\n\nApples", "Sure\n\nPears"),
+        ("Of course!\n\nApples", "Of course!\n\nPears"),
+        ("Here is a list:\nApples", "Here is a list:\nPears"),
+        ("# A title\n\nApples", "# A title\n\nPears"),
+        ("- an apple\nPears", "- an apple\nPlums"),
+        ("1) an apple\nPears", "1) an apple\nPlums"),
+        ("def f(x):\n    return 1", "def f(x):\n    pass"),
+        ("Really? Yes", "Really? No"),
+        ("Dr. Who is great", "Dr. Who is green"),
+        ("It takes 18 minutes", "It takes 180 minutes"),
+        ("How long?\nIt takes 18 minutes.", "How long?\nIt takes 180 minutes."),
+        ("法国的首都是哪里？是巴黎。", "法国的首都是哪里？是柏林。"),
+        # A mark alone makes no dialogue.
+        ("Tell me a riddle\nHere: what runs?\nAnswer: a river", "Tell me a riddle\nHere: what runs?\nAnswer: a nose"),
+        ("Explain rice\nA grain.\n\nTL;DR: good", "Explain rice\nA grain.\n\nTL;DR: bad"),
+        ("Write a play\nAI: hi one", "Write a play\nAI: hi two"),
     ],
-)
+)  # fmt: skip
 def test_what_has_no_certain_place_is_dropped(tmp_path, chosen, rejected):
     assert one(tmp_path, chosen, rejected) == p.NO_PROMPT
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("<|im_start|>user\nHi?<|im_sep|>\n{}", p.UNKNOWN_MARK),
+        ("<|human|>Hi?\n<|bot|>{}", p.UNKNOWN_MARK),
+        ("[USER] Hi?\n[ASSISTANT] {}", p.UNKNOWN_MARK),
+        ("<human>Hi?</human>\n{}", p.UNKNOWN_MARK),
+        ("<｜Anfang｜>Hi?\n{}", p.UNKNOWN_MARK),
+        ("<start_of_turn>user\nHi?\n{}", p.UNKNOWN_MARK),
+        ("\n\nHuman: a <|tool|> b\n\nAssistant: {}", p.UNKNOWN_MARK),
+        ("<|user|>Hi<|tool_call|>x<|assistant|>{}", p.UNKNOWN_MARK),
+        ("Q: y\nA: z\n\nPrompt: a\n\nResponse: s {}", p.TWO_NOTATIONS),
+        ("Hm\n\nQ: y\nA: z\n\nQuestion: y\n\nAnswer: s {}", p.TWO_NOTATIONS),
+        ("\n\nHuman: a\n\nAssistant: b ### Question: c\n### Answer: {}", p.TWO_NOTATIONS),
+        ("<|user|>a<|assistant|>b<|im_start|>user\nc<|im_start|>assistant\n{}", p.TWO_NOTATIONS),
+    ],
+)
+def test_notations_that_are_unknown_or_mixed_are_dropped_for_their_own_reason(tmp_path, text, reason):
+    assert one(tmp_path, text.format("one"), text.format("two")) == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("POST: x\n\nQ: y\nA: z\n\nTL;DR: {}", [("user", "POST: x\n\nQ: y\nA: z")]),
+        ("SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: x\n\nTL;DR: {}", [("user", "SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: x")]),
+        ("<|im_start|>user\nQ: y\nA: z<|im_end|>\n<|im_start|>assistant\n{}", [("user", "Q: y\nA: z")]),
+        ("\n\nHuman: Q: y\nQ: v\nA: z\n\nAssistant: {}", [("user", "Q: y\nQ: v\nA: z")]),
+    ],
+)
+def test_of_two_notations_one_may_be_sure(tmp_path, text, prompt):
+    assert one(tmp_path, text.format("s one"), text.format("s two")) == (prompt, "s one", "s two")
+
+
+@pytest.mark.parametrize("end", ["\n\nHuman:", "\n\nHuman: thanks!", "\n\nHuman: "])
+def test_an_open_users_turn_behind_both_responses_is_none_of_them(tmp_path, end):
+    assert one(tmp_path, HH.format(" 18." + end), HH.format(" 180." + end)) == ([("user", "Rice?")], "18.", "180.")
+    chatml = "<|im_start|>user\nRice?<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n<|im_start|>user\n"
+    assert one(tmp_path, chatml.format("18."), chatml.format("180.")) == ([("user", "Rice?")], "18.", "180.")
+
+
+@pytest.mark.parametrize("inside", ["AI: smart", "User: you", "System: Linux", "Bot: a\n\nUser: b"])
+def test_marks_inside_an_answer_are_the_answers(tmp_path, inside):
+    for chosen, rejected in ((f"Kinds:\n\n{inside}", "None."), (f"K:\n\n{inside} 1", f"L:\n\n{inside} 2")):
+        got = one(tmp_path, HH.format(" " + chosen), HH.format(" " + rejected))
+        assert got == ([("user", "Rice?")], chosen, rejected)
+    text = "### Instruction:\nPlan\n\n### Response:\n{}"
+    chosen = "Plan:\n\n### Task: one\nDo."
+    assert one(tmp_path, text.format(chosen), text.format("No.")) == ([("user", "Plan")], chosen, "No.")
 
 
 def test_a_row_that_lacks_the_prompt_of_its_file_is_not_cut(tmp_path):
@@ -203,6 +287,58 @@ def test_a_prompt_that_ends_inside_the_assistants_turn_is_dropped(tmp_path):
 def test_dialogues_that_repeat_the_prompt_column(tmp_path):
     prompt = "\n\nHuman: Hi\n\nAssistant:"
     assert sides(tmp_path, prompt + " Ho", prompt + " No", prompt=prompt) == ([("user", "Hi")], "Ho", "No")
+
+
+@pytest.mark.parametrize("prompt", ["What is it?", [{"role": "user", "content": "What is it?"}]])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n\nHuman: What is it?\n\nAssistant: {}", "What is it?\n{}", "What is it? {}",
+        "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>",
+    ],
+)  # fmt: skip
+def test_a_prompt_that_both_texts_repeat_is_no_part_of_the_responses(tmp_path, prompt, text):
+    chosen, rejected = text.format("yes x"), text.format("yes y")
+    assert sides(tmp_path, chosen, rejected, prompt=prompt) == ([("user", "What is it?")], "yes x", "yes y")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        ("Rice", "Rice is a grain", "Rice is an animal"),
+        ("Hello!", "Hello! How are you", "Hello! Go"),
+        ("Why is it?", "Why is it?\nBecause.", "No."),
+        ("Write a play", "A: Hm\n\nHuman: a\n\nAssistant: b", "A: Hm\n\nHuman: a\n\nAssistant: c"),
+        ("What is a token?", "It is <|pad|> a", "It is <|pad|> b"),
+    ],
+)
+def test_answers_that_only_begin_alike_stay_whole(tmp_path, prompt, chosen, rejected):
+    assert sides(tmp_path, chosen, rejected, prompt=prompt) == ([("user", prompt)], chosen, rejected)
+
+
+def test_texts_may_repeat_a_part_of_the_prompt_and_hold_marks_of_their_own(tmp_path):
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
+    turns = [("system", "Be brief."), ("user", "a")]
+    assert sides(tmp_path, "Human: a\nAI: yes x", "Human: a\nAI: yes y", prompt=prompt) == (turns, "yes x", "yes y")
+    prompt = "\n\nHuman: a\n\nAssistant:"
+    got = sides(tmp_path, prompt + " use <|x|> 1", prompt + " use <|x|> 2", prompt=prompt)
+    assert got == ([("user", "a")], "use <|x|> 1", "use <|x|> 2")
+
+
+def test_an_answer_loses_the_tokens_that_close_it_in_the_notation_of_its_prompt(tmp_path):
+    prompt = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    assert sides(tmp_path, "yes a<|im_end|>", "no<|im_end|>\n", prompt=prompt) == ([("user", "a")], "yes a", "no")
+    assert sides(tmp_path, "yes a<|im_end|>", "no", prompt="a") == ([("user", "a")], "yes a<|im_end|>", "no")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[{"role":"assistant","content":"x"}]', '{"role": "admin", "content": "x"}', '{"role": "admin", …}'],
+)
+def test_an_answer_in_json_stays_as_it_is(tmp_path, text):
+    prompt = "Give the JSON of a chat message"
+    assert sides(tmp_path, text, "I cannot.", prompt=prompt) == ([("user", prompt)], text, "I cannot.")
+    assert sides(tmp_path, "I cannot.", text, prompt=prompt) == ([("user", prompt)], "I cannot.", text)
 
 
 TEXT = st.text(st.sampled_from("ab1. ?\n:HumanAsit<|>[]/#é？"), max_size=30)

@@ -91,7 +91,7 @@ def trl_extract_prompt(chosen, rejected):
     return chosen[:index], chosen[index:], rejected[index:]
 
 
-@pytest.mark.parametrize("chosen, rejected", [("a b", "a c"), ("a  b", "a  c"), ("Q: é A: x", "Q: é A: yy")])
+@pytest.mark.parametrize("chosen, rejected", [("A b", "A c"), ("A  b", "A  c"), ("Ces é x", "Ces é yy")])
 def test_a_sentence_that_both_complete_is_split_where_trl_splits_it(tmp_path, chosen, rejected):
     """Where TRL would cut inside a word, or inside an answer, we do not: see tests/test_dialogues.py."""
     [got], _ = read_preferences(write(tmp_path, [{"chosen": chosen, "rejected": rejected}]))

@@ -1,8 +1,10 @@
 """Files as they lie about: any encoding, packed or not, lines of any ends, CSV; what is damaged is one sentence."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 
 import pyarrow
 import pytest
@@ -135,15 +137,20 @@ def test_packed_files_are_read_as_what_is_in_them(tmp_path, name):
     data = dict(zip(("x.jsonl", "x.json", "x.csv", "x.tsv"), texts, strict=True))[name].encode()
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
     zstd_stream(tmp_path / f"{name}.zst", data)
-    for path in (tmp_path / f"{name}.gz", tmp_path / f"{name}.zst"):
-        assert read(path)[0] == KEPT
-    assert len(read(tmp_path)[0]) == 4  # both, from their folder
+    (tmp_path / f"{name}.bz2").write_bytes(bz2.compress(data))
+    (tmp_path / f"{name}.xz").write_bytes(lzma.compress(data))
+    for ending in (".gz", ".zst", ".bz2", ".xz"):
+        assert read(tmp_path / (name + ending))[0] == KEPT
+    assert len(read(tmp_path)[0]) == 8  # all, from their folder
 
 
 def test_packed_files_of_several_pieces(tmp_path):
     first, second = LINES.encode().splitlines(keepends=True)
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(first) + gzip.compress(second))
     assert read(tmp_path / "x.jsonl.gz")[0] == KEPT
+    for name, pack in (("x.jsonl.bz2", bz2.compress), ("x.jsonl.xz", lzma.compress)):
+        (tmp_path / name).write_bytes(pack(first) + pack(second))
+        assert read(tmp_path / name)[0] == KEPT
     assert read(zstd_stream(tmp_path / "x.jsonl.zst", first, second))[0] == KEPT
 
 
@@ -155,9 +162,10 @@ def test_a_name_that_says_packed_wrongly_does_no_harm(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [12, -9, -3])
-@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst"])
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst", "x.jsonl.bz2", "x.jsonl.xz"])
 def test_a_packed_file_that_is_cut_off_or_damaged(tmp_path, name, cut):
-    data = gzip.compress(LINES.encode())
+    pack = {"bz2": bz2.compress, "xz": lzma.compress}.get(name.rpartition(".")[2], gzip.compress)
+    data = pack(LINES.encode())
     if name.endswith("zst"):
         data = zstd_stream(tmp_path / name, LINES.encode()).read_bytes()
     (tmp_path / name).write_bytes(data[:cut])
@@ -179,6 +187,59 @@ def test_the_ids_of_a_csv_are_lines_of_the_file(tmp_path):
 def test_spreadsheets_write_semicolons_and_empty_rows(tmp_path):
     (tmp_path / "x.csv").write_text(separated(delimiter=";") + ";;;\n\n")
     assert read(tmp_path / "x.csv")[0] == KEPT
+
+
+@pytest.mark.parametrize("name", ["x.ndjson", "x.jsonlines", "x.NDJSON", "x.ndjson.gz", "x.jsonlines.xz"])
+def test_other_names_of_json_lines(tmp_path, name):
+    data = LINES.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert read(tmp_path / name)[0] == KEPT == read(tmp_path)[0]
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("line", ["sep={}", '"sep={}"', "SEP={}"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_first_line_of_excel_says_the_separator(tmp_path, mark, line, end):
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in ROWS]
+    (tmp_path / "x.csv").write_text(line.format(mark) + end + separated(rows, delimiter=mark), newline="")
+    assert [row[3] for row in read(tmp_path / "x.csv")[0]] == ["x.csv:3", "x.csv:5"]
+    (tmp_path / "x.csv").write_text(f"sep=;{end}prompt;chosen;rejected{end}Q;a", newline="")
+    assert "x.csv:3 has 2 cells" in refusal(tmp_path / "x.csv")
+
+
+def test_empty_columns_without_a_name_are_not_read(tmp_path):
+    (tmp_path / "x.csv").write_text("prompt,chosen,rejected,,\nQ,a,b,,\nR,c,d,,\n")
+    assert [row[:3] for row in read(tmp_path / "x.csv")[0]] == [("Q", "a", "b"), ("R", "c", "d")]
+    (tmp_path / "x.csv").write_text("prompt,chosen,rejected,\nQ,a,b\n")
+    assert "x.csv:2 has 3 cells" in refusal(tmp_path / "x.csv")
+
+
+def test_a_comma_in_a_quoted_name_is_not_the_separator(tmp_path):
+    (tmp_path / "x.csv").write_text('"note, if any";prompt;chosen;rejected\n;Q;a;b\n')
+    assert read(tmp_path / "x.csv")[0][0][:3] == ("Q", "a", "b")
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.tsv"])
+def test_line_ends_of_old_macs_are_told(tmp_path, name):
+    rows = [ROWS[1]] * 2
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if name != "x.jsonl":
+        text = separated(rows, delimiter="\t" if name == "x.tsv" else ",")
+    (tmp_path / name).write_text(text.replace("\n", "\r"), newline="")
+    assert f"{name}:1 holds a carriage return" in (said := refusal(tmp_path / name))
+    assert "Save the file with line ends of Unix" in said
+
+
+@pytest.mark.parametrize("word", ["", "NaN", "nan", "None", "NULL", "null", "NA", "<NA>", " "])
+def test_words_for_nothing_are_missing_values_in_csv_alone(tmp_path, word):
+    lines = [f"Q,a,b,{word},{word},{word}", f"Q,{word},b,i,s,chat", f"Q,a,{word},i,s,chat", f"{word},a,b,i,s,chat"]
+    (tmp_path / "x.csv").write_text("\n".join(["prompt,chosen,rejected,id,source,domain", *lines]))
+    kept, report = read_preferences(DataSection(str(tmp_path / "x.csv"), domain="chat"))
+    assert [(one.id, one.source, one.domain) for one in kept] == [("x.csv:2", "", "chat")]
+    assert report.dropped == {p.EMPTY_RESPONSE: 2, p.EMPTY_PROMPT: 1} and not report.notes
+    if word.strip():
+        (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "Q", "chosen": word, "rejected": "b", "id": word}))
+        assert read(tmp_path / "x.jsonl")[0] == [("Q", word, "b", word)]
 
 
 def test_messages_in_a_csv(tmp_path):

@@ -24,6 +24,7 @@ ROLES = {
 _ROLE = re.compile(r"[A-Za-z0-9_-]+")  # a word, as the judge's prompt can name it
 # A dict with a role in front, alone or in a list: how messages look that were written as text.
 _MESSAGES_AS_TEXT = re.compile(r"""\s*(?:\[\s*)?\{\s*["'](?:role|from|content|value)["']\s*:""")
+_MISSING_WORDS = ("", "NaN", "nan", "None", "NULL", "null", "NA", "<NA>")
 _UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")  # Unicode's categories of what leaves no mark
 _UNSEEN_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that are drawn as nothing
 
@@ -31,6 +32,17 @@ _UNSEEN_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that a
 def is_missing(value: Any) -> bool:
     """Whether a cell holds no value."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def separated_cell(text: str) -> str | None:
+    """A cell of CSV or TSV; None where it says that there is none, as spreadsheets and pandas write it.
+
+    These files have no null of their own. Other files do, and there such a word is a text.
+
+    >>> separated_cell("NaN"), separated_cell(""), separated_cell("None of them")
+    (None, None, 'None of them')
+    """
+    return None if text.strip() in _MISSING_WORDS else text
 
 
 def is_blank(text: str) -> bool:
@@ -84,6 +96,17 @@ def text_or_messages(column: str, value: Any) -> str | Conversation | None:
     if listed is None:
         raise Dropped(f"{column} that is {kind_of_value(value)}, neither text nor a list of messages")
     return tuple(_message(column, one) for one in listed)
+
+
+def show_messages(chosen: Any, rejected: Any) -> bool:
+    """Whether one of two answers in text looks like messages, and the other does not: then it is an answer in JSON.
+
+    A list of messages that is cut off is none: it stays to be dropped as unreadable.
+    """
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        return False
+    looks = [side for side in (chosen, rejected) if _MESSAGES_AS_TEXT.match(side)]
+    return len(looks) == 1 and not (looks[0].lstrip().startswith("[") and _parsed(looks[0]) is None)
 
 
 def _listed(value: Any) -> Sequence[Any] | None:

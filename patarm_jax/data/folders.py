@@ -22,10 +22,11 @@ SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-PACKED = (".gz", ".zst")
+PACKED = (".gz", ".zst", ".bz2", ".xz")
 _TEXT = (".jsonl", ".json", ".csv", ".tsv")
 _TABLES = (".parquet", ".arrow")
-KINDS = ".jsonl, .json, .csv or .tsv (each also as .gz or .zst), .parquet or .arrow"
+_SAME = {".ndjson": ".jsonl", ".jsonlines": ".jsonl"}  # other endings of the same kind
+KINDS = ".jsonl, .json, .csv or .tsv (each also as .gz, .zst, .bz2 or .xz), .parquet or .arrow"
 
 # They describe data and hold none.
 _METADATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -46,10 +47,11 @@ class Part:
 def kind_of(file: Path) -> str:
     """The ending that says how a file is read, without its packing; empty where none does.
 
-    >>> [kind_of(Path(name)) for name in ("a.jsonl", "a.CSV.gz", "a.parquet", "a.gz", "a.parquet.gz")]
+    >>> [kind_of(Path(name)) for name in ("a.ndjson", "a.CSV.gz", "a.parquet", "a.gz", "a.parquet.gz")]
     ['.jsonl', '.csv', '.parquet', '', '']
     """
-    *before, last = ["", *(suffix.lower() for suffix in file.suffixes)]
+    suffixes = (suffix.lower() for suffix in file.suffixes)
+    *before, last = ["", *(_SAME.get(suffix, suffix) for suffix in suffixes)]
     if last in PACKED and before:
         return before[-1] if before[-1] in _TEXT else ""
     return last if last in _TEXT + _TABLES else ""

@@ -3,9 +3,12 @@
 What is wrong with a file is one sentence that names the file and the line.
 """
 
+import bz2
 import gzip
 import io
 import json
+import lzma
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +19,14 @@ from patarm_jax.config import one_line
 from patarm_jax.types import UserError
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # how packed files begin, whatever they are called
+_BZIP2, _XZ = re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"), b"\xfd7zXZ\0"
 _POINTER = b"version https://git-lfs"  # what Git leaves in place of a large file that was not fetched
 _PADDING = "\0 \t\r\n"
 
 
 @contextmanager
 def opened(file: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked where they are packed by gzip or Zstandard."""
+    """The bytes of a file, unpacked where they are packed by gzip, Zstandard, bzip2 or xz."""
     try:
         raw = file.open("rb")
     except OSError as error:
@@ -30,7 +34,7 @@ def opened(file: Path) -> Iterator[BinaryIO]:
     try:
         with raw, _unpacked(raw, file) as stream:
             yield stream
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(
             f"cannot read {file}: {one_line(error)}. The file is damaged or cut off: fetch it again."
         ) from error
@@ -46,6 +50,10 @@ def _unpacked(raw: io.BufferedReader, file: Path) -> Any:
         import pyarrow
 
         return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+    if _BZIP2.match(head):
+        return bz2.BZ2File(raw)
+    if head.startswith(_XZ):
+        return lzma.LZMAFile(raw)
     return raw
 
 

@@ -21,6 +21,9 @@ NO_PROMPT = (
     "no prompt: it has no column of its own (see data.columns), and nothing in the texts says for certain where it "
     "ends and the responses begin"
 )
+TWO_NOTATIONS = "dialogue whose turns are marked in two notations, either of which could be meant"
+UNKNOWN_MARK = "text with the prompt in it that holds a role's mark or a special token of an unknown notation"
+OPEN_TURN = "dialogues of which only one goes on with a user's turn behind the response"
 NOT_USERS_TURN = "prompt that does not end with a user's turn"
 EMPTY_RESPONSE = "empty response"
 IDENTICAL = "identical responses, white space apart (but not indentation)"

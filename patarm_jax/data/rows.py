@@ -13,9 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from patarm_jax.config import one_line
+from patarm_jax.data.cells import separated_cell
 from patarm_jax.data.folders import KINDS, Part, kind_of, parts_of
 from patarm_jax.data.reading import lines_of, refuse_pointer, text_of
 from patarm_jax.types import UsageError, UserError
+
+_SAID_SEPARATOR = re.compile(r"""["']?sep=(?P<mark>[,;\t|])["']?\s*""", re.IGNORECASE)  # a first line of Excel's
+_OLD_LINE_ENDS = (
+    r"holds a carriage return (\r) that is no part of a line end, as old Macs ended their lines. Save the file with "
+    r"line ends of Unix (\n) or Windows (\r\n); in CSV, put a cell that holds one into double quotes."
+)
 
 
 @dataclass(frozen=True)
@@ -123,16 +130,21 @@ def _read_separated(file: Path) -> Iterator[Row]:
     """CSV or TSV: a first row of names, cells in quotes where they hold line breaks or the separator.
 
     Rows are strict, since a quote that is never closed or a cell too many moves all that follows into other columns.
+    Columns without a name, such as a spreadsheet's empty ones, are not read.
     """
     csv.field_size_limit(2**31 - 1)  # responses may be longer than Python's limit of 131,072 characters
     lines = (line for _, line in lines_of(file))
     first = next(lines, "")
-    reader = csv.reader(itertools.chain([first], lines), delimiter=_separator(file, first), strict=True)
+    above = 0
+    if said := _SAID_SEPARATOR.fullmatch(first):
+        first, above = next(lines, ""), 1
+    separator = said["mark"] if said else _separator(file, first)
+    reader = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
     names: list[str] = []
-    begins = 1
+    begins = above + 1
     try:
         for cells in reader:
-            where, begins = f"{file}:{begins}", reader.line_num + 1
+            where, begins = f"{file}:{begins}", above + reader.line_num + 1
             if not any(cell.strip() for cell in cells):
                 continue
             if not names:
@@ -143,8 +155,10 @@ def _read_separated(file: Path) -> Iterator[Row]:
                     f"{where} has {len(cells)} cells, and the first row names {len(names)} columns. "
                     "Put a cell that holds the separator, a quote or a line break into double quotes."
                 )
-            yield Row(where, _name(file, where), str(file), dict(zip(names, cells, strict=True)))
+            yield Row(where, _name(file, where), str(file), _named(names, cells))
     except csv.Error as error:
+        if "new-line character" in str(error):
+            raise UserError(f"{file}:{begins} {_OLD_LINE_ENDS}") from error
         raise UserError(
             f"the row that begins in {file}:{begins} is not of the form of the others: {one_line(error)}. "
             'Write a quote inside a quoted cell twice (""), and close each quote.'
@@ -155,12 +169,17 @@ def _separator(file: Path, first: str) -> str:
     """A tab in TSV; in CSV a comma, or what some spreadsheets write in its place."""
     if kind_of(file) == ".tsv":
         return "\t"
-    return next((mark for mark in ",;\t" if mark in first), ",")
+    outside = re.sub(r'"[^"]*(?:"|\Z)', "", first)  # a name in quotes may hold any of them
+    return next((mark for mark in ",;\t" if mark in outside), ",")
+
+
+def _named(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
+    return {name: separated_cell(cell) for name, cell in zip(names, cells, strict=True) if name}
 
 
 def _names(cells: Sequence[str], where: str) -> list[str]:
     names = [cell.strip() for cell in cells]
-    if twice := [name for name in names if names.count(name) > 1]:
+    if twice := [name for name in names if name and names.count(name) > 1]:
         raise UserError(f"{where} names the column {twice[0]!r} twice. Give each column a name of its own.")
     return names
 
@@ -173,6 +192,8 @@ def _parse_line(line: str, where: str) -> Any:
     try:
         return _loads(line, where)
     except json.JSONDecodeError as error:
+        if "\r" in line.strip():
+            raise UserError(f"{where} {_OLD_LINE_ENDS}") from error
         remedy = "Write one JSON object per line, or remove the line"
         if not line.endswith("\n"):
             remedy = "The file ends here without a line end and may be cut off: fetch it again, or remove the line"

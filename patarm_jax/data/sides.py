@@ -7,8 +7,9 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from patarm_jax.data import reasons
-from patarm_jax.data.cells import is_blank, is_missing, text_or_messages
-from patarm_jax.data.dialogues import cut_texts, read_dialogues, read_open_prompt
+from patarm_jax.data.cells import is_blank, is_missing, show_messages, text_or_messages
+from patarm_jax.data.cuts import cut_texts
+from patarm_jax.data.dialogues import closed, read_dialogues, read_open_prompt
 from patarm_jax.data.reasons import Dropped
 from patarm_jax.types import Conversation, Message
 
@@ -32,9 +33,12 @@ def sides_of(values: Mapping[str, Any], row: Mapping[str, Any], columns: Set[str
     Raises:
         Dropped: where the row has no prompt or response that can be told.
     """
-    chosen, rejected = (text_or_messages(column, values[column]) for column in ("chosen", "rejected"))
     has_prompt = "prompt" in columns or "prompt" in mapped
     prompt = text_or_messages("prompt", values["prompt"])
+    if isinstance(prompt, str) and show_messages(values["chosen"], values["rejected"]):
+        chosen, rejected = values["chosen"], values["rejected"]
+    else:
+        chosen, rejected = (text_or_messages(column, values[column]) for column in ("chosen", "rejected"))
     if chosen is None or rejected is None:
         raise Dropped(reasons.EMPTY_RESPONSE)
     if not has_prompt:
@@ -65,27 +69,60 @@ def _turns_before(
 
 
 def _with_prompt(prompt: str | Conversation, chosen: str | Conversation, rejected: str | Conversation) -> Sides:
+    texts = (chosen, rejected) if isinstance(chosen, str) and isinstance(rejected, str) else None
     if isinstance(prompt, str):
-        if isinstance(chosen, str) and isinstance(rejected, str):
-            dialogues = _dialogues_that_repeat(prompt, chosen, rejected)
-            if dialogues is not None:
-                return _split_dialogues(*dialogues)
-        prompt = read_open_prompt(prompt) or (Message(role="user", content=prompt),)
+        opened = read_open_prompt(prompt)
+        if opened and texts:
+            if all(side.lstrip().startswith(prompt.strip()) for side in texts):
+                dialogues = read_dialogues(*texts, known=True)
+                if dialogues is not None:
+                    return _split_dialogues(*dialogues)
+            return opened[0], closed(texts[0], opened[1]), closed(texts[1], opened[1])
+        prompt = opened[0] if opened else (Message(role="user", content=prompt),)
     elif prompt and prompt[-1]["role"] == "assistant" and is_blank(prompt[-1]["content"]):
         prompt = prompt[:-1]  # where the assistant begins
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        return prompt, chosen, rejected
+    if texts:
+        return _without_repeated_prompt(prompt, *texts)
     answers = (
         (Message(role="assistant", content=side),) if isinstance(side, str) else side for side in (chosen, rejected)
     )
     return _answers(prompt, *answers)
 
 
-def _dialogues_that_repeat(prompt: str, chosen: str, rejected: str) -> tuple[Conversation, Conversation] | None:
-    """Texts that begin with the prompt, all of them dialogues; None of any others, which are answers."""
-    if not all(side.lstrip().startswith(prompt.strip()) for side in (chosen, rejected)):
-        return None
-    return read_dialogues(chosen, rejected) if read_open_prompt(prompt) is not None else None
+def _without_repeated_prompt(prompt: Conversation, chosen: str, rejected: str) -> Sides:
+    """Two answers in text. Where both begin with the prompt, as a dialogue or as it stands, it is no part of them."""
+    try:
+        dialogues = read_dialogues(chosen, rejected, known=True)
+    except Dropped:  # answers that show dialogues
+        dialogues = None
+    if dialogues and prompt and dialogues[0][:-1] == dialogues[1][:-1]:
+        context = dialogues[0][:-1]
+        if _stripped(context[-len(prompt) :]) == _stripped(prompt):
+            return _split_dialogues(*dialogues)
+        if context and _stripped(prompt[-len(context) :]) == _stripped(context):
+            return prompt, *_split_dialogues(*dialogues)[1:]
+    asked = prompt[-1]["content"].strip() if prompt else ""
+    answers = [side.lstrip() for side in (chosen, rejected)]
+    if _is_told_apart(asked) and all(side.startswith(asked) for side in answers):
+        answers = [side[len(asked) :] for side in answers]
+        if all(_stands_behind(asked, side) for side in answers):
+            return prompt, answers[0].strip(), answers[1].strip()
+    return prompt, chosen, rejected
+
+
+def _stripped(turns: Conversation) -> list[tuple[str, str]]:
+    return [(turn["role"], " ".join(turn["content"].split())) for turn in turns]
+
+
+def _is_told_apart(asked: str) -> bool:
+    """Whether no answer begins with these words of its own accord, as one to `Hello!` or `Rice` may."""
+    return asked.endswith(("?", "？")) or len(asked.split()) > 2
+
+
+def _stands_behind(asked: str, answer: str) -> bool:
+    """Whether a text goes on behind the prompt on a line or in a sentence of its own."""
+    gap = answer[: len(answer) - len(answer.lstrip())]
+    return not is_blank(answer) and ("\n" in gap or (asked.endswith(("?", "？")) and (bool(gap) or asked[-1] == "？")))
 
 
 def _split_texts(chosen: str, rejected: str, has_prompt: bool, columns: Set[str]) -> Sides:

@@ -294,7 +294,7 @@ SOURCES: dict[str, Source] = {
         further=("-Best-of-K", "train"),
     ),
 }
-_SEPARATED = r"\.[ct]sv(\.gz|\.zst)?$"
+_SEPARATED = r"\.[ct]sv(\.gz|\.zst|\.bz2|\.xz)?$"
 # No data sets of the Hub: LLMBar's is a script, which nothing runs any more, and RMB lies in its repository alone.
 _FILES_ONLY = {
     "llmbar": "github.com/princeton-nlp/LLMBar, Dataset/LLMBar",
