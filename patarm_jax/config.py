@@ -383,12 +383,12 @@ def from_mapping(cls: type[Config], mapping: Mapping[str, Any], where: str) -> C
 def override(config: Config, arguments: Sequence[str]) -> Config:
     """The config with `--section.key value` (or `--section.key=value`) flags laid over it."""
     changes = settings_of(type(config), arguments)
-    return from_mapping(type(config), merged(msgspec.to_builtins(config), changes), where="")
+    return from_mapping(type(config), merged(dataclasses.asdict(cast(Any, config)), changes), where="")
 
 
 def to_yaml(config: Any) -> str:
     """The resolved config, complete, as YAML that `load` reads back."""
-    return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def _refuse_unknown_keys(cls: Any, mapping: Any, where: str, prefix: str) -> None:
@@ -403,7 +403,7 @@ def _refuse_unknown_keys(cls: Any, mapping: Any, where: str, prefix: str) -> Non
 
 
 def _refuse_out_of_range(config: Any, where: str, prefix: str = "") -> None:
-    for name, value in vars(config).items():
+    for name, value in ((each.name, getattr(config, each.name)) for each in dataclasses.fields(config)):
         if dataclasses.is_dataclass(value):
             _refuse_out_of_range(value, where, f"{prefix}{name}.")
         elif name in RANGES:

@@ -41,6 +41,18 @@ def test_every_config_of_the_repository_loads_and_says_what_it_is(path):
         assert word in head
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_resolved_config_says_every_setting(path):
+    """What the file leaves out too, which the next version may have another default for."""
+    config = load(GRPOConfig if "grpo" in path.stem else SFTConfig, path, ["--run.seed", "3"])
+    written = yaml.safe_load(to_yaml(config))
+    for key in dotted_keys(type(config)):
+        value = written
+        for part in key.split("."):
+            value = value[part]
+    assert written["run"]["seed"] == 3 and from_mapping(type(config), written, "there") == config
+
+
 def test_there_is_a_config_for_every_size():
     sizes = ("tiny", "qwen3_8b", "qwen3_14b")
     assert {path.stem for path in CONFIGS} == {f"{size}_{recipe}" for size in sizes for recipe in ("sft", "grpo")}

@@ -46,6 +46,7 @@ def write_config(folder, name, **sections):
     return str(path)
 
 
+@pytest.mark.long
 def test_every_verb_on_real_input(folder, real_inputs):
     pairs = str(real_inputs / "preferences.jsonl")
     data = {"path": pairs, "domain": "chat", "max_prompt_tokens": 400}

@@ -157,7 +157,7 @@ def judgements(folder):
     return {p.name: pyarrow.parquet.read_table(p).to_pylist() for p in (folder / "rollouts").glob("*")}
 
 
-@pytest.mark.parametrize("recipe", ["sft", "grpo"])
+@pytest.mark.parametrize("recipe", ["sft", pytest.param("grpo", marks=pytest.mark.long)])
 def test_a_killed_run_ends_like_an_uninterrupted_one(world, started, recipe):
     whole = started(recipe, config_file(world, f"{recipe}_whole", recipe))
     config, folder = config_file(world, f"{recipe}_killed", recipe), world / f"{recipe}_killed"
@@ -211,6 +211,7 @@ def test_eight_devices_draw_and_learn_as_one(world, started):
     assert judged_texts(world / "one") == judged_texts(world / "eight")
 
 
+@pytest.mark.long
 def test_two_processes_learn_as_one(world, started):
     """Real processes that find each other on a port, four CPU devices each."""
     with socket.socket() as free:

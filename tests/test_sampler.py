@@ -134,13 +134,13 @@ def test_the_same_draws_on_one_and_on_eight_devices(section, rules, rows):
     [
         (1, 1, 1, 1, "often", 0),
         (7, 1, 2, 20, "often", 1),
-        (5, 2, 3, 80, "often", 2),
-        (3, 3, 20, 9, "often", 3),
+        pytest.param(5, 2, 3, 80, "often", 2, marks=pytest.mark.long),
+        pytest.param(3, 3, 20, 9, "often", 3, marks=pytest.mark.long),
         (4, 8, 5, 30, "never", 4),
         (3, 5, 4, 30, "at once", 5),
-        (9, 4, 7, 70, "often", 6),
+        pytest.param(9, 4, 7, 70, "often", 6, marks=pytest.mark.long),
         (2, 7, 6, 11, "often", 7),
-        (3, 6, 4, 9, "often", 8),
+        pytest.param(3, 6, 4, 9, "often", 8, marks=pytest.mark.long),
     ],
 )
 def test_rows_that_are_taken_over_draw_what_they_would_have_drawn_alone(count, group, rows, longest, stops, seed):

@@ -28,21 +28,23 @@ def model():
     return made
 
 
+ROWS = [
+    {"prompt": f"Topic {n}? " * (1 + 3 * n), "chosen": f"good {n}", "rejected": f"bad {n} " * 9, "domain": "chat"}
+    for n in range(7)
+]
+
+
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     root = tmp_path_factory.mktemp("scalar")
     model.save_pretrained(root / "saved")
     tiny_tokenizer_folder(root / "saved")
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return root
 
 
 def test_scores_equal_transformers(model, folder):
     """Through `patarm eval`, on one device's worth of batch and on eight."""
-    rows = [
-        {"prompt": f"Topic {n}? " * (1 + 3 * n), "chosen": f"good {n}", "rejected": f"bad {n} " * 9, "domain": "chat"}
-        for n in range(7)
-    ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = {}
     for name, mesh in (("spread", ["--mesh.data", "8", "--mesh.fsdp", "1"]), ("cube", ["--mesh.tensor", "2"])):
         command = ["eval", "pairs", "--judge", "scalar", "--model", str(folder / "saved"), "--model.dtype", "float32"]
@@ -52,7 +54,7 @@ def test_scores_equal_transformers(model, folder):
         found[name] = [row["score"] for row in table]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "saved")
     expected = []
-    for row in rows:
+    for row in ROWS:
         for side in ("chosen", "rejected"):
             said = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
             ids = tokenizer.apply_chat_template(said, tokenize=True, return_dict=True, return_tensors="pt")["input_ids"]

@@ -87,6 +87,9 @@ def _list(folder: Path) -> tuple[Path, dict[str, Path]]:
     Where both a single file and an index stand, transformers reads the single file, whichever is newer.
     """
     index, single = folder / INDEX, folder / SINGLE
+    for path in (single, index):
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"cannot read {path}: it is a link to a file that is not there. Copy the model again.")
     if single.is_file():
         with contextlib.ExitStack() as stack:
             return single, dict.fromkeys(open_file(single, stack).keys(), single)
