@@ -232,8 +232,8 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 def _judge(options: argparse.Namespace, rest: list[str]) -> int:
     from patarm_jax.recipes.judge_file import main as judge
 
-    _refuse_both(rest, {"MODEL": "--model.path", "--input": "--data.path"})
     config = override(JudgeConfig(votes=options.votes, output=options.output), rest)
+    _refuse_both(rest, {"MODEL": "--model.path", "--input": "--data.path"})
     model = dataclasses.replace(config.model, path=options.model)
     done = judge(dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, path=options.input)))
     return 0 if done else 1  # stopped before: there is no output yet
@@ -253,8 +253,8 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
         seed=options.seed,
         against=options.against,
     )
-    _refuse_both(rest, {"--model": options.model and "--model.path", "--data": options.data and "--data.path"})
     config = override(config, rest)
+    _refuse_both(rest, {"--model": options.model and "--model.path", "--data": options.data and "--data.path"})
     model = dataclasses.replace(config.model, path=options.model or config.model.path)
     data = dataclasses.replace(config.data, path=options.data or config.data.path)
     done = evaluate(dataclasses.replace(config, model=model, data=data), options.dry_run)

@@ -29,8 +29,8 @@ _NOTHING = {"lost+found"}  # stands in every new file system
 
 
 # What only looks like a path: a first part that ends in a colon, as in gs://bucket/x, or file:/x.
-# One slash is what `Path` and many a script leave of gs://. A single letter is a folder's name, or a drive.
-_ADDRESS = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.:-]+):/")
+# One slash is what `Path` and many a script leave of gs://; behind a single letter it may be a drive's.
+_ADDRESS = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.:-]*):/(?:/|(?<=..:/))")
 
 
 def refuse_address(text: str, setting: str) -> None:

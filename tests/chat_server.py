@@ -137,12 +137,15 @@ def write_pairs(folder):
     return folder
 
 
+def settings(defaults, more):
+    """Flags with their values; of those in `more` not the defaults, since an option is given once."""
+    more = [str(word) for word in more]
+    return [str(word) for flag in defaults.items() if flag[0] not in more for word in flag] + more
+
+
 def remote(folder, url, *more, output="out", benchmark="pairs"):
-    several = () if "--endpoint.concurrency" in more else ("--endpoint.concurrency", "4")
-    return [
-        "eval", benchmark, "--data", str(folder / "pairs.jsonl"), "--output", str(folder / output),
-        "--endpoint.url", url, *several, *map(str, more),
-    ]  # fmt: skip
+    defaults = {"--data": folder / "pairs.jsonl", "--output": folder / output, "--endpoint.url": url}
+    return ["eval", benchmark, *settings(defaults | {"--endpoint.concurrency": 4}, more)]
 
 
 def overall(folder, output="out", rule="strict"):

@@ -25,7 +25,7 @@ from patarm_jax.model import weights
 from patarm_jax.model.config import read_config
 from patarm_jax.model.qwen3 import init_params
 from patarm_jax.types import UserError
-from tests.chat_server import BAD, ENVIRONMENT, GOOD, overall, remote, served, write_pairs
+from tests.chat_server import BAD, ENVIRONMENT, GOOD, overall, remote, served, settings, write_pairs
 from tests.toys import tiny_model_folder
 
 # One row of each official format, in which the good response is the right one.
@@ -339,11 +339,9 @@ def world(tmp_path_factory):
 
 
 def local(world, output, *more, benchmark="rm-bench"):
-    return [
-        "eval", benchmark, "--model", str(world / "judge"), "--data", str(world / "rm_bench.json"),
-        "--output", str(world / output), "--votes", "2", "--model.dtype", "float32",
-        "--sampling.max_new_tokens", "6", *map(str, more),
-    ]  # fmt: skip
+    defaults = {"--model": world / "judge", "--data": world / "rm_bench.json", "--output": world / output}
+    defaults |= {"--votes": 2, "--model.dtype": "float32", "--sampling.max_new_tokens": 6}
+    return ["eval", benchmark, *settings(defaults, more)]
 
 
 def files_of(folder):
