@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         "model", type=_place, metavar="MODEL", help="a Hugging Face folder, or the folder of a finished run"
     )
     judge.add_argument(
-        "--input", type=_place, required=True, help="pairs: .jsonl, .json, .parquet, a folder of them, or a Hub id"
+        "--input", type=_place, required=True, help="pairs: a file, a folder of files, or a Hub id, as data.path"
     )
     judge.add_argument("--output", type=_place, required=True, help="scores, one JSON line per pair")
     judge.add_argument("--votes", type=int, default=1, help="judgements of each response (default: %(default)s)")

@@ -38,6 +38,10 @@ INERT: dict[str, str] = {
     **dict.fromkeys(("task_specific_params", "finetuning_task", "problem_type", "classifier_dropout"), _CLASSES),
     **dict.fromkeys(("id2label", "label2id", "num_labels"), _CLASSES),  # of a scalar head they are checked besides
     "loss_type": "names a training loss of transformers",
+    "neftune_noise_alpha": "noise on embeddings while transformers trains",
+    "logits_to_keep": "how many logits transformers' forward returns",
+    "max_seq_len": "of the tool that trained the model; max_position_embeddings says what the network was made for",
+    "trust_remote_code": "says whether code of a model may run, and no such code is run here",
     **dict.fromkeys(
         (
             *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
@@ -68,6 +72,9 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     **dict.fromkeys(("add_cross_attention", "tie_encoder_decoder"), ((False, None), _OTHER_NETWORK)),
     "cross_attention_hidden_size": ((None,), _OTHER_NETWORK),
     "pruned_heads": (({}, None), "heads that were cut away are another network"),
+    "mlp_only_layers": (([], None), "experts are not computed here"),
+    **dict.fromkeys(("num_experts", "num_local_experts"), ((0, None), "experts are not computed here")),
+    "output_router_logits": ((False, None), "experts are not computed here"),
     "num_nextn_predict_layers": ((0, None), "layers that predict further tokens are not read here"),
 }
 
