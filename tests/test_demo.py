@@ -60,6 +60,7 @@ def test_a_demo_folder_is_not_taken_for_another(demo):
     assert "is not empty" in patarm(folder, "demo", "--short", "--out", "full", code=1)[1]
 
 
+@pytest.mark.long
 def test_the_readmes_commands_on_a_judge_work(demo):
     folder, _ = demo
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("patarm")]

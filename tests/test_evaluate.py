@@ -385,6 +385,7 @@ def test_a_stopped_evaluation_goes_on(world, whole):
     assert answers.read_bytes().count(b"\n") == 1 + 48
 
 
+@pytest.mark.long
 def test_a_limit_asks_nothing_that_the_whole_does_not(world, whole, capsys):
     assert main(local(world, "limited", "--limit", 2)) == 0
     few = files_of(world / "limited")[0]

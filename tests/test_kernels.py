@@ -182,7 +182,7 @@ def test_on_many_devices_each_does_its_rows_and_heads(kernel, section):
 
 
 @pytest.mark.parametrize("kernel", [PALLAS, SPLASH], ids=lambda kernel: kernel.name)
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.long), "full"])
 def test_the_network_is_the_same_with_any_kernel(kernel, remat):
     params = init_params(WIDE, KEY)
     prompt = jax.random.randint(KEY, (2, 30), 0, WIDE.vocab_size)

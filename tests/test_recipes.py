@@ -204,6 +204,7 @@ def test_a_run_folder_holds_what_it_should(world):
     assert {row["status"] for row in rows} <= {"OK", "BAD_SCORE", "BAD_TAGS"}
 
 
+@pytest.mark.long
 def test_eight_devices_draw_and_learn_as_one(world, started):
     started("grpo", config_file(world, "one", "grpo", run={"steps": 2})).end()
     assert main(["grpo", str(config_file(world, "eight", "grpo", run={"steps": 2}, mesh=CUBE))]) == 0
@@ -264,7 +265,7 @@ def test_judge_scores_a_file_and_goes_on_where_it_stopped(world, started, capsys
     assert parted.read_text() == whole.read_text()
 
 
-@pytest.mark.parametrize("recipe", ["sft", "grpo"])
+@pytest.mark.parametrize("recipe", [pytest.param("sft", marks=pytest.mark.long), "grpo"])
 def test_heldout_pairs_are_judged_alike_by_any_mesh(world, recipe):
     """By training's weights, on one device and on eight, as the stream that judges files does it."""
     cls = {"sft": SFTConfig, "grpo": GRPOConfig}[recipe]
@@ -324,6 +325,7 @@ def test_prompts_that_are_trained_on_are_counted(world, capsys):
     assert "kept 12 of 12; dropped none; 12 of these pairs have a prompt that training has with other responses" in said
 
 
+@pytest.mark.long
 def test_export_of_a_checkpoint_equals_the_export_of_the_run(world):
     config = config_file(world, "exporting", "sft", run={"steps": 4}, heldout={"path": ""})
     assert main(["sft", str(config)]) == 0
@@ -381,6 +383,7 @@ def test_a_mistake_gets_one_sentence(world, capsys, arguments, code, words):
     assert len(said) == 1 and words in said[0], said
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_another_model_is_refused(world, capsys):
     config = config_file(world, "changed", "sft", run={"steps": 1})
     assert main(["sft", str(config)]) == 0

@@ -133,10 +133,10 @@ def test_the_same_draws_on_one_and_on_eight_devices(section, rules, rows):
     ("count", "group", "rows", "longest", "stops", "seed"),
     [
         (1, 1, 1, 1, "often", 0),
-        (7, 1, 2, 20, "often", 1),
+        pytest.param(7, 1, 2, 20, "often", 1, marks=pytest.mark.long),
         pytest.param(5, 2, 3, 80, "often", 2, marks=pytest.mark.long),
         pytest.param(3, 3, 20, 9, "often", 3, marks=pytest.mark.long),
-        (4, 8, 5, 30, "never", 4),
+        pytest.param(4, 8, 5, 30, "never", 4, marks=pytest.mark.long),
         (3, 5, 4, 30, "at once", 5),
         pytest.param(9, 4, 7, 70, "often", 6, marks=pytest.mark.long),
         (2, 7, 6, 11, "often", 7),
@@ -189,6 +189,7 @@ def test_rows_do_not_wait_for_the_longest():
     assert got.row_steps < 1.7 * useful < 0.5 * waiting
 
 
+@pytest.mark.long
 def test_long_prompts_are_narrowed_away():
     """Prompts in several buckets of length, and fewer places than prompts: the same as all at once."""
     rng = np.random.default_rng(6)
