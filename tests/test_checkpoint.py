@@ -230,31 +230,21 @@ def killed(folder):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 4 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)]
-    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs is not permitted here")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
 def test_a_full_disk_is_one_sentence_and_earlier_checkpoints_stay(small_disk, caplog):
-    checkpoints = open_checkpoints(small_disk / "run", 2, FINGERPRINT)
+    disk, resize = small_disk
+    resize("4m")
+    checkpoints = open_checkpoints(disk / "run", 2, FINGERPRINT)
     checkpoints.save(1, state(1), DATA_STATE)
     checkpoints.save(2, {"w": jnp.asarray(np.random.default_rng(0).random((2000, 1024), np.float32))}, DATA_STATE)
     with pytest.raises(UserError, match=r"cannot write a checkpoint .*: the disk is full\. .*step 1 is untouched") as e:
         checkpoints.wait()
     assert "\n" not in str(e.value)
     assert not caplog.records  # orbax's own tracebacks
-    assert [path.name for path in (small_disk / "run").iterdir()] == ["1"]
+    assert [path.name for path in (disk / "run").iterdir()] == ["1"]
     assert_same(checkpoints.restore(abstract(state(), one_device()))[0], state(1))
     checkpoints.save(3, state(3), DATA_STATE)
     checkpoints.close()
-    assert sorted(path.name for path in (small_disk / "run").iterdir()) == ["1", "3"]
+    assert sorted(path.name for path in (disk / "run").iterdir()) == ["1", "3"]
 
 
 @pytest.mark.long
