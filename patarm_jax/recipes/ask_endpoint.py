@@ -215,9 +215,9 @@ class _Asking:
         """Records refusals: as final where an answer followed them, else as failed, for the judge may be gone.
 
         At the end of all requests nothing follows. Then a refusal is final that names the question, or that was the
-        same when the command ran before, or that is one of a few.
+        same when the command ran before, or that is one of a few where nothing else went wrong.
         """
-        few = sum(not one.refusal.own for one in self.held) < _ENOUGH_REFUSED
+        few = not self.trouble and sum(not one.refusal.own for one in self.held) < _ENOUGH_REFUSED
         for one in self.held:
             reason = f"refused: {one.refusal}"
             before = self.answers.known.get((one.question.key, one.vote))
@@ -244,14 +244,14 @@ class _Asking:
         return not self.answered and any(not one.refusal.own for one in self.held)
 
     def _give_up_where_all_is_refused(self) -> None:
+        if not self.held:
+            return
         doubtful = [one.refusal for one in self.held if not one.refusal.own]
         if self.answered:
             if len(doubtful) > _MOST_REFUSED:
                 self._give_up(doubtful[-1])
             return
         alike = len(doubtful) >= _ENOUGH_ALIKE and len({_without_numbers(each) for each in doubtful}) == 1
-        if not self.held:
-            return
         if alike or len(doubtful) >= _ENOUGH_REFUSED or len(self.held) > self._too_many:
             self._give_up(self.held[-1].refusal)
 
