@@ -25,7 +25,7 @@ case "${1:-}" in
     ;;
   --all)
     shift
-    select=()
+    select=(--hypothesis-profile search)
     left_out=nothing
     ;;
 esac

@@ -1,4 +1,4 @@
-"""Eight CPU devices before JAX starts; where the real inputs lie; the flag that rewrites golden files."""
+"""Eight CPU devices before JAX starts; where the real inputs lie; golden files; what Hypothesis tries."""
 
 import os
 import subprocess
@@ -15,6 +15,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # a test runs what the code says now
 
 import pytest
+from hypothesis import settings
+
+# The same code gives the same result; `launch/test.sh --all` looks for new examples.
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None, print_blob=True)
+settings.load_profile("steady")
 
 REAL_INPUTS = Path(__file__).parents[2] / "shared" / "data"
 
