@@ -15,6 +15,7 @@ from patarm_jax import __version__
 from patarm_jax.config import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, SFTConfig, load, override
 from patarm_jax.files import refuse_address
 from patarm_jax.flags import listed
+from patarm_jax.run.peers import end_all, end_together
 from patarm_jax.types import Benchmark, JudgeKind, UsageError, UserError
 
 _BENCHMARKS, _JUDGES = get_args(Benchmark), get_args(JudgeKind)
@@ -28,26 +29,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _keep_compiled_programs()
     try:
         options, rest = _parser().parse_known_args(arguments)
-        return options.run(options, rest)
-    except UserError as error:
-        print(f"patarm: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("patarm: stopped at once; what was saved before is whole", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # `patarm … | head`
+        code = options.run(options, rest)
+    except BrokenPipeError as error:  # `patarm … | head`
         sys.stderr.close()
+        end_all(error, "what reads its output has ended", 1)
         return 1
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (Exception, KeyboardInterrupt) as error:
+        said, code = _said(error)
+        end_all(error, said or f"{type(error).__name__}: {str(error)[:300]}", code)
+        if not said:
             raise
-        print(
-            f"patarm: the devices ran out of memory: {' '.join(str(error).split())[:300]}. Raise micro_batches, lower "
+        print(f"patarm: {said}", file=sys.stderr)
+        return code
+    end_together(code)
+    return code
+
+
+def _said(error: BaseException) -> tuple[str, int]:
+    """(the sentence that is said of an error, empty where it is a fault of ours; the exit code)."""
+    if isinstance(error, UserError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped at once; what was saved before is whole", 1
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            f"the devices ran out of memory: {' '.join(str(error).split())[:300]}. Raise micro_batches, lower "
             "pairs_per_step, group_size or sampling.max_new_tokens, or use a larger mesh; --dry-run shows what is "
-            "needed.",
-            file=sys.stderr,
-        )
-        return 1
+            "needed."
+        ), 1
+    return "", 1
 
 
 def _keep_compiled_programs() -> None:

@@ -22,6 +22,7 @@ from patarm_jax.types import Benchmark, JudgeKind, OpensThinking, RubricMode, Us
 
 Config = TypeVar("Config")
 PLACE = {"place": True}  # metadata of a field that names a file or folder on this machine
+OWN = {"own": True}  # metadata of a field that is each process's own, as places are
 
 
 class _Checked:
@@ -59,9 +60,12 @@ class MeshSection(_Checked):
     # Several processes find each other by jax.distributed.initialize. "auto": a TPU pod, Slurm, Open MPI or Kubernetes
     # knows the three values below; elsewhere give them.
     distributed: Literal["none", "auto"] = "none"
-    coordinator: str = ""  # host:port of process 0
+    coordinator: str = field(default="", metadata=OWN)  # host:port of process 0
     processes: int = 0
-    process_id: int = -1
+    process_id: int = field(default=-1, metadata=OWN)
+    join_seconds: int = 600  # how long one waits for the others at the start: hosts of a pod start minutes apart
+    heartbeat_seconds: int = 10  # without a sign of life, after which a process is taken for dead and all end
+    stall_minutes: float = 20.0  # that a process may keep the others waiting, compiling apart, before all end
 
 
 @dataclass(frozen=True)
@@ -326,7 +330,9 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("steps", "show_every", "warmup_steps", "top_k", "rows", "processes", "temperature"), Range(0)),
     **dict.fromkeys(("concurrency", "tries", "eval_every"), Range(1)),
     **dict.fromkeys(("limit", "max_requests"), Range(0)),
-    **dict.fromkeys(("timeout", "busy"), Range(0, open_low=True)),
+    **dict.fromkeys(("timeout", "busy", "stall_minutes"), Range(0, open_low=True)),
+    "join_seconds": Range(1),
+    "heartbeat_seconds": Range(5),  # less, and a pause of the network ends a run
     **dict.fromkeys(("learning_rate", "weight_decay", "clip_high", "kl_coef"), Range(0)),
     **dict.fromkeys(("mean_new", "decode_rows", "halvings"), Range(0)),
     **dict.fromkeys(("epsilon", "clip_norm"), Range(0, open_low=True)),
@@ -389,6 +395,22 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
 def to_yaml(config: Any) -> str:
     """The resolved config, complete, as YAML that `load` reads back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def shared_settings(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings that all processes of a run must have alike, by dotted name: all but places and what is their own.
+
+    >>> list(shared_settings(MeshSection()))[-4:]
+    ['processes', 'join_seconds', 'heartbeat_seconds', 'stall_minutes']
+    """
+    found: dict[str, Any] = {}
+    for each in dataclasses.fields(config):
+        value, name = getattr(config, each.name), f"{prefix}{each.name}"
+        if dataclasses.is_dataclass(value):
+            found |= shared_settings(value, f"{name}.")
+        elif not each.metadata.get("place") and not each.metadata.get("own"):
+            found[name] = value
+    return found
 
 
 def _refuse_unknown_keys(cls: Any, mapping: Any, where: str, prefix: str) -> None:

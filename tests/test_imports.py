@@ -14,7 +14,7 @@ FLOORS = [
     ["judge", "reward", "model"],
     ["data", "train", "rollout.sampler"],
     ["rollout"],
-    ["evaluate"],
+    ["evaluate", "run"],
     ["recipes"],
     ["demo", "bench", "report"],
     ["cli"],

@@ -5,6 +5,7 @@ too long is known and counted, and so is the number of batches. All processes se
 its part of every one, and all pad to the length of the global batch; so they never wait for one another in vain.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -59,6 +60,16 @@ class PairBatch:
     def longest_prompt(self) -> int:
         """Tokens, over the global batch."""
         return max(prompt for prompt, _ in self.lengths)
+
+
+def digest_of(records: Sequence[EncodedPair]) -> str:
+    """Tells these records, in this order, from any others: SHA-256 over ids and tokens."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(record.preference.id.encode())
+        for tokens in (*record.prompt_tokens, *(record.completion_tokens or ())):
+            digest.update(tokens.tobytes())
+    return digest.hexdigest()
 
 
 # ---- Encoding -------------------------------------------------------------------------------------------------------

@@ -21,10 +21,10 @@ from patarm_jax.model.qwen3 import Params
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.model.weight_files import digest
 from patarm_jax.recipes.model import EXPORT, Model, load_params, open_model, rollout_rules
-from patarm_jax.recipes.process import say, stop_requests
 from patarm_jax.rollout.judging import Parse, judge, make_judge
 from patarm_jax.rollout.scalar import make_scorer, scores
 from patarm_jax.rollout.stream import Request
+from patarm_jax.run.process import say, stop_requests
 from patarm_jax.train.metrics import progress
 from patarm_jax.types import UsageError
 

@@ -15,8 +15,8 @@ from patarm_jax.evaluate.answers import Answer, Answers, Kind, Question, missing
 from patarm_jax.evaluate.dialect import Dialect
 from patarm_jax.evaluate.endpoint import LOOK, Stopped, complete, connect, served_model
 from patarm_jax.evaluate.replies import Refused, Reply, Unavailable, as_answer, read_again
-from patarm_jax.recipes.process import say, stop_requests
 from patarm_jax.rollout.judging import Parse
+from patarm_jax.run.process import say, stop_requests
 from patarm_jax.train.metrics import Report, progress
 from patarm_jax.types import UserError
 

@@ -35,7 +35,7 @@ from patarm_jax.files import check_writable, write_text, writing
 from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.recipes.ask import Local, ask_local, ask_scalar, encode_questions, open_local
 from patarm_jax.recipes.ask_endpoint import Remote, ask_endpoint, ask_name
-from patarm_jax.recipes.process import say
+from patarm_jax.run.process import say
 from patarm_jax.types import JudgeKind, UsageError, UserError
 
 ANSWERS = "answers.jsonl"

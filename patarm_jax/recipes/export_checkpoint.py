@@ -10,8 +10,8 @@ from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.recipes.export import ModelCardFacts, write_export
 from patarm_jax.recipes.model import open_model
-from patarm_jax.recipes.process import say
 from patarm_jax.recipes.run import CHECKPOINTS
+from patarm_jax.run.process import say
 from patarm_jax.train.checkpoint import open_checkpoints
 from patarm_jax.train.checkpoint_files import steps_in
 from patarm_jax.types import UserError

@@ -30,7 +30,6 @@ from patarm_jax.recipes.dry_run import Program, describe
 from patarm_jax.recipes.export import ModelCardFacts
 from patarm_jax.recipes.heldout import heldout_metrics, judge_heldout, open_heldout
 from patarm_jax.recipes.model import Model, load_params, open_model, rollout_rules, weight_sync
-from patarm_jax.recipes.process import say, start_processes, stop_requests
 from patarm_jax.recipes.rollouts import rewards_of, rollout_metrics, rollout_rows
 from patarm_jax.recipes.run import (
     ROLLOUTS,
@@ -53,6 +52,8 @@ from patarm_jax.rollout.judging import (
     score_arrays,
 )
 from patarm_jax.rollout.stream import WIDTH_MULTIPLE, abstract_programs
+from patarm_jax.run.peers import start_processes
+from patarm_jax.run.process import say, stop_requests
 from patarm_jax.train.metrics import Timer, compilations, progress, show_judgements, write_rollouts
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.steps import completion_logprobs, grpo_loss, make_step, map_micro_batches
@@ -63,7 +64,7 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     """Trains until done and exports; False when it was asked to stop before."""
     if not dry_run:
         check_folder(config.run)
-    start_processes(config.mesh)
+    start_processes(config, dry_run=dry_run)
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.pairs_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}")
 

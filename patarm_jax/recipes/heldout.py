@@ -11,12 +11,11 @@ from jax.sharding import Mesh
 
 from patarm_jax.config import GRPOConfig, HeldoutSection, SFTConfig
 from patarm_jax.data.pairs import shared_between
-from patarm_jax.data.pipeline import EncodedPair, bucket, encode_pairs
+from patarm_jax.data.pipeline import EncodedPair, bucket, digest_of, encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import pairwise_accuracy
 from patarm_jax.model.sharding import batch_ways
 from patarm_jax.recipes.model import Model, weight_sync
-from patarm_jax.recipes.process import say
 from patarm_jax.rollout.judging import (
     Judge,
     make_judge,
@@ -26,6 +25,8 @@ from patarm_jax.rollout.judging import (
     score_arrays,
 )
 from patarm_jax.rollout.stream import WIDTH_MULTIPLE
+from patarm_jax.run.peers import agree
+from patarm_jax.run.process import say
 from patarm_jax.types import Judgement, Preference, Status, UserError
 
 
@@ -62,6 +63,7 @@ def open_heldout(
         preferences = preferences[: section.limit]
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
     say(f"held out, {section.path}: {read}{said}. Encoded: {encoded}.")
+    agree("the held-out pairs they read", {"number of pairs": len(records), "pairs": digest_of(records)})
     ways, processes = batch_ways(mesh), jax.process_count()
     padded = list(itertools.islice(itertools.cycle(records), -(-len(records) // ways) * ways))
     each = len(padded) // processes

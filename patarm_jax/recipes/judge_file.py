@@ -24,7 +24,7 @@ from patarm_jax.files import check_writable, write_text, writing
 from patarm_jax.judge.parse import parse_pointwise
 from patarm_jax.judge.prompts import pointwise
 from patarm_jax.recipes.ask import ask_local, open_local
-from patarm_jax.recipes.process import say
+from patarm_jax.run.process import say
 from patarm_jax.types import CHOSEN, REJECTED, Preference, Status, UsageError, UserError
 
 

@@ -1,9 +1,10 @@
 """What every training story begins and ends with: its state, its folder, and what its checkpoints belong to."""
 
 import dataclasses
-import hashlib
 import json
 import math
+import os
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from patarm_jax.config import GRPOConfig, ModelSection, RunSection, SFTConfig, to_yaml
-from patarm_jax.data.pipeline import EncodedPair, batches_per_epoch
+from patarm_jax.data.pipeline import EncodedPair, batches_per_epoch, digest_of
 from patarm_jax.files import check_writable, write_json, write_text, writing
 from patarm_jax.model.config import Qwen3Config, read_json_object
 from patarm_jax.model.qwen3 import abstract_params
@@ -24,7 +25,8 @@ from patarm_jax.model.sharding import TRAIN_RULES, batch_ways
 from patarm_jax.recipes.dry_run import Program
 from patarm_jax.recipes.export import ModelCardFacts, write_export
 from patarm_jax.recipes.model import EXPORT, Model, load_params
-from patarm_jax.recipes.process import say
+from patarm_jax.run.peers import agree, told
+from patarm_jax.run.process import say
 from patarm_jax.train.checkpoint import Checkpoints, open_checkpoints, refuse_another_run
 from patarm_jax.train.checkpoint_files import steps_in
 from patarm_jax.train.metrics import MetricsWriter, compilations, open_metrics
@@ -88,6 +90,31 @@ def _foreign(folder: Path) -> list[str]:
     ]
 
 
+def _refuse_separate_folders(folder: Path, patience: float = 30.0) -> None:
+    """Refuses processes whose run folders are not one folder: process 0 leaves a name, which all must see.
+
+    Args:
+        folder: as this process calls it.
+        patience: seconds, within which network file systems show what another machine wrote.
+    """
+    name = told("the name of a file in the run folder", f".patarm_shared-{secrets.token_hex(8)}")
+    if jax.process_index() == 0:
+        with writing(folder):
+            write_text(folder / name, "")
+    end = time.monotonic() + patience
+    while name not in os.listdir(folder):
+        if time.monotonic() > end:
+            raise UserError(
+                f"run.folder {folder} of process {jax.process_index()} is not the folder of process 0: what that one "
+                f"wrote there {patience:.0f} s ago is not to be seen. Give all processes one folder, on storage that "
+                "they share."
+            )
+        time.sleep(0.2)
+    agree("that they see one run folder", {})  # then it can go
+    if jax.process_index() == 0:
+        (folder / name).unlink()
+
+
 def _claim(folder: Path, whose: Mapping[str, Any]) -> None:
     """Refuses a folder in which another run was begun, also when it has saved no checkpoint."""
     found = read_json_object(folder / MARK)
@@ -124,11 +151,6 @@ def check_batch(mesh: Mesh, rows: int, micro_batches: int, what: str) -> None:
 
 def fingerprint(config: SFTConfig | GRPOConfig, model: Model, records: Sequence[EncodedPair]) -> dict[str, Any]:
     """What must not change between a checkpoint and its continuation; placement, logging and batching may."""
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(record.preference.id.encode())
-        for tokens in (*record.prompt_tokens, *(record.completion_tokens or ())):
-            digest.update(tokens.tobytes())
     settings, network = dataclasses.asdict(config), dataclasses.asdict(model.config)
     del network["scalar_head"]  # nothing trains one
     free = ("model", "mesh", "data", "run", "heldout", "micro_batches", "packing")
@@ -138,7 +160,7 @@ def fingerprint(config: SFTConfig | GRPOConfig, model: Model, records: Sequence[
     return {
         "recipe": type(config).__name__,
         "model": network | {"dtype": config.model.dtype},
-        "data": digest.hexdigest(),
+        "data": digest_of(records),
         "seed": config.run.seed,
         **kept,
         **_reference_of(config),
@@ -203,8 +225,10 @@ def begin_or_resume(
     folder, keep = _folder(config.run), config.run.keep_checkpoints
     best = f"eval/{config.heldout.best}" if config.heldout.path else ""
     whose = fingerprint(config, model, records)
+    agree("what they read", {"number of pairs": len(records), "pairs": whose["data"], "model": whose["model"]})
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    _refuse_separate_folders(folder)
     _claim(folder, whose)
     checkpoints = open_checkpoints(folder / CHECKPOINTS, keep, whose, best, config.run.on_damaged, say)
     done = 0

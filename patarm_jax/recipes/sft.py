@@ -23,7 +23,6 @@ from patarm_jax.recipes.dry_run import describe
 from patarm_jax.recipes.export import ModelCardFacts
 from patarm_jax.recipes.heldout import heldout_metrics, judge_heldout, open_heldout
 from patarm_jax.recipes.model import open_model
-from patarm_jax.recipes.process import say, start_processes, stop_requests
 from patarm_jax.recipes.run import (
     begin_or_resume,
     check_batch,
@@ -34,6 +33,8 @@ from patarm_jax.recipes.run import (
     state_shape,
     state_shardings,
 )
+from patarm_jax.run.peers import start_processes
+from patarm_jax.run.process import say, stop_requests
 from patarm_jax.train.metrics import Timer, compilations, progress
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.steps import make_step, sft_loss
@@ -46,7 +47,7 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
     """Trains until done and exports; False when it was asked to stop before."""
     if not dry_run:
         check_folder(config.run)
-    start_processes(config.mesh)
+    start_processes(config, dry_run=dry_run)
     mesh = make_mesh(config.mesh)
     check_batch(mesh, 2 * config.pairs_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}")
 

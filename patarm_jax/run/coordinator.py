@@ -1,0 +1,173 @@
+"""Where the processes of a run meet; process 0 starts `python -m patarm_jax.run.coordinator PORT PROCESSES HEARTBEAT`.
+
+It is a process of its own so that it outlives process 0: JAX ends every process within a second, by a signal and with a
+C++ stack, when the coordination service is gone, and then none could say what happened. First it keeps a lobby on the
+port: processes say who they are, as lines of JSON, and learn who is missing. When all are there, JAX's service takes
+the same port. Nothing of JAX is imported before, and no device is ever touched.
+"""
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+BYE = b"bye\n"  # from process 0, when all have ended well; without it, it died
+LINGERS = 10.0  # seconds beyond the heartbeat: by then every other process has heard that process 0 is gone
+PORT_PATIENCE = 40.0  # seconds: as long as the coordinator of a run that has just failed may hold the port
+
+
+@dataclass
+class Lobby:
+    """Who has come so far."""
+
+    processes: int
+    here: dict[int, tuple[asyncio.StreamWriter, str]] = field(default_factory=dict)  # id → connection, who it is
+
+    @property
+    def missing(self) -> list[int]:
+        """The ids of those that have not come, or have gone again."""
+        return [one for one in range(self.processes) if one not in self.here]
+
+    def refusal(self, hello: Mapping[str, Any]) -> str:
+        """Why a process cannot take part; empty when it can."""
+        number, who = hello["process"], hello["who"]
+        if hello["processes"] != self.processes:
+            return (
+                f"process 0 was started for {self.processes} processes, and process {number} ({who}) for "
+                f"{hello['processes']}. Give all the same mesh.processes."
+            )
+        if number in self.here:
+            return (
+                f"two processes are number {number}: {self.here[number][1]} and {who}. Give each its own "
+                "mesh.process_id, from 0 on, and end what is left of an earlier start."
+            )
+        return ""
+
+    def tell_all(self, message: Mapping[str, Any]) -> None:
+        """Sends a line to each process that is here."""
+        for writer, _ in self.here.values():
+            _send(writer, message)
+
+
+def _send(writer: asyncio.StreamWriter, message: Mapping[str, Any]) -> None:
+    with contextlib.suppress(OSError):
+        writer.write(json.dumps(message).encode() + b"\n")
+
+
+async def gather(listening: socket.socket, lobby: Lobby, ended: asyncio.Event) -> bool:
+    """Waits until all are there; False when they cannot be, which each has been told."""
+    complete: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def decide(refusal: str) -> None:
+        if not complete.done():
+            complete.set_result(refusal)
+
+    async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            hello = json.loads(await reader.readline())
+            refusal = lobby.refusal(hello)
+        except (ValueError, KeyError, TypeError, OSError):  # something else found this port
+            writer.close()
+            return
+        if refusal:
+            _send(writer, {"refused": refusal})
+            decide(refusal)
+            return
+        lobby.here[hello["process"]] = writer, hello["who"]
+        lobby.tell_all({"missing": lobby.missing})
+        if not lobby.missing:
+            decide("")
+        with contextlib.suppress(OSError):
+            await reader.read()  # ends when the process does
+        if not complete.done():
+            del lobby.here[hello["process"]]
+            lobby.tell_all({"missing": lobby.missing})
+
+    async def parent_ends() -> None:
+        await ended.wait()
+        decide("process 0 ended before all processes had joined.")
+
+    server = await asyncio.start_server(receive, sock=listening)
+    watch = asyncio.create_task(parent_ends())
+    refusal = await complete
+    watch.cancel()
+    server.close()
+    if refusal:
+        lobby.tell_all({"refused": refusal})
+        await asyncio.sleep(1)  # lets the lines go out
+    return not refusal
+
+
+def listen(port: int, patience: float) -> socket.socket:
+    """A socket that nothing else listens on; raises OSError when another program keeps the port."""
+    loop_until = asyncio.get_running_loop().time() + patience
+    while True:
+        try:
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
+        except OSError as error:
+            if not socket.has_dualstack_ipv6():
+                return socket.create_server(("", port), backlog=4096)
+            if error.errno != errno.EADDRINUSE or asyncio.get_running_loop().time() > loop_until:
+                raise
+        _tell({"waiting": port})
+        threading.Event().wait(1)
+
+
+def _tell(message: Mapping[str, Any]) -> None:
+    with contextlib.suppress(OSError):
+        print(json.dumps(message), flush=True)
+
+
+async def serve(port: int, processes: int, heartbeat: int) -> None:
+    """The lobby, then the service, until process 0 has ended."""
+    ended, last_word, loop = asyncio.Event(), [b""], asyncio.get_running_loop()
+
+    def read_parent() -> None:
+        last_word[0] = sys.stdin.buffer.readline()
+        loop.call_soon_threadsafe(ended.set)
+
+    threading.Thread(target=read_parent, daemon=True).start()
+    try:
+        listening = listen(port, PORT_PATIENCE)
+    except OSError as error:
+        _tell({"refused": error.strerror or str(error), "errno": error.errno})
+        return
+    _tell({"listening": port})
+    lobby = Lobby(processes)
+    if not await gather(listening, lobby, ended):
+        return
+    from jaxlib import _jax  # JAX's public way to this service starts it inside process 0
+
+    service = _jax.get_distributed_runtime_service(
+        f"[::]:{port}" if socket.has_dualstack_ipv6() else f"0.0.0.0:{port}",
+        processes,
+        heartbeat_timeout=heartbeat,
+        shutdown_timeout=1,
+        recoverable=True,  # that one process is lost is told to those who ask, and aborts no other
+    )
+    lobby.tell_all({"go": True})
+    await ended.wait()
+    if last_word[0] != BYE:
+        await asyncio.sleep(heartbeat + LINGERS)
+    del service
+
+
+def main() -> None:
+    """Runs until process 0 has ended, whatever signals its group is sent."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    port, processes, heartbeat = map(int, sys.argv[1:])
+    asyncio.run(serve(port, processes, heartbeat))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

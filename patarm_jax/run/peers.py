@@ -1,0 +1,339 @@
+"""The other processes of a run, watched: when one is lost, stuck, stopped or wrong, every process ends and says why.
+
+Two threads watch while the main thread works. One asks JAX's coordination service who is alive, which hears of each
+process from a thread that needs no Python: a process that is busy is alive, one that is frozen or killed is not. The
+other reads the last words of those that ended with an error, and where everyone is. A process ends by `os._exit`: one
+that waits in a collective for a process that is gone cannot be ended otherwise, and JAX's own end would wait for all.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import jax
+from jax._src import distributed  # for the client of the coordination service: there is no public way to it
+
+from patarm_jax import __version__
+from patarm_jax.config import MeshSection, shared_settings
+from patarm_jax.run.joining import dismiss, find_place, join, listed
+from patarm_jax.types import UsageError, UserError
+
+_ROOT = "patarm"
+_NAMED_EVERY = 60.0  # seconds
+_LOOK_EVERY = 1.0  # seconds
+COMPILING = "compiling"  # what a place begins with where waiting long is no sign of anything
+_RESUME = "Start the same command again on all of them: the run goes on from its last checkpoint."
+# How a collective, or the coordination service, tells that another process is gone.
+_LOST = ("Gloo", "gloo", "NCCL", "nccl", "Connection closed", "Connection reset", "Socket closed", "UNAVAILABLE")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a process is: it has come past `count` places, and stands at the last of them."""
+
+    count: int = 0
+    where: str = "starting"
+
+
+@dataclass
+class _Waiting:
+    """How long one process has been behind."""
+
+    position: Position
+    since: float
+    said: float
+
+
+@dataclass
+class Peers:
+    """This process among the others."""
+
+    client: Any
+    process: int
+    processes: int
+    heartbeat: int
+    stall_seconds: float
+    coordinator: subprocess.Popen[bytes] | None  # of process 0
+    position: Position = Position()
+    arrived: float = field(default_factory=time.monotonic)
+    agreed: int = 0  # how many comparisons there were
+    is_ending: bool = False
+    waiting: dict[int, _Waiting] = field(default_factory=dict)
+    ends: threading.Lock = field(default_factory=threading.Lock)
+
+    def watch(self) -> None:
+        """Starts the two threads."""
+        for target in (self._watch_lives, self._watch_words):
+            threading.Thread(target=target, daemon=True, name=target.__name__).start()
+
+    # --------------------------------------------------------------------------------------------------- agreement
+
+    def agree(self, what: str, values: Mapping[str, Any]) -> None:
+        """Refuses, on every process alike, to go on when these differ between processes.
+
+        Args:
+            what: is compared, such as "the settings".
+            values: by name; JSON.
+
+        Raises:
+            UsageError: naming the first value that differs, and on which processes.
+        """
+        self.agreed += 1
+        self.arrive(f"comparing {what}")
+        mine = json.dumps(dict(values), sort_keys=True)
+        digest = hashlib.sha256(mine.encode()).hexdigest()
+        self._set(f"values/{self.agreed}/{self.process}", mine)
+        self._set(f"digests/{self.agreed}/{self.process}", digest)
+        digests = [self._get(f"digests/{self.agreed}/{one}") for one in range(self.processes)]
+        others = [one for one in range(self.processes) if digests[one] != digests[0]]
+        if others:
+            first, other = (json.loads(self._get(f"values/{self.agreed}/{one}")) for one in (0, others[0]))
+            raise UsageError(_difference(what, first, other, others[0]))
+
+    def told(self, what: str, value: str) -> str:
+        """The value that process 0 gives, on every process."""
+        self.agreed += 1
+        self.arrive(what)
+        if self.process == 0:
+            self._set(f"told/{self.agreed}", value)
+        return self._get(f"told/{self.agreed}")
+
+    # ----------------------------------------------------------------------------------------------------- position
+
+    def arrive(self, where: str) -> None:
+        """Notes that this process has come to a place in the program that all processes pass in the same order."""
+        self.position = Position(self.position.count + 1, where)
+        self.arrived = time.monotonic()
+
+    # --------------------------------------------------------------------------------------------------------- ends
+
+    def end(self, code: int) -> NoReturn:
+        """Ends well, together with the others: process 0 last, since where they meet is its own."""
+        self.arrive("the end")
+        self._set(f"done/{self.process}", "")
+        while len(self._all("done")) < self.processes:
+            time.sleep(0.2)
+        self.is_ending = True
+        if self.process > 0:
+            self._set(f"bye/{self.process}", "")
+        else:
+            with contextlib.suppress(Exception):
+                while len(self._all("bye")) < self.processes - 1:
+                    time.sleep(0.1)
+            time.sleep(0.5)  # for the last to be gone
+            dismiss(self.coordinator)
+        _exit(code)
+
+    def fail(self, error: BaseException, said: str, code: int) -> NoReturn:
+        """Ends because of an error here, and leaves its sentence to the others.
+
+        An error that only says that another process is gone waits for the watching threads, which know which.
+        """
+        if _tells_of_a_lost_process(error):
+            time.sleep(self.heartbeat + 5)
+        with self.ends:
+            self.is_ending = True
+            if not isinstance(error, (UserError, KeyboardInterrupt)):
+                traceback.print_exception(error)
+            self._leave(said, code)
+
+    def _leave(self, said: str, code: int) -> NoReturn:
+        """Says why, here and to the others, and ends; `self.ends` is held."""
+        print(f"\npatarm: {said}", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):
+            self._set(f"left/{self.process}", json.dumps({"said": said, "code": code, "host": socket.gethostname()}))
+        _exit(code)
+
+    def _end_because(self, sentence: str, code: int = 1) -> None:
+        with self.ends:
+            if not self.is_ending:
+                print(f"\npatarm: {sentence}", file=sys.stderr, flush=True)
+                _exit(code)
+
+    # ----------------------------------------------------------------------------------------------------- watching
+
+    def _watch_lives(self) -> None:
+        while not self.is_ending:
+            try:
+                alive = self.client.get_live_nodes(list(range(self.processes)))
+            except Exception as error:
+                self._end_because(
+                    f"the machine of process 0, where the processes meet, is gone. {_RESUME} ({_brief(error)})"
+                )
+                return
+            lost = [one for one in range(self.processes) if one not in alive]
+            if lost:
+                time.sleep(2 * _LOOK_EVERY)  # one that ended with an error has left its sentence, which says more
+                self._end_because(
+                    f"{listed(lost)} of {self.processes} {'is' if len(lost) == 1 else 'are'} gone or frozen: not heard "
+                    f"of for {self.heartbeat} s (mesh.heartbeat_seconds). {_RESUME}"
+                )
+                return
+            time.sleep(_LOOK_EVERY)
+
+    def _watch_words(self) -> None:
+        told = Position()
+        while not self.is_ending:
+            with contextlib.suppress(Exception):  # the other thread tells that the service is gone
+                for process, text in self._all("left").items():
+                    if process != self.process:
+                        word = json.loads(text)
+                        self._end_because(f"process {process} ({word['host']}) ended: {word['said']}", word["code"])
+                if self.position != told:
+                    told = self.position
+                    self._set(f"at/{self.process}", json.dumps(dataclasses.astuple(told)))
+                self._look_for_stragglers()
+            time.sleep(_LOOK_EVERY)
+
+    def _look_for_stragglers(self) -> None:
+        """Names processes that have long been behind this one, and ends when it is too long."""
+        if time.monotonic() - self.arrived < _NAMED_EVERY:
+            return
+        mine, now = self.position, time.monotonic()
+        there = {one: Position(*json.loads(text)) for one, text in self._all("at").items()}
+        for process in range(self.processes):
+            position = there.get(process, Position())
+            if position.count >= mine.count:
+                self.waiting.pop(process, None)
+                continue
+            seen = self.waiting.get(process)
+            if seen is None or seen.position != position:
+                self.waiting[process] = seen = _Waiting(position, max(self.arrived, now - _NAMED_EVERY), -1e9)
+            waited = now - seen.since
+            where = (
+                f"process {process} has been at “{position.where}” while process {self.process} waits at “{mine.where}”"
+            )
+            if waited > self.stall_seconds and not position.where.startswith(COMPILING):
+                with self.ends:
+                    self._leave(f"{where} for {waited / 60:.0f} minutes (mesh.stall_minutes). {_RESUME}", 1)
+            if waited >= _NAMED_EVERY and now - seen.said >= _NAMED_EVERY:
+                seen.said = now
+                print(f"\n{where}: for {waited:.0f} s", file=sys.stderr, flush=True)
+
+    # -------------------------------------------------------------------------------------------------- what is said
+
+    def _set(self, key: str, value: str) -> None:
+        self.client.key_value_set(f"{_ROOT}/{key}", value, allow_overwrite=True)
+
+    def _get(self, key: str) -> str:
+        """Waits for it in steps, so that signals are heard."""
+        while True:
+            try:
+                return self.client.blocking_key_value_get(f"{_ROOT}/{key}", 1000)
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+
+    def _all(self, folder: str) -> dict[int, str]:
+        """Process → what it has set."""
+        found = self.client.key_value_dir_get(f"{_ROOT}/{folder}/")
+        return {int(key.rpartition("/")[2]): value for key, value in found}
+
+
+def _difference(what: str, first: Mapping[str, Any], other: Mapping[str, Any], process: int) -> str:
+    name = next(name for name in (*first, *other) if first.get(name) != other.get(name))
+    shown = [repr(values[name]) if name in values else "absent" for values in (first, other)]
+    return (
+        f"the processes differ in {what}: {name} is {shown[0]} on process 0 and {shown[1]} on process {process}. "
+        "Start all of them alike."
+    )
+
+
+def _tells_of_a_lost_process(error: BaseException) -> bool:
+    chain: BaseException | None = error
+    while chain is not None:
+        if not isinstance(chain, UserError) and any(word in str(chain) for word in _LOST):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160].rstrip(".")
+
+
+def _exit(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+# ------------------------------------------------------------------------------------------------- of this one process
+
+_peers: list[Peers] = []  # a process joins others once in its life
+
+
+def start_processes(config: Any, **more: Any) -> None:
+    """Joins the other processes, before any device is touched, where the config says that there are any.
+
+    Args:
+        config: of a recipe; its section `mesh` says how.
+        more: what all must have alike besides the config.
+
+    Raises:
+        UserError: when they are not found, do not come, or were started otherwise than this one.
+    """
+    section: MeshSection = config.mesh
+    if section.distributed == "none" or jax.distributed.is_initialized():
+        return
+    place = find_place(section)
+    coordinator = join(place, section.join_seconds, section.heartbeat_seconds)
+    peers = Peers(
+        distributed.global_state.client,
+        place.process,
+        place.processes,
+        section.heartbeat_seconds,
+        60 * section.stall_minutes,
+        coordinator,
+    )
+    _peers.append(peers)
+    peers.watch()
+    versions = {"version of jax": jax.__version__, "version of patarm_jax": __version__}
+    peers.agree("their settings", shared_settings(config) | more | versions)
+    arrive("finding the devices")
+    device = jax.local_devices()[0]
+    peers.agree("their devices", {"number": jax.local_device_count(), "kind": device.device_kind})
+    arrive("reading the model and the data")
+
+
+def agree(what: str, values: Mapping[str, Any]) -> None:
+    """`Peers.agree`; of a process that is alone, nothing."""
+    for peers in _peers:
+        peers.agree(what, values)
+
+
+def told(what: str, value: str) -> str:
+    """`Peers.told`; of a process that is alone, its own value."""
+    for peers in _peers:
+        return peers.told(what, value)
+    return value
+
+
+def arrive(where: str) -> None:
+    """`Peers.arrive`; of a process that is alone, nothing."""
+    for peers in _peers:
+        peers.arrive(where)
+
+
+def end_together(code: int) -> None:
+    """Ends this process when all have come to their end; returns where it is alone."""
+    for peers in _peers:
+        peers.end(code)
+
+
+def end_all(error: BaseException, said: str, code: int) -> None:
+    """Ends this process because of an error, and the others with it; returns where it is alone."""
+    for peers in _peers:
+        peers.fail(error, said, code)
