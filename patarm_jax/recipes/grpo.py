@@ -52,7 +52,7 @@ from patarm_jax.rollout.judging import (
     score_arrays,
 )
 from patarm_jax.rollout.stream import WIDTH_MULTIPLE, abstract_programs
-from patarm_jax.run.peers import start_processes
+from patarm_jax.run.peers import arrive, start_processes
 from patarm_jax.run.process import say, stop_requests
 from patarm_jax.train.metrics import Timer, compilations, progress, show_judgements, write_rollouts
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
@@ -104,7 +104,7 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     compilations().since_last()  # what was compiled before belongs to no step
     with stop_requests() as stop_asked, progress(steps, run.done) as report:
         for step in range(run.done + 1, steps + 1):
-            timer = Timer()
+            timer = Timer(arrive, step)
             with timer.phase("sample"):
                 pairs = next(iterator)
                 key, width = jax.random.fold_in(run_key, step), bucket(pairs.longest_prompt, WIDTH_MULTIPLE)
@@ -137,6 +137,7 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
                     quality = heldout_metrics(judge_heldout(heldout, state.params))
             values |= rollout_metrics(scores, status, rewards, *written) | quality
             values["learning_rate"] = float(schedule(int(state.step) - 1 - int(state.skipped)))
+            arrive(f"step {step}: writing what it gave")
             run.writer.write(step, values | timer.seconds | compilations().since_last())
             report(step, {"reward": values["reward"], "valid": values["judge/valid"]})
             rows = rollout_rows(pairs.ids, judgements, rewards)

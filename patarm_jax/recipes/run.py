@@ -25,7 +25,7 @@ from patarm_jax.model.sharding import TRAIN_RULES, batch_ways
 from patarm_jax.recipes.dry_run import Program
 from patarm_jax.recipes.export import ModelCardFacts, write_export
 from patarm_jax.recipes.model import EXPORT, Model, load_params
-from patarm_jax.run.peers import agree, told
+from patarm_jax.run.peers import COMPILING, agree, arrive, told
 from patarm_jax.run.process import say
 from patarm_jax.train.checkpoint import Checkpoints, open_checkpoints, refuse_another_run
 from patarm_jax.train.checkpoint_files import steps_in
@@ -203,6 +203,7 @@ def compile_ahead(mesh: Mesh, programs: Mapping[str, Program]) -> None:
     """Compiles jitted functions before they are called: it may take minutes, and says so beforehand."""
     begun, before = time.perf_counter(), dict(compilations().counts)
     say(f"compiling {', '.join(programs)} …")
+    arrive(f"{COMPILING} {', '.join(programs)}")
     with jax.set_mesh(mesh):
         for program, arguments in programs.values():
             program.lower(*arguments).compile()
@@ -263,6 +264,7 @@ def finish(run: Run, step: int, state: TrainState, model: Model, card: ModelCard
     if run.done >= run.steps and export.is_dir():
         say(f"{run.folder} is complete. Raise run.steps or run.epochs to train on.")
         return True
+    arrive("writing the export")
     # What is there is of this run when it was shorter.
     write_export(export, state.params, model.config, model.tokenizer, card, dtype, replace=True)
     say(f"done: {export}")

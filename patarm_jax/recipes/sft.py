@@ -33,7 +33,7 @@ from patarm_jax.recipes.run import (
     state_shape,
     state_shardings,
 )
-from patarm_jax.run.peers import start_processes
+from patarm_jax.run.peers import arrive, start_processes
 from patarm_jax.run.process import say, stop_requests
 from patarm_jax.train.metrics import Timer, compilations, progress
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
@@ -93,7 +93,7 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
             compile_ahead(mesh, {"update": (step_fn, (state, batch))})
         with progress(steps, run.done) as report:
             for step in range(run.done + 1, steps + 1):
-                timer, data_state = Timer(), iterator.get_state()
+                timer, data_state = Timer(arrive, step), iterator.get_state()
                 with timer.phase("update"):
                     state, metrics = step_fn(state, batch)  # returns while the devices compute
                 with timer.phase("data"):  # beside the devices' work: "update" is the rest of it
@@ -105,6 +105,7 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
                 if heldout is not None and heldout.due(step, steps):
                     with timer.phase("eval"):
                         quality = heldout_metrics(judge_heldout(heldout, state.params))
+                arrive(f"step {step}: writing what it gave")
                 run.writer.write(step, values | quality | timer.seconds | compilations().since_last())
                 report(step, {"loss": values["loss"]})
                 stopping = stop_asked(step)

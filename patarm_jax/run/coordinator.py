@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,22 +109,25 @@ async def gather(listening: socket.socket, lobby: Lobby, ended: asyncio.Event) -
 
 def listen(port: int, patience: float) -> socket.socket:
     """A socket that nothing else listens on; raises OSError when another program keeps the port."""
-    loop_until = asyncio.get_running_loop().time() + patience
+    until, has_told = time.monotonic() + patience, False
     while True:
         try:
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
         except OSError as error:
             if not socket.has_dualstack_ipv6():
                 return socket.create_server(("", port), backlog=4096)
-            if error.errno != errno.EADDRINUSE or asyncio.get_running_loop().time() > loop_until:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > until:
                 raise
-        _tell({"waiting": port})
-        threading.Event().wait(1)
+        if not has_told:
+            has_told = _tell({"waiting": port})
+        time.sleep(1)
 
 
-def _tell(message: Mapping[str, Any]) -> None:
+def _tell(message: Mapping[str, Any]) -> bool:
+    """Tells process 0, which has started this process."""
     with contextlib.suppress(OSError):
         print(json.dumps(message), flush=True)
+    return True
 
 
 async def serve(port: int, processes: int, heartbeat: int) -> None:
@@ -138,7 +142,7 @@ async def serve(port: int, processes: int, heartbeat: int) -> None:
     try:
         listening = listen(port, PORT_PATIENCE)
     except OSError as error:
-        _tell({"refused": error.strerror or str(error), "errno": error.errno})
+        _tell({"refused": os.strerror(error.errno) if error.errno else str(error)})
         return
     _tell({"listening": port})
     lobby = Lobby(processes)

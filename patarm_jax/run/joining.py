@@ -17,7 +17,7 @@ import jax
 from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; there is no public way
 
 from patarm_jax.config import MeshSection
-from patarm_jax.run.coordinator import BYE
+from patarm_jax.run.coordinator import BYE, PORT_PATIENCE
 from patarm_jax.types import UsageError, UserError
 
 _SAID_EVERY = 30.0  # seconds between two lines on who is missing
@@ -128,7 +128,7 @@ def _start_coordinator(place: Place, heartbeat: int) -> subprocess.Popen[bytes]:
                 f"process 0 cannot listen on port {place.port}: {message['refused']}. Give another port in "
                 "mesh.coordinator (for Slurm, in the environment as JAX_COORDINATOR_PORT), or end what uses this one."
             )
-        _say(f"port {place.port} is in use, perhaps by an earlier run that is ending; trying on")
+        _say(f"port {place.port} is in use, perhaps by an earlier run that is ending; trying for {PORT_PATIENCE:.0f} s")
     raise UserError(f"process 0 could not start its coordinator ({' '.join(command)}). Try the same command again.")
 
 

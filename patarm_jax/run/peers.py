@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import socket
 import subprocess
@@ -150,16 +151,14 @@ class Peers:
 
     def _leave(self, said: str, code: int) -> NoReturn:
         """Says why, here and to the others, and ends; `self.ends` is held."""
-        print(f"\npatarm: {said}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):
             self._set(f"left/{self.process}", json.dumps({"said": said, "code": code, "host": socket.gethostname()}))
-        _exit(code)
+        _exit(code, f"patarm: {said}")
 
     def _end_because(self, sentence: str, code: int = 1) -> None:
         with self.ends:
             if not self.is_ending:
-                print(f"\npatarm: {sentence}", file=sys.stderr, flush=True)
-                _exit(code)
+                _exit(code, f"\npatarm: {sentence}")
 
     # ----------------------------------------------------------------------------------------------------- watching
 
@@ -198,9 +197,9 @@ class Peers:
 
     def _look_for_stragglers(self) -> None:
         """Names processes that have long been behind this one, and ends when it is too long."""
-        if time.monotonic() - self.arrived < _NAMED_EVERY:
+        mine, now, patience = self.position, time.monotonic(), min(_NAMED_EVERY, self.stall_seconds)
+        if now - self.arrived < patience:
             return
-        mine, now = self.position, time.monotonic()
         there = {one: Position(*json.loads(text)) for one, text in self._all("at").items()}
         for process in range(self.processes):
             position = there.get(process, Position())
@@ -209,17 +208,19 @@ class Peers:
                 continue
             seen = self.waiting.get(process)
             if seen is None or seen.position != position:
-                self.waiting[process] = seen = _Waiting(position, max(self.arrived, now - _NAMED_EVERY), -1e9)
+                since = self.arrived if seen is None else now
+                self.waiting[process] = seen = _Waiting(position, since, -math.inf)
             waited = now - seen.since
-            where = (
-                f"process {process} has been at “{position.where}” while process {self.process} waits at “{mine.where}”"
+            what = (
+                f"process {process} has been at “{position.where}” for {waited:.0f} s, while process {self.process} "
+                f"waits for it at “{mine.where}”"
             )
             if waited > self.stall_seconds and not position.where.startswith(COMPILING):
                 with self.ends:
-                    self._leave(f"{where} for {waited / 60:.0f} minutes (mesh.stall_minutes). {_RESUME}", 1)
-            if waited >= _NAMED_EVERY and now - seen.said >= _NAMED_EVERY:
+                    self._leave(f"{what}: longer than mesh.stall_minutes. {_RESUME}", 1)
+            if waited >= patience and now - seen.said >= _NAMED_EVERY:
                 seen.said = now
-                print(f"\n{where}: for {waited:.0f} s", file=sys.stderr, flush=True)
+                _print(f"\n{what}")
 
     # -------------------------------------------------------------------------------------------------- what is said
 
@@ -263,10 +264,22 @@ def _brief(error: BaseException) -> str:
     return " ".join(str(error).split())[:160].rstrip(".")
 
 
-def _exit(code: int) -> NoReturn:
-    for stream in (sys.stdout, sys.stderr):
+def _print(text: str) -> threading.Thread:
+    """Says something, without waiting: where nobody reads it, printing never returns."""
+
+    def say() -> None:
         with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+            print(text, end="\n" if text else "", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+    saying = threading.Thread(target=say, daemon=True)
+    saying.start()
+    return saying
+
+
+def _exit(code: int, last_words: str = "") -> NoReturn:
+    _print(last_words).join(2)
     os._exit(code)
 
 

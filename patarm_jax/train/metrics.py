@@ -166,11 +166,14 @@ class Timer:
     ['time/sample']
     """
 
+    note: Callable[[str], object] = len  # is told when a phase begins: step and phase
+    step: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # "time/<phase>" → wall-clock seconds
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time spent inside to a phase. Arrays are computed in the background: wait for them inside."""
+        self.note(f"step {self.step}: {name}")
         start = time.perf_counter()
         try:
             yield
