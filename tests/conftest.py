@@ -17,6 +17,8 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # a test runs what the code sa
 import pytest
 from hypothesis import settings
 
+from tests.runs import environment, started, world  # noqa: F401  # fixtures, which tests find here
+
 # The same code gives the same result; `launch/test.sh --all` looks for new examples.
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None, print_blob=True)

@@ -1,20 +1,12 @@
 """Whole runs through the command line: what they write, that they resume exactly, and what they say to mistakes."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import time
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
-import pyarrow.parquet
 import pytest
 import yaml
 from jax.sharding import AxisType
@@ -29,132 +21,20 @@ from patarm_jax.model.sharding import MESH_AXES, make_mesh
 from patarm_jax.recipes.heldout import judge_heldout, open_heldout
 from patarm_jax.recipes.model import open_model
 from patarm_jax.rollout.judging import judge, requests_of
-from tests.toys import tiny_model_folder, write_preferences
+from tests.runs import (
+    CUBE,
+    FLAGS,
+    assert_nearly_equal,
+    config_file,
+    exported,
+    judged_texts,
+    judgements,
+    lines_of,
+    timeless,
+)
+from tests.toys import tiny_model_folder
 
-FLAGS = "--xla_backend_optimization_level=0"
-CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 ALONE = jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """One CPU device; what one process compiled, the next need not."""
-    return {
-        **os.environ,
-        "XLA_FLAGS": FLAGS,
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
-@pytest.fixture(scope="module")
-def started(environment):
-    return partial(Started, environment)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A model without weights, another with, and a file of preferences."""
-    root = tmp_path_factory.mktemp("world")
-    tiny_model_folder(root / "model")
-    write_preferences(root / "pairs.jsonl")
-    text = (root / "pairs.jsonl").read_text()
-    (root / "heldout.jsonl").write_text(text.replace("pair-", "held-").replace("I like", "I love"))
-    config = read_config(root / "model")
-    tiny_model_folder(root / "reference")
-    (root / "reference" / "config.json").unlink()
-    (root / "reference" / "generation_config.json").rename(root / "kept.json")
-    params = jax.tree.map(lambda x: x * 3, init_params(config, jax.random.key(9)))
-    weights.save(params, config, root / "weights", dtype="float32")
-    for file in (root / "weights").iterdir():
-        file.rename(root / "reference" / file.name)
-    (root / "kept.json").replace(root / "reference" / "generation_config.json")
-    return root
-
-
-def config_file(world, name, recipe, **sections):
-    base = {
-        "model": {"path": str(world / "model"), "weights": "random", "dtype": "float32", "remat": "none"},
-        "data": {"path": str(world / "pairs.jsonl"), "missing_judgements": "template"},
-        "optimizer": {"learning_rate": 0.01, "warmup_steps": 2, "decay": "linear"},
-        "run": {"folder": str(world / name), "steps": 7, "checkpoint_every": 2, "show_every": 4, "tensorboard": False},
-        # Five pairs are no multiple of any mesh.
-        "heldout": {
-            "path": str(world / "heldout.jsonl"), "eval_every": 3, "limit": 5, "votes": 2, "best": "valid",
-            "sampling": {"max_new_tokens": 6, "rows": 4},
-        },
-        "pairs_per_step": 4,
-    }  # fmt: skip
-    if recipe == "grpo":
-        base |= {
-            "data": {"path": str(world / "pairs.jsonl")},
-            # Against another model the KL gives every token a gradient, so that a wrong draw is a wrong weight.
-            "policy": {"kl_coef": 0.5, "reference": str(world / "reference"), "updates_per_rollout": 2},
-            "sampling": {"max_new_tokens": 8},
-            "group_size": 3,
-        }
-    for section, values in sections.items():
-        base[section] = {**base.get(section, {}), **values} if isinstance(values, dict) else values
-    path = world / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(base), encoding="utf-8")
-    return path
-
-
-class Started:
-    """A patarm of its own process, and what it says."""
-
-    def __init__(self, environment, *arguments, **changes):
-        self.said = tempfile.TemporaryFile("w+")
-        command = [sys.executable, "-m", "patarm_jax", *map(str, arguments)]
-        self.process = subprocess.Popen(
-            command, env={**environment, **changes}, stdout=self.said, stderr=subprocess.STDOUT
-        )
-
-    def until(self, happened):
-        """Waits for something this process brings about."""
-        while not happened():
-            assert self.process.poll() is None, self.end(self.process.returncode)
-            time.sleep(0.02)
-
-    def end(self, code=0):
-        """Waits for the end, which must be with this exit code; gives what was said."""
-        got = self.process.wait(timeout=300)
-        with self.said:
-            self.said.seek(0)
-            text = self.said.read()
-        assert got == code, text
-        return text
-
-
-def lines_of(folder):
-    path = folder / "metrics.jsonl"
-    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""  # the last may still be being written
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def timeless(folder):
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines_of(folder)]
-
-
-def assert_nearly_equal(folder, other):
-    """The same metrics but for rounding; what is null in one is null in the other."""
-    for ours, theirs in zip(timeless(folder), timeless(other), strict=True):
-        assert ours.keys() == theirs.keys()
-        for name, value in theirs.items():
-            assert ours[name] == (value if value is None else pytest.approx(value, rel=1e-3, abs=1e-5)), name
-
-
-def exported(folder):
-    return {p.name: p.read_bytes() for p in (folder / "export").iterdir() if p.name != "README.md"}
-
-
-def judged_texts(folder):
-    return [[row["text"] for row in rows] for _, rows in sorted(judgements(folder).items())]
-
-
-def judgements(folder):
-    return {p.name: pyarrow.parquet.read_table(p).to_pylist() for p in (folder / "rollouts").glob("*")}
 
 
 @pytest.mark.parametrize("recipe", ["sft", pytest.param("grpo", marks=pytest.mark.long)])

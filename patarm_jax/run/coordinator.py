@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-BYE = b"bye\n"  # from process 0, when all have ended well; without it, it died
+BYE = "bye"  # from process 0, when all have ended well; without it, it died
 LINGERS = 10.0  # seconds beyond the heartbeat: by then every other process has heard that process 0 is gone
 PORT_PATIENCE = 40.0  # seconds: as long as the coordinator of a run that has just failed may hold the port
 
@@ -63,8 +63,14 @@ def _send(writer: asyncio.StreamWriter, message: Mapping[str, Any]) -> None:
         writer.write(json.dumps(message).encode() + b"\n")
 
 
-async def gather(listening: socket.socket, lobby: Lobby, ended: asyncio.Event) -> bool:
-    """Waits until all are there; False when they cannot be, which each has been told."""
+async def gather(listening: socket.socket, lobby: Lobby, parent: asyncio.Future[str]) -> bool:
+    """Waits until all are there; False when they cannot be, which each has been told.
+
+    Args:
+        listening: where they come.
+        lobby: empty.
+        parent: is done with the last words of process 0, should that end.
+    """
     complete: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def decide(refusal: str) -> None:
@@ -92,14 +98,9 @@ async def gather(listening: socket.socket, lobby: Lobby, ended: asyncio.Event) -
             del lobby.here[hello["process"]]
             lobby.tell_all({"missing": lobby.missing})
 
-    async def parent_ends() -> None:
-        await ended.wait()
-        decide("process 0 ended before all processes had joined.")
-
     server = await asyncio.start_server(receive, sock=listening)
-    watch = asyncio.create_task(parent_ends())
+    parent.add_done_callback(lambda _: decide(f"process 0 ended before all had joined: {parent.result()}"))
     refusal = await complete
-    watch.cancel()
     server.close()
     if refusal:
         lobby.tell_all({"refused": refusal})
@@ -132,11 +133,12 @@ def _tell(message: Mapping[str, Any]) -> bool:
 
 async def serve(port: int, processes: int, heartbeat: int) -> None:
     """The lobby, then the service, until process 0 has ended."""
-    ended, last_word, loop = asyncio.Event(), [b""], asyncio.get_running_loop()
+    loop = asyncio.get_running_loop()
+    parent: asyncio.Future[str] = loop.create_future()
 
     def read_parent() -> None:
-        last_word[0] = sys.stdin.buffer.readline()
-        loop.call_soon_threadsafe(ended.set)
+        last_words = sys.stdin.buffer.readline().decode(errors="replace").strip()
+        loop.call_soon_threadsafe(parent.set_result, last_words or "it was killed.")
 
     threading.Thread(target=read_parent, daemon=True).start()
     try:
@@ -146,7 +148,7 @@ async def serve(port: int, processes: int, heartbeat: int) -> None:
         return
     _tell({"listening": port})
     lobby = Lobby(processes)
-    if not await gather(listening, lobby, ended):
+    if not await gather(listening, lobby, parent):
         return
     from jaxlib import _jax  # JAX's public way to this service starts it inside process 0
 
@@ -158,8 +160,7 @@ async def serve(port: int, processes: int, heartbeat: int) -> None:
         recoverable=True,  # that one process is lost is told to those who ask, and aborts no other
     )
     lobby.tell_all({"go": True})
-    await ended.wait()
-    if last_word[0] != BYE:
+    if await parent != BYE:
         await asyncio.sleep(heartbeat + LINGERS)
     del service
 

@@ -88,23 +88,22 @@ def join(place: Place, join_seconds: float, heartbeat: int) -> subprocess.Popen[
     Raises:
         UserError: when they do not come in time, or this process is asked to stop before.
     """
-    coordinator = _start_coordinator(place, heartbeat) if place.process == 0 else None
-    try:
-        with _told_to_stop(place):
+    with _told_to_stop(place):
+        coordinator = _start_coordinator(place, heartbeat) if place.process == 0 else None
+        try:
             _wait_in_lobby(place, join_seconds)
             _initialize(place, heartbeat)
-    except BaseException:
-        if coordinator is not None and coordinator.stdin is not None:
-            coordinator.stdin.close()  # it tells the others
-        raise
+        except BaseException as error:
+            dismiss(coordinator, str(error) or "it was stopped.")  # which is told to the others
+            raise
     return coordinator
 
 
-def dismiss(coordinator: subprocess.Popen[bytes] | None) -> None:
-    """Ends the coordinator when nobody needs it any more."""
+def dismiss(coordinator: subprocess.Popen[bytes] | None, last_words: str = BYE) -> None:
+    """Ends the coordinator: at once with BYE, when nobody needs it any more."""
     if coordinator is not None and coordinator.stdin is not None:
         with contextlib.suppress(OSError):
-            coordinator.stdin.write(BYE)
+            coordinator.stdin.write(" ".join(last_words.split()).encode() + b"\n")
             coordinator.stdin.close()
 
 
@@ -152,7 +151,13 @@ class _Progress:
     def __init__(self, place: Place, join_seconds: float) -> None:
         self.place, self.limit = place, join_seconds
         self.begun = self.said = time.monotonic()
-        self.missing: list[int] | None = None  # None: process 0 was not reached
+        self.missing: list[int] | None = None  # None: process 0 is not reached
+
+    def hear(self, missing: list[int]) -> None:
+        """Takes note of who is missing now."""
+        if self.missing is None and missing:
+            _say(f"process {self.place.process} of {self.place.processes} waits for {listed(missing)}")
+        self.missing = missing
 
     def look(self) -> None:
         """Says it when it is time; UserError when the time is over."""
@@ -236,7 +241,8 @@ def _read(place: Place, line: bytes, progress: _Progress) -> bool:
         ) from error
     if "refused" in message:
         raise UserError(message["refused"])
-    progress.missing = message.get("missing", progress.missing)
+    if "missing" in message:
+        progress.hear(message["missing"])
     return "go" in message
 
 
