@@ -12,6 +12,7 @@ import json
 import math
 import random
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -24,7 +25,7 @@ import pyarrow.parquet
 
 from patarm_jax.config import GRPOConfig, SFTConfig, from_mapping, read_yaml
 from patarm_jax.data.preferences import read_preferences
-from patarm_jax.files import check_writable, write_text, writing
+from patarm_jax.files import check_writable, hold_output, write_text, writing
 from patarm_jax.types import UsageError, UserError
 
 _PROMPTS = 4000  # characters of a prompt or response that are shown
@@ -78,9 +79,19 @@ def main(run: Path, out: Path | None = None, megabytes: int = 25) -> tuple[Path,
     """
     if megabytes < 1:
         raise UsageError(f"--megabytes is {megabytes}. Give 1 or more.")
-    out = out or run / "report.html"
-    mark = _check(run, out)
+    inside, out = out is None, out or run / "report.html"
+    try:
+        mark = _check(run, out)
+    except UserError as error:
+        if inside:
+            raise UserError(f"{error} For the page, that is --out FILE.") from error
+        raise
     config = _config(run)
+    with hold_output(out, lambda message: print(message, file=sys.stderr)):
+        return _write(run, config, out, megabytes, mark)
+
+
+def _write(run: Path, config: SFTConfig | GRPOConfig, out: Path, megabytes: int, mark: str) -> tuple[Path, str]:
     metrics = _metrics(run / "metrics.jsonl")
     steps = sorted(p for p in (run / "rollouts").glob("step_*") if re.fullmatch(r"step_\d+\.parquet", p.name))
     packed = functools.cache(_step)
