@@ -38,6 +38,7 @@ class Panel:
     title: str
     series: Mapping[str, str]  # label → name in metrics.jsonl
     log: bool = False  # whether the values are drawn by their orders of magnitude
+    exact: bool = False  # of what was set, not measured: never smoothed
 
 
 # Those of PaTaRM's Figure 3 first. A metric `eval/…` is one of held-out pairs, measured at some steps only.
@@ -57,7 +58,7 @@ PANELS = (
     Panel("KL to the reference", {"": "kl"}),
     Panel("Clipped tokens", {"": "clip_ratio/region_mean"}),
     Panel("Gradient norm", {"": "grad_norm"}),
-    Panel("Learning rate", {"": "learning_rate"}),
+    Panel("Learning rate", {"": "learning_rate"}, exact=True),
     Panel(
         "Seconds of a step",
         {name: f"time/{name}" for name in ("sample", "parse", "reward", "logprobs", "update", "data", "eval")},
@@ -295,6 +296,6 @@ def _drawn(metrics: Sequence[Mapping[str, Any]]) -> Any:
             values = [line.get(name) for line in metrics]
             if any(value is not None for value in values):
                 series.append({"label": label, "name": name, "dots": name.startswith("eval/"), "values": values})
-        return {"title": given.title, "series": series, "log": given.log}
+        return {"title": given.title, "series": series, "log": given.log, "exact": given.exact}
 
     return panel
