@@ -3,6 +3,7 @@
 # Arguments go to `patarm demo`, such as --out runs/other --seed 1. Safe to run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=launch/venv.sh
 . launch/venv.sh
-install
+install ''
 exec patarm demo "$@"

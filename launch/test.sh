@@ -8,6 +8,7 @@
 # Further arguments go to pytest, such as -k sampler.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=launch/venv.sh
 . launch/venv.sh
 
 slow_files="tests/test_bench.py tests/test_checkpoint.py tests/test_demo.py tests/test_endpoint.py tests/test_evaluate.py
@@ -21,7 +22,7 @@ case "${1:-}" in
   --quick)
     shift
     for file in $slow_files; do select+=("--ignore=$file"); done
-    left_out="$left_out and all of $(echo $slow_files)"
+    left_out="$left_out and all of ${slow_files//$'\n'/ }"
     ;;
   --all)
     shift

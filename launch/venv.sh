@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv if it is missing, installs this checkout into it, and enters it.
 #
 #   PYTHON       interpreter the environment is made with (default: the first of python3.11, python3, python)
@@ -23,5 +24,6 @@ install() {  # install [EXTRA,EXTRA…]
   echo "installing into $venv …" >&2
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${constraints:+-c "$constraints"} \
     --editable ".${extras:+[$extras]}"
-  export PATH="$PWD/$venv/bin:$PATH"
+  PATH="$(cd "$venv/bin" && pwd):$PATH"
+  export PATH
 }

@@ -7,12 +7,13 @@ gone, which is told by a lock that no one holds any more; nothing else is ever r
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from patarm_jax import locks
 from patarm_jax.types import UsageError, UserError
 
 _OURS = re.compile(r"\..*\.patarm-[0-9a-f]{8}", re.DOTALL)
 _NAMED = 50  # letters of the name of what is written that its temporary name repeats; file systems allow 255 bytes
 _PROBE = b"\0" * 4096  # a full disk takes an empty file, but no byte
-_NOTHING = {"lost+found"}  # stands in every new file system
+_NOTHING = {"lost+found", locks.NAME}  # the one stands in every new file system, the other in a folder that is held
 
 
 # What only looks like a path: a first part that ends in a colon, as in gs://bucket/x, or file:/x.
@@ -71,13 +73,25 @@ def writing(path: Path, kept: str = "") -> Iterator[None]:
 def cannot_write(path: Path, error: OSError, kept: str = "") -> UserError:
     """Why something cannot be written, and what to do about it."""
     reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
-    if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in reason:
-        free = shutil.disk_usage(_existing(path)).free / 2**30
-        reason, remedy = f"{reason}; {free:.1f} GiB are free there", "Free some space or name another place"
+    if error.errno == errno.EDQUOT:  # what the disk has free says nothing of what this user may take
+        remedy = "Remove some of your files there, ask for a larger quota, or name another place"
+    elif error.errno == errno.ENOSPC or "No space left on device" in reason:
+        disk = os.statvfs(_existing(path))
+        if disk.f_files and not disk.f_favail:
+            reason, remedy = f"{reason}: it holds no more files", "Remove some files or name another place"
+        else:
+            free = disk.f_bavail * disk.f_frsize / 2**30
+            reason, remedy = f"{reason}; {free:.1f} GiB are free there", "Free some space or name another place"
     elif error.errno in (errno.EACCES, errno.EPERM):
         remedy = f"Name another place, or get the right to write in {_existing(path)}"
     elif error.errno == errno.EROFS:
         remedy = "Nothing can be written on that disk; name another place"
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        remedy = "Raise the limit of open files, such as with `ulimit -n 65536`"
+    elif error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+        remedy = (
+            "The disk, or the server that has it, does not answer as it should; look after it or name another place"
+        )
     elif error.errno in (errno.ENOTDIR, errno.EEXIST) and not (found := _existing(path)).is_dir():
         reason, remedy = f"{found} is a file", "Name a place inside a folder"
     else:
@@ -112,12 +126,110 @@ def check_writable(path: Path, folder: bool) -> None:
             probe.unlink(missing_ok=True)
 
 
+def is_writable(folder: Path) -> bool:
+    """Whether files can be written in a folder, as `check_writable` finds it."""
+    try:
+        check_writable(folder, folder=True)
+    except UserError:
+        return False
+    return True
+
+
 def _existing(path: Path) -> Path:
     """The path, or the nearest of its parents that is there."""
     path = path.absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
+
+
+# ---------------------------------------------------------------------------------------------- one writer at a time
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path, say: Callable[[str], None], patience: float = locks.PATIENCE) -> Iterator[None]:
+    """Keeps every other process from writing into a folder while the block runs; the folder is made when it is missing.
+
+    A killed process leaves nothing that would keep the next one out. After an error the folder stays held until this
+    process ends: what is saved in the background may still be writing. Of several processes the first one holds it.
+
+    Args:
+        folder: that is written over time.
+        say: tells what is worth knowing, such as that the file system knows no locks.
+        patience: seconds that a lock of another machine, which may be gone, is waited for.
+
+    Raises:
+        UserError: when another process holds it, naming that process; or when nothing can be written there.
+    """
+    path = folder.resolve() / locks.NAME
+    made: list[Path] = []
+    with writing(folder):
+        handle = _kept.pop(path, None)
+        if handle is None or not locks.is_file_of(path, handle):
+            made = _make(path.parent)
+            handle = _acquired(path, folder, made, say, patience)
+    try:
+        yield
+    except BaseException:
+        if handle is not None and any(each != path for each in path.parent.glob("*")):
+            _kept[path] = handle
+        else:
+            _let_go(path, handle, made)
+        raise
+    _let_go(path, handle, made)
+
+
+@contextlib.contextmanager
+def hold_output(path: Path, say: Callable[[str], None], patience: float = locks.PATIENCE) -> Iterator[None]:
+    """Keeps every other process from writing a file, or a folder that appears whole, while the block runs.
+
+    The lock stands beside it, or inside a folder that is there already. A device or a pipe is not held. Arguments and
+    errors are those of `hold_folder`.
+    """
+    about, path = path, path.resolve()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield
+        return
+    name = path.name if len(os.fsencode(path.name)) <= 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    place = path / locks.NAME if path.is_dir() else path.with_name(f".{name}{locks.NAME}")
+    with writing(about):
+        made = _make(place.parent)
+        handle = _acquired(place, about, made, say, patience)
+    try:
+        yield
+    finally:
+        _let_go(place, handle, made)
+
+
+_kept: dict[Path, int] = {}  # locks of folders in which something failed, held until this process ends
+
+
+def _acquired(path: Path, about: Path, made: list[Path], say: Callable[[str], None], patience: float) -> int | None:
+    try:
+        return locks.acquire(path, about, say, patience)
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def _let_go(path: Path, handle: int | None, made: list[Path]) -> None:
+    if handle is not None:
+        locks.release(path, handle)
+    _remove_empty(made)
+
+
+def _make(folder: Path) -> list[Path]:
+    """Makes a folder with its parents; gives those that were missing, the innermost first."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Of folders that were made, those in which nothing was written."""
+    with contextlib.suppress(OSError):
+        for each in folders:
+            each.rmdir()
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -190,6 +302,8 @@ def appearing_whole(folder: Path | str, replace: bool = False) -> Iterator[Path]
                 yield part
                 if inside:
                     _move_up(part, folder)
+                elif not replace and is_occupied(folder):  # meanwhile
+                    raise occupied_error(folder)
                 else:
                     _put_in_place(part, folder)
     except BaseException as error:

@@ -479,7 +479,7 @@ def pairs(tmp_path):
 def test_two_runs_do_not_write_one_folder(tmp_path):
     path = tmp_path / "answers.jsonl"
     with open_answers(path, {"judge": "me"}):
-        with pytest.raises(UserError, match="another process is writing"), open_answers(path, {"judge": "me"}):
+        with pytest.raises(UserError, match="is being written by another process"), open_answers(path, {"judge": "me"}):
             pass
     with open_answers(path, {"judge": "me"}):
         pass

@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "patarm_jax"
 # From the ground up. Modules on one floor do not import each other, save within one room.
 FLOORS = [
     ["types"],
-    ["files", "flags"],
+    ["flags", "locks"],
+    ["files"],
     ["config"],
     ["judge", "reward", "model"],
     ["data", "train", "rollout.sampler"],

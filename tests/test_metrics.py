@@ -5,9 +5,14 @@ import io
 import itertools
 import json
 import math
+import os
+import pty
 import subprocess
 import sys
+import textwrap
+import time
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +141,34 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
     assert scalars(tmp_path) == expected
 
 
+@pytest.mark.parametrize("set_back", [0, 86_400 * 400])
+def test_event_files_are_read_in_the_order_they_were_written(set_back, tmp_path, monkeypatch):
+    """TensorBoard reads them in the order of their names, and a start hides the steps read before it."""
+    theirs = tmp_path / "tensorboard" / f"events.out.tfevents.{int(time.time()) - 5}.node1.17.0"  # an earlier version's
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"")
+    for done in (0, 2, 3):  # within a second, or less
+        write_steps(tmp_path, range(done + 1, done + 3), done=done, tensorboard=True)
+        now = time.time() - set_back
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 4
+    starts = [event.step for event in events(tmp_path) if event.session_log.status == event_pb2.SessionLog.START]
+    assert starts == [1, 3, 4]
+    assert [step for tag, step, _ in scalars(tmp_path) if tag == "reward"] == [1, 2, 3, 4, 4, 5]
+
+
+def test_tensorboard_shows_every_step_after_the_clock_was_set_back(tmp_path, monkeypatch):
+    """By TensorBoard's own reader."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    write_steps(tmp_path, range(1, 7), tensorboard=True)
+    before = time.time() - 3600
+    monkeypatch.setattr(time, "time", lambda: before)
+    write_steps(tmp_path, range(5, 9), done=4, tensorboard=True)
+    read = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert [each.step for each in read.Scalars("reward")] == list(range(1, 9))
+
+
 def test_weights_and_biases_goes_on_in_the_same_run(tmp_path, monkeypatch):
     runs = []
 
@@ -158,6 +191,58 @@ def test_weights_and_biases_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert first.arguments["project"] == "judges" and first.arguments["config"] == {"seed": 3}
     assert first.logged + second.logged == [(1, 0.1), (2, 0.2)]
     assert first.finished and second.finished
+
+
+REMEDIES = "Run `wandb login` once or set WANDB_API_KEY; WANDB_MODE=offline keeps everything in the run folder"
+
+
+def test_weights_and_biases_without_a_key(tmp_path, monkeypatch):
+    class UsageError(Exception):
+        """As wandb's, which derives from Exception."""
+
+    def init(**arguments):
+        assert not sys.stdin.isatty()  # else it would ask for the key
+        raise UsageError("No API key configured. Use `wandb login` to log in.\n")
+
+    before = sys.stdin
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(UserError) as refused:
+        write_steps(tmp_path, [1], wandb_project="judges")
+    said = str(refused.value)
+    assert said.startswith("run.wandb_project is 'judges', and Weights & Biases cannot be used: No API key configured.")
+    assert REMEDIES in said and "\n" not in said and sys.stdin is before
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_real_weights_and_biases_without_a_key(terminal, tmp_path):
+    """It fails with a reason instead of asking, at a terminal too; offline it needs no key."""
+    pytest.importorskip("wandb", reason="the wandb extra is not installed")
+    code = textwrap.dedent(f"""
+        from pathlib import Path
+        from patarm_jax.train.metrics import open_metrics
+        from patarm_jax.types import UserError
+        try:
+            writer = open_metrics(Path({str(tmp_path / "run")!r}), 0, tensorboard=False, wandb_project="p", config={{}})
+            writer.write(1, {{"loss": 1.0}})
+            writer.close()
+            print("written")
+        except UserError as error:
+            print("refused:", error)
+        """)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    kept |= {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    done = {}
+    for mode in ("online", "offline"):
+        ours, theirs = pty.openpty() if terminal else (None, subprocess.DEVNULL)
+        done[mode] = subprocess.run(
+            [sys.executable, "-c", code], env={**kept, "WANDB_MODE": mode}, stdin=theirs, stderr=theirs,
+            stdout=subprocess.PIPE, text=True, timeout=100,
+        ).stdout  # fmt: skip
+        if terminal:
+            os.close(ours)
+            os.close(theirs)
+    assert "refused: run.wandb_project is 'p'" in done["online"] and REMEDIES in done["online"]
+    assert "written" in done["offline"] and list((tmp_path / "run" / "wandb").glob("offline-run-*"))
 
 
 def test_without_wandb_the_extra_is_named(tmp_path, monkeypatch):

@@ -255,14 +255,86 @@ def test_a_run_of_very_many_steps_opens(run, browser, tmp_path):
     page.close()
 
 
+def report_of(browser, run, folder, lines):
+    """The report of a run with these metrics and without rollouts, opened."""
+    shutil.copytree(run, folder / "run", ignore=shutil.ignore_patterns("rollouts"))
+    (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return drawn(browser, folder / "run")
+
+
 def test_a_value_between_two_gaps_is_a_dot(run, browser, tmp_path):
-    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("rollouts"))
-    lines = [{"step": step, "loss": value} for step, value in enumerate((1, None, 3, None, 5), 1)]
-    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = drawn(browser, tmp_path / "run")
+    values = (1, None, 3, None, 5, 1, 4, 2, 5, 1, 4, 2, 5)
+    page = report_of(browser, run, tmp_path, [{"step": step, "loss": value} for step, value in enumerate(values, 1)])
     for curve in ("raw", "smooth"):  # the average too begins anew after a gap
         path = page.get_attribute(f"figure[data-title=Loss] path.{curve}", "d")
-        assert (path.count("M"), path.count("h0"), path.count("L")) == (3, 3, 0)
+        assert (path.count("M"), path.count("h0"), path.count("L")) == (3, 2, 8)
+    page.close()
+
+
+def test_only_what_is_noisy_is_smoothed(run, browser, tmp_path):
+    """A smoothed schedule would show rates that were never set, and a smoothed dip would hide it."""
+    noise = random.Random(0)
+    lines = [
+        {
+            "step": n,
+            "loss": noise.random(),
+            "reward": n / 40,
+            "entropy": 1 / n,
+            "judge/valid": 0.5 if n in (9, 25) else 1.0,
+            "learning_rate": 0.1 * (n % 2),
+        }
+        for n in range(1, 41)
+    ]
+    page = report_of(browser, run, tmp_path, lines)
+    titles = {"Loss": True, "Reward": False, "Entropy": False, "Valid judgements": False, "Learning rate": False}
+    for title, smooth in titles.items():
+        figure = page.query_selector(f"figure[data-title^='{title}']")
+        assert (figure.query_selector("path.smooth") is not None) == smooth, title
+        assert ("stroke-width: 1.8" in figure.query_selector("path.raw").get_attribute("style")) != smooth or smooth
+    page.close()
+
+
+@pytest.mark.parametrize("last", [3, 4, 7, 12, 40, 97, 1000, 12345])
+def test_every_axis_has_three_ticks(last, run, browser, tmp_path):
+    names = ("loss", "reward", "entropy", "kl", "grad_norm", "time/update", "time/sample")
+    ends = ((1.01, 1.99), (0, 0.9), (-3.1, -0.2), (0.11, 0.13), (7, 7.5), (1.1, 1.9), (0.4, 60))
+    rows = [
+        {"step": n} | {name: low + (high - low) * (n == last) for name, (low, high) in zip(names, ends, strict=True)}
+        for n in (1, 2, last)
+    ]
+    page = report_of(browser, run, tmp_path, rows)
+    figures = page.query_selector_all("figure.chart")
+    assert len(figures) == 6
+    for figure in figures:
+        for anchor in ("end", "middle"):
+            ticks = [text.text_content() for text in figure.query_selector_all(f"text[text-anchor={anchor}]")]
+            assert 3 <= len(set(ticks)) == len(ticks) <= 12, (figure.get_attribute("data-title"), ticks)
+            assert anchor == "end" or all(1 <= int(tick) <= last for tick in ticks)
+    page.close()
+
+
+def test_a_pair_may_be_called_anything(run, browser, tmp_path):
+    """Also as what every object of JavaScript has, whether its texts are known or not."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("rollouts"))
+    names = ["constructor", "__proto__", "toString", "hasOwnProperty"]
+    rows = [{"id": name, "prompt": f"Of {name}", "chosen": "good", "rejected": "bad"} for name in names[:2]]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = GRPOConfig(data=DataSection(path=str(tmp_path / "pairs.jsonl"), domain="chat"))
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    judged = [
+        RolloutRow(name, side, f"<answer>{score}</answer>", Status.OK, score, 0.0, 0.0)
+        for name in names
+        for side, score in (("chosen", 7.0), ("rejected", 2.0))
+    ]
+    write_rollouts(tmp_path / "run" / "rollouts", 1, judged)
+    page = drawn(browser, tmp_path / "run")
+    assert ids(page) == names
+    for name in names:
+        page.click(f"[data-id={name}]")
+        shown = page.inner_text("#pair")
+        assert "mean 7" in shown and "mean 2" in shown
+        assert (f"Of {name}" in shown) == (name in names[:2])
+        assert ("This pair is not in the data any more." in shown) == (name not in names[:2])
     page.close()
 
 

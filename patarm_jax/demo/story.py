@@ -22,10 +22,12 @@ from patarm_jax.demo.settings import Sizes, demo_configs, judge_config
 from patarm_jax.demo.tokenizer import write_untrained_model
 from patarm_jax.demo.world import deal_to_other_prompts, make_world, teacher_judgement, write_pairs
 from patarm_jax.evaluate.accuracy import Accuracy
-from patarm_jax.files import check_writable
+from patarm_jax.files import check_writable, hold_folder, writing
+from patarm_jax.locks import NAME as LOCK
 from patarm_jax.recipes import grpo, judge_file, sft
 from patarm_jax.types import CHOSEN, REJECTED, UserError
 
+MARK = "demo.json"  # whose folder it is
 STAGES = {
     "untrained": "random weights",
     "sft": "after SFT on the judgements of a teacher that is often wrong",
@@ -36,6 +38,12 @@ STAGES = {
 
 def main(out: Path, seed: int, short: bool) -> dict[str, Accuracy]:
     """Writes `out` and prints what came out; gives the accuracies by stage."""
+    _refuse_another(out, seed, short)
+    with hold_folder(out, _say):
+        return _demo(out, seed, short)
+
+
+def _demo(out: Path, seed: int, short: bool) -> dict[str, Accuracy]:
     begun = time.monotonic()
     _begin_anew(out, seed, short)
     sizes = Sizes.short() if short else Sizes()
@@ -43,8 +51,9 @@ def main(out: Path, seed: int, short: bool) -> dict[str, Accuracy]:
 
     # -------------------------------------------------------------------------------------- data, tokenizer, weights
     _say(f"making {sizes.train_pairs} training and {sizes.heldout_pairs} held-out pairs in five domains")
-    make_data(out, seed, sizes)
-    write_untrained_model(out / "model", out / "data" / "train.jsonl", seed)
+    with writing(out):
+        make_data(out, seed, sizes)
+        write_untrained_model(out / "model", out / "data" / "train.jsonl", seed)
 
     # ---------------------------------------------------------------------------------------------------------- train
     _say("SFT: learning the form, and the opinions of the teacher")
@@ -60,8 +69,9 @@ def main(out: Path, seed: int, short: bool) -> dict[str, Accuracy]:
     results = {name: _judge(out, name, seed, sft_config) for name in STAGES}
     summary = {name: _summary(result) for name, result in results.items()}
     summary["run"] = {"seed": seed, "seconds": round(time.monotonic() - begun), "heldout_pairs": sizes.heldout_pairs}
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    draw_curves(out / "sft" / "metrics.jsonl", out / "grpo" / "metrics.jsonl", summary, out / "curves.png")
+    with writing(out):
+        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        draw_curves(out / "sft" / "metrics.jsonl", out / "grpo" / "metrics.jsonl", summary, out / "curves.png")
     _show(out, results)
     return results
 
@@ -82,18 +92,28 @@ def make_data(out: Path, seed: int, sizes: Sizes) -> None:
     write_pairs(out / "data" / "swapped.jsonl", deal_to_other_prompts(world.heldout, seed))
 
 
-def _begin_anew(out: Path, seed: int, short: bool) -> None:
-    """A finished demo is made anew; one of another seed or length is not overwritten, an unfinished one goes on."""
+def _refuse_another(out: Path, seed: int, short: bool) -> None:
+    """Refuses a folder that cannot be written, that holds a demo of another seed or length, or something else."""
     check_writable(out, folder=True)
-    mark, wanted = out / "demo.json", json.dumps({"seed": seed, "short": short})
-    if mark.is_file() and mark.read_text(encoding="utf-8") != wanted:
+    mark = out / MARK
+    if mark.is_file() and mark.read_text(encoding="utf-8") != _mark(seed, short):
         raise UserError(f"{out} holds a demo with other arguments: {mark.read_text()}. Give another folder as --out.")
-    if out.is_dir() and any(out.iterdir()) and not mark.is_file():
+    if out.is_dir() and not mark.is_file() and any(each.name != LOCK for each in out.iterdir()):
         raise UserError(f"{out} is not empty and holds no demo. Give another folder as --out.")
+
+
+def _begin_anew(out: Path, seed: int, short: bool) -> None:
+    """A finished demo is made anew, an unfinished one goes on."""
+    _refuse_another(out, seed, short)  # which another demo may have written before this one had the folder
     if (out / "summary.json").is_file():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    mark.write_text(wanted, encoding="utf-8")
+        for each in out.iterdir():
+            if each.name != LOCK:
+                shutil.rmtree(each) if each.is_dir() else each.unlink()
+    (out / MARK).write_text(_mark(seed, short), encoding="utf-8")
+
+
+def _mark(seed: int, short: bool) -> str:
+    return json.dumps({"seed": seed, "short": short})
 
 
 def _judge(out: Path, stage: str, seed: int, config: SFTConfig) -> Accuracy:

@@ -4,7 +4,6 @@ The file is JSON lines: first whose answers these are, then one line per answer,
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -15,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from patarm_jax import locks
 from patarm_jax.files import writing
 from patarm_jax.types import Judgement, Message, UserError
 
@@ -178,7 +178,8 @@ def open_answers(path: Path, identity: Mapping[str, Any]) -> Iterator[Answers]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab", buffering=0)  # what a full disk did not take is not tried again when it is closed
     with file:
-        _lock(path, file)
+        if locks.lock(file.fileno()) is False:  # two processes would ask everything twice
+            raise locks.held(path)
         with writing(path, KEPT):
             answers = _opened(path, wanted, file)
         yield answers
@@ -190,16 +191,6 @@ def _append(path: Path, file: IO[bytes], text: str) -> None:
     with writing(path, KEPT):
         while rest:
             rest = rest[file.write(rest) :]
-
-
-def _lock(path: Path, file: IO[bytes]) -> None:
-    """One process at a time: two would ask everything twice."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"another process is writing {path}. Wait until it has ended, or name another output."
-        ) from error
 
 
 def identity_of(path: Path) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ from patarm_jax.evaluate.findings import Evaluation, find
 from patarm_jax.evaluate.judges import PARSERS, ask_about, judged, questions_of
 from patarm_jax.evaluate.scoring import plan
 from patarm_jax.evaluate.summary import show, verdict
-from patarm_jax.files import check_writable, write_text, writing
+from patarm_jax.files import check_writable, hold_folder, write_text, writing
 from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.recipes.ask import Local, ask_local, ask_scalar, encode_questions, open_local
 from patarm_jax.recipes.ask_endpoint import Remote, ask_endpoint, ask_name
@@ -44,8 +44,14 @@ ANSWERS = "answers.jsonl"
 def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     """Writes `config.output`; gives what was found, or None when it was asked to stop before the end."""
     folder = _output(config)
-    if not dry_run:
-        _refuse_foreign(folder)
+    if dry_run:
+        return _evaluate(config, folder, dry_run)
+    _refuse_foreign(folder)
+    with hold_folder(folder, say):
+        return _evaluate(config, folder, dry_run)
+
+
+def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | None:
     judge = _open_judge(config, folder, dry_run)
 
     # ------------------------------------------------------------------------------------------------------ questions

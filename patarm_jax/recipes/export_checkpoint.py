@@ -5,7 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from patarm_jax.config import GRPOConfig, MeshSection, SFTConfig, load, read_yaml
-from patarm_jax.files import check_writable, is_occupied, occupied_error
+from patarm_jax.files import check_writable, hold_output, is_occupied, occupied_error
 from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.recipes.export import ModelCardFacts, write_export
@@ -23,6 +23,13 @@ def main(checkpoint: Path, out: Path) -> None:
     if is_occupied(out):
         raise occupied_error(out)
     check_writable(out, folder=True)
+    with hold_output(out, say):
+        _export(checkpoint, out)
+
+
+def _export(checkpoint: Path, out: Path) -> None:
+    if is_occupied(out):  # by one that ended just now
+        raise occupied_error(out)
     folder, step = _run_and_step(checkpoint.expanduser())
     config = _config(folder / "config.yaml")
     if not (steps := steps_in(folder / CHECKPOINTS)) or step not in (None, *steps):

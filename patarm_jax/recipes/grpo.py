@@ -3,6 +3,7 @@
 No score is labelled anywhere. The same command resumes a run that was stopped.
 """
 
+import contextlib
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -38,6 +39,8 @@ from patarm_jax.recipes.run import (
     check_folder,
     compile_ahead,
     finish,
+    hold_run,
+    is_complete,
     number_of_steps,
     state_shape,
     state_shardings,
@@ -65,6 +68,11 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     if not dry_run:
         check_folder(config.run)
     start_processes(config, dry_run=dry_run)
+    with contextlib.nullcontext() if dry_run else hold_run(config.run):
+        return _train(config, dry_run)
+
+
+def _train(config: GRPOConfig, dry_run: bool) -> bool:
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.pairs_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}")
 
@@ -92,6 +100,8 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
         return True
 
     # ---------------------------------------------------------------------------------------------------------- train
+    if is_complete(config, model, records, steps):
+        return True
     run, state = begin_or_resume(config, model, records, iterator, mesh, optimizer, steps)
     # Loaded, never taken from the state: a resumed run would have lost it, and the update donates those buffers.
     ref_params = None

@@ -20,7 +20,7 @@ from patarm_jax.evaluate.answers import Answer, Answers, Question, open_answers
 from patarm_jax.evaluate.judges import SIDES
 from patarm_jax.evaluate.outcomes import mean_scores
 from patarm_jax.evaluate.summary import hardly_readable
-from patarm_jax.files import check_writable, write_text, writing
+from patarm_jax.files import check_writable, hold_output, write_text, writing
 from patarm_jax.judge.parse import parse_pointwise
 from patarm_jax.judge.prompts import pointwise
 from patarm_jax.recipes.ask import ask_local, open_local
@@ -36,6 +36,12 @@ def main(config: JudgeConfig) -> Accuracy | None:
     if output.is_dir():
         raise UsageError(f"the output {output} is a folder. Name a file, such as {output / 'scores.jsonl'}.")
     check_writable(output, folder=False)
+    _written_before(output)
+    with hold_output(output, say):
+        return _judge(config, output)
+
+
+def _judge(config: JudgeConfig, output: Path) -> Accuracy | None:
     before = _written_before(output)
     longest = config.data.max_prompt_tokens
     local = open_local(config.model, config.mesh, config.sampling, config.votes, config.seed, longest)

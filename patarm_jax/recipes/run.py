@@ -1,12 +1,13 @@
 """What every training story begins and ends with: its state, its folder, and what its checkpoints belong to."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 
 from patarm_jax.config import GRPOConfig, ModelSection, RunSection, SFTConfig, to_yaml
 from patarm_jax.data.pipeline import EncodedPair, batches_per_epoch, digest_of
-from patarm_jax.files import check_writable, write_json, write_text, writing
+from patarm_jax.files import check_writable, hold_folder, is_writable, write_json, write_text, writing
 from patarm_jax.model.config import Qwen3Config, read_json_object
 from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.model.sharding import TRAIN_RULES, batch_ways
@@ -63,12 +64,62 @@ def state_shardings(network: Qwen3Config, mesh: Mesh, optimizer: optax.GradientT
 def check_folder(section: RunSection) -> None:
     """Refuses a run folder that cannot be written or holds something else, before anything is read."""
     folder = _folder(section)
-    check_writable(folder, folder=True)
+    if not _is_archive(folder):
+        check_writable(folder, folder=True)
     if not (folder / MARK).exists() and not steps_in(folder / CHECKPOINTS) and (foreign := _foreign(folder)):
         raise UserError(
             f"run.folder {folder} is not empty and is not a run's: it holds {', '.join(foreign[:3])}"
             f"{' and more' if len(foreign) > 3 else ''}. Give another run folder, or remove what is there."
         )
+
+
+@contextlib.contextmanager
+def hold_run(section: RunSection) -> Iterator[None]:
+    """Keeps every other run out of the folder while the block runs; entered before anything there is read or written.
+
+    Of several processes the first one holds it. An archive is only looked at.
+    """
+    folder = _folder(section)
+    if jax.process_index() or _is_archive(folder):
+        yield
+    else:
+        with hold_folder(folder, say):
+            yield
+
+
+def _is_archive(folder: Path) -> bool:
+    """Whether a run has been finished there, and nothing can be written any more."""
+    return (folder / EXPORT).is_dir() and not is_writable(folder)
+
+
+def is_complete(config: SFTConfig | GRPOConfig, model: Model, records: Sequence[EncodedPair], steps: int) -> bool:
+    """Whether this run was finished and put away: nothing can be written there, or its checkpoints are gone.
+
+    Raises:
+        UserError: when another run was, or when this one is to go on from there.
+    """
+    folder = _folder(config.run)
+    saved, mark = steps_in(folder / CHECKPOINTS), read_json_object(folder / MARK)
+    if not (folder / EXPORT).is_dir() or mark is None or (saved and is_writable(folder)):
+        return False
+    whose = json.loads(json.dumps(fingerprint(config, model, records)))
+    refuse_another_run(str(folder), expected=whose, got=mark, what="holds another run")
+    done = max(saved, default=_last_step(folder))
+    if done < steps:
+        check_writable(folder, folder=True)
+        raise UserError(
+            f"{folder} holds a finished run of {done} steps, whose checkpoints are gone: the {steps} steps of this one "
+            "cannot go on from there. Give another run folder."
+        )
+    say(f"{folder} is complete, {done} of {steps} steps, and is left as it is: {folder / EXPORT}")
+    return True
+
+
+def _last_step(folder: Path) -> int:
+    """The last step that the metrics tell of; 0 where there are none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        return int(json.loads((folder / "metrics.jsonl").read_bytes().splitlines()[-1])["step"])
+    return 0
 
 
 def _folder(section: RunSection) -> Path:

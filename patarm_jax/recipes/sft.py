@@ -3,6 +3,7 @@
 The loss is on the judgement alone, its end token included. The same command resumes a run that was stopped.
 """
 
+import contextlib
 import itertools
 from functools import partial
 from typing import Any
@@ -29,6 +30,8 @@ from patarm_jax.recipes.run import (
     check_folder,
     compile_ahead,
     finish,
+    hold_run,
+    is_complete,
     number_of_steps,
     state_shape,
     state_shardings,
@@ -48,6 +51,11 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
     if not dry_run:
         check_folder(config.run)
     start_processes(config, dry_run=dry_run)
+    with contextlib.nullcontext() if dry_run else hold_run(config.run):
+        return _train(config, dry_run)
+
+
+def _train(config: SFTConfig, dry_run: bool) -> bool:
     mesh = make_mesh(config.mesh)
     check_batch(mesh, 2 * config.pairs_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}")
 
@@ -79,6 +87,8 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
         return True
 
     # ---------------------------------------------------------------------------------------------------------- train
+    if is_complete(config, model, records, steps):
+        return True
     run, state = begin_or_resume(config, model, records, iterator, mesh, optimizer, steps)
     step = run.done
 

@@ -12,6 +12,7 @@ import json
 import math
 import random
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -24,7 +25,7 @@ import pyarrow.parquet
 
 from patarm_jax.config import GRPOConfig, SFTConfig, from_mapping, read_yaml
 from patarm_jax.data.preferences import read_preferences
-from patarm_jax.files import check_writable, write_text, writing
+from patarm_jax.files import check_writable, hold_output, write_text, writing
 from patarm_jax.types import UsageError, UserError
 
 _PROMPTS = 4000  # characters of a prompt or response that are shown
@@ -37,6 +38,7 @@ class Panel:
     title: str
     series: Mapping[str, str]  # label → name in metrics.jsonl
     log: bool = False  # whether the values are drawn by their orders of magnitude
+    exact: bool = False  # of what was set, not measured: never smoothed
 
 
 # Those of PaTaRM's Figure 3 first. A metric `eval/…` is one of held-out pairs, measured at some steps only.
@@ -56,7 +58,7 @@ PANELS = (
     Panel("KL to the reference", {"": "kl"}),
     Panel("Clipped tokens", {"": "clip_ratio/region_mean"}),
     Panel("Gradient norm", {"": "grad_norm"}),
-    Panel("Learning rate", {"": "learning_rate"}),
+    Panel("Learning rate", {"": "learning_rate"}, exact=True),
     Panel(
         "Seconds of a step",
         {name: f"time/{name}" for name in ("sample", "parse", "reward", "logprobs", "update", "data", "eval")},
@@ -78,9 +80,19 @@ def main(run: Path, out: Path | None = None, megabytes: int = 25) -> tuple[Path,
     """
     if megabytes < 1:
         raise UsageError(f"--megabytes is {megabytes}. Give 1 or more.")
-    out = out or run / "report.html"
-    mark = _check(run, out)
+    inside, out = out is None, out or run / "report.html"
+    try:
+        mark = _check(run, out)
+    except UserError as error:
+        if inside:
+            raise UserError(f"{error} For the page, that is --out FILE.") from error
+        raise
     config = _config(run)
+    with hold_output(out, lambda message: print(message, file=sys.stderr)):
+        return _write(run, config, out, megabytes, mark)
+
+
+def _write(run: Path, config: SFTConfig | GRPOConfig, out: Path, megabytes: int, mark: str) -> tuple[Path, str]:
     metrics = _metrics(run / "metrics.jsonl")
     steps = sorted(p for p in (run / "rollouts").glob("step_*") if re.fullmatch(r"step_\d+\.parquet", p.name))
     packed = functools.cache(_step)
@@ -284,6 +296,6 @@ def _drawn(metrics: Sequence[Mapping[str, Any]]) -> Any:
             values = [line.get(name) for line in metrics]
             if any(value is not None for value in values):
                 series.append({"label": label, "name": name, "dots": name.startswith("eval/"), "values": values})
-        return {"title": given.title, "series": series, "log": given.log}
+        return {"title": given.title, "series": series, "log": given.log, "exact": given.exact}
 
     return panel

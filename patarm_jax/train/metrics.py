@@ -11,7 +11,9 @@ import io
 import json
 import math
 import os
+import re
 import secrets
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +28,8 @@ import pyarrow.parquet
 import rich.console
 import rich.panel
 import rich.text
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
 from patarm_jax.files import whole_file, write_text, writing
@@ -43,7 +45,7 @@ class MetricsWriter:
     """Where the metrics of a step go. Process 0 has all that were asked for, every other process has none."""
 
     lines: io.FileIO | None  # metrics.jsonl; unbuffered, so that a killed run loses nothing
-    tensorboard: EventsWriter | None  # written at once, so that a full disk is noticed here
+    tensorboard: RecordWriter | None  # written at once, so that a full disk is noticed here
     wandb: Any  # a wandb Run, or None
 
     def write(self, step: int, metrics: Mapping[str, Scalar]) -> None:
@@ -95,18 +97,31 @@ def open_metrics(
     return MetricsWriter(path.open("ab", buffering=0), board, run)
 
 
-def _open_tensorboard(folder: Path, step: int) -> EventsWriter:
+_EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\..*")  # the number is the time in seconds, as others write it
+
+
+def _open_tensorboard(folder: Path, step: int) -> RecordWriter:
     """A new event file; steps after `step`, which will be done again, are hidden from what was written before."""
     folder.mkdir(parents=True, exist_ok=True)
-    board = EventsWriter(str(folder / "events"))
-    started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    _write_event(board, step + 1, session_log=started)
+    board = RecordWriter(str(folder / _name_of_events(folder)))
+    _write_event(board, 0, file_version="brain.Event:2")
+    _write_event(board, step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
     return board
 
 
-def _write_event(board: EventsWriter, step: int, **content: Any) -> None:
-    with _writing(Path(board._file_name)):
-        board.write_event(event_pb2.Event(step=step, wall_time=time.time(), **content))
+def _name_of_events(folder: Path) -> str:
+    """The name of a file that TensorBoard reads after all that are there: in the order of their names.
+
+    Usually the number in it is the time. Where the clock was set back, or the last file is of this second, it goes on
+    from the last: else the older steps would be read last, and hide the newer ones.
+    """
+    there = [int(found[1]) for path in folder.iterdir() if (found := _EVENTS.fullmatch(path.name))]
+    return f"events.out.tfevents.{max([int(time.time()), *(number + 1 for number in there)])}.{socket.gethostname()}"
+
+
+def _write_event(board: RecordWriter, step: int, **content: Any) -> None:
+    with _writing(Path(board.path)):
+        board.write(event_pb2.Event(step=step, wall_time=time.time(), **content).SerializeToString())
         board.flush()
 
 
@@ -137,15 +152,37 @@ def _open_wandb(run_folder: Path, project: str, config: Mapping[str, Any]) -> An
         ) from error
     identity = run_folder / "wandb_id.txt"
     if not identity.exists():
-        write_text(identity, secrets.token_hex(4))
-    return wandb.init(
-        project=project,
-        id=identity.read_text(encoding="utf-8"),
-        name=run_folder.absolute().name,
-        resume="allow",
-        dir=str(run_folder),
-        config=dict(config),
-    )
+        with _writing(identity):
+            write_text(identity, secrets.token_hex(4))
+    try:
+        with _no_one_to_ask():
+            return wandb.init(
+                project=project,
+                id=identity.read_text(encoding="utf-8"),
+                name=run_folder.absolute().name,
+                resume="allow",
+                dir=str(run_folder),
+                config=dict(config),
+            )
+    except Exception as error:  # its own, those of its connection, and those of what it starts have no common name
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise UserError(
+            f"run.wandb_project is {project!r}, and Weights & Biases cannot be used: {reason}. Run `wandb login` once "
+            "or set WANDB_API_KEY; WANDB_MODE=offline keeps everything in the run folder until `wandb sync`; an empty "
+            "run.wandb_project does without."
+        ) from error
+
+
+@contextlib.contextmanager
+def _no_one_to_ask() -> Iterator[None]:
+    """Without a keyboard to read from: a question for a key, which wandb asks on a terminal, would wait for ever."""
+    before = sys.stdin
+    with open(os.devnull, encoding="utf-8") as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = before
 
 
 def _writing(path: Path) -> contextlib.AbstractContextManager[None]:

@@ -1,0 +1,161 @@
+"""One writer at a time: a lock that ends with the process that holds it, however that ends.
+
+The lock is the operating system's (flock), on an open file. The file's text only says who holds it: what a killed
+process leaves of it is no lock. Programs that are started meanwhile, and forked children, do not inherit it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from patarm_jax.types import UserError
+
+NAME = ".patarm-lock"  # in the folder that is held
+# How long a lock of another machine is waited for. When a machine is gone, a shared file system takes its locks back
+# after a while: NFS after 90 s.
+PATIENCE = 100.0
+_UNKNOWN = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of a file system without locks
+_open: set[int] = set()  # descriptors of the locks of this process
+
+
+def lock(handle: int) -> bool | None:
+    """Takes the lock of an open file, which must be open for writing on some file systems.
+
+    Returns:
+        whether it was taken; False: another one has it; None: this file system knows no locks.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno in _UNKNOWN:
+            return None
+        raise
+    return True
+
+
+def acquire(path: Path, about: Path, say: Callable[[str], None], patience: float = PATIENCE) -> int | None:
+    """The descriptor of a file that is made, locked, and tells who locked it; None where locks are not known.
+
+    Args:
+        path: of the lock's file.
+        about: what is locked, as it is called in what is said.
+        say: tells that a file system knows no locks, and that another machine is waited for.
+        patience: seconds that a lock of another machine is waited for.
+
+    Raises:
+        UserError: when another process has it. OSError passes through.
+    """
+    waiting, until = False, time.monotonic() + patience
+    while True:
+        try:
+            handle = _opened(path)
+        except FileNotFoundError:  # whoever had made the folder has ended, and found nothing in it
+            path.parent.mkdir(parents=True, exist_ok=True)
+            continue
+        try:
+            taken = lock(handle)
+        except OSError:
+            os.close(handle)
+            raise
+        if taken is None:
+            os.close(handle)
+            path.unlink(missing_ok=True)
+            say(f"{about} is on a file system without locks: nothing keeps a second process from writing there too")
+            return None
+        if taken and is_file_of(path, handle):
+            _sign(handle)
+            _open.add(handle)
+            return handle
+        os.close(handle)
+        if taken:  # whoever had it has ended, and removed the file between our opening and locking it
+            continue
+        who = _signature(path)
+        if who.get("host", socket.gethostname()) == socket.gethostname() or time.monotonic() > until:
+            raise held(about, who)
+        if not waiting:
+            say(
+                f"{about} is being written by another process{_named(who)}; waiting up to {patience:.0f} s, in case "
+                "that machine is gone"
+            )
+        waiting = True
+        time.sleep(min(2.0, patience))
+
+
+def release(path: Path, handle: int) -> None:
+    """Gives a lock back and removes its file, in this order for others: the file is gone before the lock is."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+    _open.discard(handle)
+    os.close(handle)
+
+
+def held(about: Path, who: dict[str, Any] | None = None) -> UserError:
+    """What is said of a file or folder that another process is writing."""
+    return UserError(
+        f"{about} is being written by another process{_named(who or {})}. Wait until it has ended, stop it, or name "
+        "another place."
+    )
+
+
+def _opened(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except PermissionError:
+        # Left, or held, by another user of this folder. Reading is enough for a lock on a local disk.
+        if not path.exists():
+            raise
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def is_file_of(path: Path, handle: int) -> bool:
+    """Whether a lock's file is the one that stands there, and not one that was removed."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    return False
+
+
+def _sign(handle: int) -> None:
+    """Writes down who has the lock; a disk that is full, or another user's file, does not take it."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n"
+    with contextlib.suppress(OSError):
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, text.encode(), 0)
+
+
+def _signature(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _named(who: dict[str, Any]) -> str:
+    """Who has a lock, as far as its file says.
+
+    >>> _named({"pid": 17, "host": "node3", "since": "2026-01-02 03:04:05 UTC"})
+    ', pid 17 on node3 since 2026-01-02 03:04:05 UTC'
+    """
+    if not {"pid", "host", "since"} <= who.keys():
+        return ""
+    return f", pid {who['pid']} on {who['host']} since {who['since']}"
+
+
+def _forget() -> None:
+    """In a forked child: were it to keep the descriptors, the locks would outlive this process."""
+    for handle in _open:
+        with contextlib.suppress(OSError):
+            os.close(handle)
+    _open.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
