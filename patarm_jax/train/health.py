@@ -121,9 +121,9 @@ def verdict(health: Health, told: Told) -> str:
 
     Accuracy plays no part in it: a judge at chance has still been taught.
     """
-    if health.updates and health.skipped == health.updates:
+    if 0 < health.updates == health.skipped:
         return f"nothing was learnt: {_what('skipped', health)}. {_advice('skipped', told)}"
-    if health.steps and health.no_rate == health.steps:
+    if untouched(health):
         return (
             f"nothing was learnt: the learning rate was 0 in each of the {health.steps:,} steps. Raise "
             "optimizer.learning_rate, or have fewer optimizer.warmup_steps than steps."
@@ -135,6 +135,12 @@ def verdict(health: Health, told: Told) -> str:
     most = max(of_rollouts, key=lambda name: counts[name])
     nothing = "nothing" if most == "no_advantage" else "nothing but the format penalty"
     return f"{nothing} was learnt: {_what(most, health)}. {_advice(most, told)}"
+
+
+def untouched(health: Health) -> bool:
+    """Whether the weights are those that the run began with."""
+    skipped = 0 < health.updates == health.skipped
+    return skipped or 0 < health.steps == health.no_rate
 
 
 _WHAT: dict[Symptom, str] = {
@@ -168,7 +174,7 @@ def _what(name: Symptom, health: Health) -> str:
 
 
 def _advice(name: Symptom, told: Told) -> str:
-    look = f"Read some: `patarm report {told.folder}`."
+    look = f"Read some of them: run `patarm report {told.folder}`."
     match name:
         case "skipped":
             lower = f"Likely optimizer.learning_rate, {told.learning_rate:g}, is too high: lower it"
