@@ -218,7 +218,8 @@ def begin_or_resume(
         refuse_ruined(state.params, f"model.path {config.model.path}", "Copy the model again, or give another one")
     else:
         state, data_state, done = checkpoints.restore(state_shape(model.config, mesh, optimizer))
-        iterator.set_state(data_state)
+        if done < steps:  # else nothing is read any more, and it may be past the end of fewer epochs
+            iterator.set_state(data_state)
         where, remedy = f"{folder / CHECKPOINTS / str(done)}", "Remove that checkpoint, or give another run.folder"
         refuse_ruined(state.params, where, remedy)
         say(f"{folder}: {done} of {steps} steps are done")
