@@ -123,6 +123,10 @@ class RunSection(_Checked):
     # What resuming and export do where a file of the newest checkpoint is cut or missing: stop, or take the checkpoint
     # before it and put the damaged one aside.
     on_damaged: Literal["stop", "previous"] = "stop"
+    # An update whose gradient is not finite, or that would ruin a weight, changes none. skip: the run goes on, unless
+    # so many of them come in a row; stop: the first one ends it. What is saved is sound in either case.
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    max_skipped: int = 10
     show_every: int = 10  # print a sample of judgements every so many steps; 0: never
     tensorboard: bool = True
     wandb_project: str = ""  # needs the wandb extra; empty: not used
@@ -326,7 +330,7 @@ RANGES: dict[str, Range] = {
     "votes": Range(1, 1024),
     **dict.fromkeys(("max_prompt_tokens", "max_completion_tokens", "max_new_tokens"), Range(1)),
     **dict.fromkeys(("length", "responses", "prompt", "group", "new", "repeats"), Range(1)),
-    **dict.fromkeys(("epochs", "checkpoint_every", "keep_checkpoints", "updates_per_rollout"), Range(1)),
+    **dict.fromkeys(("epochs", "checkpoint_every", "keep_checkpoints", "max_skipped", "updates_per_rollout"), Range(1)),
     **dict.fromkeys(("steps", "show_every", "warmup_steps", "top_k", "rows", "processes", "temperature"), Range(0)),
     **dict.fromkeys(("concurrency", "tries", "eval_every"), Range(1)),
     **dict.fromkeys(("limit", "max_requests"), Range(0)),

@@ -30,6 +30,10 @@ class UserError(Exception):
     exit_code = 1
 
 
+class LearntNothing(UserError):
+    """A run came to its end, and nothing was learnt in it."""
+
+
 class UsageError(UserError):
     """A command line or a config that cannot be meant."""
 

@@ -50,16 +50,17 @@ def test_chunked_logprobs_equal_the_formula(chunk, ways, temperature):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 
 
-def wave(logprobs, entropy, weight):
+def wave(logprobs, entropy, hit, weight):
     """Neither linear in the log-probs nor the same for all tokens; of one sign, so that the sum has no cancellation."""
-    return (jnp.square(logprobs) * weight).sum(), {"entropy": (entropy * weight).sum(), "tokens": weight.sum()}
+    sums = {"entropy": (entropy * weight).sum(), "tokens": weight.sum(), "hits": (hit * weight).sum()}
+    return (jnp.square(logprobs) * weight).sum(), sums
 
 
 def unchunked(hidden, head, targets, weight, temperature):
     z = jnp.einsum("btd,vd->btv", hidden, head) / temperature
     log_softmax = jax.nn.log_softmax(z)
     taken = jnp.take_along_axis(log_softmax, targets[..., None], -1)[..., 0]
-    return wave(taken, -(jnp.exp(log_softmax) * log_softmax).sum(-1), weight)
+    return wave(taken, -(jnp.exp(log_softmax) * log_softmax).sum(-1), z.argmax(-1) == targets, weight)
 
 
 @pytest.mark.parametrize("ways", [1, 2, 4])

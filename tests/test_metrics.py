@@ -1,7 +1,6 @@
 """What a run writes is exact, readable by others, and the same after a resume as without one."""
 
 import doctest
-import io
 import itertools
 import json
 import math
@@ -22,7 +21,8 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from patarm_jax.train import metrics
-from patarm_jax.train.metrics import RolloutRow, Timer, open_metrics, progress, show_judgements, write_rollouts
+from patarm_jax.train.metrics import RolloutRow, Timer, open_metrics, show_judgements, write_rollouts
+from patarm_jax.train.progress import progress
 from patarm_jax.types import Status, UserError
 
 
@@ -253,7 +253,7 @@ def test_without_wandb_the_extra_is_named(tmp_path, monkeypatch):
         write_steps(tmp_path, [1], wandb_project="judges")
 
 
-# ------------------------------------------------------------------------------------------------- time and progress
+# ------------------------------------------------------------------------------------------------- time
 
 
 def test_phases_add_up(monkeypatch):
@@ -263,35 +263,6 @@ def test_phases_add_up(monkeypatch):
         with timer.phase(name):
             pass
     assert timer.seconds == {"time/sample": 3.0, "time/update": 1.5}
-
-
-def test_lines_of_progress_without_a_terminal():
-    now, stream = [0.0], io.StringIO()
-    with progress(200, 8, every=20, stream=stream, clock=lambda: now[0]) as report:
-        for step in range(9, 201):
-            now[0] += 40 if step == 9 else 2.1
-            report(step, {"loss": 1.234 if step < 200 else 0.0001234})
-    lines = stream.getvalue().splitlines()
-    assert lines[:3] == [
-        "step 9/200  loss 1.234  the first in 40 s",
-        "step 19/200  loss 1.234  2.1 s/step  6 min left",
-        "step 29/200  loss 1.234  2.1 s/step  6 min left",
-    ]
-    assert lines[-1] == "step 200/200  loss 0.0001234  2.1 s/step  0 s left"
-    assert len(lines) == 1 + 19 + 1
-
-
-def test_a_terminal_has_a_bar():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    stream = Terminal()
-    with progress(200, 10, stream=stream) as report:
-        report(11, {"loss": 1.23456, "reward": 0.5})
-        report(13, {"loss": 1.23456, "reward": 0.5})
-    last = stream.getvalue().rstrip().split("\r")[-1]
-    assert "13/200" in last and "loss 1.235  reward 0.5" in last and "step" in last
 
 
 # --------------------------------------------------------------------------------------------------------- judgements

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patarm_jax.config import DataSection
+from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import (
     EncodedPair,
     batches,
@@ -25,6 +26,7 @@ from patarm_jax.types import Preference, UsageError, UserError
 from tests.toys import tiny_tokenizer_folder
 
 ROOMY = DataSection(max_prompt_tokens=5000, max_completion_tokens=5000)
+ROOM = Room(positions=10_000)
 
 
 def preference(number: int) -> Preference:
@@ -59,7 +61,7 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.parametrize("rubrics", ["adaptive", "primary", "generated"])
 def test_a_record_is_what_the_doors_say(tiny, rubrics):
-    pairs, report = encode_pairs(tiny, [judged(n) for n in range(3)], rubrics, ROOMY)
+    pairs, report = encode_pairs(tiny, [judged(n) for n in range(3)], rubrics, ROOMY, ROOM)
     assert (report.kept, report.dropped) == (3, {})
     for number, pair in enumerate(pairs):
         given = judged(number)
@@ -72,8 +74,8 @@ def test_a_record_is_what_the_doors_say(tiny, rubrics):
 
 
 def test_without_judgements_only_prompts_are_encoded(tiny):
-    with_judgements, _ = encode_pairs(tiny, [judged(1)], "adaptive", ROOMY)
-    [pair], _ = encode_pairs(tiny, [preference(1)], "adaptive", ROOMY)
+    with_judgements, _ = encode_pairs(tiny, [judged(1)], "adaptive", ROOMY, ROOM)
+    [pair], _ = encode_pairs(tiny, [preference(1)], "adaptive", ROOMY, ROOM)
     assert pair.completion_tokens is None
     assert all(map(np.array_equal, pair.prompt_tokens, with_judgements[0].prompt_tokens))
     assert pair.lengths == tuple((len(tokens), 0) for tokens in pair.prompt_tokens)
@@ -82,11 +84,11 @@ def test_without_judgements_only_prompts_are_encoded(tiny):
 
 def test_what_is_too_long_is_dropped_and_counted_and_the_rest_keeps_its_index(tiny):
     given = [judged(number) for number in (9, 0, 8, 1, 2)]
-    everything, _ = encode_pairs(tiny, given, "adaptive", ROOMY)
+    everything, _ = encode_pairs(tiny, given, "adaptive", ROOMY, ROOM)
     prompts = [pair.longest_prompt for pair in everything]
     completions = [max(map(len, pair.completion_tokens)) for pair in everything]
     limits = DataSection(max_prompt_tokens=prompts[2], max_completion_tokens=completions[3])
-    kept, report = encode_pairs(tiny, given, "adaptive", limits)
+    kept, report = encode_pairs(tiny, given, "adaptive", limits, ROOM)
     assert [pair.index for pair in kept] == [1, 3]  # a limit is the longest that is allowed
     assert report.dropped == {
         f"judgement longer than data.max_completion_tokens {completions[3]:,}": 2,
@@ -96,9 +98,9 @@ def test_what_is_too_long_is_dropped_and_counted_and_the_rest_keeps_its_index(ti
 
 
 def test_nothing_short_enough_is_an_error_with_the_lengths(tiny):
-    everything, _ = encode_pairs(tiny, [preference(0), preference(5)], "adaptive", ROOMY)
+    everything, _ = encode_pairs(tiny, [preference(0), preference(5)], "adaptive", ROOMY, ROOM)
     with pytest.raises(UserError) as error:
-        encode_pairs(tiny, [preference(0), preference(5)], "adaptive", DataSection(max_prompt_tokens=10))
+        encode_pairs(tiny, [preference(0), preference(5)], "adaptive", DataSection(max_prompt_tokens=10), ROOM)
     shortest = everything[0].longest_prompt
     assert f"2 × prompt longer than data.max_prompt_tokens 10, the shortest {shortest}" in str(error.value)
     assert "Raise the limit" in str(error.value)
@@ -198,7 +200,7 @@ def test_few_buckets():
 @pytest.mark.parametrize("packed", [True, False])
 def test_an_sft_batch_holds_every_judgement_behind_its_prompt(tiny, packed):
     given = [judged(number) for number in range(3)]
-    records, _ = encode_pairs(tiny, given, "adaptive", ROOMY)
+    records, _ = encode_pairs(tiny, given, "adaptive", ROOMY, ROOM)
     [batch] = batches(records, 3, epochs=1, seed=0)
     shape = sft_shape(batch, 32, rows_multiple=4, packed=packed)
     assert shape.width == bucket(max(map(sum, batch.lengths)), 32) and shape.rows % 4 == 0

@@ -18,7 +18,9 @@ from patarm_jax.model.qwen3 import abstract_params, forward
 from patarm_jax.model.sharding import batch_sharding, make_mesh, place_batch
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.steps import (
+    LARGEST_WEIGHT,
     abstract_state,
+    are_sound,
     completion_logprobs,
     grpo_loss,
     init_state,
@@ -141,6 +143,10 @@ def test_sft_gradient_equals_torch(model, model_params, tmp_path):
     loss, gradient = mean_gradient(sft_loss(run_packed), model_params, batch)
     assert float(loss) == pytest.approx(float(out.loss.detach()), rel=1e-5)
     assert_close(gradient, gradient_as_params(model, tmp_path / "g"), 1e-4)
+    # The share of judged tokens that are the argmax of the logits before them, as TRL has it.
+    right = (out.logits[:, :-1].argmax(-1) == labels[:, 1:])[judged[:, 1:]]
+    hits, count = sft_loss(run_packed)(model_params, batch).metrics["mean_token_accuracy"]
+    assert (int(hits), int(count)) == (int(right.sum()), len(right))
 
 
 def torch_grpo(model, batch, policy):
@@ -275,6 +281,26 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(params):
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (start.params, start.opt_state))
     state, _ = step(state, batch)
     assert not np.array_equal(state.params["embed_tokens"], start.params["embed_tokens"])
+
+
+@pytest.mark.parametrize(("rate", "skipped"), [(1e30, 2), (1e5, 2), (1e2, 0)])
+def test_an_update_that_would_ruin_a_weight_changes_none(params, rate, skipped):
+    """Its gradient is finite; what it would make of the weights is nothing that an engine could load."""
+    optimizer = make_optimizer(OptimizerSection(learning_rate=rate), 10)
+    step = jax.jit(make_step(sft_loss(run_packed), optimizer, 1))
+    start = init_state(params, optimizer)
+    state, _ = step(step(start, sft_case())[0], sft_case())
+    assert (int(state.step), int(state.skipped)) == (2, skipped)
+    assert all(np.abs(leaf).max() <= LARGEST_WEIGHT for leaf in jax.tree.leaves(state.params))
+    if skipped:
+        jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (start.params, start.opt_state))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30, -65536.0])
+def test_weights_that_are_ruined_are_told(params, value):
+    assert bool(are_sound(params))
+    assert bool(are_sound(params | {"norm": params["norm"].at[3].set(-LARGEST_WEIGHT)}))
+    assert not bool(are_sound(params | {"norm": params["norm"].at[3].set(value)}))
 
 
 @pytest.mark.parametrize("name", ["sft", "grpo"])

@@ -81,7 +81,8 @@ def _tiny_tokenizer() -> str:
 def tiny_model_folder(path: Path, **changes) -> Path:
     """The tiny tokenizer with the config of a tiny Qwen3, and no weights: for `model.weights: random`."""
     tiny_tokenizer_folder(path)
-    config = {"model_type": "qwen3", **TINY, "vocab_size": 400, "tie_word_embeddings": True, **changes}
+    config = {"model_type": "qwen3", **TINY, "vocab_size": 400, "tie_word_embeddings": True}
+    config |= {"max_position_embeddings": 8192, **changes}  # a judge's prompt has hundreds of tokens
     (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return path
 

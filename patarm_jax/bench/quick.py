@@ -108,7 +108,9 @@ def _head(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
     head = 0.05 * jax.random.normal(jax.random.key(1), (n.vocab_size, n.hidden_size))
     targets = jnp.asarray(bench.tokens(c.rows, c.length))
 
-    def negative(logprobs: jax.Array, entropy: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def negative(
+        logprobs: jax.Array, entropy: jax.Array, _hit: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         return -(logprobs * mask).sum(), (entropy * mask).sum()
 
     def ours(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:

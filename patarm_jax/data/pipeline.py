@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from patarm_jax.config import DataSection
+from patarm_jax.data.limits import Room
 from patarm_jax.data.preferences import Report
 from patarm_jax.data.sft import JudgedPreference
 from patarm_jax.data.tokenizer import Tokenizer, encode_chat, encode_judgement
@@ -80,15 +81,28 @@ def encode_pairs(
     preferences: Sequence[Preference | JudgedPreference],
     rubrics: RubricMode,
     section: DataSection,
+    room: Room,
 ) -> tuple[list[EncodedPair], Report]:
-    """Encodes each preference, with its judgements where it has them; drops and counts what exceeds the limits."""
+    """Encodes each preference, with its judgements where it has them; drops and counts what exceeds the limits.
+
+    Args:
+        tokenizer: of the judge.
+        preferences: what is encoded.
+        rubrics: which the prompts hold.
+        section: the limits of the config.
+        room: what the network has positions for.
+
+    Raises:
+        UserError: when none is short enough.
+    """
+    room.check()
     kept: list[EncodedPair] = []
     dropped: Counter[str] = Counter()
     shortest: dict[str, int] = {}  # reason → the smallest limit that would have kept a preference
     # disable=None: no bar where nobody watches.
     for index, preference in enumerate(tqdm(preferences, desc="encode", unit="pair", disable=None)):
         pair = _encode(tokenizer, index, preference, rubrics)
-        excess = _excess(pair, section)
+        excess = _excess(pair, section, room)
         if excess is None:
             kept.append(pair)
             continue
@@ -99,7 +113,14 @@ def encode_pairs(
         found = "; ".join(
             f"{count:,} × {reason}, the shortest {shortest[reason]:,}" for reason, count in dropped.items()
         )
-        raise UserError(f"no preference is short enough: {found or 'there are none'}. Raise the limit in the config.")
+        remedy = "Raise the limit in the config"
+        if any("max_position_embeddings" in reason for reason in dropped):
+            lower = f"lower {room.setting}, " if room.new_tokens else ""
+            remedy = (
+                f"Raise the limit where it is the config's; where it is the model's, {lower}give shorter texts or a "
+            )
+            remedy += "model with more positions"
+        raise UserError(f"no preference is short enough: {found or 'there are none'}. {remedy}.")
     return kept, Report(len(kept), dict(dropped.most_common()))
 
 
@@ -113,13 +134,16 @@ def _encode(tokenizer: Tokenizer, index: int, given: Preference | JudgedPreferen
     return EncodedPair(index, given, (chosen, rejected))
 
 
-def _excess(pair: EncodedPair, section: DataSection) -> tuple[str, int] | None:
+def _excess(pair: EncodedPair, section: DataSection, room: Room) -> tuple[str, int] | None:
     """Why a pair is too long, and how long it is; None when it is not."""
-    if pair.longest_prompt > section.max_prompt_tokens:
-        return f"prompt longer than data.max_prompt_tokens {section.max_prompt_tokens:,}", pair.longest_prompt
+    if clause := room.excess(pair.longest_prompt, section.max_prompt_tokens):
+        return f"prompt {clause}", pair.longest_prompt
     longest_completion = max(map(len, pair.completion_tokens or ()), default=0)
     if longest_completion > section.max_completion_tokens:
         return f"judgement longer than data.max_completion_tokens {section.max_completion_tokens:,}", longest_completion
+    if (together := max(map(sum, pair.lengths))) > room.positions:
+        clause = f"longer than max_position_embeddings {room.positions:,} of the model"
+        return f"prompt and judgement together {clause}", together
     return None
 
 

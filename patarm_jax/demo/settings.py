@@ -45,7 +45,7 @@ def model_shape(vocab_size: int) -> Qwen3Config:
         head_dim=32,
         rope_theta=10_000.0,  # sequences are a hundred tokens long
         tie_word_embeddings=True,  # the words that are read are those that are written
-        max_position_embeddings=1024,
+        max_position_embeddings=4096,
         initializer_range=0.05,
     )
 

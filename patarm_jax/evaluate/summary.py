@@ -148,6 +148,8 @@ def hardly_readable(
         advice = "Most were cut off: raise --sampling.max_new_tokens. "
     elif counts["too_long"] > answers / 2:
         advice = "Most were too long: raise --data.max_prompt_tokens, or the context of the server. "
+        if "max_position_embeddings" in reason:
+            advice = "Most were too long for the model: lower --sampling.max_new_tokens, or take another model. "
     return (
         f"{share} of the {answers:,} answers could be read, so that the numbers say little of the judge. Most often "
         f"({count:,} ×): {reason}. {advice}Look at the fields text and reason in {place}."

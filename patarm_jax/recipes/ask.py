@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from patarm_jax.config import MeshSection, ModelSection, SamplingSection
+from patarm_jax.data.limits import Room
 from patarm_jax.data.tokenizer import encode_chat, encode_dialogue
 from patarm_jax.evaluate.answers import Answer, Answers, Kind, Question, answer_of, missing, no_answer
 from patarm_jax.model.kernels import kernels_in_use
@@ -25,7 +26,7 @@ from patarm_jax.rollout.judging import Parse, judge, make_judge
 from patarm_jax.rollout.scalar import make_scorer, scores
 from patarm_jax.rollout.stream import Request
 from patarm_jax.run.process import say, stop_requests
-from patarm_jax.train.metrics import progress
+from patarm_jax.train.progress import percent, progress
 from patarm_jax.types import UsageError
 
 AGAIN = (Kind.FAILED, Kind.TOO_LONG)  # what is too long for one limit may fit another
@@ -52,6 +53,16 @@ class Local:
         """What the folder that was named is called; of the export of a run, the run."""
         folder = Path(self.section.path).expanduser().resolve()
         return folder.parent.name if folder.name == EXPORT else folder.name
+
+    def excess(self, prompt: int) -> str:
+        """How a question of so many tokens is too long, as a clause; empty when it is not."""
+        return self.room.excess(prompt, self.max_prompt_tokens)
+
+    @property
+    def room(self) -> Room:
+        """The positions of the network, and how many of them an answer may take."""
+        network = self.model.config
+        return Room(network.max_position_embeddings, 0 if network.scalar_head else self.sampling.max_new_tokens)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -91,7 +102,10 @@ def open_local(
         raise UsageError(
             "judging runs in one process. Set mesh.distributed to none, and give each process its own part of the data."
         )
-    return Local(open_model(section, scalar), section, placement, make_mesh(placement), sampling, votes, seed, longest)
+    model = open_model(section, scalar)
+    local = Local(model, section, placement, make_mesh(placement), sampling, votes, seed, longest)
+    local.room.check()
+    return local
 
 
 def encode_questions(local: Local, lacking: Sequence[tuple[Question, list[int]]]) -> list[Encoded]:
@@ -150,10 +164,10 @@ def _ask(
     if len(lacking) < len(questions):
         say(f"{len(questions) - len(lacking)} of {len(questions)} questions are answered")
     encoded = encode_questions(local, lacking)
-    short = [one for one in encoded if len(one.tokens) <= local.max_prompt_tokens]
+    short = [one for one in encoded if not local.excess(len(one.tokens))]
     for one in encoded:
-        if len(one.tokens) > local.max_prompt_tokens:
-            reason = f"{len(one.tokens)} tokens, longer than data.max_prompt_tokens {local.max_prompt_tokens}"
+        if excess := local.excess(len(one.tokens)):
+            reason = f"{len(one.tokens):,} tokens, {excess}"
             votes = range(one.first, local.votes)
             answers.add(no_answer(one.question, vote, Kind.TOO_LONG, reason) for vote in votes)
     if not short:
@@ -161,11 +175,14 @@ def _ask(
     params = load_weights(local)
     say(kernels_in_use(local.section, local.model.config, local.mesh, "causal"))
     done = len(questions) - len(short)
+    written, cut, count = 0, 0, 0
     with stop_requests() as asked, progress(len(questions), done, unit="question") as report:
         for given in answer(params, short):
             answers.add(given)
             done += 1
-            report(done, {})
+            written += sum(one.tokens for one in given)
+            cut, count = cut + sum(one.cut for one in given), count + len(given)
+            report(done, {"cut off": percent(cut / count)} if written else {}, written)  # a scalar head writes nothing
             if asked(done) and done < len(questions):
                 say(f"stopped after {done} of {len(questions)} questions; the same command goes on from there")
                 return False

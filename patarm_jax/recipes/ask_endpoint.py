@@ -17,7 +17,7 @@ from patarm_jax.evaluate.endpoint import LOOK, Stopped, complete, connect, serve
 from patarm_jax.evaluate.replies import Refused, Reply, Unavailable, as_answer, read_again
 from patarm_jax.rollout.judging import Parse
 from patarm_jax.run.process import say, stop_requests
-from patarm_jax.train.metrics import Report, progress
+from patarm_jax.train.progress import Report, progress
 from patarm_jax.types import UserError
 
 _MOST_LOST = 2  # times the concurrency: after so many failures in a row, and 20 at least, the evaluation stops

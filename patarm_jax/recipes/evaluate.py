@@ -6,6 +6,7 @@ finished is only scored anew.
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -198,9 +199,9 @@ def _estimate(config: EvalConfig, judge: Local | Remote, lacking: Sequence[tuple
         read = sum(length * len(votes) for length, (_, votes) in zip(tokens, lacking, strict=True))
         return "\n".join([*lines, f"prompt tokens: about {read:,} over all answers, {max(tokens):,} at most in one"])
     lengths = [len(one.tokens) for one in encode_questions(judge, lacking)]
-    too_long = sum(length > judge.max_prompt_tokens for length in lengths)
-    if too_long:
-        lines.append(f"{too_long:,} questions are longer than data.max_prompt_tokens and will be recorded as too long")
+    excesses = Counter(excess for length in lengths if (excess := judge.excess(length)))
+    for excess, count in excesses.most_common():
+        lines.append(f"{count:,} questions are {excess}, and will be recorded as too long")
     mean, longest = np.mean(lengths), max(lengths)
     lines.append(f"prompt tokens: {sum(lengths):,} in all, {mean:,.0f} in the mean, {longest:,} at most")
     weights = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(judge.model.config, judge.mesh)))

@@ -14,6 +14,7 @@ from patarm_jax.files import appearing_whole
 from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.qwen3 import Params
+from patarm_jax.recipes.soundness import refuse_ruined
 from patarm_jax.types import RubricMode
 
 # What a name on the Hub looks like. `data/pairs.jsonl` and `./runs/sft` are files and folders.
@@ -61,8 +62,11 @@ def write_export(
         replace: a folder that is not empty makes room for the new one, when that is whole.
 
     Raises:
-        UserError: when the folder is not empty, or cannot be written.
+        UserError: when the folder is not empty, or cannot be written, or when the weights are ruined.
     """
+    refuse_ruined(
+        params, "nothing is exported", "Export an earlier checkpoint, `patarm export RUN/checkpoints/STEP OUT`"
+    )
     with appearing_whole(folder, replace) as part:
         weights.save(params, config, part, dtype=dtype, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
         if jax.process_index() == 0:

@@ -4,6 +4,7 @@ No score is labelled anywhere. The same command resumes a run that was stopped.
 """
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,7 +16,8 @@ import optax
 from jax.sharding import Mesh
 
 from patarm_jax.config import GRPOConfig, ModelSection, to_yaml
-from patarm_jax.data.pipeline import batches, bucket, encode_pairs
+from patarm_jax.data.limits import Room
+from patarm_jax.data.pipeline import batches, batches_per_epoch, bucket, encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.kernels import kernel_for, kernels_in_use
@@ -29,7 +31,7 @@ from patarm_jax.model.sharding import (
 )
 from patarm_jax.recipes.dry_run import Program, describe
 from patarm_jax.recipes.export import ModelCardFacts
-from patarm_jax.recipes.heldout import heldout_metrics, judge_heldout, open_heldout
+from patarm_jax.recipes.heldout import evaluate_heldout, open_heldout
 from patarm_jax.recipes.model import Model, load_params, open_model, rollout_rules, weight_sync
 from patarm_jax.recipes.rollouts import rewards_of, rollout_metrics, rollout_rows
 from patarm_jax.recipes.run import (
@@ -45,6 +47,7 @@ from patarm_jax.recipes.run import (
     state_shape,
     state_shardings,
 )
+from patarm_jax.recipes.watch import open_watch
 from patarm_jax.rollout.judging import (
     Judge,
     Sampled,
@@ -57,8 +60,9 @@ from patarm_jax.rollout.judging import (
 from patarm_jax.rollout.stream import WIDTH_MULTIPLE, abstract_programs
 from patarm_jax.run.peers import arrive, start_processes
 from patarm_jax.run.process import say, stop_requests
-from patarm_jax.train.metrics import Timer, compilations, progress, show_judgements, write_rollouts
+from patarm_jax.train.metrics import Timer, compilations, show_judgements, write_rollouts
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
+from patarm_jax.train.progress import percent, progress
 from patarm_jax.train.steps import completion_logprobs, grpo_loss, make_step, map_micro_batches
 from patarm_jax.types import GRPOBatch, UserError
 
@@ -80,7 +84,8 @@ def _train(config: GRPOConfig, dry_run: bool) -> bool:
     model = open_model(config.model)
     ref_section, reference = _open_reference(config, model)
     preferences, read = read_preferences(config.data)
-    records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
+    room = Room(model.config.max_position_embeddings, config.sampling.max_new_tokens)
+    records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data, room)
     say(f"{config.data.path}: {read}. Encoded: {encoded}.")
     steps, epochs = number_of_steps(config.run, records, config.pairs_per_step)
     shares = (jax.process_index(), jax.process_count())
@@ -103,6 +108,7 @@ def _train(config: GRPOConfig, dry_run: bool) -> bool:
     if is_complete(config, model, records, steps):
         return True
     run, state = begin_or_resume(config, model, records, iterator, mesh, optimizer, steps)
+    watch = open_watch(config, run.folder, run.done, batches_per_epoch(len(records), config.pairs_per_step))
     # Loaded, never taken from the state: a resumed run would have lost it, and the update donates those buffers.
     ref_params = None
     if config.policy.kl_coef:
@@ -144,25 +150,27 @@ def _train(config: GRPOConfig, dry_run: bool) -> bool:
             quality: dict[str, float] = {}
             if heldout is not None and heldout.due(step, steps):
                 with timer.phase("eval"):
-                    quality = heldout_metrics(judge_heldout(heldout, state.params))
+                    quality = evaluate_heldout(heldout, state.params)
             values |= rollout_metrics(scores, status, rewards, *written) | quality
-            values["learning_rate"] = float(schedule(int(state.step) - 1 - int(state.skipped)))
+            values["learning_rate"] = float(schedule(max(int(state.step) - 1 - int(state.skipped), 0)))
+            tokens = config.group_size * sum(prompt for prompt, _ in pairs.lengths) + int(written[0].sum())
+            line = watch.line(step, values, tokens, timer)
             arrive(f"step {step}: writing what it gave")
-            run.writer.write(step, values | timer.seconds | compilations().since_last())
-            report(step, {"reward": values["reward"], "valid": values["judge/valid"]})
+            run.writer.write(step, line | compilations().since_last())
+            report(step, _shown(values), watch.new_tokens)
             rows = rollout_rows(pairs.ids, judgements, rewards)
             if jax.process_index() == 0:
                 write_rollouts(run.folder / ROLLOUTS, step, rows)
             if config.run.show_every and step % config.run.show_every == 0:
                 show_judgements(step, [rows[0], rows[config.group_size]])
-            stopping = stop_asked(step)
+            stopping = stop_asked(step) or bool(watch.stop)
             run.save_when_due(step, state, iterator.get_state(), stopping, quality)
             if stopping:
                 break
 
     reward = f"PAR with the {config.reward.margin} margin, {config.group_size} judgements of each response"
     card = ModelCardFacts(config.model.path, "grpo", config.data.path, len(records), updates, reward, config.rubrics)
-    return finish(run, step, state, model, card, config.model.dtype)
+    return finish(run, step, state, model, card, config.model.dtype, watch)
 
 
 @dataclass(frozen=True)
@@ -220,6 +228,12 @@ def abstract_step(
         frozen = abstract_params(network, mesh, dtype=config.model.dtype)
         shown["reference log-probs"] = (programs.logprobs, (frozen, replace(batch, ref_logprobs=None)))
     return shown
+
+
+def _shown(values: Mapping[str, float]) -> dict[str, float | str]:
+    """What of a step's metrics is printed."""
+    shares = {"readable": "judge/valid", "cut off": "completions/clipped_ratio"}
+    return {"reward": values["reward"], **{words: percent(values[name]) for words, name in shares.items()}}
 
 
 def _next_width(iterator: Any) -> int:

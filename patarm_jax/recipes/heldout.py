@@ -10,14 +10,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from patarm_jax.config import GRPOConfig, HeldoutSection, SFTConfig
+from patarm_jax.data.limits import Room
 from patarm_jax.data.pairs import shared_between
 from patarm_jax.data.pipeline import EncodedPair, bucket, digest_of, encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import pairwise_accuracy
-from patarm_jax.model.sharding import batch_ways
+from patarm_jax.model.sharding import batch_ways, fetch
 from patarm_jax.recipes.model import Model, weight_sync
 from patarm_jax.rollout.judging import (
     Judge,
+    Sampled,
     make_judge,
     read_judgements,
     requests_of,
@@ -61,7 +63,10 @@ def open_heldout(
     said = _refuse_shared_pairs(config, training, preferences)
     if section.limit:
         preferences = preferences[: section.limit]
-    records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
+    room = Room(
+        model.config.max_position_embeddings, section.sampling.max_new_tokens, "heldout.sampling.max_new_tokens"
+    )
+    records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data, room)
     say(f"held out, {section.path}: {read}{said}. Encoded: {encoded}.")
     agree("the held-out pairs they read", {"number of pairs": len(records), "pairs": digest_of(records)})
     ways, processes = batch_ways(mesh), jax.process_count()
@@ -99,9 +104,20 @@ def _refuse_shared_pairs(
 
 def judge_heldout(heldout: Heldout, params: Any) -> list[list[Judgement]]:
     """[R][G] judgements of all held-out responses, on every process, pairs in order, chosen before rejected."""
+    return read_judgements(heldout.judge, _sampled(heldout, params))[: 2 * len(heldout.records)]
+
+
+def evaluate_heldout(heldout: Heldout, params: Any) -> dict[str, float]:
+    """Judges all held-out responses; the metrics of that, with the share of judgements that were cut off."""
+    sampled, responses = _sampled(heldout, params), 2 * len(heldout.records)
+    cut_off = fetch(sampled.completions.truncated)[:responses]
+    found = heldout_metrics(read_judgements(heldout.judge, sampled)[:responses])
+    return found | {"eval/clipped_ratio": float(np.mean(cut_off))}
+
+
+def _sampled(heldout: Heldout, params: Any) -> Sampled:
     requests = requests_of(heldout.share)
-    sampled = sample_judgements(heldout.judge, heldout.to_rollout(params), requests, heldout.key, heldout.width)
-    return read_judgements(heldout.judge, sampled)[: 2 * len(heldout.records)]
+    return sample_judgements(heldout.judge, heldout.to_rollout(params), requests, heldout.key, heldout.width)
 
 
 def heldout_metrics(judgements: Sequence[Sequence[Judgement]]) -> dict[str, float]:

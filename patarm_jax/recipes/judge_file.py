@@ -101,10 +101,10 @@ def _run(identity: Mapping[str, Any], questions: Sequence[Question], votes: int)
 def _tell(output: Path, rows: Sequence[dict[str, Any]], what: str) -> Accuracy:
     result = _accuracy(rows)
     low, high = (100 * bound for bound in result.interval)
-    interval = f" (95 % interval {low:.1f} to {high:.1f})" if low == low else ""  # one pair has none
+    interval = f" (95 % interval of that: {low:.1f} to {high:.1f} %)" if low == low else ""  # one pair has none
     say(
-        f"{what}: {output}. The chosen response scored higher in {100 * result.accuracy_strict:.1f} % of the pairs, "
-        f"{100 * result.accuracy_half:.1f} % with a tie as half{interval}; "
+        f"{what}: {output}. The chosen response scored higher in {100 * result.accuracy_strict:.1f} % of the pairs; "
+        f"with a tie as half that is {100 * result.accuracy_half:.1f} %{interval}; "
         f"{100 * result.valid:.1f} % of the judgements could be read"
     )
     every = [one for row in rows for side in SIDES for one in row["judgements"][side]]

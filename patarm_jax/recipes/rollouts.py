@@ -67,6 +67,7 @@ def rollout_metrics(
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": truncated.mean(),
+        "advantages/abs_mean": np.abs(rewards.advantages).mean(),
         "judge/valid": accuracy.valid,
         "judge/accuracy_strict": accuracy.accuracy_strict,
         "judge/accuracy_half": accuracy.accuracy_half,

@@ -26,15 +26,18 @@ from patarm_jax.model.sharding import TRAIN_RULES, batch_ways
 from patarm_jax.recipes.dry_run import Program
 from patarm_jax.recipes.export import ModelCardFacts, write_export
 from patarm_jax.recipes.model import EXPORT, Model, load_params
+from patarm_jax.recipes.records import schedule_change
+from patarm_jax.recipes.soundness import refuse_ruined
+from patarm_jax.recipes.watch import Watch
 from patarm_jax.run.peers import COMPILING, agree, arrive, told
 from patarm_jax.run.process import say
 from patarm_jax.train.checkpoint import Checkpoints, open_checkpoints, refuse_another_run
 from patarm_jax.train.checkpoint_files import steps_in
 from patarm_jax.train.metrics import MetricsWriter, compilations, open_metrics
 from patarm_jax.train.steps import TrainState, abstract_state, init_state
-from patarm_jax.types import UsageError, UserError
+from patarm_jax.types import LearntNothing, UsageError, UserError
 
-CHECKPOINTS, ROLLOUTS = "checkpoints", "rollouts"
+CHECKPOINTS, ROLLOUTS, CONFIG = "checkpoints", "rollouts", "config.yaml"
 MARK = ".patarm_run.json"  # in a run folder: what must not change between its processes
 _BESIDE = (".log", ".out", ".err", ".txt", ".yaml", ".yml", ".sh")  # what people keep in the folder of a run
 
@@ -174,13 +177,15 @@ def _claim(folder: Path, whose: Mapping[str, Any]) -> None:
         refuse_another_run(where, expected=json.loads(json.dumps(whose)), got=found, what="holds another run")
 
 
-def _write_mark(folder: Path, config: SFTConfig | GRPOConfig, whose: Mapping[str, Any]) -> None:
+def _write_mark(folder: Path, config: SFTConfig | GRPOConfig, whose: Mapping[str, Any], keep_config: bool) -> None:
     """Whose folder this is, and the resolved config, complete."""
     if jax.process_index() == 0:
         with writing(folder / MARK):
             write_json(folder / MARK, dict(whose))
-        with writing(folder / "config.yaml"):
-            write_text(folder / "config.yaml", to_yaml(config))
+        if keep_config and (folder / CONFIG).is_file():
+            return
+        with writing(folder / CONFIG):
+            write_text(folder / CONFIG, to_yaml(config))
 
 
 def number_of_steps(section: RunSection, records: Sequence[EncodedPair], pairs_per_step: int) -> tuple[int, int]:
@@ -286,11 +291,19 @@ def begin_or_resume(
     done = 0
     if checkpoints.latest() is None:
         state = new_state(config.model, model, mesh, config.run.seed, optimizer)
+        refuse_ruined(state.params, f"model.path {config.model.path}", "Copy the model again, or give another one")
     else:
         state, data_state, done = checkpoints.restore(state_shape(model.config, mesh, optimizer))
-        iterator.set_state(data_state)
+        if done < steps:  # else nothing is read any more, and it may be past the end of fewer epochs
+            iterator.set_state(data_state)
+        where, remedy = f"{folder / CHECKPOINTS / str(done)}", "Remove that checkpoint, or give another run.folder"
+        refuse_ruined(state.params, where, remedy)
         say(f"{folder}: {done} of {steps} steps are done")
-    _write_mark(folder, config, whose)  # not before the checkpoint has turned out to be of this run
+        per_epoch = batches_per_epoch(len(records), config.pairs_per_step)
+        if change := schedule_change(config, folder / CONFIG, done, steps, per_epoch):
+            say(change)
+    # Not before the checkpoint has turned out to be of this run; where nothing is left to do, what was done stands.
+    _write_mark(folder, config, whose, keep_config=done >= steps)
     writer = open_metrics(
         folder,
         done,
@@ -301,22 +314,45 @@ def begin_or_resume(
     return Run(folder, steps, done, config.run, checkpoints, writer), state
 
 
-def finish(run: Run, step: int, state: TrainState, model: Model, card: ModelCardFacts, dtype: str) -> bool:
-    """Exports a run that has done all its steps; False when it was stopped before."""
+def finish(
+    run: Run, step: int, state: TrainState, model: Model, card: ModelCardFacts, dtype: str, watch: Watch
+) -> bool:
+    """Exports a run that has done all its steps; False when it was stopped before.
+
+    Raises:
+        UserError: when the run stopped because too many updates were skipped.
+        LearntNothing: when the run came to its end in vain.
+    """
+    run.checkpoints.wait()  # the last evaluation may be the best, and its checkpoint on its way to disk
     best = run.checkpoints.best()
     run.checkpoints.close()
     run.writer.close()
     if best is not None:
         say(f"best on the held-out pairs: {run.folder / CHECKPOINTS / str(best)}, which `patarm export` takes")
+    if watch.stop:
+        raise UserError(
+            f"stopped at step {step} of {run.steps}: {watch.stop} A changed setting needs a run.folder of its own. The "
+            f"last sound weights are saved as {run.folder / CHECKPOINTS / str(step)}, which `patarm export` takes."
+        )
     if step < run.steps:
         say(f"stopped after step {step} of {run.steps}, saved in {run.folder}; run the command again to resume")
         return False
     export = run.folder / EXPORT
-    if run.done >= run.steps and export.is_dir():
-        say(f"{run.folder} is complete. Raise run.steps or run.epochs to train on.")
-        return True
     arrive("writing the export")
-    # What is there is of this run when it was shorter.
-    write_export(export, state.params, model.config, model.tokenizer, card, dtype, replace=True)
-    say(f"done: {export}")
+    if watch.untouched:
+        raise LearntNothing(
+            f"{run.folder}: {watch.verdict} Nothing is exported: the weights are those that the run began with."
+        )
+    complete = run.done >= run.steps and export.is_dir()
+    if not complete:
+        # Of the state: it may have done more steps than are asked for now, and skipped updates.
+        card = dataclasses.replace(card, steps=int(state.step) - int(state.skipped))
+        # What is there is of this run when it was shorter.
+        write_export(export, state.params, model.config, model.tokenizer, card, dtype, replace=True)
+    if watch.verdict:
+        raise LearntNothing(f"{run.folder}: {watch.verdict} {export} may be no better than what it began with.")
+    more = f" with {run.done} steps, more than the {run.steps} asked for" if run.done > run.steps else ""
+    say(
+        f"{run.folder} is complete{more}. Raise run.steps or run.epochs to train on." if complete else f"done: {export}"
+    )
     return True

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from patarm_jax.config import SFTConfig, to_yaml
+from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import PairBatch, SFTShape, batches, batches_per_epoch, encode_pairs, sft_batch, sft_shape
 from patarm_jax.data.preferences import read_judged_preferences
 from patarm_jax.model.config import Qwen3Config
@@ -22,7 +23,7 @@ from patarm_jax.model.qwen3 import forward
 from patarm_jax.model.sharding import batch_sharding, batch_ways, fetch, make_mesh, place_batch
 from patarm_jax.recipes.dry_run import describe
 from patarm_jax.recipes.export import ModelCardFacts
-from patarm_jax.recipes.heldout import heldout_metrics, judge_heldout, open_heldout
+from patarm_jax.recipes.heldout import evaluate_heldout, open_heldout
 from patarm_jax.recipes.model import open_model
 from patarm_jax.recipes.run import (
     begin_or_resume,
@@ -36,10 +37,12 @@ from patarm_jax.recipes.run import (
     state_shape,
     state_shardings,
 )
+from patarm_jax.recipes.watch import open_watch
 from patarm_jax.run.peers import arrive, start_processes
 from patarm_jax.run.process import say, stop_requests
-from patarm_jax.train.metrics import Timer, compilations, progress
+from patarm_jax.train.metrics import Timer, compilations
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
+from patarm_jax.train.progress import percent, progress
 from patarm_jax.train.steps import make_step, sft_loss
 from patarm_jax.types import SFTBatch
 
@@ -62,7 +65,9 @@ def _train(config: SFTConfig, dry_run: bool) -> bool:
     # ------------------------------------------------------------------------------------------------ model and data
     model = open_model(config.model)
     preferences, read = read_judged_preferences(config.data)
-    records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
+    records, encoded = encode_pairs(
+        model.tokenizer, preferences, config.rubrics, config.data, Room(model.config.max_position_embeddings)
+    )
     say(f"{config.data.path}: {read}. Encoded: {encoded}.")
     steps, epochs = number_of_steps(config.run, records, config.pairs_per_step)
     shares = (jax.process_index(), jax.process_count())
@@ -90,41 +95,49 @@ def _train(config: SFTConfig, dry_run: bool) -> bool:
     if is_complete(config, model, records, steps):
         return True
     run, state = begin_or_resume(config, model, records, iterator, mesh, optimizer, steps)
+    watch = open_watch(config, run.folder, run.done, batches_per_epoch(len(records), config.pairs_per_step))
     step = run.done
 
-    def next_batch() -> SFTBatch:
+    def next_batch() -> tuple[SFTBatch, int]:
+        """The batch, and how many tokens all its sequences have."""
         pairs = next(iterator)
-        return place_batch(mesh, sft_batch(pairs, shape_of(pairs), model.tokenizer.pad_id, config.packing))
+        arrays = sft_batch(pairs, shape_of(pairs), model.tokenizer.pad_id, config.packing)
+        return place_batch(mesh, arrays), sum(map(sum, pairs.lengths))
 
     with stop_requests() as stop_asked, jax.set_mesh(mesh):
-        batch = next_batch() if step < steps else None
+        batch, tokens = next_batch() if step < steps else (None, 0)
         compilations().since_last()  # what was compiled before belongs to no step
         if batch is not None:
             compile_ahead(mesh, {"update": (step_fn, (state, batch))})
         with progress(steps, run.done) as report:
             for step in range(run.done + 1, steps + 1):
-                timer, data_state = Timer(arrive, step), iterator.get_state()
+                timer, data_state, done_tokens = Timer(arrive, step), iterator.get_state(), tokens
                 with timer.phase("update"):
                     state, metrics = step_fn(state, batch)  # returns while the devices compute
                 with timer.phase("data"):  # beside the devices' work: "update" is the rest of it
-                    batch = next_batch() if step < steps else None
+                    batch, tokens = next_batch() if step < steps else (None, 0)
                 with timer.phase("update"):
                     values = {name: float(value) for name, value in fetch(metrics).items()}
-                values["learning_rate"] = float(schedule(step - 1 - int(values["skipped_updates"])))
+                values["learning_rate"] = float(schedule(max(step - 1 - int(values["skipped_updates"]), 0)))
                 quality: dict[str, float] = {}
                 if heldout is not None and heldout.due(step, steps):
                     with timer.phase("eval"):
-                        quality = heldout_metrics(judge_heldout(heldout, state.params))
+                        quality = evaluate_heldout(heldout, state.params)
+                line = watch.line(step, values | quality, done_tokens, timer)
                 arrive(f"step {step}: writing what it gave")
-                run.writer.write(step, values | quality | timer.seconds | compilations().since_last())
-                report(step, {"loss": values["loss"]})
-                stopping = stop_asked(step)
+                run.writer.write(step, line | compilations().since_last())
+                shown: dict[str, float | str] = {
+                    "loss": values["loss"],
+                    "tokens right": percent(values["mean_token_accuracy"]),
+                }
+                report(step, shown, watch.new_tokens)
+                stopping = stop_asked(step) or bool(watch.stop)
                 run.save_when_due(step, state, data_state, stopping, quality)
                 if stopping:
                     break
 
     card = ModelCardFacts(config.model.path, "sft", config.data.path, len(records), steps, "", config.rubrics)
-    return finish(run, step, state, model, card, config.model.dtype)
+    return finish(run, step, state, model, card, config.model.dtype, watch)
 
 
 def make_update(config: SFTConfig, network: Qwen3Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> Any:

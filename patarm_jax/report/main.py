@@ -26,6 +26,8 @@ import pyarrow.parquet
 from patarm_jax.config import GRPOConfig, SFTConfig, from_mapping, read_yaml
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.files import check_writable, hold_output, write_text, writing
+from patarm_jax.recipes.watch import told_of
+from patarm_jax.train.health import Health, after, verdict
 from patarm_jax.types import UsageError, UserError
 
 _PROMPTS = 4000  # characters of a prompt or response that are shown
@@ -54,10 +56,13 @@ PANELS = (
     Panel("Reward", {"all": "reward", "chosen": "rewards/chosen/mean", "rejected": "rewards/rejected/mean"}),
     Panel("Groups of equal rewards", {"": "frac_reward_zero_std"}),
     Panel("Tokens of a judgement", {"mean": "completions/mean_length", "longest": "completions/max_length"}),
-    Panel("Cut-off judgements", {"": "completions/clipped_ratio"}),
+    Panel("Cut-off judgements", {"rollouts": "completions/clipped_ratio", "held out": "eval/clipped_ratio"}),
+    Panel("Pairs without PAR", {"": "judge/pairs_without_par"}),
     Panel("KL to the reference", {"": "kl"}),
     Panel("Clipped tokens", {"": "clip_ratio/region_mean"}),
     Panel("Gradient norm", {"": "grad_norm"}),
+    Panel("Updates skipped so far", {"": "skipped_updates"}),
+    Panel("Tokens predicted right", {"": "mean_token_accuracy"}),
     Panel("Learning rate", {"": "learning_rate"}, exact=True),
     Panel(
         "Seconds of a step",
@@ -101,7 +106,7 @@ def _write(run: Path, config: SFTConfig | GRPOConfig, out: Path, megabytes: int,
     preferences, missing = _preferences(config, {pair for step in rollouts for pair in step.pairs})
     payload = {
         "name": run.resolve().name,
-        "facts": _facts(config, metrics),
+        "facts": [*_facts(config, metrics), *_troubles(config, metrics, run)],
         "panels": [panel for panel in map(_drawn(metrics), PANELS) if panel["series"]],
         "steps": [line["step"] for line in metrics],
         "rollouts": [step.number for step in rollouts],
@@ -276,7 +281,13 @@ def _facts(config: SFTConfig | GRPOConfig, metrics: Sequence[Mapping[str, Any]])
     ]
     if isinstance(config, GRPOConfig):
         facts.append(("group", str(config.group_size)))
-    for label, name in (("reward", "reward"), ("valid", "judge/valid"), ("accuracy", "judge/accuracy_strict")):
+    for label, name in (
+        ("reward", "reward"),
+        ("valid", "judge/valid"),
+        ("cut off", "completions/clipped_ratio"),
+        ("pairs without PAR", "judge/pairs_without_par"),
+        ("accuracy", "judge/accuracy_strict"),
+    ):
         if isinstance(last.get(name), float):
             facts.append((label, f"{last[name]:.3f}"))
     by = f"eval/{config.heldout.best}"
@@ -285,6 +296,17 @@ def _facts(config: SFTConfig | GRPOConfig, metrics: Sequence[Mapping[str, Any]])
         top = max(judged, key=lambda line: (line[by], line["step"]))  # of equal ones the checkpoint of the last is kept
         facts.append((f"best held out, {config.heldout.best}", f"{top[by]:.3f} at step {top['step']}"))
     return facts
+
+
+def _troubles(config: SFTConfig | GRPOConfig, metrics: Sequence[Mapping[str, Any]], run: Path) -> list[tuple[str, str]]:
+    """What went wrong, as far as the metrics tell."""
+    told, health = told_of(config, run), Health()
+    for line in metrics:
+        health = after(health, line, told.updates_per_step)
+    found = [("updates skipped", f"{health.skipped:,} of {health.updates:,}")]
+    if said := verdict(health, told):
+        found.append(("what went wrong", said))
+    return found
 
 
 def _drawn(metrics: Sequence[Mapping[str, Any]]) -> Any:

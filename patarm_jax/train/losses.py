@@ -37,15 +37,16 @@ def token_logprobs(
 
     def one(carry: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         states, wanted = part
-        logprobs, entropy, _ = _read(states, wanted, head, temperature)
+        logprobs, entropy, _, _ = _read(states, wanted, head, temperature)
         return carry, (logprobs, entropy)
 
     _, (logprobs, entropy) = jax.lax.scan(one, None, chunks)
     return _unchunked(logprobs, targets.shape, ways), _unchunked(entropy, targets.shape, ways)
 
 
-# Of logprobs, entropies and what else is known of the same tokens, all [n]: a sum to minimise and sums to report.
-TokenSum = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+# Of logprobs, entropies, whether the target has the largest logit, and what else is known of the same tokens, all [n]:
+# a sum to minimise and sums to report.
+TokenSum = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -55,7 +56,8 @@ def sum_over_tokens(
     """Adds up a function of every token's log-prob and entropy, with the gradient of the sum by its log-probs.
 
     The gradient by hidden states and head is taken along with the value, chunk by chunk, while the chunk's logits are
-    there; so they are computed once and never stored. No gradient flows through entropies, reported sums and `known`.
+    there; so they are computed once and never stored. A target that shares the largest logit counts as the largest. No
+    gradient flows through entropies, reported sums and `known`.
 
     Args:
         fn: static; a token for which all of `known` is 0 must count for nothing, since chunks are filled up with such.
@@ -73,8 +75,8 @@ def sum_over_tokens(
 
     def one(sums: Any, part: tuple[jax.Array, jax.Array, Any]) -> tuple[Any, None]:
         states, wanted, known = part
-        logprobs, entropy, _ = _read(states, wanted, head, temperature)
-        return jax.tree.map(jnp.add, sums, fn(logprobs, entropy, known)), None
+        logprobs, entropy, hit, _ = _read(states, wanted, head, temperature)
+        return jax.tree.map(jnp.add, sums, fn(logprobs, entropy, hit, known)), None
 
     return jax.lax.scan(one, _zero_sums(fn, chunks), chunks)[0]
 
@@ -87,12 +89,12 @@ def _sum_forward(
     def one(carry: Any, part: tuple[jax.Array, jax.Array, Any]) -> tuple[Any, jax.Array]:
         sums, d_head = carry
         states, wanted, known = part
-        logprobs, entropy, (weights, total) = _read(states, wanted, head, temperature)
-        value, pullback, reported = jax.vjp(lambda logprobs: fn(logprobs, entropy, known), logprobs, has_aux=True)
+        logprobs, entropy, hit, (weights, total) = _read(states, wanted, head, temperature)
+        value, pullback, reported = jax.vjp(lambda logprobs: fn(logprobs, entropy, hit, known), logprobs, has_aux=True)
         (d_logprobs,) = pullback(jnp.float32(1.0))
         scaled = (d_logprobs / temperature)[:, None]  # ∂logprob/∂logit = [is the target] − softmax
-        hit = wanted[:, None] == jnp.arange(head.shape[0])
-        d_logits = (jnp.where(hit, scaled, 0.0) - weights * (scaled / total[:, None])).astype(head.dtype)
+        is_target = wanted[:, None] == jnp.arange(head.shape[0])
+        d_logits = (jnp.where(is_target, scaled, 0.0) - weights * (scaled / total[:, None])).astype(head.dtype)
         # One sum per part of the batch: devices that hold different parts meet once, behind the last chunk.
         apart = (x.reshape(ways, -1, x.shape[-1]) for x in (d_logits, states))
         d_head += jnp.einsum("wcv,wcd->wvd", *apart, preferred_element_type=jnp.float32)
@@ -113,8 +115,8 @@ sum_over_tokens.defvjp(_sum_forward, _sum_backward)
 
 def _read(
     states: jax.Array, targets: jax.Array, head: jax.Array, temperature: float
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
-    """Log-probs [n], entropies [n], and the softmax [n, V] with what it is to be divided by [n], of n tokens."""
+) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    """Of n tokens: log-probs [n], entropies [n], hits [n], and the softmax [n, V] with its divisor [n]."""
     logits = jnp.einsum("nd,vd->nv", states, head, preferred_element_type=jnp.float32) / temperature
     peak = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - peak)
@@ -122,13 +124,15 @@ def _read(
     normaliser = peak[:, 0] + jnp.log(total)
     taken = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     entropy = normaliser - (weights * logits).sum(axis=-1) / total
-    return taken - normaliser, entropy, (weights, total)
+    # A hit without an argmax, whose index would be a second pass over the vocabulary.
+    return taken - normaliser, entropy, taken == peak[:, 0], (weights, total)
 
 
 def _zero_sums(fn: TokenSum, chunks: Any) -> Any:
     _, targets, known = jax.tree.map(lambda x: x[0], chunks)
     nothing = jnp.zeros(targets.shape, jnp.float32)
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, nothing, nothing, known))
+    hits = jnp.zeros(targets.shape, bool)
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, nothing, nothing, hits, known))
 
 
 def _chunked(x: jax.Array, ways: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a run writes and shows while it goes: metrics, progress, judgements, and how long each phase took.
+"""What a run writes and shows while it goes: metrics, judgements, and how long each phase took.
 
 Clocks are read here and nowhere below the recipes. Nothing here computes a metric. Of several processes the first one
 writes and shows.
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -30,7 +30,6 @@ import rich.panel
 import rich.text
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import RecordWriter
-from tqdm import tqdm
 
 from patarm_jax.files import whole_file, write_text, writing
 from patarm_jax.types import Status, UserError
@@ -130,15 +129,26 @@ def _cut_off_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     *lines, _ = path.read_bytes().split(b"\n")
-    kept = []
-    for number, line in enumerate(lines, 1):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: line {number} is not metrics of a step. Remove the line, or the file.") from error
+    kept = [line + b"\n" for line, values in zip(lines, read_metrics(path), strict=True) if values["step"] <= step]
     with whole_file(path) as part:
         part.write_bytes(b"".join(kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl, in order; none where there is no such file.
+
+    Raises:
+        UserError: when a line is not metrics of a step.
+    """
+    found: list[dict[str, Any]] = []
+    *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+            found.append(values | {"step": int(values["step"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: line {number} is not metrics of a step. Remove the line, or the file.") from error
+    return found
 
 
 def _open_wandb(run_folder: Path, project: str, config: Mapping[str, Any]) -> Any:
@@ -206,6 +216,12 @@ class Timer:
     note: Callable[[str], object] = len  # is told when a phase begins: step and phase
     step: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # "time/<phase>" → wall-clock seconds
+    begun: float = field(default_factory=lambda: time.perf_counter())
+
+    @property
+    def total(self) -> float:
+        """Wall-clock seconds since it was made."""
+        return time.perf_counter() - self.begun
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -250,84 +266,6 @@ class Compilations:
 def compilations() -> Compilations:
     """The one count of this process; JAX forgets no listener."""
     return Compilations()
-
-
-Report = Callable[[int, Mapping[str, float]], None]
-
-
-@contextlib.contextmanager
-def progress(
-    steps: int,
-    done: int = 0,
-    *,
-    unit: str = "step",
-    every: float = 30.0,
-    stream: TextIO | None = None,
-    clock: Callable[[], float] = time.monotonic,
-) -> Iterator[Report]:
-    """Yields `report(step, values)`, to be called after each step.
-
-    On a terminal it moves a bar; elsewhere it prints a line after the first step, after the last one, and in between
-    when `every` seconds have passed since the last line:
-
-        step 10/200  loss 1.234  2.1 s/step  6 min left
-
-    The first line tells no time left, for the first step compiles.
-
-    Args:
-        steps: of the whole run.
-        done: steps that were done when the run was resumed.
-        unit: what is counted.
-        every: seconds.
-        stream: stderr unless given.
-        clock: seconds.
-    """
-    stream = stream or sys.stderr
-    if jax.process_index() != 0:
-        yield lambda step, values: None
-    elif stream.isatty():
-        with tqdm(total=steps, initial=done, unit=unit, file=stream, dynamic_ncols=True) as bar:
-
-            def move(step: int, values: Mapping[str, float]) -> None:
-                bar.set_postfix_str("  ".join(f"{name} {value:.4g}" for name, value in values.items()), refresh=False)
-                bar.update(step - bar.n)
-
-            yield move
-    else:
-        yield _lines(steps, done, unit, every, stream, clock)
-
-
-def _lines(steps: int, done: int, unit: str, every: float, stream: TextIO, clock: Callable[[], float]) -> Report:
-    first, (last_step, last_time) = done + 1, (done, clock())
-
-    def report(step: int, values: Mapping[str, float]) -> None:
-        nonlocal last_step, last_time
-        now = clock()
-        if step not in (first, steps) and now - last_time < every:
-            return
-        rate = (now - last_time) / max(1, step - last_step)
-        parts = [f"{unit} {step}/{steps}", *(f"{name} {value:.4g}" for name, value in values.items())]
-        if step == first < steps:
-            parts.append(f"the first in {_span(now - last_time)}")
-        else:
-            pace = f"{rate:.2g}" if rate < 10 else f"{rate:.0f}"
-            parts += [f"{pace} s/{unit}", f"{_span(rate * (steps - step))} left"]
-        print("  ".join(parts), file=stream, flush=True)
-        last_step, last_time = step, now
-
-    return report
-
-
-def _span(seconds: float) -> str:
-    """Seconds as one reads them.
-
-    >>> [_span(seconds) for seconds in (0, 59.4, 100, 3599, 11_400)]
-    ['0 s', '59 s', '2 min', '1 h 0 min', '3 h 10 min']
-    """
-    if seconds < 59.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 # --------------------------------------------------------------------------------------------------------- judgements

@@ -41,7 +41,11 @@ class TrainState:
     step: jax.Array  # [] int32, optimiser updates tried
     params: Params
     opt_state: optax.OptState
-    skipped: jax.Array  # [] int32, updates left out because the gradient was not finite
+    skipped: jax.Array  # [] int32, updates left out because gradient or weights would not have been sound
+
+
+# The largest float16: engines that serve in half precision have no number beyond it, and no trained weight comes near.
+LARGEST_WEIGHT = 65504.0
 
 
 class Loss(NamedTuple):
@@ -84,6 +88,11 @@ def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh
     return TrainState(counter, params, moments, counter)
 
 
+def are_sound(params: Params) -> jax.Array:
+    """Whether every weight is finite and not beyond `LARGEST_WEIGHT`, [] bool; False with a NaN among them."""
+    return jnp.stack([jnp.max(jnp.abs(leaf)) <= LARGEST_WEIGHT for leaf in jax.tree.leaves(params)]).all()
+
+
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
@@ -99,15 +108,20 @@ def sft_loss(forward: Forward, ways: int = 1) -> LossFn[SFTBatch]:
         out = forward(params, batch.tokens, batch.starts)
         states = jnp.take_along_axis(out.prompt, batch.read[..., None], axis=1)
         mask = mask_from_lengths(batch.counts, batch.read.shape[1])
-        total, entropy = sum_over_tokens(_cross_entropy, 1.0, ways, states, out.head, batch.targets, mask)
+        total, sums = sum_over_tokens(_cross_entropy, 1.0, ways, states, out.head, batch.targets, mask)
         count = mask.sum().astype(jnp.float32)
-        return Loss((total, count), {"loss": (total, count), "entropy": (entropy, count)})
+        return Loss((total, count), {"loss": (total, count)} | {name: (value, count) for name, value in sums.items()})
 
     return loss
 
 
-def _cross_entropy(logprobs: jax.Array, entropy: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return -jnp.where(mask, logprobs, 0.0).sum(), jnp.where(mask, entropy, 0.0).sum()
+def _cross_entropy(
+    logprobs: jax.Array, entropy: jax.Array, hit: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return -jnp.where(mask, logprobs, 0.0).sum(), {
+        "entropy": jnp.where(mask, entropy, 0.0).sum(),
+        "mean_token_accuracy": (hit & mask).sum().astype(jnp.float32),
+    }
 
 
 def completion_logprobs(
@@ -172,7 +186,7 @@ def grpo_loss(forward: Forward, policy: PolicySection, temperature: float, ways:
 
 
 def _policy_loss(
-    policy: PolicySection, logprobs: jax.Array, entropy: jax.Array, known: _Known
+    policy: PolicySection, logprobs: jax.Array, entropy: jax.Array, _hit: jax.Array, known: _Known
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     mask, weights, advantages, old_logprobs, ref_logprobs = known
     logprobs = jnp.where(mask, logprobs, 0.0)  # of padding, whose exponentials might not be finite
@@ -195,19 +209,23 @@ def _policy_loss(
 
 
 def make_step(loss_fn: LossFn[Batch], optimizer: optax.GradientTransformation, micro_batches: int) -> Step[Batch]:
-    """One optimiser update over a batch. A gradient that is not finite changes nothing but `step` and `skipped`."""
+    """One optimiser update over a batch.
+
+    An update changes nothing but `step` and `skipped` where the gradient is not finite, or where it would leave a
+    weight that is not finite or beyond `LARGEST_WEIGHT`. So weights that were sound stay sound.
+    """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         sums = _accumulate(loss_fn, state.params, batch, micro_batches)
         gradient = jax.tree.map(lambda g: g / jnp.maximum(sums.loss[1], 1.0), sums.gradient)
         norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        sound = jnp.isfinite(norm) & are_sound(params)
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+            lambda new, old: jnp.where(sound, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-        skipped = state.skipped + ~finite
+        skipped = state.skipped + ~sound
         metrics = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in sums.metrics.items()}
         metrics |= {"grad_norm": norm, "skipped_updates": skipped}
         return TrainState(state.step + 1, params, opt_state, skipped), metrics

@@ -1,0 +1,94 @@
+"""A run as it goes: what its steps add up to, what is said of it meanwhile, and what at its end.
+
+What it has done before it was stopped is read from its own metrics.jsonl, so that a resumed run counts on.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from patarm_jax.config import GRPOConfig, SFTConfig
+from patarm_jax.run.process import say
+from patarm_jax.train.health import Health, Told, after, reason_to_stop, untouched, verdict, warnings
+from patarm_jax.train.metrics import Timer, read_metrics
+
+
+@dataclass
+class Watch:
+    """What is known of a run after its last step; all processes agree on it but for `tokens`."""
+
+    told: Told
+    per_epoch: int  # steps
+    health: Health
+    tokens: int  # that were read and written in training since the run began; of process 0, which writes them down
+    new_tokens: int = 0  # of them, those since it was started the last time
+    stop: str = ""  # why the run must not go on; empty where it may
+
+    def line(self, step: int, metrics: Mapping[str, float], tokens: int, timer: Timer) -> dict[str, float]:
+        """The metrics of a step with those that count on, and its time; warns where something goes wrong.
+
+        Args:
+            step: that was done.
+            metrics: of it, and of its evaluation where it had one.
+            tokens: of all its sequences, the prompts of all rollouts included, as TRL counts them.
+            timer: of the step.
+        """
+        before, self.health = self.health, after(self.health, metrics, self.told.updates_per_step)
+        self.tokens, self.new_tokens = self.tokens + tokens, self.new_tokens + tokens
+        self.stop = reason_to_stop(before, self.health, self.told)
+        if not self.stop:  # else it is said at the end
+            for warning in warnings(before, self.health, self.told):
+                say(f"step {step}: {warning}")
+        seconds = timer.total - timer.seconds.get("time/eval", 0.0)
+        counted = {
+            "epoch": step / self.per_epoch,
+            "num_tokens": self.tokens,
+            "step_time": seconds,
+            "time/tokens_per_second": tokens / seconds,
+        }
+        return {**metrics, **counted, **timer.seconds}
+
+    @property
+    def verdict(self) -> str:
+        """Why nothing was learnt in the whole run; empty where something may have been."""
+        return verdict(self.health, self.told)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the weights are those that the run began with."""
+        return untouched(self.health)
+
+
+def told_of(config: SFTConfig | GRPOConfig, folder: Path) -> Told:
+    """The settings of a run that sentences about it name."""
+    return Told(
+        folder=str(folder),
+        learning_rate=config.optimizer.learning_rate,
+        dtype=config.model.dtype,
+        max_new_tokens=config.sampling.max_new_tokens if isinstance(config, GRPOConfig) else 0,
+        heldout_new_tokens=config.heldout.sampling.max_new_tokens,
+        updates_per_step=config.policy.updates_per_rollout if isinstance(config, GRPOConfig) else 1,
+        on_nonfinite=config.run.on_nonfinite,
+        max_skipped=config.run.max_skipped,
+    )
+
+
+def open_watch(config: SFTConfig | GRPOConfig, folder: Path, done: int, per_epoch: int) -> Watch:
+    """The watch of a run that has done `done` steps; its metrics.jsonl must be open, and so end with that step."""
+    told, health, tokens = told_of(config, folder), Health(), 0
+    if done and jax.process_index() == 0:
+        lines = read_metrics(folder / "metrics.jsonl")
+        for line in lines:
+            health = after(health, line, told.updates_per_step)
+        tokens = int((lines[-1] if lines else {}).get("num_tokens") or 0)
+        if not tokens:
+            say(f"{folder / 'metrics.jsonl'} counts no tokens up to step {done}: num_tokens counts from there on")
+    if jax.process_count() > 1:
+        numbers = np.array(dataclasses.astuple(health), np.int32)
+        health = Health(*map(int, multihost_utils.broadcast_one_to_all(numbers)))
+    return Watch(told, per_epoch, health, tokens)

@@ -1,0 +1,201 @@
+"""Whether a run learns anything, judged from the metrics of its steps alone: lines in, words out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from patarm_jax.train.steps import LARGEST_WEIGHT
+
+# What can be wrong with a step, the cause before what follows from it.
+Symptom = Literal[
+    "skipped", "cut_off", "unreadable", "no_pair", "no_reward", "no_advantage", "eval_cut_off", "eval_mute"
+]
+
+
+@dataclass(frozen=True)
+class Health:
+    """What the steps of a run add up to; whole numbers, on which processes can agree."""
+
+    updates: int = 0  # that were tried
+    skipped: int = 0
+    in_a_row: int = 0  # skipped, up to the last one
+    steps: int = 0
+    no_rate: int = 0  # steps whose learning rate was 0
+    rollouts: int = 0  # steps that sampled judgements, each of which counts at most once below
+    cut_off: int = 0
+    unreadable: int = 0
+    no_pair: int = 0
+    no_reward: int = 0
+    no_advantage: int = 0
+    evaluations: int = 0  # on held-out pairs, each of which counts at most once below
+    eval_cut_off: int = 0
+    eval_mute: int = 0
+
+
+@dataclass(frozen=True)
+class Told:
+    """The settings that a sentence names."""
+
+    folder: str
+    learning_rate: float
+    dtype: str
+    max_new_tokens: int = 0
+    heldout_new_tokens: int = 0
+    updates_per_step: int = 1
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    max_skipped: int = 10
+
+
+def symptoms(line: Mapping[str, float | None], skipped: int) -> list[Symptom]:
+    """What is wrong with a step; of what follows from one another, the cause.
+
+    Args:
+        line: its metrics, those of SFT or of GRPO.
+        skipped: updates of it that were left out.
+
+    >>> symptoms({"judge/valid": 0.0, "completions/clipped_ratio": 1.0}, skipped=0)
+    ['cut_off']
+    """
+    found: list[Symptom] = ["skipped"] if skipped else []
+    if "judge/valid" in line:
+        causes: tuple[tuple[Symptom, str, float], ...] = (
+            ("cut_off", "completions/clipped_ratio", 1),
+            ("unreadable", "judge/valid", 0),
+            ("no_pair", "judge/pairs_without_par", 1),
+            ("no_reward", "rewards/par/mean", 0),
+            ("no_advantage", "advantages/abs_mean", 0),
+        )
+        found += [name for name, metric, value in causes if line.get(metric) == value][:1]
+    if "eval/valid" in line and line["eval/valid"] == 0:
+        found.append("eval_cut_off" if line.get("eval/clipped_ratio") == 1 else "eval_mute")
+    return found
+
+
+def after(health: Health, line: Mapping[str, float | None], updates: int) -> Health:
+    """The health of a run after one more step.
+
+    Args:
+        health: before it.
+        line: the metrics of the step; `skipped_updates` counts from the beginning of the run.
+        updates: that the step tries.
+    """
+    total = int(line.get("skipped_updates") or 0)
+    skipped = max(total - health.skipped, 0)
+    counts = {name: getattr(health, name) + 1 for name in symptoms(line, skipped) if name != "skipped"}
+    return replace(
+        health,
+        updates=health.updates + updates,
+        skipped=total,
+        in_a_row=health.in_a_row + skipped if skipped == updates else 0,
+        steps=health.steps + 1,
+        no_rate=health.no_rate + (line.get("learning_rate") == 0),
+        rollouts=health.rollouts + ("judge/valid" in line),
+        evaluations=health.evaluations + ("eval/valid" in line),
+        **counts,
+    )
+
+
+def warnings(before: Health, now: Health, told: Told) -> list[str]:
+    """What to say after a step: of each symptom the first time, and whenever its count has doubled."""
+    return [
+        f"{_what(name, now)}. {_advice(name, told)}"
+        for name in _WHAT
+        if getattr(now, name).bit_length() > getattr(before, name).bit_length()
+    ]
+
+
+def reason_to_stop(before: Health, now: Health, told: Told) -> str:
+    """Why a run must not go on after a step; empty where it may."""
+    if told.on_nonfinite == "stop" and now.skipped > before.skipped:
+        return f"run.on_nonfinite is stop, and {_what('skipped', now)}. {_advice('skipped', told)}"
+    if now.in_a_row >= told.max_skipped:
+        return (
+            f"{now.in_a_row:,} updates in a row were skipped, and run.max_skipped is {told.max_skipped:,}: "
+            f"{_what('skipped', now)}. {_advice('skipped', told)}"
+        )
+    return ""
+
+
+def verdict(health: Health, told: Told) -> str:
+    """Why nothing was learnt in a whole run; empty where something may have been.
+
+    Accuracy plays no part in it: a judge at chance has still been taught.
+    """
+    if 0 < health.updates == health.skipped:
+        return f"nothing was learnt: {_what('skipped', health)}. {_advice('skipped', told)}"
+    if untouched(health):
+        return (
+            f"nothing was learnt: the learning rate was 0 in each of the {health.steps:,} steps. Raise "
+            "optimizer.learning_rate, or have fewer optimizer.warmup_steps than steps."
+        )
+    of_rollouts: tuple[Symptom, ...] = ("cut_off", "unreadable", "no_pair", "no_reward", "no_advantage")
+    counts = {name: getattr(health, name) for name in of_rollouts}
+    if not health.rollouts or sum(counts.values()) < health.rollouts:
+        return ""
+    most = max(of_rollouts, key=lambda name: counts[name])
+    nothing = "nothing" if most == "no_advantage" else "nothing but the format penalty"
+    return f"{nothing} was learnt: {_what(most, health)}. {_advice(most, told)}"
+
+
+def untouched(health: Health) -> bool:
+    """Whether the weights are those that the run began with."""
+    skipped = 0 < health.updates == health.skipped
+    return skipped or 0 < health.steps == health.no_rate
+
+
+_WHAT: dict[Symptom, str] = {
+    "skipped": (
+        "{count:,} of {health.updates:,} updates were skipped, because the gradient was not finite or a weight would "
+        f"have grown beyond {LARGEST_WEIGHT:,.0f}"
+    ),
+    "cut_off": "in {count:,} of {health.rollouts:,} steps every judgement was cut off at the limit",
+    "unreadable": "in {count:,} of {health.rollouts:,} steps no judgement could be read",
+    "no_pair": (
+        "in {count:,} of {health.rollouts:,} steps no pair had a readable judgement of both responses, so that none "
+        "had a PAR reward"
+    ),
+    "no_reward": (
+        "in {count:,} of {health.rollouts:,} steps no judgement earned a PAR reward, though both sides could be read"
+    ),
+    "no_advantage": (
+        "in {count:,} of {health.rollouts:,} steps all judgements of a response earned the same, so that every "
+        "advantage was 0"
+    ),
+    "eval_cut_off": (
+        "in {count:,} of {health.evaluations:,} evaluations every judgement of the held-out pairs was cut off at the "
+        "limit"
+    ),
+    "eval_mute": "in {count:,} of {health.evaluations:,} evaluations no judgement of the held-out pairs could be read",
+}
+
+
+def _what(name: Symptom, health: Health) -> str:
+    return _WHAT[name].format(count=getattr(health, name), health=health)
+
+
+def _advice(name: Symptom, told: Told) -> str:
+    look = f"Read some of them: run `patarm report {told.folder}`."
+    match name:
+        case "skipped":
+            lower = f"Likely optimizer.learning_rate, {told.learning_rate:g}, is too high: lower it"
+            return f"{lower}." if told.dtype == "float32" else f"{lower}, or set model.dtype to float32."
+        case "cut_off":
+            return f"All cut off: raise sampling.max_new_tokens, which is {told.max_new_tokens:,}. {look}"
+        case "eval_cut_off":
+            return f"All cut off: raise heldout.sampling.max_new_tokens, which is {told.heldout_new_tokens:,}."
+        case "unreadable":
+            return (
+                "Teach the form with `patarm sft` first. If that is done, model.path, its chat template and rubrics "
+                f"must be those of that run. {look}"
+            )
+        case "no_pair":
+            return f"Teach the form with `patarm sft` for longer, or raise group_size. {look}"
+        case "no_reward":
+            return (
+                "Either all scores are the same (raise sampling.temperature), or the rejected responses score higher: "
+                f"see whether data.columns exchanges the two. {look}"
+            )
+        case "no_advantage":
+            return "Raise sampling.temperature or group_size, or give pairs that are harder to tell apart."
+        case "eval_mute":
+            return "Early in SFT this is to be expected; later, see that the judgements it learns from are in form."
