@@ -1,6 +1,5 @@
 """Puts questions to a Qwen3 on this machine's devices: all of them, all votes, one stream, longest prompts first."""
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from patarm_jax.evaluate.answers import Answer, Answers, Kind, Question, answer_
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.qwen3 import Params
 from patarm_jax.model.sharding import make_mesh
-from patarm_jax.model.weight_files import digest
-from patarm_jax.recipes.model import EXPORT, Model, load_params, open_model, rollout_rules
+from patarm_jax.recipes.model import EXPORT, Model, judge_digest, load_params, open_model, rollout_rules
 from patarm_jax.recipes.process import say, stop_requests
 from patarm_jax.rollout.judging import Parse, judge, make_judge
 from patarm_jax.rollout.scalar import make_scorer, scores
@@ -58,7 +56,7 @@ class Local:
         """What a draw depends on beside the question."""
         random, sampling = self.section.weights == "random", self.sampling
         return {
-            "weights": f"{f'random, seed {self.seed}, ' if random else ''}{_digest(self.model)}",
+            "weights": f"{f'random, seed {self.seed}, ' if random else ''}{judge_digest(self.model)}",
             "dtype": self.section.dtype,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
@@ -176,12 +174,3 @@ def load_weights(local: Local) -> Params:
     """The weights as the sampler takes them."""
     rules, dtype = rollout_rules(local.placement), jnp.dtype(local.section.dtype)
     return load_params(local.section, local.model, local.mesh, local.seed, rules, dtype, apart=True)
-
-
-def _digest(model: Model) -> str:
-    """Tells a judge from others, wherever its folder is moved: network, tokenizer, and the weights that are read."""
-    tokenizer = model.tokenizer
-    found = hashlib.sha256(repr((model.config, tokenizer.stop_ids, sorted(tokenizer.files.items()))).encode())
-    if model.stored:
-        found.update(digest(model.stored))
-    return found.hexdigest()[:16]

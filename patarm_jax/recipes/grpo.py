@@ -91,7 +91,8 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
         return True
 
     # ---------------------------------------------------------------------------------------------------------- train
-    run, state = begin_or_resume(config, model, records, iterator, mesh, optimizer, steps)
+    held_to = reference if config.policy.kl_coef else None
+    run, state = begin_or_resume(config, model, records, iterator, mesh, optimizer, steps, held_to)
     # Loaded, never taken from the state: a resumed run would have lost it, and the update donates those buffers.
     ref_params = None
     if config.policy.kl_coef:

@@ -23,12 +23,13 @@ from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.model.sharding import TRAIN_RULES, batch_ways
 from patarm_jax.recipes.dry_run import Program
 from patarm_jax.recipes.export import ModelCardFacts, write_export
-from patarm_jax.recipes.model import EXPORT, Model, load_params
+from patarm_jax.recipes.model import EXPORT, Model, load_params, weights_digest
 from patarm_jax.recipes.process import say
-from patarm_jax.train.checkpoint import Checkpoints, open_checkpoints, refuse_another_run
+from patarm_jax.train.checkpoint import Checkpoints, open_checkpoints
 from patarm_jax.train.checkpoint_files import steps_in
 from patarm_jax.train.metrics import MetricsWriter, compilations, open_metrics
 from patarm_jax.train.steps import TrainState, abstract_state, init_state
+from patarm_jax.train.whose import REFERENCE, START, WEIGHTS, notes_no_digests, refuse_another_run, with_known_start
 from patarm_jax.types import UsageError, UserError
 
 CHECKPOINTS, ROLLOUTS = "checkpoints", "rollouts"
@@ -122,8 +123,17 @@ def check_batch(mesh: Mesh, rows: int, micro_batches: int, what: str) -> None:
         )
 
 
-def fingerprint(config: SFTConfig | GRPOConfig, model: Model, records: Sequence[EncodedPair]) -> dict[str, Any]:
-    """What must not change between a checkpoint and its continuation; placement, logging and batching may."""
+def fingerprint(
+    config: SFTConfig | GRPOConfig, model: Model, records: Sequence[EncodedPair], reference: Model | None = None
+) -> dict[str, Any]:
+    """What must not change between a checkpoint and its continuation; placement, logging and batching may.
+
+    Args:
+        config: of the run.
+        model: what training starts from.
+        records: the pairs that are trained on.
+        reference: what the KL is measured from; None where there is no KL.
+    """
     digest = hashlib.sha256()
     for record in records:
         digest.update(record.preference.id.encode())
@@ -133,22 +143,25 @@ def fingerprint(config: SFTConfig | GRPOConfig, model: Model, records: Sequence[
     del network["scalar_head"]  # nothing trains one
     free = ("model", "mesh", "data", "run", "heldout", "micro_batches", "packing")
     kept = {name: settings[name] for name in settings if name not in free}
-    if "sampling" in kept:
-        kept["sampling"] = {name: value for name, value in kept["sampling"].items() if name != "rows"}
+    for section, name in (("sampling", "rows"), ("policy", "reference")):  # the latter is known by its weights
+        if section in kept:
+            del kept[section][name]
     return {
         "recipe": type(config).__name__,
         "model": network | {"dtype": config.model.dtype},
         "data": digest.hexdigest(),
         "seed": config.run.seed,
         **kept,
-        **_reference_of(config),
+        WEIGHTS: _weights_of(config, model, reference),
     }
 
 
-def _reference_of(config: SFTConfig | GRPOConfig) -> dict[str, str]:
-    if not isinstance(config, GRPOConfig) or not config.policy.kl_coef:
-        return {}
-    return {"reference": config.policy.reference or config.model.path}
+def _weights_of(config: SFTConfig | GRPOConfig, model: Model, reference: Model | None) -> dict[str, dict[str, str]]:
+    found = {START: {"path": config.model.path, "digest": weights_digest(model)}}
+    if isinstance(config, GRPOConfig) and reference is not None:
+        digest = found[START]["digest"] if reference is model else weights_digest(reference)
+        found[REFERENCE] = {"path": config.policy.reference or config.model.path, "digest": digest}
+    return found
 
 
 @dataclass(frozen=True)
@@ -198,11 +211,18 @@ def begin_or_resume(
     mesh: Mesh,
     optimizer: optax.GradientTransformation,
     steps: int,
+    reference: Model | None = None,
 ) -> tuple[Run, TrainState]:
     """Opens the run folder; the state is the last checkpoint's, and the iterator stands where it stood then."""
     folder, keep = _folder(config.run), config.run.keep_checkpoints
     best = f"eval/{config.heldout.best}" if config.heldout.path else ""
-    whose = fingerprint(config, model, records)
+    noted = read_json_object(folder / MARK)
+    whose = with_known_start(fingerprint(config, model, records, reference), noted)
+    begun = noted is not None or steps_in(folder / CHECKPOINTS)
+    if begun and notes_no_digests(noted or {}):
+        say(
+            f"{folder} was begun by a version that did not note which weights it had; that they are the same is assumed"
+        )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, whose)
