@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "patarm_jax"
 # From the ground up. Modules on one floor do not import each other, save within one room.
 FLOORS = [
-    ["types"],
+    ["types", "arrays"],
     ["files", "flags"],
     ["config"],
     ["judge", "reward", "model"],
@@ -22,6 +22,7 @@ FLOORS = [
 ]
 PURE = [
     "types",
+    "arrays",
     "flags",
     "reward",
     "judge",

@@ -12,13 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from patarm_jax.config import MeshSection, ModelSection, SamplingSection
+from patarm_jax.config import JudgingSection, MeshSection, ModelSection, SamplingSection
 from patarm_jax.data.tokenizer import encode_chat, encode_dialogue
 from patarm_jax.evaluate.answers import Answer, Answers, Kind, Question, answer_of, missing, no_answer
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.qwen3 import Params
 from patarm_jax.model.sharding import make_mesh
-from patarm_jax.recipes.model import EXPORT, Model, judge_digest, load_params, open_model, rollout_rules
+from patarm_jax.recipes.drawing import as_the_model_says
+from patarm_jax.recipes.model import Model, judge_digest, load_params, name_of, open_model, rollout_rules
 from patarm_jax.recipes.process import say, stop_requests
 from patarm_jax.rollout.judging import Parse, judge, make_judge
 from patarm_jax.rollout.scalar import make_scorer, scores
@@ -40,7 +41,7 @@ class Local:
     section: ModelSection
     placement: MeshSection
     mesh: Mesh
-    sampling: SamplingSection
+    sampling: SamplingSection  # complete, with the model's own for what was not set
     votes: int  # answers to each question
     seed: int
     max_prompt_tokens: int  # a longer question is recorded as failed
@@ -48,8 +49,7 @@ class Local:
     @property
     def name(self) -> str:
         """What the folder that was named is called; of the export of a run, the run."""
-        folder = Path(self.section.path).expanduser().resolve()
-        return folder.parent.name if folder.name == EXPORT else folder.name
+        return name_of(Path(self.section.path))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Encoded:
 def open_local(
     section: ModelSection,
     placement: MeshSection,
-    sampling: SamplingSection,
+    sampling: JudgingSection,
     votes: int,
     seed: int,
     longest: int,
@@ -89,7 +89,11 @@ def open_local(
         raise UsageError(
             "judging runs in one process. Set mesh.distributed to none, and give each process its own part of the data."
         )
-    return Local(open_model(section, scalar), section, placement, make_mesh(placement), sampling, votes, seed, longest)
+    model = open_model(section, scalar)
+    drawn = as_the_model_says(sampling, model)
+    if not scalar:
+        say(drawn.said)
+    return Local(model, section, placement, make_mesh(placement), drawn.sampling, votes, seed, longest)
 
 
 def encode_questions(local: Local, lacking: Sequence[tuple[Question, list[int]]]) -> list[Encoded]:

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from patarm_jax.arrays import GRPOBatch
 from patarm_jax.config import GRPOConfig, ModelSection, to_yaml
 from patarm_jax.data.pipeline import batches, bucket, encode_pairs
 from patarm_jax.data.preferences import read_preferences
@@ -26,6 +27,7 @@ from patarm_jax.model.sharding import (
     fetch,
     make_mesh,
 )
+from patarm_jax.recipes.drawing import exported_drawing, heldout_in_words, with_heldout_sampling
 from patarm_jax.recipes.dry_run import Program, describe
 from patarm_jax.recipes.export import ModelCardFacts
 from patarm_jax.recipes.heldout import heldout_metrics, judge_heldout, open_heldout
@@ -56,7 +58,7 @@ from patarm_jax.rollout.stream import WIDTH_MULTIPLE, abstract_programs
 from patarm_jax.train.metrics import Timer, compilations, progress, show_judgements, write_rollouts
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.steps import completion_logprobs, grpo_loss, make_step, map_micro_batches
-from patarm_jax.types import GRPOBatch, UserError
+from patarm_jax.types import UserError
 
 
 def main(config: GRPOConfig, dry_run: bool = False) -> bool:
@@ -69,6 +71,7 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
 
     # ------------------------------------------------------------------------------------------------ model and data
     model = open_model(config.model)
+    config = with_heldout_sampling(config, model)
     ref_section, reference = _open_reference(config, model)
     preferences, read = read_preferences(config.data)
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
@@ -151,6 +154,7 @@ def main(config: GRPOConfig, dry_run: bool = False) -> bool:
 
     reward = f"PAR with the {config.reward.margin} margin, {config.group_size} judgements of each response"
     card = ModelCardFacts(config.model.path, "grpo", config.data.path, len(records), updates, reward, config.rubrics)
+    card = replace(card, drawing=exported_drawing(config, model), measured_on=heldout_in_words(config, model))
     return finish(run, step, state, model, card, config.model.dtype)
 
 

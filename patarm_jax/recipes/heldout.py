@@ -15,6 +15,7 @@ from patarm_jax.data.pipeline import EncodedPair, bucket, encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import pairwise_accuracy
 from patarm_jax.model.sharding import batch_ways
+from patarm_jax.recipes.drawing import heldout_sampling
 from patarm_jax.recipes.model import Model, weight_sync
 from patarm_jax.recipes.process import say
 from patarm_jax.rollout.judging import (
@@ -62,12 +63,13 @@ def open_heldout(
         preferences = preferences[: section.limit]
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
     say(f"held out, {section.path}: {read}{said}. Encoded: {encoded}.")
+    sampling = heldout_sampling(config, model)
     ways, processes = batch_ways(mesh), jax.process_count()
     padded = list(itertools.islice(itertools.cycle(records), -(-len(records) // ways) * ways))
     each = len(padded) // processes
     return Heldout(
         section,
-        make_judge(model.config, model.tokenizer, mesh, config.model, section.sampling, section.votes),
+        make_judge(model.config, model.tokenizer, mesh, config.model, sampling, section.votes),
         weight_sync(model.config, mesh, config.mesh, config.model.dtype),
         jax.random.fold_in(jax.random.key(config.run.seed), 0),  # training's begin at step 1
         records,

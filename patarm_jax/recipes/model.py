@@ -21,6 +21,12 @@ from patarm_jax.types import UsageError, UserError
 EXPORT = "export"  # the folder of a run that holds the model it made
 
 
+def name_of(folder: Path) -> str:
+    """What a model's folder is called; of the export of a run, the run."""
+    folder = folder.expanduser().resolve()
+    return folder.parent.name if folder.name == EXPORT else folder.name
+
+
 @dataclass(frozen=True)
 class Model:
     """A model folder, read but for its weights."""

@@ -26,7 +26,7 @@ from patarm_jax.recipes.export import ModelCardFacts, write_export
 from patarm_jax.recipes.model import EXPORT, Model, load_params, weights_digest
 from patarm_jax.recipes.process import say
 from patarm_jax.train.checkpoint import Checkpoints, open_checkpoints
-from patarm_jax.train.checkpoint_files import steps_in
+from patarm_jax.train.checkpoint_files import metrics_of, steps_in
 from patarm_jax.train.metrics import MetricsWriter, compilations, open_metrics
 from patarm_jax.train.steps import TrainState, abstract_state, init_state
 from patarm_jax.train.whose import REFERENCE, START, WEIGHTS, notes_no_digests, refuse_another_run, with_known_start
@@ -220,9 +220,7 @@ def begin_or_resume(
     whose = with_known_start(fingerprint(config, model, records, reference), noted)
     begun = noted is not None or steps_in(folder / CHECKPOINTS)
     if begun and notes_no_digests(noted or {}):
-        say(
-            f"{folder} was begun by a version that did not note which weights it had; that they are the same is assumed"
-        )
+        say(f"{folder} was begun by a version that did not note which weights it had; they are assumed to be the same")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, whose)
@@ -259,6 +257,7 @@ def finish(run: Run, step: int, state: TrainState, model: Model, card: ModelCard
     if run.done >= run.steps and export.is_dir():
         say(f"{run.folder} is complete. Raise run.steps or run.epochs to train on.")
         return True
+    card = dataclasses.replace(card, measured=metrics_of(run.folder / CHECKPOINTS / str(step)))
     # What is there is of this run when it was shorter.
     write_export(export, state.params, model.config, model.tokenizer, card, dtype, replace=True)
     say(f"done: {export}")

@@ -4,6 +4,7 @@ The loss is on the judgement alone, its end token included. The same command res
 """
 
 import itertools
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from patarm_jax.arrays import SFTBatch
 from patarm_jax.config import SFTConfig, to_yaml
 from patarm_jax.data.pipeline import PairBatch, SFTShape, batches, batches_per_epoch, encode_pairs, sft_batch, sft_shape
 from patarm_jax.data.preferences import read_judged_preferences
@@ -19,6 +21,7 @@ from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.kernels import Form, kernel_for, kernels_in_use
 from patarm_jax.model.qwen3 import forward
 from patarm_jax.model.sharding import batch_sharding, batch_ways, fetch, make_mesh, place_batch
+from patarm_jax.recipes.drawing import exported_drawing, heldout_in_words, with_heldout_sampling
 from patarm_jax.recipes.dry_run import describe
 from patarm_jax.recipes.export import ModelCardFacts
 from patarm_jax.recipes.heldout import heldout_metrics, judge_heldout, open_heldout
@@ -37,7 +40,6 @@ from patarm_jax.recipes.run import (
 from patarm_jax.train.metrics import Timer, compilations, progress
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.steps import make_step, sft_loss
-from patarm_jax.types import SFTBatch
 
 WIDTH_MULTIPLE = 64  # sequences are padded to buckets of this many tokens
 
@@ -52,6 +54,7 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
 
     # ------------------------------------------------------------------------------------------------ model and data
     model = open_model(config.model)
+    config = with_heldout_sampling(config, model)
     preferences, read = read_judged_preferences(config.data)
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data)
     say(f"{config.data.path}: {read}. Encoded: {encoded}.")
@@ -112,6 +115,7 @@ def main(config: SFTConfig, dry_run: bool = False) -> bool:
                     break
 
     card = ModelCardFacts(config.model.path, "sft", config.data.path, len(records), steps, "", config.rubrics)
+    card = replace(card, drawing=exported_drawing(config, model), measured_on=heldout_in_words(config, model))
     return finish(run, step, state, model, card, config.model.dtype)
 
 
