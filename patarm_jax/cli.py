@@ -18,6 +18,7 @@ from patarm_jax.flags import listed
 from patarm_jax.run.peers import end_all, end_together
 from patarm_jax.types import Benchmark, JudgeKind, UsageError, UserError
 
+_NULL = "null: as the model's generation_config.json has it, or a server"
 _BENCHMARKS, _JUDGES = get_args(Benchmark), get_args(JudgeKind)
 
 # Recipes are imported when their verb is called, so that `--help` and a typo answer at once.
@@ -115,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         train.epilog = f"{train.epilog}\n\nany setting of the config can follow, with its default:\n{settings}"
 
     examples = ["patarm judge runs/demo/grpo --input pairs.jsonl --output scores.jsonl --votes 8"]
+    examples.append("patarm judge runs/demo/grpo --input pairs.jsonl --output scores.jsonl --dry-run")
     judge = _verb(verbs, "judge", _judge, "score the pairs of a file", examples)
     judge.add_argument(
         "model", type=_place, metavar="MODEL", help="a Hugging Face folder, or the folder of a finished run"
@@ -124,7 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     judge.add_argument("--output", type=_place, required=True, help="scores, one JSON line per pair")
     judge.add_argument("--votes", type=int, default=1, help="judgements of each response (default: %(default)s)")
-    judge.epilog = f"{judge.epilog}\n\nfurther settings can follow, with their defaults:\n{listed(JudgeConfig())}"
+    judge.add_argument("--dry-run", action="store_true", help="say what it will cost, judge nothing")
+    judge.epilog = (
+        f"{judge.epilog}\n\nfurther settings can follow, with their defaults ({_NULL}):\n{listed(JudgeConfig())}"
+    )
 
     examples = [
         "patarm eval rewardbench --model judge-8b --data allenai/reward-bench --output runs/rewardbench",
@@ -156,7 +161,9 @@ def _parser() -> argparse.ArgumentParser:
         "--against", type=_place, default="", help="folder of another judge's evaluation, to compare with"
     )
     evaluate.add_argument("--dry-run", action="store_true", help="say what it will cost, ask nothing")
-    evaluate.epilog = f"{evaluate.epilog}\n\nfurther settings can follow, with their defaults:\n{listed(EvalConfig())}"
+    evaluate.epilog = (
+        f"{evaluate.epilog}\n\nfurther settings can follow, with their defaults ({_NULL}):\n{listed(EvalConfig())}"
+    )
 
     examples = ["patarm report runs/grpo", "patarm report runs/grpo --out report.html --megabytes 100"]
     report = _verb(verbs, "report", _report, "a run's curves and rollouts as one page", examples)
@@ -180,9 +187,11 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     examples = ["patarm export runs/grpo judge-8b", "patarm export runs/grpo/checkpoints/400 judge-8b"]
+    examples.append("patarm export runs/grpo judge-8b --best")
     export = _verb(verbs, "export", _export, "a checkpoint as a Hugging Face folder", examples)
     export.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="a run folder, or one of its checkpoints")
     export.add_argument("out", type=_path, metavar="OUT", help="folder that is written; must not exist")
+    export.add_argument("--best", action="store_true", help="of a run, the checkpoint that the held-out pairs chose")
     return parser
 
 
@@ -245,8 +254,9 @@ def _judge(options: argparse.Namespace, rest: list[str]) -> int:
     config = override(JudgeConfig(votes=options.votes, output=options.output), rest)
     _refuse_both(rest, {"MODEL": "--model.path", "--input": "--data.path"})
     model = dataclasses.replace(config.model, path=options.model)
-    done = judge(dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, path=options.input)))
-    return 0 if done else 1  # stopped before: there is no output yet
+    data = dataclasses.replace(config.data, path=options.input)
+    done = judge(dataclasses.replace(config, model=model, data=data), options.dry_run)
+    return 0 if done or options.dry_run else 1  # stopped before: there is no output yet
 
 
 def _eval(options: argparse.Namespace, rest: list[str]) -> int:
@@ -299,7 +309,7 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
     from patarm_jax.recipes.export_checkpoint import main as export
 
-    export(options.checkpoint, options.out)
+    export(options.checkpoint, options.out, options.best)
     return 0
 
 

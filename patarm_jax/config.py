@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 import msgspec
 import yaml
@@ -147,6 +147,19 @@ class SamplingSection(_Checked):
 
 
 @dataclass(frozen=True)
+class JudgingSection(_Checked):
+    """How the judgements of a model that is not being trained are drawn."""
+
+    # null: as the model's generation_config.json has it, which transformers and vLLM take for their defaults too; of a
+    # held-out pair as the run draws; behind an endpoint nothing is sent, so that the server's default holds.
+    temperature: float | None = None  # 0: greedy
+    top_k: int | None = None  # 0: all
+    top_p: float | None = None
+    max_new_tokens: int | None = None  # null: of held-out pairs as the run has it, else 1024
+    rows: int = 256  # as sampling.rows of a run
+
+
+@dataclass(frozen=True)
 class RewardSection(_Checked):
     """Preference-Aware Reward and how rewards become advantages."""
 
@@ -179,7 +192,7 @@ class HeldoutSection(_Checked):
     limit: int = 0  # so many of the pairs, the first ones; 0: all
     # The metric that selects the best checkpoint, which is kept besides the last ones.
     best: Literal["accuracy_strict", "accuracy_half", "score_gap", "valid"] = "accuracy_strict"
-    sampling: SamplingSection = field(default_factory=lambda: SamplingSection(rows=256))
+    sampling: JudgingSection = field(default_factory=JudgingSection)
 
 
 @dataclass(frozen=True)
@@ -226,7 +239,7 @@ class JudgeConfig(_Checked):
     model: ModelSection = field(default_factory=ModelSection)
     mesh: MeshSection = field(default_factory=MeshSection)
     data: DataSection = field(default_factory=DataSection)
-    sampling: SamplingSection = field(default_factory=lambda: SamplingSection(rows=256))
+    sampling: JudgingSection = field(default_factory=lambda: JudgingSection(max_new_tokens=1024))
     rubrics: RubricMode = "adaptive"
     output: str = field(default="", metadata=PLACE)
     votes: int = 1  # judgements of each response; their mean is the score
@@ -261,7 +274,7 @@ class EvalConfig(_Checked):
     endpoint: EndpointSection = field(default_factory=EndpointSection)
     mesh: MeshSection = field(default_factory=MeshSection)
     data: DataSection = field(default_factory=lambda: DataSection(split="", max_prompt_tokens=16384))
-    sampling: SamplingSection = field(default_factory=lambda: SamplingSection(rows=256))
+    sampling: JudgingSection = field(default_factory=lambda: JudgingSection(max_new_tokens=1024))
     rubrics: RubricMode = "adaptive"
     output: str = field(default="", metadata=PLACE)
     name: str = ""  # of the judge, such as org/judge-8b, in results; empty: its folder's, or as the server calls it
@@ -432,7 +445,7 @@ def _refuse_out_of_range(config: Any, where: str, prefix: str = "") -> None:
     for name, value in ((each.name, getattr(config, each.name)) for each in dataclasses.fields(config)):
         if dataclasses.is_dataclass(value):
             _refuse_out_of_range(value, where, f"{prefix}{name}.")
-        elif name in RANGES:
+        elif name in RANGES and value is not None:
             if value not in RANGES[name]:
                 finite = "" if -math.inf < value < math.inf else ", and finite"
                 raise UsageError(f"{where}{prefix}{name} is {value}; allowed is {RANGES[name]}{finite}.")
@@ -495,7 +508,7 @@ def _floats(cls: Any, mapping: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in mapping.items():
         if dataclasses.is_dataclass(kinds[key]):
             result[key] = _floats(kinds[key], value)
-        elif kinds[key] is float and isinstance(value, str):
+        elif float in (kinds[key], *get_args(kinds[key])) and isinstance(value, str):
             with contextlib.suppress(ValueError):
                 result[key] = float(value)
         elif kinds[key] == dict[str, tuple[str, ...]] and isinstance(value, Mapping):

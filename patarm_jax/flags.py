@@ -1,7 +1,8 @@
 """Settings from a command line: `--section.key value`, with the types of a config class, as nested mappings.
 
 A setting is given once. Its words go up to the next flag; `--section.key=value` is the same with one word. Booleans are
-true or false, a list takes several words, and a mapping is given key by key: `--data.columns.chosen accepted`.
+true or false, a setting that may be unset takes null, a list takes several words, and a mapping is given key by key:
+`--data.columns.chosen accepted`.
 """
 
 import dataclasses
@@ -68,9 +69,16 @@ def listed(config: Any) -> str:
         value: Any = config
         for part in key.split("."):
             value = getattr(value, part)
-        shown = str(value).lower() if isinstance(value, bool) else "" if value in ((), {}) else str(value)
-        lines.append(f"  --{key}{'.NAME' * isinstance(value, dict)} {shown}".rstrip())
+        lines.append(f"  --{key}{'.NAME' * isinstance(value, dict)} {_shown(value)}".rstrip())
     return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value in ((), {}) else str(value)
 
 
 def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
@@ -136,11 +144,15 @@ def _value(name: str, kind: Any, words: Sequence[str]) -> Any:
         quotes = " Put a value with spaces into quotes." if words else f" Give one, as in --{name} VALUE."
         raise UsageError(f"--{name} has {more}; allowed is {_allowed(kind)}.{quotes}")
     (word,) = words
+    may_be_unset = type(None) in get_args(kind)
+    if may_be_unset and word == "null":
+        return None
+    plain = get_args(kind)[0] if may_be_unset else kind
     try:
-        if kind is bool:
+        if plain is bool:
             return _BOOLEANS[word]
-        if kind in (int, float):
-            return kind(word)
+        if plain in (int, float):
+            return plain(word)
     except (KeyError, ValueError):
         raise UsageError(f"--{name} is {word!r}; allowed is {_allowed(kind)}.") from None
     if get_origin(kind) is Literal and word not in get_args(kind):
@@ -151,4 +163,6 @@ def _value(name: str, kind: Any, words: Sequence[str]) -> Any:
 def _allowed(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(repr, get_args(kind)))}"
+    if type(None) in get_args(kind):
+        return f"{_allowed(get_args(kind)[0])}, or null"
     return {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "one value")

@@ -35,6 +35,8 @@ def both(*refusals):
 
 MAX_TOKENS = "Unsupported parameter: 'max_tokens' is not supported here. Use 'max_completion_tokens' instead."
 BOTH = "`temperature` and `top_p` cannot both be specified for this model. Please use only one."
+# Nothing is left to the server, so that fields without effect are sent too.
+ALL_SET = ("--sampling.temperature", 1, "--sampling.top_k", 0, "--sampling.top_p", 1)
 UNKNOWN = "Unrecognized request argument supplied: "
 
 
@@ -60,7 +62,7 @@ UNKNOWN = "Unrecognized request argument supplied: "
 )  # fmt: skip
 def test_a_field_that_a_server_refuses_is_left_out_and_said_once(pairs, capsys, answer, without, with_):
     with served(always=answer) as (url, chat):
-        assert main(remote(pairs, url)) == 0
+        assert main(remote(pairs, url, *ALL_SET)) == 0
         said = capsys.readouterr().err
     results, value = overall(pairs)
     assert value == 1.0 and results["counts"]["answered"] == 12

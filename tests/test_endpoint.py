@@ -45,9 +45,12 @@ def test_what_a_server_is_asked(pairs):
 
     (request, *_), seeds = requests(), [one["seed"] for one in requests("--votes", 2)]
     assert request | {"seed": 0, "messages": []} == {
-        "model": "served-judge", "messages": [], "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0,
-        "repetition_penalty": 1.0, "max_tokens": 1024, "seed": 0,
+        "model": "served-judge", "messages": [], "max_tokens": 1024, "seed": 0,
     }  # fmt: skip
+    results = json.loads((pairs / "asked0" / "results.json").read_text())
+    assert results["sampling"] == {"temperature": None, "top_k": None, "top_p": None, "max_new_tokens": 1024}
+    summary = (pairs / "asked0" / "summary.md").read_text()
+    assert "Rubrics adaptive, temperature, top-p, top-k as the server has it, at most 1,024 new tokens" in summary
     assert [turn["role"] for turn in request["messages"]] == ["system", "user"]
     assert request["seed"] == seeds[0] and seeds[0] != seeds[1]  # of the second vote
     other = ["--seed", 1, "--endpoint.model", "named", "--endpoint.thinking", "off"]
@@ -58,6 +61,9 @@ def test_what_a_server_is_asked(pairs):
         "model": "named", "messages": [], "temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0,
         "repetition_penalty": 1.0, "max_tokens": 64, "seed": 0, "chat_template_kwargs": {"enable_thinking": False},
     }  # fmt: skip
+    (request, *_) = requests("--sampling.top_p", 0.5, "--sampling.top_k", 0, "--seed", 2)
+    assert {name: request[name] for name in ("top_p", "top_k")} == {"top_p": 0.5, "top_k": -1}
+    assert not {"temperature", "min_p", "repetition_penalty"} & request.keys()
 
 
 def test_what_may_pass_is_tried_again(pairs):

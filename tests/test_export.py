@@ -1,5 +1,12 @@
 """An exported folder is what transformers loads, and it is there whole or not at all."""
 
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +17,7 @@ from patarm_jax.data.tokenizer import encode_chat, load_tokenizer
 from patarm_jax.judge.prompts import pointwise
 from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.generation import Drawing
 from patarm_jax.model.qwen3 import init_params
 from patarm_jax.recipes.export import ModelCardFacts, model_card, write_export
 from patarm_jax.types import UserError
@@ -73,8 +81,56 @@ def test_the_card_of_an_export_says_where_it_comes_from(tokenizer, params, tmp_p
     ):
         assert f"\n{row}\n" in card.text
     assert "patarm judge judge --input pairs.jsonl" in card.text
+    assert "| sampling | temperature 1, top_k 0, top_p 1; generation_config.json says so" in card.text
+    assert "held-out" not in card.text
     for code in card.text.split("```python\n")[1:]:
         compile(code.split("```")[0], "README.md", "exec")
+
+
+def test_the_card_of_a_runs_export_has_the_runs_name(tokenizer, params, tmp_path):
+    write_export(tmp_path / "judge-8b" / "export", params, CONFIG, tokenizer, FACTS)
+    text = ModelCard.load(tmp_path / "judge-8b" / "export" / "README.md").text
+    assert text.strip().startswith("# judge-8b\n") and "export" not in text
+    assert 'LLM("judge-8b")' in text and "patarm judge judge-8b --input" in text
+    assert "`judge-8b` stands for this folder" in text
+
+
+def test_a_card_names_the_settings_behind_its_numbers(tokenizer, params, tmp_path):
+    names = ("accuracy_strict", "accuracy_half", "accuracy_low", "accuracy_high", "valid")
+    measured = {f"eval/{name}": value for name, value in zip(names, (0.968, 0.979, 0.964, 0.99, 1.0), strict=True)}
+    facts = replace(FACTS, drawing=Drawing(0.6, 20, 0.95), measured_on="`held.jsonl`, greedy", measured=measured)
+    text = model_card(facts, "judge").text
+    for row in (
+        "| sampling | temperature 0.6, top_k 20, top_p 0.95; generation_config.json says so to whoever serves it |",
+        "| held-out accuracy | 96.8 % with a tie as wrong, 97.9 % with a tie as ½ (95 % interval 96.4 to 99.0); "
+        "100.0 % of the judgements could be read |",
+        "| measured on | `held.jsonl`, greedy |",
+    ):
+        assert f"\n{row}\n" in text
+    write_export(tmp_path / "judge", params, CONFIG, tokenizer, facts)
+    generation = json.loads((tmp_path / "judge" / "generation_config.json").read_text())
+    assert [generation[name] for name in ("do_sample", "temperature", "top_k", "top_p")] == [True, 0.6, 20, 0.95]
+
+
+@pytest.mark.parametrize("facts", [FACTS, replace(FACTS, drawing=Drawing(0.0))], ids=["sampled", "greedy"])
+def test_the_cards_code_runs_as_it_is_printed(tokenizer, params, tmp_path, facts):
+    """Where the export lies under its name, with transformers and torch and nothing that the card does not name."""
+    pytest.importorskip("torch", reason="transformers' models need torch")
+    export = tmp_path / "runs" / "judge-8b" / "export"
+    write_export(export, params, CONFIG, tokenizer, facts)
+    export.rename(tmp_path / "judge-8b")
+    text = (tmp_path / "judge-8b" / "README.md").read_text()
+    *_, code = (part.split("```")[0] for part in text.split("```python\n"))  # with vLLM, then with transformers
+    blocked = "import sys\nsys.modules.update(accelerate=None, vllm=None, jax=None)\n"
+    ran = subprocess.run(
+        [sys.executable, "-c", blocked + code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "None\n"  # random weights write nothing that can be read
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """Imports only go down, neighbours do not know each other, and what is pure stays pure."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "patarm_jax"
 # From the ground up. Modules on one floor do not import each other, save within one room.
 FLOORS = [
-    ["types"],
+    ["types", "arrays"],
     ["flags", "locks"],
     ["files"],
     ["config"],
@@ -23,6 +26,7 @@ FLOORS = [
 ]
 PURE = [
     "types",
+    "arrays",
     "flags",
     "reward",
     "judge",
@@ -81,6 +85,7 @@ def home(name):
 
 
 MODULES = dict(modules())
+ARRAYS = ("jax", "jaxlib", "numpy", "flax", "transformers", "torch", "datasets")
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -104,3 +109,20 @@ def test_pure_modules_open_nothing(name):
 def test_a_library_has_one_home(library):
     homes = {name for name, tree in MODULES.items() for t in imported(tree) if t.split(".")[0] == library}
     assert homes == {ONE_HOME[library]}
+
+
+def test_a_judge_is_asked_and_read_without_arrays():
+    """A client of a judge that is served needs strings alone: none of these libraries need be there."""
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({ARRAYS!r}))  # whoever imports one of them gets an ImportError
+from patarm_jax.judge.parse import parse_pointwise
+from patarm_jax.judge.prompts import pointwise
+from patarm_jax.judge.rubrics import primary
+assert pointwise("What is 2 + 2?", "4", domain="math")[0]["role"] == "system" and primary("math")
+text = "<think>…</think><generate_rubrics>…</generate_rubrics><eval>…</eval><answer>9</answer>"
+print(parse_pointwise(text).score)
+"""
+    environment = {"PYTHONPATH": str(PACKAGE.parent), "PATH": os.environ["PATH"]}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ran.stdout == "9.0\n", ran.stderr

@@ -16,7 +16,7 @@ import time
 
 import pytest
 
-from tests.runs import FLAGS, Started, config_file, exported, judgements, lines_of, timeless
+from tests.runs import FLAGS, VAIN, Started, config_file, exported, judgements, lines_of, timeless
 
 MESH = {"data": 2, "fsdp": -1, "distributed": "auto"}
 PROMPTLY = 30  # seconds from a fault to the end of every process
@@ -188,7 +188,9 @@ def uninterrupted(world, environment):
     def folder(recipe, processes):
         if (recipe, processes) not in done:
             name = f"whole-{recipe}-{processes}"
-            Pod(environment, recipe, pod_config(world, name, recipe), processes=processes).end(*[0] * processes)
+            Pod(environment, recipe, pod_config(world, name, recipe), processes=processes).end(
+                *[VAIN[recipe]] * processes
+            )
             done[recipe, processes] = world / name
         return done[recipe, processes]
 
@@ -220,7 +222,7 @@ def test_a_process_that_is_lost_ends_all_and_the_restart_ends_alike(
     if which == signal.SIGSTOP:
         lost.process.send_signal(signal.SIGKILL)
     lost.process.wait()
-    Pod(environment, recipe, config, processes=processes, port=pod.port).end(*[0] * processes)
+    Pod(environment, recipe, config, processes=processes, port=pod.port).end(*[VAIN[recipe]] * processes)
     assert_equal_runs(world / name, uninterrupted(recipe, processes))
 
 
@@ -238,7 +240,7 @@ def test_a_stop_request_to_any_saves_and_ends_all(world, environment, uninterrup
     said = pod.end(0, 0, since=since)
     assert "run the command again to resume" in said[0]
     assert 2 <= len(lines_of(world / name)) < 6
-    Pod(environment, recipe, config).end(0, 0)
+    Pod(environment, recipe, config).end(VAIN[recipe], VAIN[recipe])
     assert_equal_runs(world / name, uninterrupted(recipe, 2))
 
 
@@ -252,7 +254,7 @@ def test_a_second_interrupt_ends_all_at_once(world, environment, uninterrupted):
     since = pod.send(1, signal.SIGINT)
     said = pod.end(1, 1, since=since)
     assert "stopped at once" in said[1] and "process 1 (" in said[0] and "ended: stopped at once" in said[0]
-    Pod(environment, "grpo", config).end(0, 0)
+    Pod(environment, "grpo", config).end(VAIN["grpo"], VAIN["grpo"])
     assert_equal_runs(world / "interrupted", uninterrupted("grpo", 2))
 
 
@@ -299,7 +301,7 @@ def test_a_disk_that_fails_in_the_middle_ends_all(world, environment, uninterrup
         assert "No space left on device" in said[0] or "disk is full" in said[0], said[0]
         assert f"process 0 ({socket.gethostname()}) ended: " in said[1]
         subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
-        Pod(environment, "grpo", config).end(0, 0)
+        Pod(environment, "grpo", config).end(VAIN["grpo"], VAIN["grpo"])
         assert_equal_runs(folder / "run", uninterrupted("grpo", 2))
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
@@ -350,7 +352,7 @@ def test_a_process_that_keeps_the_others_waiting_is_named_and_ends_all(world, en
 def test_a_damaged_checkpoint_is_seen_by_all(world, environment, uninterrupted):
     """One of them cannot know alone: all stop, or all go back, together."""
     config = pod_config(world, "damaged", "grpo", run={"steps": 6, "keep_checkpoints": 3})
-    Pod(environment, "grpo", config, "--run.steps", 4).end(0, 0)
+    Pod(environment, "grpo", config, "--run.steps", 4).end(VAIN["grpo"], VAIN["grpo"])
     folder = world / "damaged"
     shutil.rmtree(folder / "export")
     newest = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)
@@ -358,7 +360,7 @@ def test_a_damaged_checkpoint_is_seen_by_all(world, environment, uninterrupted):
     os.truncate(largest, largest.stat().st_size // 2)
     for said in Pod(environment, "grpo", config).end(1, 1):
         assert len(sentences(said)) == 1 and "cannot restore the checkpoint" in said and "run.on_damaged" in said
-    said = Pod(environment, "grpo", config, "--run.on_damaged", "previous").end(0, 0)
+    said = Pod(environment, "grpo", config, "--run.on_damaged", "previous").end(VAIN["grpo"], VAIN["grpo"])
     assert f"the damaged checkpoint of step {newest.name} is kept as" in said[0]
     assert exported(folder) == exported(uninterrupted("grpo", 2))
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from patarm_jax.arrays import Seats
 from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.qwen3 import (
@@ -20,7 +21,6 @@ from patarm_jax.model.qwen3 import (
     place_prompts,
     prefill,
 )
-from patarm_jax.types import Seats
 from tests.toys import TINY, hf_model
 
 VARIANTS = {

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
+from patarm_jax.arrays import GRPOBatch
 from patarm_jax.config import MeshSection
 from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config
@@ -23,7 +24,6 @@ from patarm_jax.rollout.judging import network_of
 from patarm_jax.rollout.sampler import Network, Settings, draw, keep_top_k, keep_top_p, pick
 from patarm_jax.rollout.stream import Request, abstract_programs, complete, make_engine
 from patarm_jax.train.steps import completion_logprobs
-from patarm_jax.types import GRPOBatch
 from tests.toys import TINY, hf_model
 
 CONFIG = Qwen3Config(**TINY)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from patarm_jax.arrays import GRPOBatch
 from patarm_jax.config import MeshSection, OptimizerSection, PolicySection
 from patarm_jax.data.pipeline import EncodedPair, PairBatch, sft_batch, sft_shape
 from patarm_jax.model import weights
@@ -28,7 +29,6 @@ from patarm_jax.train.steps import (
     map_micro_batches,
     sft_loss,
 )
-from patarm_jax.types import GRPOBatch
 from tests.toys import TINY, hf_model
 
 CONFIG = Qwen3Config(**TINY)

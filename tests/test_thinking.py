@@ -10,6 +10,7 @@ import pytest
 import transformers
 import yaml
 
+from patarm_jax.arrays import Completions, Prompts
 from patarm_jax.config import MeshSection, ModelSection, SamplingSection
 from patarm_jax.data.tokenizer import decode, encode_chat, encode_judgement, load_tokenizer, written
 from patarm_jax.judge.parse import parse_baseline, parse_pairwise, parse_pointwise
@@ -17,7 +18,7 @@ from patarm_jax.judge.prompts import baseline, pairwise, pointwise
 from patarm_jax.model.config import read_config
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.rollout.judging import Sampled, make_judge, read_judgements
-from patarm_jax.types import Completions, Prompts, Status, UserError
+from patarm_jax.types import Status, UserError
 from tests.chat_server import ENVIRONMENT
 from tests.toys import tiny_model_folder
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
+from patarm_jax.arrays import GRPOBatch, SFTBatch
 from patarm_jax.bench.measure import Timing, clock, time_calls, timed
 from patarm_jax.bench.shapes import SHAPES, cache_bytes, forward_flops, layer_weights
 from patarm_jax.config import BenchConfig, GRPOConfig, ModelSection, OptimizerSection, SFTConfig
@@ -30,7 +31,6 @@ from patarm_jax.rollout.sampler import Settings
 from patarm_jax.rollout.stream import Engine, Finished, Request, complete, make_engine
 from patarm_jax.train.optimizer import make_optimizer
 from patarm_jax.train.steps import TrainState, init_state
-from patarm_jax.types import GRPOBatch, SFTBatch
 
 
 @dataclass(frozen=True)

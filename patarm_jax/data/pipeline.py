@@ -16,13 +16,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from patarm_jax.arrays import SFTBatch
 from patarm_jax.config import DataSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.preferences import Report
 from patarm_jax.data.sft import JudgedPreference
 from patarm_jax.data.tokenizer import Tokenizer, encode_chat, encode_judgement
 from patarm_jax.judge.prompts import pointwise
-from patarm_jax.types import Preference, RubricMode, SFTBatch, UsageError, UserError
+from patarm_jax.types import Preference, RubricMode, UsageError, UserError
 
 Tokens = np.ndarray  # [T] int32
 

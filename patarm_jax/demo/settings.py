@@ -7,6 +7,7 @@ from patarm_jax.config import (
     DataSection,
     GRPOConfig,
     JudgeConfig,
+    JudgingSection,
     ModelSection,
     OptimizerSection,
     PolicySection,
@@ -90,7 +91,7 @@ def judge_config(model: Path, pairs: Path, scores: Path, seed: int, config: SFTC
     return JudgeConfig(
         model=_model(model),
         data=DataSection(path=str(pairs)),
-        sampling=_sampling(),
+        sampling=JudgingSection(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=48),  # as GRPO draws
         rubrics=config.rubrics,
         output=str(scores),
         votes=1,
@@ -104,5 +105,5 @@ def _model(path: Path) -> ModelSection:
 
 
 def _sampling() -> SamplingSection:
-    """The same for training and for all that is compared: temperature 1. A judgement has 37 tokens."""
+    """The judge's own distribution, by which all stages are compared too. A judgement has 37 tokens."""
     return SamplingSection(temperature=1.0, max_new_tokens=48)

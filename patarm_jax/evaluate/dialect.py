@@ -1,7 +1,9 @@
 """The fields of a request for one answer, and what is changed of them when a server does not take one.
 
-All of sampling is sent, also what has no effect: what is not sent, a server fills in from the model's folder. Servers
-that refuse a field are asked without it, or with it under another name, from their first refusal on.
+What is not sent, a server fills in from the model's folder, as it does for everyone whom it serves. So nothing of
+sampling is sent that is not set; where all of it is, nothing is left to the server, and fields that are to have no
+effect are sent too. Servers that refuse a field are asked without it, or with it under another name, from their first
+refusal on.
 """
 
 import hashlib
@@ -10,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from patarm_jax.config import EndpointSection, SamplingSection
+from patarm_jax.config import EndpointSection, JudgingSection
 from patarm_jax.evaluate.answers import Question
 from patarm_jax.evaluate.replies import Refused
 from patarm_jax.types import Message
@@ -52,19 +54,19 @@ class Dialect:
         return [Message(role="user", content=f"{system['content']}\n\n{user['content']}"), *rest]
 
     def fields(
-        self, question: Question, vote: int, sampling: SamplingSection, section: EndpointSection, seed: int
+        self, question: Question, vote: int, sampling: JudgingSection, section: EndpointSection, seed: int
     ) -> dict[str, Any]:
         """A request but for model and messages; each vote has a seed of its own, which hangs on the question alone."""
         digest = hashlib.sha256(f"{seed} {question.key} {vote}".encode()).digest()
-        fields: dict[str, Any] = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or self.all_tokens,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            self.limit: sampling.max_new_tokens,
-            "seed": int.from_bytes(digest[:4]) >> 1,
-        }
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        fields: dict[str, Any] = {name: value for name, value in drawn.items() if value is not None}
+        if len(fields) == len(drawn):
+            fields |= {"min_p": 0.0, "repetition_penalty": 1.0}
+        if sampling.top_k == 0:
+            fields["top_k"] = self.all_tokens
+        if sampling.max_new_tokens is not None:
+            fields[self.limit] = sampling.max_new_tokens
+        fields["seed"] = int.from_bytes(digest[:4]) >> 1
         if section.thinking != "server":
             fields["chat_template_kwargs"] = {"enable_thinking": section.thinking == "on"}
         return {name: value for name, value in fields.items() if name not in self.without}

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from patarm_jax import __version__
-from patarm_jax.config import one_line
+from patarm_jax.config import EvalConfig, one_line
 from patarm_jax.evaluate.answers import Answers
 from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.figures import draw
@@ -67,6 +67,7 @@ def _results(result: Evaluation) -> dict[str, Any]:
             "limit": config.limit,
             "seed": config.seed,
             "rubrics": config.rubrics,
+            "sampling": _sampling(config),
             "tie_rule": result.official,
             "rules": result.plan.layout.paper,
             "scores": scores,
@@ -75,6 +76,12 @@ def _results(result: Evaluation) -> dict[str, Any]:
             "version": __version__,
         }
     )
+
+
+def _sampling(config: EvalConfig) -> dict[str, float | None] | None:
+    """What answers were drawn by, null for what was left to a server; None of a scalar head, which draws nothing."""
+    names = ("temperature", "top_k", "top_p", "max_new_tokens")
+    return None if config.judge == "scalar" else {name: getattr(config.sampling, name) for name in names}
 
 
 def _ready(value: Any) -> Any:

@@ -240,8 +240,9 @@ def _asked(result: Evaluation) -> str:
         return "Scores of a scalar head, nothing is sampled"
     sampling = config.sampling
     rubrics = "No rubrics" if config.judge == "baseline" else f"Rubrics {config.rubrics}"
-    top_k = f", top-k {sampling.top_k}" if sampling.top_k else ""
-    return (
-        f"{rubrics}, temperature {sampling.temperature:g}, top-p {sampling.top_p:g}{top_k}, at most "
-        f"{sampling.max_new_tokens:,} new tokens"
-    )
+    limit = f", at most {sampling.max_new_tokens:,} new tokens" if sampling.max_new_tokens else ""
+    drawn = {"temperature": sampling.temperature, "top-p": sampling.top_p, "top-k": sampling.top_k}
+    set_ = [f"{name} {value:g}" for name, value in drawn.items() if value is not None and (name, value) != ("top-k", 0)]
+    left = [name for name, value in drawn.items() if value is None]
+    servers = [f"{', '.join(left)} as the server has it"] if left else []
+    return f"{', '.join([rubrics, *set_, *servers])}{limit}"

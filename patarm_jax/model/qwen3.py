@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from patarm_jax.arrays import Seats
 from patarm_jax.model import attention, kernels
 from patarm_jax.model.attention import Streams
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.kernels import PORTABLE, Kernel
 from patarm_jax.model.sharding import BATCH_AXES, TRAIN_RULES, Rules, constrain, named_sharding
-from patarm_jax.types import Seats
 
 Params = dict[str, Any]
 NO_MESH = jax.sharding.AbstractMesh((), ())

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from patarm_jax.files import appearing_whole, write_json
 from patarm_jax.model.config import Qwen3Config, to_hf
+from patarm_jax.model.generation import FILE, Drawing, to_generation_config
 from patarm_jax.model.qwen3 import Params, abstract_params, layer_shape
 from patarm_jax.model.sharding import TRAIN_RULES, Rules, fetch
 from patarm_jax.model.weight_files import (
@@ -35,9 +36,6 @@ from patarm_jax.types import UserError
 
 # From the index of a device's part, None for all of it, to that part.
 Read = Callable[[tuple[slice, ...] | None], np.ndarray]
-
-# Sampling defaults Qwen publishes for its thinking models; both ends of a turn stop generation.
-GENERATION_DEFAULTS = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
 
 
 @dataclass(frozen=True)
@@ -235,6 +233,7 @@ def save(
     dtype: str = "bfloat16",
     stop_ids: tuple[int, ...] = (),
     pad_id: int | None = None,
+    drawing: Drawing | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Writes config.json, generation_config.json and safetensors (shards with an index when large) into `folder`.
@@ -248,6 +247,7 @@ def save(
         dtype: of the stored tensors: "bfloat16", "float16" or "float32".
         stop_ids: written as generation_config's eos_token_id; the first one is config.json's.
         pad_id: generation_config's pad_token_id.
+        drawing: how transformers and vLLM are to sample unless they are told; None: at temperature 1, all tokens.
         max_shard_size: of one file, as huggingface_hub reads it.
 
     Raises:
@@ -270,7 +270,9 @@ def save(
                 index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}}
                 write_json(part / INDEX, index | {"weight_map": plan.tensor_to_filename})
             write_json(part / "config.json", to_hf(config, dtype) | _first_eos(stop_ids))
-            write_json(part / "generation_config.json", _generation_config(config, stop_ids, pad_id))
+            ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(stop_ids) or config.eos_token_id}
+            drawn = to_generation_config(drawing or Drawing())
+            write_json(part / FILE, ids | {"pad_token_id": pad_id} | drawn)
 
 
 def _write_shard(file: Path, tensors: list[_HFTensor]) -> None:
@@ -293,11 +295,6 @@ def _hf_tensors(params: Params, config: Qwen3Config, dtype: np.dtype) -> list[_H
 
 def _first_eos(stop_ids: tuple[int, ...]) -> dict[str, int]:
     return {"eos_token_id": stop_ids[0]} if stop_ids else {}
-
-
-def _generation_config(config: Qwen3Config, stop_ids: tuple[int, ...], pad_id: int | None) -> dict[str, Any]:
-    eos = list(stop_ids) or config.eos_token_id
-    return {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": pad_id} | GENERATION_DEFAULTS
 
 
 def _get(tree: Params, path: tuple[str, ...]) -> Any:

@@ -1,6 +1,5 @@
 """Puts questions to a Qwen3 on this machine's devices: all of them, all votes, one stream, longest prompts first."""
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,15 +12,15 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from patarm_jax.config import MeshSection, ModelSection, SamplingSection
+from patarm_jax.config import JudgingSection, MeshSection, ModelSection, SamplingSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.tokenizer import encode_chat, encode_dialogue
 from patarm_jax.evaluate.answers import Answer, Answers, Kind, Question, answer_of, missing, no_answer
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.qwen3 import Params
 from patarm_jax.model.sharding import make_mesh
-from patarm_jax.model.weight_files import digest
-from patarm_jax.recipes.model import EXPORT, Model, load_params, open_model, rollout_rules
+from patarm_jax.recipes.drawing import as_the_model_says
+from patarm_jax.recipes.model import Model, judge_digest, load_params, name_of, open_model, rollout_rules
 from patarm_jax.rollout.judging import Parse, judge, make_judge
 from patarm_jax.rollout.scalar import make_scorer, scores
 from patarm_jax.rollout.stream import Request
@@ -43,7 +42,7 @@ class Local:
     section: ModelSection
     placement: MeshSection
     mesh: Mesh
-    sampling: SamplingSection
+    sampling: SamplingSection  # complete, with the model's own for what was not set
     votes: int  # answers to each question
     seed: int
     max_prompt_tokens: int  # a longer question is recorded as failed
@@ -51,8 +50,7 @@ class Local:
     @property
     def name(self) -> str:
         """What the folder that was named is called; of the export of a run, the run."""
-        folder = Path(self.section.path).expanduser().resolve()
-        return folder.parent.name if folder.name == EXPORT else folder.name
+        return name_of(Path(self.section.path))
 
     def excess(self, prompt: int) -> str:
         """How a question of so many tokens is too long, as a clause; empty when it is not."""
@@ -69,7 +67,7 @@ class Local:
         """What a draw depends on beside the question."""
         random, sampling = self.section.weights == "random", self.sampling
         return {
-            "weights": f"{f'random, seed {self.seed}, ' if random else ''}{_digest(self.model)}",
+            "weights": f"{f'random, seed {self.seed}, ' if random else ''}{judge_digest(self.model)}",
             "dtype": self.section.dtype,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
@@ -91,7 +89,7 @@ class Encoded:
 def open_local(
     section: ModelSection,
     placement: MeshSection,
-    sampling: SamplingSection,
+    sampling: JudgingSection,
     votes: int,
     seed: int,
     longest: int,
@@ -103,7 +101,10 @@ def open_local(
             "judging runs in one process. Set mesh.distributed to none, and give each process its own part of the data."
         )
     model = open_model(section, scalar)
-    local = Local(model, section, placement, make_mesh(placement), sampling, votes, seed, longest)
+    drawn = as_the_model_says(sampling, model)
+    if not scalar:
+        say(drawn.said)
+    local = Local(model, section, placement, make_mesh(placement), drawn.sampling, votes, seed, longest)
     local.room.check()
     return local
 
@@ -193,12 +194,3 @@ def load_weights(local: Local) -> Params:
     """The weights as the sampler takes them."""
     rules, dtype = rollout_rules(local.placement), jnp.dtype(local.section.dtype)
     return load_params(local.section, local.model, local.mesh, local.seed, rules, dtype, apart=True)
-
-
-def _digest(model: Model) -> str:
-    """Tells a judge from others, wherever its folder is moved: network, tokenizer, and the weights that are read."""
-    tokenizer = model.tokenizer
-    found = hashlib.sha256(repr((model.config, tokenizer.stop_ids, sorted(tokenizer.files.items()))).encode())
-    if model.stored:
-        found.update(digest(model.stored))
-    return found.hexdigest()[:16]

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2 as httpx
 
-from patarm_jax.config import EndpointSection, SamplingSection
+from patarm_jax.config import EndpointSection, JudgingSection
 from patarm_jax.evaluate.answers import Answer, Answers, Kind, Question, missing, no_answer
 from patarm_jax.evaluate.dialect import Dialect
 from patarm_jax.evaluate.endpoint import LOOK, Stopped, complete, connect, served_model
@@ -33,7 +33,7 @@ class Remote:
 
     section: EndpointSection
     name: str  # of the model, as the server calls it; empty while nothing is asked
-    sampling: SamplingSection
+    sampling: JudgingSection  # what is unset is left to the server
     votes: int
     seed: int
 

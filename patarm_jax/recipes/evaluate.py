@@ -6,16 +6,12 @@ finished is only scored anew.
 
 import contextlib
 import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from patarm_jax.config import EvalConfig, to_yaml
+from patarm_jax.config import EvalConfig, JudgingSection, SamplingSection, to_yaml
 from patarm_jax.evaluate.answers import (
     KEPT,
     Answers,
@@ -33,9 +29,10 @@ from patarm_jax.evaluate.judges import PARSERS, ask_about, judged, questions_of
 from patarm_jax.evaluate.scoring import plan
 from patarm_jax.evaluate.summary import show, verdict
 from patarm_jax.files import check_writable, hold_folder, write_text, writing
-from patarm_jax.model.qwen3 import abstract_params
-from patarm_jax.recipes.ask import Local, ask_local, ask_scalar, encode_questions, open_local
+from patarm_jax.recipes.ask import Local, ask_local, ask_scalar, open_local
 from patarm_jax.recipes.ask_endpoint import Remote, ask_endpoint, ask_name
+from patarm_jax.recipes.drawing import as_the_server_says
+from patarm_jax.recipes.estimate import estimate
 from patarm_jax.run.process import say
 from patarm_jax.types import JudgeKind, UsageError, UserError
 
@@ -54,6 +51,8 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
 
 def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | None:
     judge = _open_judge(config, folder, dry_run)
+    if isinstance(judge, Local):
+        config = replace(config, sampling=JudgingSection(**asdict(judge.sampling)))  # complete, for what is written
 
     # ------------------------------------------------------------------------------------------------------ questions
     items, read = read_benchmark(config.benchmark, config.data)
@@ -70,7 +69,10 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
     theirs = load_measured(Path(config.against).expanduser(), groups, items) if config.against else None
     if dry_run:
         there = read_answers(folder / ANSWERS, _identity(config, judge))
-        print(_estimate(config, judge, missing(there, questions, config.votes)))
+        print(to_yaml(config))
+        print(estimate(judge, missing(there, questions, config.votes)))
+        if isinstance(judge, Local):
+            print("for a rate and a time, judge some: --limit 50")
         return None
 
     # ------------------------------------------------------------------------------------------------------------ ask
@@ -120,7 +122,11 @@ def _open_judge(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remo
     begun = (identity_of(folder / ANSWERS) or {}).get("endpoint model")
     # A dry run plans for a server that may not be up yet, and a finished evaluation for one that may not be any more.
     name = config.endpoint.model or begun or ("" if dry_run else ask_name(config.endpoint))
-    return Remote(config.endpoint, name, config.sampling, config.votes, config.seed)
+    sampling = config.sampling
+    if sampling.max_new_tokens is None:  # a limit is always sent: without one, a server writes without end
+        sampling = replace(sampling, max_new_tokens=SamplingSection().max_new_tokens)
+    say(as_the_server_says(sampling))
+    return Remote(config.endpoint, name, sampling, config.votes, config.seed)
 
 
 def _ask(judge: Local | Remote, kind: JudgeKind, answers: Answers, questions: Sequence[Question]) -> bool:
@@ -183,29 +189,3 @@ def _tell_what_is_replaced(folder: Path, items: int) -> None:
         before = int(json.loads((folder / RESULTS).read_text(encoding="utf-8"))["items"])
         if before > items:
             say(f"the results of {before:,} items make room for those of {items:,}; without --limit they come back")
-
-
-def _estimate(config: EvalConfig, judge: Local | Remote, lacking: Sequence[tuple[Question, list[int]]]) -> str:
-    """What asking will cost, before anything is loaded or sent."""
-    asked = sum(len(votes) for _, votes in lacking)
-    lines = [to_yaml(config), f"answers to be asked for: {asked:,}, to {len(lacking):,} questions"]
-    if not lacking:
-        return "\n".join(lines)
-    written = 0 if config.judge == "scalar" else asked * config.sampling.max_new_tokens
-    lines += [f"completion tokens: {written:,} at most"] if written else []
-    if isinstance(judge, Remote):
-        # Its tokenizer is not here; English has some four characters to a token.
-        tokens = [sum(len(message["content"]) for message in question.messages) // 4 for question, _ in lacking]
-        read = sum(length * len(votes) for length, (_, votes) in zip(tokens, lacking, strict=True))
-        return "\n".join([*lines, f"prompt tokens: about {read:,} over all answers, {max(tokens):,} at most in one"])
-    lengths = [len(one.tokens) for one in encode_questions(judge, lacking)]
-    excesses = Counter(excess for length in lengths if (excess := judge.excess(length)))
-    for excess, count in excesses.most_common():
-        lines.append(f"{count:,} questions are {excess}, and will be recorded as too long")
-    mean, longest = np.mean(lengths), max(lengths)
-    lines.append(f"prompt tokens: {sum(lengths):,} in all, {mean:,.0f} in the mean, {longest:,} at most")
-    weights = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(judge.model.config, judge.mesh)))
-    for part, tokens_ in {"reading": sum(lengths), "writing, at most": written}.items():
-        flop = 2 * weights * tokens_ / 1e15
-        lines += [f"{part}: {flop:,.3g} PFLOP in matrix products ({weights / 1e9:,.3g} B weights)"] if tokens_ else []
-    return "\n".join([*lines, "for a rate and a time, judge some: --limit 50"])

@@ -1,10 +1,12 @@
 """A judge as others load it: a Hugging Face folder with weights, tokenizer, chat template and model card."""
 
 import json
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import huggingface_hub
 import jax
@@ -13,7 +15,9 @@ from patarm_jax.data.tokenizer import Tokenizer, save_tokenizer
 from patarm_jax.files import appearing_whole
 from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.generation import Drawing
 from patarm_jax.model.qwen3 import Params
+from patarm_jax.recipes.model import name_of
 from patarm_jax.recipes.soundness import refuse_ruined
 from patarm_jax.types import RubricMode
 
@@ -37,6 +41,9 @@ class ModelCardFacts:
     steps: int  # optimiser updates
     reward: str  # such as "PAR, graded margin, 8 judgements of each response"; empty where there is none
     rubrics: RubricMode
+    drawing: Drawing = field(default_factory=Drawing)  # as it was trained, and as it is to be served
+    measured_on: str = ""  # the held-out pairs, and how they were judged; empty where there are none
+    measured: Mapping[str, float] = field(default_factory=dict)  # the metrics `eval/…` of these weights
 
 
 def write_export(
@@ -68,10 +75,11 @@ def write_export(
         params, "nothing is exported", "Export an earlier checkpoint, `patarm export RUN/checkpoints/STEP OUT`"
     )
     with appearing_whole(folder, replace) as part:
-        weights.save(params, config, part, dtype=dtype, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
+        ids: dict[str, Any] = {"stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
+        weights.save(params, config, part, dtype=dtype, drawing=card.drawing, **ids)
         if jax.process_index() == 0:
             save_tokenizer(tokenizer, part)
-            model_card(card, folder.resolve().name, tokenizer.opening).save(part / "README.md")
+            model_card(card, name_of(folder), tokenizer.opening).save(part / "README.md")
 
 
 def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingface_hub.ModelCard:
@@ -79,7 +87,7 @@ def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingfa
 
     Args:
         facts: about the run.
-        name: of the judge's folder.
+        name: of the judge.
         opening: `Tokenizer.opening`, which the code of the card puts before what the judge writes.
     """
     data = huggingface_hub.ModelCardData(
@@ -96,11 +104,29 @@ def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingfa
         ("optimiser updates", f"{facts.steps:,}"),
         *([("reward", facts.reward)] if facts.reward else []),
         ("rubrics", facts.rubrics),
+        ("sampling", f"{facts.drawing}; generation_config.json says so to whoever serves it"),
+        *_measured(facts),
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     before = f"{json.dumps(opening)} + " if opening else ""
     text = BODY.format(name=name, table=table, rubrics=facts.rubrics, opening=before)
     return huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _measured(facts: ModelCardFacts) -> list[tuple[str, str]]:
+    """The accuracy on the held-out pairs, beside what it was measured by."""
+    found = facts.measured
+    if not facts.measured_on or "eval/accuracy_strict" not in found:
+        return []
+    strict, half, low, high, valid = (
+        f"{100 * found.get(f'eval/{name}', math.nan):.1f}"
+        for name in ("accuracy_strict", "accuracy_half", "accuracy_low", "accuracy_high", "valid")
+    )
+    number = f"{strict} % with a tie as wrong, {half} % with a tie as ½ (95 % interval {low} to {high})"
+    return [
+        ("held-out accuracy", f"{number}; {valid} % of the judgements could be read"),
+        ("measured on", facts.measured_on),
+    ]
 
 
 def _if_on_hub(name: str) -> str | None:
@@ -118,6 +144,8 @@ evaluates the response against them and ends with a score from 0 to 10. It was t
 {table}
 
 ## Use
+
+`{name}` stands for this folder in what follows: put its path there, or its id on the Hub.
 
 Score the responses of a file of preference pairs (`prompt`, `chosen`, `rejected`):
 
@@ -140,19 +168,21 @@ text = {opening}llm.chat(messages, sampling)[0].outputs[0].text
 print(parse_pointwise(text).score)
 ```
 
-With transformers:
+With transformers and torch:
 
 ```python
+import torch
 from patarm_jax.judge.parse import parse_pointwise
 from patarm_jax.judge.prompts import pointwise
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto").to(device)
 messages = pointwise("What is 2 + 2?", "4", domain="math", rubrics="{rubrics}")
 inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, enable_thinking=True, return_dict=True, return_tensors="pt"
-).to(model.device)
+).to(device)
 output = model.generate(**inputs, max_new_tokens=2048)
 text = {opening}tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 print(parse_pointwise(text).score)

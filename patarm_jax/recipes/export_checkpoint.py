@@ -1,5 +1,6 @@
 """A checkpoint of a run as a Hugging Face folder, without waiting for the run to finish."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -8,26 +9,27 @@ from patarm_jax.config import GRPOConfig, MeshSection, SFTConfig, load, read_yam
 from patarm_jax.files import check_writable, hold_output, is_occupied, occupied_error
 from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.model.sharding import make_mesh
+from patarm_jax.recipes.drawing import exported_drawing, heldout_in_words
 from patarm_jax.recipes.export import ModelCardFacts, write_export
 from patarm_jax.recipes.model import open_model
 from patarm_jax.recipes.run import CHECKPOINTS
 from patarm_jax.run.process import say
 from patarm_jax.train.checkpoint import open_checkpoints
-from patarm_jax.train.checkpoint_files import steps_in
-from patarm_jax.types import UserError
+from patarm_jax.train.checkpoint_files import best_of, metrics_of, steps_in
+from patarm_jax.types import UsageError, UserError
 
 
-def main(checkpoint: Path, out: Path) -> None:
-    """Writes `out` from the newest checkpoint of a run folder, or from RUN/checkpoints/STEP."""
+def main(checkpoint: Path, out: Path, best: bool = False) -> None:
+    """Writes `out` from a run folder's newest checkpoint, from its best one, or from RUN/checkpoints/STEP."""
     out = out.expanduser()
     if is_occupied(out):
         raise occupied_error(out)
     check_writable(out, folder=True)
     with hold_output(out, say):
-        _export(checkpoint, out)
+        _export(checkpoint, out, best)
 
 
-def _export(checkpoint: Path, out: Path) -> None:
+def _export(checkpoint: Path, out: Path, best: bool) -> None:
     if is_occupied(out):  # by one that ended just now
         raise occupied_error(out)
     folder, step = _run_and_step(checkpoint.expanduser())
@@ -35,12 +37,20 @@ def _export(checkpoint: Path, out: Path) -> None:
     if not (steps := steps_in(folder / CHECKPOINTS)) or step not in (None, *steps):
         which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise UserError(f"{folder} holds {which}. Let the run save one, or name another step.")
+    if best:
+        step = _best(folder, config, step)
     model = open_model(config.model)
     mesh = make_mesh(MeshSection())
     checkpoints = open_checkpoints(folder / CHECKPOINTS, 1, {}, on_damaged=config.run.on_damaged, say=say)
     params, step = checkpoints.restore_params(abstract_params(model.config, mesh, dtype=jnp.float32), step)
     reward = f"PAR with the {config.reward.margin} margin" if isinstance(config, GRPOConfig) else ""
     card = ModelCardFacts(config.model.path, config.recipe, config.data.path, None, step, reward, config.rubrics)
+    card = replace(
+        card,
+        drawing=exported_drawing(config, model),
+        measured_on=heldout_in_words(config, model),
+        measured=metrics_of(folder / CHECKPOINTS / str(step)),
+    )
     write_export(out, params, model.config, model.tokenizer, card, config.model.dtype)
     say(f"step {step} of {folder}: {out}")
 
@@ -51,6 +61,22 @@ def _run_and_step(path: Path) -> tuple[Path, int | None]:
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} is neither a run nor a checkpoint of one. Give RUN or RUN/{CHECKPOINTS}/STEP.")
     return path, None
+
+
+def _best(folder: Path, config: SFTConfig | GRPOConfig, step: int | None) -> int:
+    """The step that the held-out pairs chose."""
+    if step is not None:
+        raise UsageError(f"--best and the checkpoint of step {step} are both given. Give the run folder, or no --best.")
+    metric = f"eval/{config.heldout.best}"
+    found = best_of(folder / CHECKPOINTS, metric)
+    if found is None:
+        raise UserError(
+            f"no checkpoint of {folder} was judged on held-out pairs, so none is the best. Leave --best out for the "
+            "newest one, or name pairs with heldout.path when the run is started."
+        )
+    value = metrics_of(folder / CHECKPOINTS / str(found))[metric]
+    say(f"best on the held-out pairs: step {found}, {metric} {value:.4g}")
+    return found
 
 
 def _config(path: Path) -> SFTConfig | GRPOConfig:

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from patarm_jax.arrays import GRPOBatch
 from patarm_jax.config import GRPOConfig, ModelSection, to_yaml
 from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import batches, batches_per_epoch, bucket, encode_pairs
@@ -29,6 +30,7 @@ from patarm_jax.model.sharding import (
     fetch,
     make_mesh,
 )
+from patarm_jax.recipes.drawing import exported_drawing, heldout_in_words, with_heldout_sampling
 from patarm_jax.recipes.dry_run import Program, describe
 from patarm_jax.recipes.export import ModelCardFacts
 from patarm_jax.recipes.heldout import evaluate_heldout, open_heldout
@@ -64,7 +66,7 @@ from patarm_jax.train.metrics import Timer, compilations, show_judgements, write
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.progress import percent, progress
 from patarm_jax.train.steps import completion_logprobs, grpo_loss, make_step, map_micro_batches
-from patarm_jax.types import GRPOBatch, UserError
+from patarm_jax.types import UserError
 
 
 def main(config: GRPOConfig, dry_run: bool = False) -> bool:
@@ -82,6 +84,7 @@ def _train(config: GRPOConfig, dry_run: bool) -> bool:
 
     # ------------------------------------------------------------------------------------------------ model and data
     model = open_model(config.model)
+    config = with_heldout_sampling(config, model)
     ref_section, reference = _open_reference(config, model)
     preferences, read = read_preferences(config.data)
     room = Room(model.config.max_position_embeddings, config.sampling.max_new_tokens)
@@ -105,9 +108,10 @@ def _train(config: GRPOConfig, dry_run: bool) -> bool:
         return True
 
     # ---------------------------------------------------------------------------------------------------------- train
-    if is_complete(config, model, records, steps):
+    held_to = reference if config.policy.kl_coef else None
+    if is_complete(config, model, records, steps, held_to):
         return True
-    run, state = begin_or_resume(config, model, records, iterator, mesh, optimizer, steps)
+    run, state = begin_or_resume(config, model, records, iterator, mesh, optimizer, steps, held_to)
     watch = open_watch(config, run.folder, run.done, batches_per_epoch(len(records), config.pairs_per_step))
     # Loaded, never taken from the state: a resumed run would have lost it, and the update donates those buffers.
     ref_params = None
@@ -170,6 +174,7 @@ def _train(config: GRPOConfig, dry_run: bool) -> bool:
 
     reward = f"PAR with the {config.reward.margin} margin, {config.group_size} judgements of each response"
     card = ModelCardFacts(config.model.path, "grpo", config.data.path, len(records), updates, reward, config.rubrics)
+    card = replace(card, drawing=exported_drawing(config, model), measured_on=heldout_in_words(config, model))
     return finish(run, step, state, model, card, config.model.dtype, watch)
 
 

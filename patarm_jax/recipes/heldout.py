@@ -16,6 +16,7 @@ from patarm_jax.data.pipeline import EncodedPair, bucket, digest_of, encode_pair
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import pairwise_accuracy
 from patarm_jax.model.sharding import batch_ways, fetch
+from patarm_jax.recipes.drawing import heldout_sampling
 from patarm_jax.recipes.model import Model, weight_sync
 from patarm_jax.rollout.judging import (
     Judge,
@@ -63,9 +64,8 @@ def open_heldout(
     said = _refuse_shared_pairs(config, training, preferences)
     if section.limit:
         preferences = preferences[: section.limit]
-    room = Room(
-        model.config.max_position_embeddings, section.sampling.max_new_tokens, "heldout.sampling.max_new_tokens"
-    )
+    sampling = heldout_sampling(config, model)
+    room = Room(model.config.max_position_embeddings, sampling.max_new_tokens, "heldout.sampling.max_new_tokens")
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data, room)
     say(f"held out, {section.path}: {read}{said}. Encoded: {encoded}.")
     agree("the held-out pairs they read", {"number of pairs": len(records), "pairs": digest_of(records)})
@@ -74,7 +74,7 @@ def open_heldout(
     each = len(padded) // processes
     return Heldout(
         section,
-        make_judge(model.config, model.tokenizer, mesh, config.model, section.sampling, section.votes),
+        make_judge(model.config, model.tokenizer, mesh, config.model, sampling, section.votes),
         weight_sync(model.config, mesh, config.mesh, config.model.dtype),
         jax.random.fold_in(jax.random.key(config.run.seed), 0),  # training's begin at step 1
         records,

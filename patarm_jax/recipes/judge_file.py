@@ -8,40 +8,47 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from patarm_jax.config import JudgeConfig
+from patarm_jax.config import JudgeConfig, JudgingSection, to_yaml
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import Accuracy, pairwise_accuracy
-from patarm_jax.evaluate.answers import Answer, Answers, Question, open_answers
+from patarm_jax.evaluate.answers import Answer, Answers, Question, missing, open_answers, read_answers
 from patarm_jax.evaluate.judges import SIDES
 from patarm_jax.evaluate.outcomes import mean_scores
 from patarm_jax.evaluate.summary import hardly_readable
 from patarm_jax.files import check_writable, hold_output, write_text, writing
 from patarm_jax.judge.parse import parse_pointwise
 from patarm_jax.judge.prompts import pointwise
-from patarm_jax.recipes.ask import ask_local, open_local
+from patarm_jax.recipes.ask import AGAIN, ask_local, open_local
+from patarm_jax.recipes.estimate import estimate
 from patarm_jax.run.process import say
 from patarm_jax.types import CHOSEN, REJECTED, Preference, Status, UsageError, UserError
 
 
-def main(config: JudgeConfig) -> Accuracy | None:
-    """Writes `config.output`; gives the accuracy over the whole file, or None when it was asked to stop before."""
+def main(config: JudgeConfig, dry_run: bool = False) -> Accuracy | None:
+    """Writes `config.output`; gives the accuracy over the whole file, or None when it was asked to stop before the end.
+
+    A dry run says what is still to be judged and what it will cost, and writes nothing; it gives None.
+    """
     if not config.output:
         raise UsageError("no output is named. Give --output scores.jsonl.")
     output = Path(config.output).expanduser()
     if output.is_dir():
         raise UsageError(f"the output {output} is a folder. Name a file, such as {output / 'scores.jsonl'}.")
+    if dry_run:
+        return _judge(config, output, dry_run)
     check_writable(output, folder=False)
     _written_before(output)
     with hold_output(output, say):
-        return _judge(config, output)
+        return _judge(config, output, dry_run)
 
 
-def _judge(config: JudgeConfig, output: Path) -> Accuracy | None:
+def _judge(config: JudgeConfig, output: Path, dry_run: bool) -> Accuracy | None:
     before = _written_before(output)
     longest = config.data.max_prompt_tokens
     local = open_local(config.model, config.mesh, config.sampling, config.votes, config.seed, longest)
@@ -57,20 +64,27 @@ def _judge(config: JudgeConfig, output: Path) -> Accuracy | None:
 
     # ---------------------------------------------------------------------------------------------------------- judge
     identity = local.identity | {"rubrics": config.rubrics}
+    sampling = {name: identity[name] for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
     run = _run(identity, questions, config.votes)
     if any(row.get("run") != run for row in before):
         raise UserError(
             f"{output} holds scores of another judge, of other data or with other settings. Name another file as "
             "--output, or remove it."
         )
-    if [row["id"] for row in before] == [one.id for one in preferences]:
-        return _tell(output, before, "these scores were there already")
     part = output.with_name(f".{output.name}.patarm-answers")  # always the same: a stopped run goes on from it
+    finished = [row["id"] for row in before] == [one.id for one in preferences]
+    if dry_run:
+        print(to_yaml(replace(config, sampling=JudgingSection(**asdict(local.sampling)))))
+        known = read_answers(part, identity)
+        print(estimate(local, [] if finished else missing(known, questions, config.votes, AGAIN)))
+        return None
+    if finished:
+        return _tell(output, before, "these scores were there already")
     with open_answers(part, identity) as answers:
         if not ask_local(local, answers, questions, parse_pointwise):
             return None
     rows = [
-        {"run": run, **_row(one, questions[2 * i : 2 * i + 2], answers, config.votes)}
+        {"run": run, **_row(one, questions[2 * i : 2 * i + 2], answers, config.votes), "sampling": sampling}
         for i, one in enumerate(preferences)
     ]
     with writing(output, "What is judged is kept."):

@@ -1,5 +1,6 @@
 """A model as every story opens it: a folder that is read, weights that are loaded into their places."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,17 @@ from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config, read_config
 from patarm_jax.model.qwen3 import Params, abstract_params, init_params, layers_apart
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, Rules
-from patarm_jax.model.weight_files import Stored, read_stored
+from patarm_jax.model.weight_files import Stored, digest, read_stored
 from patarm_jax.run.process import say
 from patarm_jax.types import UsageError, UserError
 
 EXPORT = "export"  # the folder of a run that holds the model it made
+
+
+def name_of(folder: Path) -> str:
+    """What a model's folder is called; of the export of a run, the run."""
+    folder = folder.expanduser().resolve()
+    return folder.parent.name if folder.name == EXPORT else folder.name
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,23 @@ def open_model(section: ModelSection, scalar: bool = False) -> Model:
     for remark in stored.remarks if stored else ():
         say(remark)
     return model
+
+
+def weights_digest(model: Model) -> str:
+    """What weights are known by, wherever they lie: see `weight_files.digest`.
+
+    "random" where the config asks for random ones, which the seed and the network say; "" of a folder without weights.
+    """
+    if model.stored is None:
+        return "random"
+    return digest(model.stored) if model.stored.files else ""
+
+
+def judge_digest(model: Model) -> str:
+    """What a judge is known by: its weights, its network and its tokenizer."""
+    tokenizer = model.tokenizer
+    about = (model.config, tokenizer.stop_ids, sorted(tokenizer.files.items()), weights_digest(model))
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 
 def load_params(

@@ -25,16 +25,17 @@ from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.model.sharding import TRAIN_RULES, batch_ways
 from patarm_jax.recipes.dry_run import Program
 from patarm_jax.recipes.export import ModelCardFacts, write_export
-from patarm_jax.recipes.model import EXPORT, Model, load_params
+from patarm_jax.recipes.model import EXPORT, Model, load_params, weights_digest
 from patarm_jax.recipes.records import schedule_change
 from patarm_jax.recipes.soundness import refuse_ruined
 from patarm_jax.recipes.watch import Watch
 from patarm_jax.run.peers import COMPILING, agree, arrive, told
 from patarm_jax.run.process import say
-from patarm_jax.train.checkpoint import Checkpoints, open_checkpoints, refuse_another_run
-from patarm_jax.train.checkpoint_files import steps_in
+from patarm_jax.train.checkpoint import Checkpoints, open_checkpoints
+from patarm_jax.train.checkpoint_files import metrics_of, steps_in
 from patarm_jax.train.metrics import MetricsWriter, compilations, open_metrics
 from patarm_jax.train.steps import TrainState, abstract_state, init_state
+from patarm_jax.train.whose import REFERENCE, START, WEIGHTS, notes_no_digests, refuse_another_run, with_known_start
 from patarm_jax.types import LearntNothing, UsageError, UserError
 
 CHECKPOINTS, ROLLOUTS, CONFIG = "checkpoints", "rollouts", "config.yaml"
@@ -95,7 +96,13 @@ def _is_archive(folder: Path) -> bool:
     return (folder / EXPORT).is_dir() and not is_writable(folder)
 
 
-def is_complete(config: SFTConfig | GRPOConfig, model: Model, records: Sequence[EncodedPair], steps: int) -> bool:
+def is_complete(
+    config: SFTConfig | GRPOConfig,
+    model: Model,
+    records: Sequence[EncodedPair],
+    steps: int,
+    reference: Model | None = None,
+) -> bool:
     """Whether this run was finished and put away: nothing can be written there, or its checkpoints are gone.
 
     Raises:
@@ -105,8 +112,8 @@ def is_complete(config: SFTConfig | GRPOConfig, model: Model, records: Sequence[
     saved, mark = steps_in(folder / CHECKPOINTS), read_json_object(folder / MARK)
     if not (folder / EXPORT).is_dir() or mark is None or (saved and is_writable(folder)):
         return False
-    whose = json.loads(json.dumps(fingerprint(config, model, records)))
-    refuse_another_run(str(folder), expected=whose, got=mark, what="holds another run")
+    whose = with_known_start(fingerprint(config, model, records, reference), mark)
+    refuse_another_run(str(folder), expected=json.loads(json.dumps(whose)), got=mark, what="holds another run")
     done = max(saved, default=_last_step(folder))
     if done < steps:
         check_writable(folder, folder=True)
@@ -205,28 +212,40 @@ def check_batch(mesh: Mesh, rows: int, micro_batches: int, what: str) -> None:
         )
 
 
-def fingerprint(config: SFTConfig | GRPOConfig, model: Model, records: Sequence[EncodedPair]) -> dict[str, Any]:
-    """What must not change between a checkpoint and its continuation; placement, logging and batching may."""
+def fingerprint(
+    config: SFTConfig | GRPOConfig, model: Model, records: Sequence[EncodedPair], reference: Model | None = None
+) -> dict[str, Any]:
+    """What must not change between a checkpoint and its continuation; placement, logging and batching may.
+
+    Args:
+        config: of the run.
+        model: what training starts from.
+        records: the pairs that are trained on.
+        reference: what the KL is measured from; None where there is no KL.
+    """
     settings, network = dataclasses.asdict(config), dataclasses.asdict(model.config)
     del network["scalar_head"]  # nothing trains one
     free = ("model", "mesh", "data", "run", "heldout", "micro_batches", "packing")
     kept = {name: settings[name] for name in settings if name not in free}
-    if "sampling" in kept:
-        kept["sampling"] = {name: value for name, value in kept["sampling"].items() if name != "rows"}
+    for section, name in (("sampling", "rows"), ("policy", "reference")):  # the latter is known by its weights
+        if section in kept:
+            del kept[section][name]
     return {
         "recipe": type(config).__name__,
         "model": network | {"dtype": config.model.dtype},
         "data": digest_of(records),
         "seed": config.run.seed,
         **kept,
-        **_reference_of(config),
+        WEIGHTS: _weights_of(config, model, reference),
     }
 
 
-def _reference_of(config: SFTConfig | GRPOConfig) -> dict[str, str]:
-    if not isinstance(config, GRPOConfig) or not config.policy.kl_coef:
-        return {}
-    return {"reference": config.policy.reference or config.model.path}
+def _weights_of(config: SFTConfig | GRPOConfig, model: Model, reference: Model | None) -> dict[str, dict[str, str]]:
+    found = {START: {"path": config.model.path, "digest": weights_digest(model)}}
+    if isinstance(config, GRPOConfig) and reference is not None:
+        digest = found[START]["digest"] if reference is model else weights_digest(reference)
+        found[REFERENCE] = {"path": config.policy.reference or config.model.path, "digest": digest}
+    return found
 
 
 @dataclass(frozen=True)
@@ -277,12 +296,18 @@ def begin_or_resume(
     mesh: Mesh,
     optimizer: optax.GradientTransformation,
     steps: int,
+    reference: Model | None = None,
 ) -> tuple[Run, TrainState]:
     """Opens the run folder; the state is the last checkpoint's, and the iterator stands where it stood then."""
     folder, keep = _folder(config.run), config.run.keep_checkpoints
     best = f"eval/{config.heldout.best}" if config.heldout.path else ""
-    whose = fingerprint(config, model, records)
-    agree("what they read", {"number of pairs": len(records), "pairs": whose["data"], "model": whose["model"]})
+    noted = read_json_object(folder / MARK)
+    whose = with_known_start(fingerprint(config, model, records, reference), noted)
+    alike = {"pairs": whose["data"], "model": whose["model"], WEIGHTS: whose[WEIGHTS]}
+    agree("what they read", {"number of pairs": len(records), **alike})
+    begun = noted is not None or steps_in(folder / CHECKPOINTS)
+    if begun and notes_no_digests(noted or {}):
+        say(f"{folder} was begun by a version that did not note which weights it had; they are assumed to be the same")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     _refuse_separate_folders(folder)
@@ -346,7 +371,8 @@ def finish(
     complete = run.done >= run.steps and export.is_dir()
     if not complete:
         # Of the state: it may have done more steps than are asked for now, and skipped updates.
-        card = dataclasses.replace(card, steps=int(state.step) - int(state.skipped))
+        updates, measured = int(state.step) - int(state.skipped), metrics_of(run.folder / CHECKPOINTS / str(step))
+        card = dataclasses.replace(card, steps=updates, measured=measured)
         # What is there is of this run when it was shorter.
         write_export(export, state.params, model.config, model.tokenizer, card, dtype, replace=True)
     if watch.verdict:

@@ -5,6 +5,7 @@ The loss is on the judgement alone, its end token included. The same command res
 
 import contextlib
 import itertools
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from patarm_jax.arrays import SFTBatch
 from patarm_jax.config import SFTConfig, to_yaml
 from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import PairBatch, SFTShape, batches, batches_per_epoch, encode_pairs, sft_batch, sft_shape
@@ -21,6 +23,7 @@ from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.kernels import Form, kernel_for, kernels_in_use
 from patarm_jax.model.qwen3 import forward
 from patarm_jax.model.sharding import batch_sharding, batch_ways, fetch, make_mesh, place_batch
+from patarm_jax.recipes.drawing import exported_drawing, heldout_in_words, with_heldout_sampling
 from patarm_jax.recipes.dry_run import describe
 from patarm_jax.recipes.export import ModelCardFacts
 from patarm_jax.recipes.heldout import evaluate_heldout, open_heldout
@@ -44,7 +47,6 @@ from patarm_jax.train.metrics import Timer, compilations
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.progress import percent, progress
 from patarm_jax.train.steps import make_step, sft_loss
-from patarm_jax.types import SFTBatch
 
 WIDTH_MULTIPLE = 64  # sequences are padded to buckets of this many tokens
 
@@ -64,6 +66,7 @@ def _train(config: SFTConfig, dry_run: bool) -> bool:
 
     # ------------------------------------------------------------------------------------------------ model and data
     model = open_model(config.model)
+    config = with_heldout_sampling(config, model)
     preferences, read = read_judged_preferences(config.data)
     records, encoded = encode_pairs(
         model.tokenizer, preferences, config.rubrics, config.data, Room(model.config.max_position_embeddings)
@@ -137,6 +140,7 @@ def _train(config: SFTConfig, dry_run: bool) -> bool:
                     break
 
     card = ModelCardFacts(config.model.path, "sft", config.data.path, len(records), steps, "", config.rubrics)
+    card = replace(card, drawing=exported_drawing(config, model), measured_on=heldout_in_words(config, model))
     return finish(run, step, state, model, card, config.model.dtype, watch)
 
 

@@ -71,7 +71,7 @@ def told_of(config: SFTConfig | GRPOConfig, folder: Path) -> Told:
         learning_rate=config.optimizer.learning_rate,
         dtype=config.model.dtype,
         max_new_tokens=config.sampling.max_new_tokens if isinstance(config, GRPOConfig) else 0,
-        heldout_new_tokens=config.heldout.sampling.max_new_tokens,
+        heldout_new_tokens=config.heldout.sampling.max_new_tokens or 0,
         updates_per_step=config.policy.updates_per_rollout if isinstance(config, GRPOConfig) else 1,
         on_nonfinite=config.run.on_nonfinite,
         max_skipped=config.run.max_skipped,

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from patarm_jax.arrays import Completions, Prompts, Seats
 from patarm_jax.config import ModelSection, SamplingSection
 from patarm_jax.data.pipeline import EncodedPair
 from patarm_jax.data.tokenizer import Tokenizer, written
@@ -24,7 +25,7 @@ from patarm_jax.model.qwen3 import KVCache, Params, PromptCache
 from patarm_jax.model.sharding import fetch, place_batch
 from patarm_jax.rollout.sampler import Network, Settings
 from patarm_jax.rollout.stream import Arrays, Engine, Request, complete, completed_groups, make_engine
-from patarm_jax.types import Completions, Judgement, Prompts, Seats
+from patarm_jax.types import Judgement
 
 Parse = Callable[[str], Judgement]
 

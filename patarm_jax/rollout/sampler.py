@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import jax.numpy as jnp
 
-from patarm_jax.types import Prompts, Seats
+from patarm_jax.arrays import Prompts, Seats
 
 Cache = TypeVar("Cache")
 Params = Any

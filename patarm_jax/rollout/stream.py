@@ -17,11 +17,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from patarm_jax.arrays import Prompts
 from patarm_jax.data.pipeline import bucket
 from patarm_jax.model.sharding import BATCH_AXES, batch_sharding, batch_ways, constrain, fetch, local_part, place_batch
 from patarm_jax.rollout import sampler
 from patarm_jax.rollout.sampler import Admission, Network, Settings, Slots
-from patarm_jax.types import Prompts
 
 # Host arrays, or shapes, where a type speaks of the arrays they become on the devices.
 Arrays = tuple[jax.Array, ...]

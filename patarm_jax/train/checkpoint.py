@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from patarm_jax.train.checkpoint_files import FILES, Damage, damage_of, note_files, steps_in
+from patarm_jax.train.whose import refuse_another_run
 from patarm_jax.types import UserError
 
 STATE, DATA, FINGERPRINT = "state", "data", "fingerprint"
@@ -332,19 +333,6 @@ def _silence_coroutines() -> None:
     sys.unraisablehook = complain
 
 
-def refuse_another_run(
-    where: str, expected: Mapping[str, Any], got: Mapping[str, Any], what: str = "is a checkpoint of another run"
-) -> None:
-    """Refuses what another run has written, naming the first setting that differs."""
-    stored = _flat(got)
-    for key, value in _flat(expected).items():
-        if key not in stored or stored[key] != value:
-            was = f"is {stored[key]!r}" if key in stored else "is absent"
-            raise UserError(
-                f"{where} {what}: {key} {was} there and {value!r} here. Set it as it was, or give another run folder."
-            )
-
-
 def _free_name(path: Path) -> Path:
     """The path, or with a number behind it when it is taken."""
     number = 1
@@ -353,17 +341,6 @@ def _free_name(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys.
-
-    >>> _flat({"model": {"layers": 2, "heads": {}}, "data": "ab"})
-    {'model.layers': 2, 'data': 'ab'}
-    """
-    if not isinstance(tree, Mapping):
-        return {prefix.removesuffix("."): tree}
-    return {key: leaf for name, part in tree.items() for key, leaf in _flat(part, f"{prefix}{name}.").items()}
 
 
 def _reason(error: Exception) -> str:

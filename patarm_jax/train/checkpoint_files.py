@@ -5,6 +5,7 @@ Orbax reads a checkpoint from which files are missing as far as it can, and not 
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,21 @@ def steps_in(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
+
+
+def metrics_of(step: Path) -> dict[str, float]:
+    """The metrics by which a checkpoint may be chosen; empty where it was not evaluated, or cannot be read."""
+    try:
+        found = json.loads((step / "metrics" / "metrics").read_bytes())
+        return {str(name): float(value) for name, value in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def best_of(folder: Path, metric: str) -> int | None:
+    """The step whose value of a metric is the largest, the last of equals; None where no checkpoint has one."""
+    values = [(metrics_of(folder / str(step)).get(metric, math.nan), step) for step in steps_in(folder)]
+    return max(((value, step) for value, step in values if not math.isnan(value)), default=(0.0, None))[1]
 
 
 def note_files(step: Path) -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from patarm_jax.arrays import GRPOBatch, SFTBatch
 from patarm_jax.config import PolicySection
 from patarm_jax.train.losses import (
     clipped_policy_loss,
@@ -23,7 +24,6 @@ from patarm_jax.train.losses import (
     token_logprobs,
     token_weights,
 )
-from patarm_jax.types import GRPOBatch, SFTBatch
 
 Params = Any
 Batch = TypeVar("Batch")

@@ -1,0 +1,101 @@
+"""Whose a checkpoint or a run folder is: what another run has written is refused, by the first thing that differs.
+
+A run is told from others by a fingerprint, nested JSON of all that must not change between its processes. Settings are
+compared by value. The weights that a run begins with, and those that its KL is measured from, are known by a digest
+and not by their path: under `WEIGHTS` stands, of each, {"path": …, "digest": …}.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from patarm_jax.types import UserError
+
+WEIGHTS = "weights"
+START, REFERENCE = "start", "reference"  # the weights under WEIGHTS
+_CALLED = {START: "model.path", REFERENCE: "policy.reference"}
+
+
+def refuse_another_run(
+    where: str, expected: Mapping[str, Any], got: Mapping[str, Any], what: str = "is a checkpoint of another run"
+) -> None:
+    """Refuses what another run has written, naming the first setting that differs.
+
+    Args:
+        where: the checkpoint or folder, to begin the sentence with.
+        expected: the fingerprint of this run.
+        got: the one that was found.
+        what: the rest of the sentence, up to the setting.
+    """
+    stored = _flat(got)
+    for key, value in _flat({name: value for name, value in expected.items() if name != WEIGHTS}).items():
+        if key not in stored or stored[key] != value:
+            was = f"is {stored[key]!r}" if key in stored else "is absent"
+            raise UserError(
+                f"{where} {what}: {key} {was} there and {value!r} here. Set it as it was, or give another run folder."
+            )
+    ours, theirs = expected.get(WEIGHTS, {}), got.get(WEIGHTS)
+    if theirs is None:
+        _refuse_another_path(where, what, ours, got)
+        return
+    for role in (REFERENCE, START):
+        _refuse_other_weights(f"{where} {what}", role, ours.get(role), theirs.get(role))
+
+
+def notes_no_digests(got: Mapping[str, Any] | None) -> bool:
+    """Whether a fingerprint is of a version that knew weights by their path."""
+    return got is not None and WEIGHTS not in got
+
+
+def with_known_start(fingerprint: Mapping[str, Any], got: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The fingerprint of a run whose model folder holds no weights any more, with those that were noted before."""
+    ours = dict(fingerprint.get(WEIGHTS, {}))
+    theirs = (got or {}).get(WEIGHTS, {})
+    if START in ours and not ours[START]["digest"] and START in theirs:
+        ours[START] = theirs[START]
+        return dict(fingerprint) | {WEIGHTS: ours}
+    return dict(fingerprint)
+
+
+def _refuse_another_path(where: str, what: str, ours: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+    """Of a run that knew its reference by path, the path must be the same, letter for letter."""
+    reference, stored = ours.get(REFERENCE), got.get(REFERENCE)
+    if reference is not None and stored is not None and reference["path"] != stored:
+        raise UserError(
+            f"{where} {what}: the KL reference is {stored!r} there and {reference['path']!r} here. Set "
+            f"{_CALLED[REFERENCE]} as it was, or give another run folder."
+        )
+
+
+def _refuse_other_weights(
+    wrong: str, role: str, ours: Mapping[str, str] | None, theirs: Mapping[str, str] | None
+) -> None:
+    if ours is None or theirs is None or ours["digest"] in ("", theirs["digest"]):
+        return
+    found = f"{_known_by(theirs)} there and {_known_by(ours)} here"
+    if role == REFERENCE:
+        raise UserError(
+            f"{wrong}: its KL is measured from other weights, {found}. Put those weights back, name a folder that "
+            f"holds them as {_CALLED[role]}, or give another run folder."
+        )
+    raise UserError(
+        f"{wrong}: it began with other weights, {found}. Name a folder that holds those as {_CALLED[role]}, or give "
+        "another run folder. A run that has saved a checkpoint also goes on with a folder of the model's config and "
+        "tokenizer that holds no weights."
+    )
+
+
+def _known_by(weights: Mapping[str, str]) -> str:
+    """Such as `runs/sft (digest 0123456789abcdef)`."""
+    digest = weights["digest"]
+    return f"random ones for {weights['path']}" if digest == "random" else f"{weights['path']} (digest {digest})"
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys.
+
+    >>> _flat({"model": {"layers": 2, "heads": {}}, "data": "ab"})
+    {'model.layers': 2, 'data': 'ab'}
+    """
+    if not isinstance(tree, Mapping):
+        return {prefix.removesuffix("."): tree}
+    return {key: leaf for name, part in tree.items() for key, leaf in _flat(part, f"{prefix}{name}.").items()}
