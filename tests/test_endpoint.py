@@ -261,6 +261,17 @@ def test_refusals_that_no_answer_follows_are_asked_once_more(pairs):
         assert overall(pairs)[0]["counts"]["refused"] == 9 and len(chat.asked) == 12 + 9
 
 
+def test_a_refusal_before_the_server_went_away_is_asked_once_more(pairs):
+    """Alone at the end it would be final; here what followed were failures, so that it may have been their first."""
+    with served("", "", "", "400", *["500"] * 100) as (url, chat):
+        command = remote(pairs, url, "--endpoint.concurrency", 1, "--votes", 4)
+        assert main([*command, "--endpoint.tries", "1"]) == 1
+        chat.plan.clear()
+        assert main(command) == 0
+    counts, accuracy = overall(pairs)
+    assert (counts["refused"], counts["failed"], accuracy) == (0, 0, 1.0)
+
+
 def test_where_every_answer_is_a_refusal_that_is_the_result(pairs, capsys):
     refusal = {"choices": [{"message": {"content": None, "refusal": "I will not."}, "finish_reason": "stop"}]}
     with served(always=lambda _: (200, refusal)) as (url, chat):
