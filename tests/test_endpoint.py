@@ -268,8 +268,8 @@ def test_a_refusal_before_the_server_went_away_is_asked_once_more(pairs):
         assert main([*command, "--endpoint.tries", "1"]) == 1
         chat.plan.clear()
         assert main(command) == 0
-    counts, accuracy = overall(pairs)
-    assert (counts["refused"], counts["failed"], accuracy) == (0, 0, 1.0)
+    found, accuracy = overall(pairs)
+    assert (found["counts"]["refused"], found["counts"]["failed"], accuracy) == (0, 0, 1.0)
 
 
 def test_where_every_answer_is_a_refusal_that_is_the_result(pairs, capsys):
