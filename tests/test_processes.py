@@ -219,9 +219,8 @@ def test_a_process_that_is_lost_ends_all_and_the_restart_ends_alike(
     for said in pod.end(*[1] * (processes - 1), since=since):
         assert len(sentences(said)) == 1 and re.search(sentence, said), said
         assert "Start the same command again on all of them" in said
-    if which == signal.SIGSTOP:
-        lost.process.send_signal(signal.SIGKILL)
-    lost.process.wait()
+    lost.process.send_signal(signal.SIGKILL)  # also of one that is frozen
+    lost.end(-signal.SIGKILL)
     Pod(environment, recipe, config, processes=processes, port=pod.port).end(*[VAIN[recipe]] * processes)
     assert_equal_runs(world / name, uninterrupted(recipe, processes))
 
