@@ -73,8 +73,8 @@ def test_a_run_without_its_checkpoints(world, capsys, tmp_path):
     again = ["sft", world / "sft.yaml", "--run.folder", run]
     assert said(capsys, 0, *again) == f"{run} is complete, 2 of 2 steps, and is left as it is: {run / 'export'}"
     assert said(capsys, 1, *again, "--run.steps", "3") == (
-        f"patarm: {run} holds a finished run of 2 steps, whose checkpoints are gone: the 3 steps of this one cannot go on "
-        "from there. Give another run folder."
+        f"patarm: {run} holds a finished run of 2 steps, whose checkpoints are gone: the 3 steps of this one cannot go "
+        "on from there. Give another run folder."
     )
     assert {path: text for path, text in content(run).items() if path.name != ".patarm-lock"} == before
 
