@@ -210,7 +210,7 @@ def test_two_runs_in_one_folder(world, tmp_path):
     """The second is refused; of the first nothing is missing, also when it was killed and resumed in between."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "patarm_jax", "sft", f"{world}/sft.yaml", "--run.folder", str(run)]
-    command += ["--run.steps", "40", "--run.checkpoint_every", "2"]
+    command += ["--run.steps", "12", "--run.checkpoint_every", "2"]
     settings = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
     def steps():
@@ -229,7 +229,7 @@ def test_two_runs_in_one_folder(world, tmp_path):
         first.send_signal(signal.SIGKILL if killed else signal.SIGCONT)
         said = first.communicate()[1]
     assert first.returncode == 0, said
-    assert steps() == list(range(1, 41)) and (run / "export" / "model.safetensors").exists()
+    assert steps() == list(range(1, 13)) and (run / "export" / "model.safetensors").exists()
     assert not (run / locks.NAME).exists()
 
 
