@@ -11,7 +11,7 @@ from tests.toys import tiny_model_folder, write_preferences
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A finished run of two steps, and its command."""
+    """A run of two steps, to be."""
     root = tmp_path_factory.mktemp("world")
     tiny_model_folder(root / "model")
     write_preferences(root / "pairs.jsonl", 8)
@@ -22,8 +22,14 @@ def world(tmp_path_factory):
         "pairs_per_step": 8,
     }
     (root / "sft.yaml").write_text(yaml.safe_dump(config))
-    assert main(["sft", str(root / "sft.yaml")]) == 0
     return root
+
+
+@pytest.fixture(scope="module")
+def finished(world):
+    """Its folder, when it has been done."""
+    assert main(["sft", str(world / "sft.yaml")]) == 0
+    return world / "run"
 
 
 def said(capsys, code, *arguments):
@@ -37,11 +43,11 @@ def content(folder):
 
 
 @pytest.mark.long
-def test_a_run_on_a_read_only_disk(world, small_disk, capsys, tmp_path):
+def test_a_run_on_a_read_only_disk(world, finished, small_disk, capsys, tmp_path):
     disk, remount = small_disk
     remount("32m")
     run = disk / "run"
-    shutil.copytree(world / "run", run)
+    shutil.copytree(finished, run)
     remount("32m,ro")
     again = ["sft", world / "sft.yaml", "--run.folder", run]
 
@@ -64,10 +70,10 @@ def test_a_run_on_a_read_only_disk(world, small_disk, capsys, tmp_path):
 
 
 @pytest.mark.long
-def test_a_run_without_its_checkpoints(world, capsys, tmp_path):
+def test_a_run_without_its_checkpoints(world, finished, capsys, tmp_path):
     """Which are large, and are removed where the export is kept."""
     run = tmp_path / "run"
-    shutil.copytree(world / "run", run)
+    shutil.copytree(finished, run)
     shutil.rmtree(run / "checkpoints")
     before = content(run)
     again = ["sft", world / "sft.yaml", "--run.folder", run]

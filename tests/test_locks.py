@@ -205,6 +205,35 @@ def test_every_verb_that_writes_is_refused_where_another_writes(verb, world, tmp
         ended(process)
 
 
+@pytest.mark.long
+def test_two_runs_in_one_folder(world, tmp_path):
+    """The second is refused; of the first nothing is missing, also when it was killed and resumed in between."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "patarm_jax", "sft", f"{world}/sft.yaml", "--run.folder", str(run)]
+    command += ["--run.steps", "12", "--run.checkpoint_every", "2"]
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+    def steps():
+        path = run / "metrics.jsonl"
+        return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+    for killed in (True, False):
+        before = len(steps())
+        first = subprocess.Popen(command, env=settings, stderr=subprocess.PIPE, text=True)
+        while len(steps()) <= before and first.poll() is None:
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)  # else it ends before the second one begins
+        second = subprocess.run(command, env=settings, capture_output=True, text=True)
+        assert second.returncode == 1
+        assert f"{run} is being written by another process, pid {first.pid} on" in second.stderr
+        first.send_signal(signal.SIGKILL if killed else signal.SIGCONT)
+        said = first.communicate()[1]
+    assert first.returncode == 0, said
+    assert steps() == list(range(1, 13)) and (run / "export" / "model.safetensors").exists()
+    assert not (run / locks.NAME).exists()
+
+
+@pytest.mark.long
 def test_a_dry_run_takes_no_lock(world, tmp_path, capsys):
     process, _ = started("hold_folder", tmp_path)
     try:
