@@ -202,6 +202,10 @@ def test_a_run_folder_holds_what_it_should(world):
     assert {"reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "completions/mean_length"} <= line.keys()
     assert {"num_tokens", "epoch", "step_time", "completions/clipped_ratio", "time/tokens_per_second"} <= line.keys()
     assert line["sampling/logprob_gap_mean"] > 0  # of the second of two updates
+    # Two steps of two updates; also where a checkpoint is exported.
+    assert main(["export", str(folder), str(world / "inside-export")]) == 0
+    for card in (folder / "export", world / "inside-export"):
+        assert "| optimiser updates | 4 |" in (card / "README.md").read_text()
     rows = judgements(folder)["step_000002.parquet"]
     assert len(rows) == 8 * 2 * 3
     assert {row["side"] for row in rows} == {"chosen", "rejected"}

@@ -32,8 +32,9 @@ def main(checkpoint: Path, out: Path) -> None:
     mesh = make_mesh(MeshSection())
     checkpoints = open_checkpoints(folder / CHECKPOINTS, 1, {}, on_damaged=config.run.on_damaged, say=say)
     params, step = checkpoints.restore_params(abstract_params(model.config, mesh, dtype=jnp.float32), step)
+    updates = checkpoints.updates(step)
     reward = f"PAR with the {config.reward.margin} margin" if isinstance(config, GRPOConfig) else ""
-    card = ModelCardFacts(config.model.path, config.recipe, config.data.path, None, step, reward, config.rubrics)
+    card = ModelCardFacts(config.model.path, config.recipe, config.data.path, None, updates, reward, config.rubrics)
     write_export(out, params, model.config, model.tokenizer, card, config.model.dtype)
     say(f"step {step} of {folder}: {out}")
 
