@@ -25,6 +25,7 @@ PURE = [
     "flags",
     "reward",
     "judge",
+    "data.limits",
     "evaluate.accuracy",
     "evaluate.domains",
     "evaluate.findings",
@@ -38,6 +39,7 @@ PURE = [
     "model.kernels",
     "model.qwen3",
     "rollout.sampler",
+    "train.health",
     "train.losses",
     "train.steps",
 ]
