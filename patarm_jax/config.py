@@ -102,7 +102,8 @@ class DataSection(_Checked):
     source_domains: dict[str, str] = field(default_factory=dict)
     drop_sources: tuple[str, ...] = ()
     # Of the whole encoded judge prompt. Training drops longer preferences and counts them, `judge` and `eval` record
-    # them as failed.
+    # them as too long; so they do with prompts that leave no room, within the model's max_position_embeddings, for all
+    # the tokens that may be written behind them.
     max_prompt_tokens: int = 2048
     max_completion_tokens: int = 1024  # of an SFT judgement with its end token; longer rows are dropped and counted
     # What SFT does with a preference that carries no judgements: refuse, leave it out, or write one that has the form

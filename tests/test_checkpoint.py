@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 
 from patarm_jax.train.checkpoint import open_checkpoints
 from patarm_jax.train.checkpoint_files import FILES
+from patarm_jax.train.steps import TrainState
 from patarm_jax.types import UserError
 
 FINGERPRINT = {"model": {"layers": 2, "rope": 1e6}, "data": "0a1b"}
@@ -304,3 +305,16 @@ def python(function, *arguments):
 
 if __name__ == "__main__":
     {"killed": killed, "worker": worker, "restore_rows": restore_rows}[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
+
+
+def test_the_updates_of_a_checkpoint_are_those_taken(tmp_path):
+    """Read without the weights, of the step that is named."""
+    params = {"w": jnp.ones((4, 3))}
+    checkpoints = open_checkpoints(tmp_path / "checkpoints", 3, FINGERPRINT)
+    for step, skipped in ((2, 0), (5, 3)):
+        optimizer = optax.adamw(1e-3)
+        tried = TrainState(jnp.int32(2 * step), params, optimizer.init(params), jnp.int32(skipped))
+        checkpoints.save(step, tried, DATA_STATE)
+    checkpoints.close()
+    again = open_checkpoints(tmp_path / "checkpoints", 3, {})
+    assert (again.updates(2), again.updates(5)) == (4, 7)

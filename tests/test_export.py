@@ -62,6 +62,14 @@ def test_transformers_loads_an_export_as_it_is(tokenizer, params, tmp_path):
     assert model.config.eos_token_id == tokenizer.stop_ids[0]
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 1e30])
+def test_ruined_weights_are_not_exported(tokenizer, params, tmp_path, value):
+    ruined = params | {"norm": params["norm"].at[1].set(value)}
+    with pytest.raises(UserError, match=r"nothing is exported: the weights norm hold numbers that are not finite or"):
+        write_export(tmp_path / "judge", ruined, CONFIG, tokenizer, FACTS)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_card_of_an_export_says_where_it_comes_from(tokenizer, params, tmp_path):
     write_export(tmp_path / "judge", params, CONFIG, tokenizer, FACTS)
     card = ModelCard.load(tmp_path / "judge" / "README.md")

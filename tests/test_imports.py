@@ -30,6 +30,7 @@ PURE = [
     "flags",
     "reward",
     "judge",
+    "data.limits",
     "evaluate.accuracy",
     "evaluate.domains",
     "evaluate.findings",
@@ -43,6 +44,7 @@ PURE = [
     "model.kernels",
     "model.qwen3",
     "rollout.sampler",
+    "train.health",
     "train.losses",
     "train.steps",
 ]

@@ -13,6 +13,8 @@ from jax.sharding import AxisType
 
 from patarm_jax.cli import main
 from patarm_jax.config import GRPOConfig, MeshSection, SFTConfig, load
+from patarm_jax.data.limits import Room
+from patarm_jax.data.pipeline import encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.model import weights
 from patarm_jax.model.config import read_config
@@ -81,6 +83,21 @@ def test_a_run_folder_holds_what_it_should(world):
     assert {"reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "completions/mean_length"} <= line.keys()
     assert {"num_tokens", "epoch", "step_time", "completions/clipped_ratio", "time/tokens_per_second"} <= line.keys()
     assert line["sampling/logprob_gap_mean"] > 0  # of the second of two updates
+    # As TRL counts: every rollout with its prompt.
+    config = load(GRPOConfig, folder / "config.yaml")
+    tokenizer, (preferences, _) = open_model(config.model).tokenizer, read_preferences(config.data)
+    records, _ = encode_pairs(tokenizer, preferences, config.rubrics, config.data, Room(100_000))
+    prompts = {record.preference.id: sum(map(len, record.prompt_tokens)) for record in records}
+    counted = 0
+    for step, each in enumerate(lines_of(folder), 1):
+        pairs = {row["pair_id"] for row in judgements(folder)[f"step_{step:06}.parquet"]}
+        counted += 3 * sum(prompts[pair] for pair in pairs) + round(each["completions/mean_length"] * 8 * 2 * 3)
+        assert each["num_tokens"] == counted
+    assert [each["epoch"] for each in lines_of(folder)] == [1.0, 2.0]  # twelve pairs fill one batch of eight
+    # Two steps of two updates; also where a checkpoint is exported.
+    assert main(["export", str(folder), str(world / "inside-export")]) == 0
+    for card in (folder / "export", world / "inside-export"):
+        assert "| optimiser updates | 4 |" in (card / "README.md").read_text()
     rows = judgements(folder)["step_000002.parquet"]
     assert len(rows) == 8 * 2 * 3
     assert {row["side"] for row in rows} == {"chosen", "rejected"}

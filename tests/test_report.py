@@ -1,15 +1,18 @@
 """The page of a run, opened from disk in a real browser: its curves, its rollouts, and hostile text as mere text."""
 
+import base64
+import gzip
 import itertools
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from patarm_jax.cli import main
-from patarm_jax.config import DataSection, EvalConfig, GRPOConfig, HeldoutSection, ModelSection, to_yaml
+from patarm_jax.config import DataSection, EvalConfig, GRPOConfig, HeldoutSection, ModelSection, RunSection, to_yaml
 from patarm_jax.report.main import within
 from patarm_jax.train.metrics import RolloutRow, open_metrics, write_rollouts
 from patarm_jax.types import Status
@@ -399,3 +402,20 @@ def test_mistakes(run, tmp_path, capsys):
     (tmp_path / "run" / "metrics.jsonl").unlink()
     assert main(["report", str(tmp_path / "run")]) == 1
     assert "the run has done no step yet" in capsys.readouterr().err
+
+
+def test_a_page_says_what_went_wrong(tmp_path):
+    """Skipped updates, pairs without PAR and cut-off shares, as facts and curves; and the sentence of the run's end."""
+    folder = tmp_path / "judge"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(GRPOConfig(run=RunSection(folder=str(folder)))))
+    line = {"judge/valid": 0.0, "completions/clipped_ratio": 1.0, "judge/pairs_without_par": 1.0, "skipped_updates": 1}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step, **line}) + "\n" for step in (1, 2)))
+    assert main(["report", str(folder)]) == 0
+    packed = re.search(r'id="payload"[^>]*>([^<]*)<', (folder / "report.html").read_text())[1]
+    data = json.loads(gzip.decompress(base64.b64decode(packed)))
+    facts = dict(data["facts"])
+    assert facts["updates skipped"] == "1 of 2"
+    assert facts["cut off"] == facts["pairs without PAR"] == "1.000"
+    assert facts["what went wrong"].startswith("nothing but the format penalty was learnt: in 2 of 2 steps every judge")
+    assert {"Cut-off judgements", "Pairs without PAR", "Updates skipped so far"} <= {p["title"] for p in data["panels"]}

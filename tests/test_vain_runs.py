@@ -151,5 +151,5 @@ def test_ruined_weights_are_refused_by_name(ruined):
 
 def test_a_model_with_ruined_weights_is_not_trained(world, ruined, capsys):
     started(world, "sft", "hopeless", code=1, model={"path": str(world / "ruined"), "weights": "load"})
-    assert f"model.path {world / 'ruined'}: the weights norm hold numbers that are not finite" in last_line(capsys)
+    assert f"the model {world / 'ruined'}: the weights norm hold numbers that are not finite" in last_line(capsys)
     assert not (world / "hopeless" / "config.yaml").exists()

@@ -43,8 +43,9 @@ def _export(checkpoint: Path, out: Path, best: bool) -> None:
     mesh = make_mesh(MeshSection())
     checkpoints = open_checkpoints(folder / CHECKPOINTS, 1, {}, on_damaged=config.run.on_damaged, say=say)
     params, step = checkpoints.restore_params(abstract_params(model.config, mesh, dtype=jnp.float32), step)
+    updates = checkpoints.updates(step)
     reward = f"PAR with the {config.reward.margin} margin" if isinstance(config, GRPOConfig) else ""
-    card = ModelCardFacts(config.model.path, config.recipe, config.data.path, None, step, reward, config.rubrics)
+    card = ModelCardFacts(config.model.path, config.recipe, config.data.path, None, updates, reward, config.rubrics)
     card = replace(
         card,
         drawing=exported_drawing(config, model),

@@ -15,6 +15,7 @@ from patarm_jax.model.config import Qwen3Config, read_config
 from patarm_jax.model.qwen3 import Params, abstract_params, init_params, layers_apart
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, Rules
 from patarm_jax.model.weight_files import Stored, digest, read_stored
+from patarm_jax.recipes.soundness import refuse_ruined
 from patarm_jax.run.process import say
 from patarm_jax.types import UsageError, UserError
 
@@ -105,7 +106,10 @@ def load_params(
         params = init_params(model.config, jax.random.key(seed), mesh, rules)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         return layers_apart(params) if apart else params
-    return weights.load(model.folder, mesh, rules, dtype, apart, model.stored)[0]
+    params = weights.load(model.folder, mesh, rules, dtype, apart, model.stored)[0]
+    if not apart:  # they are trained, or trained against: one that is no number would spoil every update
+        refuse_ruined(params, f"the model {model.folder}", "Copy the model again, or give another one")
+    return params
 
 
 def weight_sync(network: Qwen3Config, mesh: Mesh, placement: MeshSection, dtype: str) -> Any:

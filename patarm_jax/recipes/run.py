@@ -316,7 +316,6 @@ def begin_or_resume(
     done = 0
     if checkpoints.latest() is None:
         state = new_state(config.model, model, mesh, config.run.seed, optimizer)
-        refuse_ruined(state.params, f"model.path {config.model.path}", "Copy the model again, or give another one")
     else:
         state, data_state, done = checkpoints.restore(state_shape(model.config, mesh, optimizer))
         if done < steps:  # else nothing is read any more, and it may be past the end of fewer epochs

@@ -20,7 +20,7 @@ def refuse_ruined(params: Any, where: str, remedy: str) -> None:
     sound = fetch(jax.jit(lambda tree: jax.tree.map(lambda leaf: are_sound([leaf]), tree))(params))
     ruined = [path for path, fine in jax.tree_util.tree_leaves_with_path(sound) if not fine]
     if ruined:
-        names = ".".join(str(key.key) for key in ruined[0])
+        names = jax.tree_util.keystr(ruined[0], simple=True, separator=".")
         more = f" and {len(ruined) - 1} more" if len(ruined) > 1 else ""
         raise UserError(
             f"{where}: the weights {names}{more} hold numbers that are not finite or beyond {LARGEST_WEIGHT:,.0f}, of "

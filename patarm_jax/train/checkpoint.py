@@ -137,6 +137,14 @@ class Checkpoints:
         except Damage as damage:
             raise self._refusal(step, damage, remedy) from None
 
+    def updates(self, step: int) -> int:
+        """Optimiser updates that the weights of a checkpoint have had: those tried, without those skipped."""
+        counters: dict[str, Any] = {"step": 0, "skipped": 0}
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), counters)
+        arguments = ocp.args.PyTreeRestore(item=counters, restore_args=on_host, partial_restore=True)
+        found = self._read(step, **{STATE: arguments})[STATE]
+        return int(found["step"]) - int(found["skipped"])
+
     def _last_whole(self, read: Callable[[int], Any], remedy: str) -> tuple[Any, int]:
         """What the last checkpoint gives, or the last that is whole, and its step."""
         steps = steps_in(self.folder)
