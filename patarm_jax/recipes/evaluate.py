@@ -11,6 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from patarm_jax.config import EvalConfig, JudgingSection, SamplingSection, to_yaml
 from patarm_jax.evaluate.answers import (
     KEPT,
@@ -19,7 +21,6 @@ from patarm_jax.evaluate.answers import (
     Question,
     identity_of,
     missing,
-    open_answers,
     read_answers,
 )
 from patarm_jax.evaluate.benchmarks import SOURCES, Item, limited, read_benchmark
@@ -33,7 +34,8 @@ from patarm_jax.recipes.ask import Local, ask_local, ask_scalar, open_local
 from patarm_jax.recipes.ask_endpoint import Remote, ask_endpoint, ask_name
 from patarm_jax.recipes.drawing import as_the_server_says
 from patarm_jax.recipes.estimate import estimate
-from patarm_jax.recipes.process import say
+from patarm_jax.recipes.process import say, start_processes
+from patarm_jax.recipes.shared_answers import done_by_all, shared_answers
 from patarm_jax.types import JudgeKind, UsageError, UserError
 
 ANSWERS = "answers.jsonl"
@@ -41,6 +43,10 @@ ANSWERS = "answers.jsonl"
 
 def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     """Writes `config.output`; gives what was found, or None when it was asked to stop before the end."""
+    if config.mesh.distributed != "none" and config.endpoint.url:
+        raise UsageError("a judge behind an endpoint is asked by one process. Set mesh.distributed to none.")
+    start_processes(config.mesh)
+    first = jax.process_index() == 0
     folder = _output(config)
     if not dry_run:
         _refuse_foreign(folder)
@@ -63,6 +69,8 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     theirs = load_measured(Path(config.against).expanduser(), groups, items) if config.against else None
     if dry_run:
         there = read_answers(folder / ANSWERS, _identity(config, judge))
+        if not first:
+            return None
         print(to_yaml(config))
         print(estimate(judge, missing(there, questions, config.votes)))
         if isinstance(judge, Local):
@@ -70,12 +78,14 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
         return None
 
     # ------------------------------------------------------------------------------------------------------------ ask
-    with open_answers(folder / ANSWERS, _identity(config, judge)) as answers:
+    with shared_answers(folder / ANSWERS, _identity(config, judge)) as answers:
         _refuse_other_data(folder, answers, questions_of(list(everything.values())))
-        with writing(folder, KEPT):
-            write_text(folder / "config.yaml", to_yaml(config))
-        if not _ask(judge, config.judge, answers, questions):
-            return None
+        if first:
+            with writing(folder, KEPT):
+                write_text(folder / "config.yaml", to_yaml(config))
+        finished = _ask(judge, config.judge, answers, questions)
+    if not done_by_all(finished):
+        return None
 
     # ---------------------------------------------------------------------------------------------------------- score
     given = [answer for question in questions for answer in answers.of(question, config.votes)]
@@ -90,6 +100,8 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     result = Evaluation(config, config.name or judge.name, items, groups, findings, measured)
     if theirs is not None:
         result = replace(result, against=compared(result, theirs))
+    if not first:
+        return result  # the first one writes and tells
     _tell_what_is_replaced(folder, len(items))
     with writing(folder, KEPT):
         write_files(folder, result, asked, answers, said)
