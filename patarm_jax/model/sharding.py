@@ -38,10 +38,11 @@ ROLLOUT_RULES: Rules = {**TRAIN_RULES, "embed": None}
 REPLICATED_RULES: Rules = dict.fromkeys(TRAIN_RULES)
 
 
-def make_mesh(section: MeshSection) -> Mesh:
-    """A mesh over all devices with the axes `data`, `fsdp` and `tensor`."""
+def make_mesh(section: MeshSection, alone: bool = False) -> Mesh:
+    """A mesh over all devices with the axes `data`, `fsdp` and `tensor`; `alone`: over those of this process."""
     sizes = {"data": section.data, "fsdp": section.fsdp, "tensor": section.tensor}
-    count = jax.device_count()
+    devices = jax.local_devices() if alone else jax.devices()
+    count = len(devices)
     asked = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"mesh {asked}: sizes must be positive, or -1 for all devices that are left.")
@@ -55,14 +56,15 @@ def make_mesh(section: MeshSection) -> Mesh:
         sizes[free[0]] = count // fixed
     if (product := math.prod(sizes.values())) != count:
         raise UserError(f"mesh {asked} asks for {product} devices and there are {count}. Set one axis to -1.")
-    mesh = jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    mesh = jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
     _refuse_torn_batches(mesh)
     return mesh
 
 
 def _refuse_torn_batches(mesh: Mesh) -> None:
     """Each process feeds one part of a batch: its devices must hold that part, all of it, and no other."""
-    ways, processes, mine = batch_ways(mesh), jax.process_count(), jax.process_index()
+    ways, (mine, processes) = batch_ways(mesh), process_in(mesh)
     indices = batch_sharding(mesh).addressable_devices_indices_map((ways,)).values()
     held = sorted({index[0].start or 0 for index in indices if index})
     if ways % processes or held != list(range(mine * ways // processes, (mine + 1) * ways // processes)):
@@ -93,6 +95,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def process_in(mesh: Mesh) -> tuple[int, int]:
+    """(which of the processes that share a mesh this one is, how many they are): of a mesh of one process, the only."""
+    return (jax.process_index(), jax.process_count()) if mesh.is_multi_process else (0, 1)
 
 
 def batch_ways(mesh: Mesh) -> int:

@@ -21,12 +21,13 @@ from patarm_jax.model.qwen3 import Params
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.recipes.drawing import as_the_model_says
 from patarm_jax.recipes.model import Model, judge_digest, load_params, name_of, open_model, rollout_rules
+from patarm_jax.recipes.shared_answers import my_share
 from patarm_jax.rollout.judging import Parse, judge, make_judge
 from patarm_jax.rollout.scalar import make_scorer, scores
 from patarm_jax.rollout.stream import Request
+from patarm_jax.run.peers import get_on
 from patarm_jax.run.process import say, stop_requests
 from patarm_jax.train.progress import percent, progress
-from patarm_jax.types import UsageError
 
 AGAIN = (Kind.FAILED, Kind.TOO_LONG)  # what is too long for one limit may fit another
 # The ids of a question's votes lie this far apart, so that more votes leave those there are as they are; no two votes
@@ -95,16 +96,16 @@ def open_local(
     longest: int,
     scalar: bool = False,
 ) -> Local:
-    """Opens the model's folder and takes the devices; weights are loaded when there is something to ask."""
-    if placement.distributed != "none":
-        raise UsageError(
-            "judging runs in one process. Set mesh.distributed to none, and give each process its own part of the data."
-        )
+    """Opens the model's folder and takes the devices, of several processes each its own.
+
+    Weights are loaded when there is something to ask.
+    """
     model = open_model(section, scalar)
     drawn = as_the_model_says(sampling, model)
     if not scalar:
         say(drawn.said)
-    local = Local(model, section, placement, make_mesh(placement), drawn.sampling, votes, seed, longest)
+    mesh = make_mesh(placement, alone=True)
+    local = Local(model, section, placement, mesh, drawn.sampling, votes, seed, longest)
     local.room.check()
     return local
 
@@ -165,8 +166,11 @@ def _ask(
     if len(lacking) < len(questions):
         say(f"{len(questions) - len(lacking)} of {len(questions)} questions are answered")
     encoded = encode_questions(local, lacking)
-    short = [one for one in encoded if not local.excess(len(one.tokens))]
-    for one in encoded:
+    every = [one for one in encoded if not local.excess(len(one.tokens))]
+    short = my_share(sorted(every, key=lambda one: -len(one.tokens)))
+    done = len(questions) - len(every)
+    total = done + len(short)  # without what other processes are asking
+    for one in my_share(encoded):
         if excess := local.excess(len(one.tokens)):
             reason = f"{len(one.tokens):,} tokens, {excess}"
             votes = range(one.first, local.votes)
@@ -175,17 +179,18 @@ def _ask(
         return True
     params = load_weights(local)
     say(kernels_in_use(local.section, local.model.config, local.mesh, "causal"))
-    done = len(questions) - len(short)
     written, cut, count = 0, 0, 0
-    with stop_requests() as asked, progress(len(questions), done, unit="question") as report:
+    with stop_requests() as asked, progress(total, done, unit="question") as report:
         for given in answer(params, short):
             answers.add(given)
             done += 1
+            get_on(f"asking: {done} of {total} questions")
             written += sum(one.tokens for one in given)
             cut, count = cut + sum(one.cut for one in given), count + len(given)
             report(done, {"cut off": percent(cut / count)} if written else {}, written)  # a scalar head writes nothing
-            if asked(done) and done < len(questions):
-                say(f"stopped after {done} of {len(questions)} questions; the same command goes on from there")
+            if asked(done) and done < total:
+                share = "" if total == len(questions) else " of the first process"
+                say(f"stopped after {done} of {total} questions{share}; the same command goes on from there")
                 return False
     return True
 

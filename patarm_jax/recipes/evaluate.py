@@ -11,6 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from patarm_jax.config import EvalConfig, JudgingSection, SamplingSection, to_yaml
 from patarm_jax.evaluate.answers import (
     KEPT,
@@ -19,7 +21,6 @@ from patarm_jax.evaluate.answers import (
     Question,
     identity_of,
     missing,
-    open_answers,
     read_answers,
 )
 from patarm_jax.evaluate.benchmarks import SOURCES, Item, limited, read_benchmark
@@ -33,6 +34,8 @@ from patarm_jax.recipes.ask import Local, ask_local, ask_scalar, open_local
 from patarm_jax.recipes.ask_endpoint import Remote, ask_endpoint, ask_name
 from patarm_jax.recipes.drawing import as_the_server_says
 from patarm_jax.recipes.estimate import estimate
+from patarm_jax.recipes.shared_answers import agree_on_questions, done_by_all, shared_answers
+from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
 from patarm_jax.types import JudgeKind, UsageError, UserError
 
@@ -41,15 +44,19 @@ ANSWERS = "answers.jsonl"
 
 def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     """Writes `config.output`; gives what was found, or None when it was asked to stop before the end."""
+    if config.mesh.distributed != "none" and config.endpoint.url:
+        raise UsageError("a judge behind an endpoint is asked by one process. Set mesh.distributed to none.")
+    start_processes(config, dry_run=dry_run)
     folder = _output(config)
     if dry_run:
         return _evaluate(config, folder, dry_run)
     _refuse_foreign(folder)
-    with hold_folder(folder, say):
+    with contextlib.nullcontext() if jax.process_index() else hold_folder(folder, say):
         return _evaluate(config, folder, dry_run)
 
 
 def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | None:
+    first = jax.process_index() == 0
     judge = _open_judge(config, folder, dry_run)
     if isinstance(judge, Local):
         config = replace(config, sampling=JudgingSection(**asdict(judge.sampling)))  # complete, for what is written
@@ -69,6 +76,8 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
     theirs = load_measured(Path(config.against).expanduser(), groups, items) if config.against else None
     if dry_run:
         there = read_answers(folder / ANSWERS, _identity(config, judge))
+        if not first:
+            return None
         print(to_yaml(config))
         print(estimate(judge, missing(there, questions, config.votes)))
         if isinstance(judge, Local):
@@ -76,12 +85,15 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
         return None
 
     # ------------------------------------------------------------------------------------------------------------ ask
-    with open_answers(folder / ANSWERS, _identity(config, judge)) as answers:
+    agree_on_questions(_identity(config, judge), questions)
+    with shared_answers(folder / ANSWERS, _identity(config, judge)) as answers:
         _refuse_other_data(folder, answers, questions_of(list(everything.values())))
-        with writing(folder, KEPT):
-            write_text(folder / "config.yaml", to_yaml(config))
-        if not _ask(judge, config.judge, answers, questions):
-            return None
+        if first:
+            with writing(folder, KEPT):
+                write_text(folder / "config.yaml", to_yaml(config))
+        finished = _ask(judge, config.judge, answers, questions)
+    if not done_by_all(finished):
+        return None
 
     # ---------------------------------------------------------------------------------------------------------- score
     given = [answer for question in questions for answer in answers.of(question, config.votes)]
@@ -96,6 +108,8 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
     result = Evaluation(config, config.name or judge.name, items, groups, findings, measured)
     if theirs is not None:
         result = replace(result, against=compared(result, theirs))
+    if not first:
+        return result  # the first one writes and tells
     _tell_what_is_replaced(folder, len(items))
     with writing(folder, KEPT):
         write_files(folder, result, asked, answers, said)

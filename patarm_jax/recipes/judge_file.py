@@ -3,6 +3,7 @@
 A run that was stopped goes on where it stopped; the output appears when it is whole.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -12,12 +13,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from patarm_jax.config import JudgeConfig, JudgingSection, to_yaml
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import Accuracy, pairwise_accuracy
-from patarm_jax.evaluate.answers import Answer, Answers, Question, missing, open_answers, read_answers
+from patarm_jax.evaluate.answers import Answer, Answers, Question, missing, read_answers
 from patarm_jax.evaluate.judges import SIDES
 from patarm_jax.evaluate.outcomes import mean_scores
 from patarm_jax.evaluate.summary import hardly_readable
@@ -26,6 +28,8 @@ from patarm_jax.judge.parse import parse_pointwise
 from patarm_jax.judge.prompts import pointwise
 from patarm_jax.recipes.ask import AGAIN, ask_local, open_local
 from patarm_jax.recipes.estimate import estimate
+from patarm_jax.recipes.shared_answers import agree_on_questions, done_by_all, shared_answers
+from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
 from patarm_jax.types import CHOSEN, REJECTED, Preference, Status, UsageError, UserError
 
@@ -37,6 +41,7 @@ def main(config: JudgeConfig, dry_run: bool = False) -> Accuracy | None:
     """
     if not config.output:
         raise UsageError("no output is named. Give --output scores.jsonl.")
+    start_processes(config, dry_run=dry_run)
     output = Path(config.output).expanduser()
     if output.is_dir():
         raise UsageError(f"the output {output} is a folder. Name a file, such as {output / 'scores.jsonl'}.")
@@ -44,7 +49,7 @@ def main(config: JudgeConfig, dry_run: bool = False) -> Accuracy | None:
         return _judge(config, output, dry_run)
     check_writable(output, folder=False)
     _written_before(output)
-    with hold_output(output, say):
+    with contextlib.nullcontext() if jax.process_index() else hold_output(output, say):
         return _judge(config, output, dry_run)
 
 
@@ -74,19 +79,25 @@ def _judge(config: JudgeConfig, output: Path, dry_run: bool) -> Accuracy | None:
     part = output.with_name(f".{output.name}.patarm-answers")  # always the same: a stopped run goes on from it
     finished = [row["id"] for row in before] == [one.id for one in preferences]
     if dry_run:
+        if jax.process_index():
+            return None
         print(to_yaml(replace(config, sampling=JudgingSection(**asdict(local.sampling)))))
         known = read_answers(part, identity)
         print(estimate(local, [] if finished else missing(known, questions, config.votes, AGAIN)))
         return None
     if finished:
         return _tell(output, before, "these scores were there already")
-    with open_answers(part, identity) as answers:
-        if not ask_local(local, answers, questions, parse_pointwise):
-            return None
+    agree_on_questions(identity, questions)
+    with shared_answers(part, identity) as answers:
+        finished = ask_local(local, answers, questions, parse_pointwise)
+    if not done_by_all(finished):
+        return None
     rows = [
         {"run": run, **_row(one, questions[2 * i : 2 * i + 2], answers, config.votes), "sampling": sampling}
         for i, one in enumerate(preferences)
     ]
+    if jax.process_index():
+        return _accuracy(rows)  # the first one writes and tells
     with writing(output, "What is judged is kept."):
         write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         part.unlink()

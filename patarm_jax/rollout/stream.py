@@ -19,7 +19,16 @@ from jax.sharding import Mesh
 
 from patarm_jax.arrays import Prompts
 from patarm_jax.data.pipeline import bucket
-from patarm_jax.model.sharding import BATCH_AXES, batch_sharding, batch_ways, constrain, fetch, local_part, place_batch
+from patarm_jax.model.sharding import (
+    BATCH_AXES,
+    batch_sharding,
+    batch_ways,
+    constrain,
+    fetch,
+    local_part,
+    place_batch,
+    process_in,
+)
 from patarm_jax.rollout import sampler
 from patarm_jax.rollout.sampler import Admission, Network, Settings, Slots
 
@@ -210,10 +219,11 @@ class _Schedule:
     def __init__(self, engine: Engine, params: Any, requests: Sequence[Request], key: jax.Array) -> None:
         self.engine, self.params, self.key, self.requests = engine, params, key, requests
         self.ways = batch_ways(engine.mesh)
-        self.first = len(requests) * jax.process_index()  # a request's number, over all processes
-        self.lengths = _everyones([len(request.tokens) for request in requests])
-        each = self.ways // jax.process_count()
-        self.mine = range(jax.process_index() * each, (jax.process_index() + 1) * each)
+        process, processes = process_in(engine.mesh)
+        self.first = len(requests) * process  # a request's number, over all processes
+        self.lengths = _everyones([len(request.tokens) for request in requests], processes)
+        each = self.ways // processes
+        self.mine = range(process * each, (process + 1) * each)
         shares = [self._share(way, each) for way in range(self.ways)]
         prompts, rows = _places(engine, max(map(len, shares)))
         self.devices = [_Device(deque(share), [None] * prompts, [None] * rows) for share in shares]
@@ -386,8 +396,8 @@ class _Schedule:
         self.slots, self.width = self.engine.resize(self.slots, *arrays, width), width
 
 
-def _everyones(numbers: list[int]) -> np.ndarray:
+def _everyones(numbers: list[int], processes: int) -> np.ndarray:
     """The numbers of all processes, one process after another."""
-    if jax.process_count() == 1:
+    if processes == 1:
         return np.asarray(numbers)
     return np.asarray(multihost_utils.process_allgather(np.asarray(numbers, np.int32))).reshape(-1)

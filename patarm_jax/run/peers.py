@@ -117,6 +117,10 @@ class Peers:
         self.position = Position(self.position.count + 1, where)
         self.arrived = time.monotonic()
 
+    def get_on(self, where: str) -> None:
+        """Notes that this process is getting on at a place where it does what the others do not wait for yet."""
+        self.position = Position(self.position.count, where)
+
     # --------------------------------------------------------------------------------------------------------- ends
 
     def end(self, code: int) -> NoReturn:
@@ -338,6 +342,12 @@ def arrive(where: str) -> None:
     """`Peers.arrive`; of a process that is alone, nothing."""
     for peers in _peers:
         peers.arrive(where)
+
+
+def get_on(where: str) -> None:
+    """`Peers.get_on`; of a process that is alone, nothing."""
+    for peers in _peers:
+        peers.get_on(where)
 
 
 def end_together(code: int) -> None:
