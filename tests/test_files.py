@@ -1,5 +1,6 @@
 """What is written appears whole, under names that are no one else's; what cannot be written is said at once."""
 
+import errno
 import fcntl
 import json
 import os
@@ -11,6 +12,7 @@ import pytest
 
 from patarm_jax.files import (
     appearing_whole,
+    cannot_write,
     check_writable,
     refuse_address,
     whole_file,
@@ -252,6 +254,31 @@ def test_a_folder_of_someone_else(folder, tmp_path):
     theirs = tmp_path / "theirs"
     assert done.stdout.strip() == (
         f"cannot write {out}: Permission denied. Name another place, or get the right to write in {theirs}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EDQUOT, "Remove some of your files there, ask for a larger quota, or name another place"),
+        (errno.EMFILE, "Raise the limit of open files, such as with `ulimit -n 65536`"),
+        (errno.ESTALE, "The disk, or the server that has it, does not answer as it should; look after it or name"),
+        (errno.EPERM, "Name another place, or get the right to write in"),
+        (errno.ENAMETOOLONG, "Name another place"),
+    ],
+)
+def test_a_remedy_fits_what_is_in_the_way(number, remedy, tmp_path):
+    said = str(cannot_write(tmp_path / "x", OSError(number, os.strerror(number))))
+    assert said.startswith(f"cannot write {tmp_path / 'x'}: {os.strerror(number)}. {remedy}")
+    assert "Free some space" not in said and "GiB" not in said
+
+
+def test_a_disk_that_holds_no_more_files_is_not_called_full(disk):
+    crowded = disk("size=1m,nr_inodes=3")
+    (crowded / "a").touch()
+    (crowded / "b").touch()
+    assert refusal(crowded / "out", True).endswith(
+        "No space left on device: it holds no more files. Remove some files or name another place."
     )
 
 
