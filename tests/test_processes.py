@@ -154,7 +154,7 @@ def test_a_process_that_is_stopped_while_it_joins_says_so(world, environment):
     pod = Pod(environment, "sft", pod_config(world, "stopped", "sft"), processes=4, numbers=[0, 1])
     pod.until(lambda: all("waits for process" in one.so_far() for one in pod.all))
     since = pod.send(0, signal.SIGTERM)
-    said = pod.end(1, 1, since=since)
+    said = pod.end(143, 1, since=since)
     assert sentences(said[0]) == [
         "patarm: process 0 was asked to stop while it waited for the others. Nothing had begun."
     ]

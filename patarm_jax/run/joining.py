@@ -131,12 +131,20 @@ def _start_coordinator(place: Place, heartbeat: int) -> subprocess.Popen[bytes]:
     raise UserError(f"process 0 could not start its coordinator ({' '.join(command)}). Try the same command again.")
 
 
+class Terminated(UserError):
+    """SIGTERM before there was anything to save; the exit code is the shell's for it, so that a scheduler sees it."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
 @contextlib.contextmanager
 def _told_to_stop(place: Place) -> Iterator[None]:
     """SIGTERM while waiting is a sentence too."""
 
     def stop(_number: int, _frame: Any) -> None:
-        raise UserError(f"process {place.process} was asked to stop while it waited for the others. Nothing had begun.")
+        raise Terminated(
+            f"process {place.process} was asked to stop while it waited for the others. Nothing had begun."
+        )
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
