@@ -127,7 +127,7 @@ def test_processes_that_were_killed_are_gone_on_from(world):
         time.sleep(0.01)
     for process in running:
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
     assert not (folder / "results.json").exists()
     said = ended(start(evaluate(folder)), 0)
     assert "of 24 questions are answered" in said
