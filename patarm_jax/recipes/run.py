@@ -303,8 +303,10 @@ def begin_or_resume(
     best = f"eval/{config.heldout.best}" if config.heldout.path else ""
     noted = read_json_object(folder / MARK)
     whose = with_known_start(fingerprint(config, model, records, reference), noted)
-    alike = {"pairs": whose["data"], "model": whose["model"], WEIGHTS: whose[WEIGHTS]}
-    agree("what they read", {"number of pairs": len(records), **alike})
+    weights = {f"weights ({role})": one["digest"] for role, one in whose[WEIGHTS].items()}  # of any path
+    agree(
+        "what they read", {"number of pairs": len(records), "pairs": whose["data"], "model": whose["model"], **weights}
+    )
     begun = noted is not None or steps_in(folder / CHECKPOINTS)
     if begun and notes_no_digests(noted or {}):
         say(f"{folder} was begun by a version that did not note which weights it had; they are assumed to be the same")
