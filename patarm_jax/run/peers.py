@@ -20,9 +20,11 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import jaxlib
 from jax._src import distributed  # for the client of the coordination service: there is no public way to it
 
 from patarm_jax import __version__
@@ -317,12 +319,25 @@ def start_processes(config: Any, **more: Any) -> None:
     )
     _peers.append(peers)
     peers.watch()
-    versions = {"version of jax": jax.__version__, "version of patarm_jax": __version__}
+    versions = {
+        "version of jax": jax.__version__,
+        "version of jaxlib": jaxlib.__version__,
+        "version of patarm_jax": __version__,
+        "sources of patarm_jax": _sources(),
+    }
     peers.agree("their settings", shared_settings(config) | more | versions)
     arrive("finding the devices")
     device = jax.local_devices()[0]
     peers.agree("their devices", {"number": jax.local_device_count(), "kind": device.device_kind})
     arrive("reading the model and the data")
+
+
+def _sources() -> str:
+    """Tells the code that runs here from any other of the same version, such as a checkout that was changed."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def agree(what: str, values: Mapping[str, Any]) -> None:
