@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 BYE = "bye"  # from process 0, when all have ended well; without it, it died
-LINGERS = 10.0  # seconds beyond the heartbeat: by then every other process has heard that process 0 is gone
+LINGERS = 10.0  # seconds beyond the heartbeat that it stays for the others, which by then have heard of the end
 PORT_PATIENCE = 40.0  # seconds: as long as the coordinator of a run that has just failed may hold the port
 
 
@@ -31,6 +31,7 @@ class Lobby:
 
     processes: int
     here: dict[int, tuple[asyncio.StreamWriter, str]] = field(default_factory=dict)  # id → connection, who it is
+    empty: asyncio.Event = field(default_factory=asyncio.Event)  # nobody is left, when all had come
 
     @property
     def missing(self) -> list[int]:
@@ -94,9 +95,11 @@ async def gather(listening: socket.socket, lobby: Lobby, parent: asyncio.Future[
             decide("")
         with contextlib.suppress(OSError):
             await reader.read()  # ends when the process does
+        del lobby.here[hello["process"]]
         if not complete.done():
-            del lobby.here[hello["process"]]
             lobby.tell_all({"missing": lobby.missing})
+        elif not lobby.here:
+            lobby.empty.set()
 
     server = await asyncio.start_server(receive, sock=listening)
     parent.add_done_callback(lambda _: decide(f"process 0 ended before all had joined: {parent.result()}"))
@@ -161,7 +164,8 @@ async def serve(port: int, processes: int, heartbeat: int) -> None:
     )
     lobby.tell_all({"go": True})
     if await parent != BYE:
-        await asyncio.sleep(heartbeat + LINGERS)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(lobby.empty.wait(), heartbeat + LINGERS)
     del service
 
 

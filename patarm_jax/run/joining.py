@@ -203,6 +203,9 @@ def listed(processes: list[int]) -> str:
     return f"process{'es' if len(processes) > 1 else ''} {shown}{more}"
 
 
+_connections: list[socket.socket] = []  # to the coordinator; it sees by them which processes there still are
+
+
 def _wait_in_lobby(place: Place, join_seconds: float) -> None:
     """Until the coordinator says that all are there."""
     progress = _Progress(place, join_seconds)
@@ -212,9 +215,13 @@ def _wait_in_lobby(place: Place, join_seconds: float) -> None:
         "who": f"{socket.gethostname()}, pid {os.getpid()}",
     }
     while True:
-        with contextlib.suppress(OSError), socket.create_connection((place.host, place.port), timeout=5) as connection:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as closed_again:
+            connection = socket.create_connection((place.host, place.port), timeout=5)
+            closed_again.callback(connection.close)
             connection.sendall(json.dumps(hello).encode() + b"\n")
             if _listen(place, connection, progress):
+                _connections.append(connection)
+                closed_again.pop_all()
                 return
         progress.missing = None
         progress.look()
