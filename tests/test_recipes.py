@@ -64,7 +64,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(world, started, recipe):
     assert judgements(folder) == judgements(expected)
     # A finished run has nothing left to do.
     said = started(recipe, config).end(VAIN[recipe])
-    assert ("is complete" if recipe == "sft" else "nothing but the format penalty was learnt: in 7 of 7 steps") in said
+    assert ("is complete" if recipe == "sft" else "nothing but the format penalty was learnt: in ") in said
     assert exported(folder) == exported(expected)
 
 

@@ -132,9 +132,10 @@ def verdict(health: Health, told: Told) -> str:
     counts = {name: getattr(health, name) for name in of_rollouts}
     if not health.rollouts or sum(counts.values()) < health.rollouts:
         return ""
-    most = max(of_rollouts, key=lambda name: counts[name])
+    found = sorted((name for name in of_rollouts if counts[name]), key=lambda name: -counts[name])
+    most, what = found[0], "; ".join(_what(name, health) for name in found)
     nothing = "nothing" if most == "no_advantage" else "nothing but the format penalty"
-    return f"{nothing} was learnt: {_what(most, health)}. {_advice(most, told)}"
+    return f"{nothing} was learnt: {what}. {_advice(most, told)}"
 
 
 def untouched(health: Health) -> bool:
