@@ -16,7 +16,8 @@ from patarm_jax.config import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, 
 from patarm_jax.files import refuse_address
 from patarm_jax.flags import listed
 from patarm_jax.run.peers import end_all, end_together
-from patarm_jax.types import Benchmark, JudgeKind, UsageError, UserError
+from patarm_jax.run.process import say
+from patarm_jax.types import Benchmark, JudgeKind, LearntNothing, UsageError, UserError
 
 _NULL = "null: as the model's generation_config.json has it, or a server"
 _BENCHMARKS, _JUDGES = get_args(Benchmark), get_args(JudgeKind)
@@ -35,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         end_all(error, "what reads its output has ended", 1)
         return 1
+    except LearntNothing as error:  # of all processes alike
+        say(f"patarm: {error}")
+        end_together(error.exit_code)
+        return error.exit_code
     except (Exception, KeyboardInterrupt) as error:
         said, code = _said(error)
         end_all(error, said or f"{type(error).__name__}: {str(error)[:300]}", code)
