@@ -16,6 +16,9 @@ import time
 
 import pytest
 
+from patarm_jax.config import MeshSection
+from patarm_jax.run.joining import Place, find_place
+from patarm_jax.types import UsageError
 from tests.runs import FLAGS, VAIN, Started, config_file, exported, judgements, lines_of, timeless
 
 MESH = {"data": 2, "fsdp": -1, "distributed": "auto"}
@@ -120,6 +123,56 @@ def test_run_folders_that_are_not_shared_are_refused(world, environment):
 
 
 # ------------------------------------------------------------------------------------------------------------ joining
+
+
+SLURM = {
+    "SLURM_JOB_ID": "70000", "SLURM_STEP_NODELIST": "node[003-004],other", "SLURM_NTASKS": "16", "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environ", "settings", "place"),
+    [
+        ({}, {"coordinator": "a:80", "processes": 3, "process_id": 2}, Place("a", 80, 3, 2, None)),
+        ({}, {"coordinator": "[::1]:80", "processes": 1, "process_id": 0}, Place("::1", 80, 1, 0, None)),
+        (SLURM, {}, Place("node003", 61440 + 70000 % 4096, 16, 9, [1])),
+        (SLURM, {"coordinator": "b:81"}, Place("b", 81, 16, 9, [1])),
+        (SLURM | {"JAX_LOCAL_DEVICE_IDS": "0,1,2"}, {}, Place("node003", 61440 + 70000 % 4096, 16, 9, [0, 1, 2])),
+        (SLURM | {"JAX_COORDINATOR_ADDRESS": "c:82"}, {}, Place("c", 82, 16, 9, [1])),
+        (SLURM | {"JAX_COORDINATOR_PORT": "83"}, {}, Place("node003", 83, 16, 9, [1])),
+        (
+            {
+                "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.0.0.5,10.1.0.5:34911", "OMPI_COMM_WORLD_SIZE": "4",
+                "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "JAX_COORDINATOR_PORT": "84",
+            },
+            {},
+            Place("10.0.0.5", 84, 4, 3, [1]),
+        ),
+    ],
+)  # fmt: skip
+def test_where_a_process_stands_is_found(monkeypatch, environ, settings, place):
+    for name in os.environ:
+        if name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR", "JAX_LOCAL")):
+            monkeypatch.delenv(name)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert find_place(MeshSection(distributed="auto", **settings)) == place
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({}, "nothing here says mesh.coordinator and mesh.processes and mesh.process_id"),
+        ({"coordinator": "a", "processes": 2, "process_id": 0}, "mesh.coordinator is a. Give the host and port"),
+        ({"coordinator": "a:0", "processes": 2, "process_id": 0}, "mesh.coordinator is a:0. Give the host and port"),
+        ({"coordinator": "a:1", "processes": 2, "process_id": 2}, "mesh.process_id is 2 and mesh.processes is 2"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(settings, sentence):
+    with pytest.raises(UsageError) as refused:
+        find_place(MeshSection(distributed="auto", **settings))
+    assert sentence in str(refused.value)
 
 
 def test_who_does_not_come_is_named(world, environment):

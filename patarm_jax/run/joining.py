@@ -43,15 +43,19 @@ class Place:
 def find_place(section: MeshSection) -> Place:
     """From the config and, where it is silent, from what started the processes: Slurm, Open MPI, Kubernetes, a TPU.
 
+    JAX's own variables hold too: JAX_COORDINATOR_ADDRESS, JAX_COORDINATOR_PORT, and JAX_LOCAL_DEVICE_IDS, without which
+    Slurm's and Open MPI's processes take one GPU each.
+
     Raises:
         UsageError: when something is still unknown, or cannot be.
     """
+    named = os.environ.get("JAX_LOCAL_DEVICE_IDS")
     try:
         address, processes, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
-            section.coordinator or None,
+            section.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
             section.processes or None,
             None if section.process_id < 0 else section.process_id,
-            None,
+            [int(one) for one in named.split(",")] if named else None,
             None,
             section.join_seconds,
         )
