@@ -149,17 +149,17 @@ class Peers:
         """
         if _tells_of_a_lost_process(error):
             time.sleep(self.heartbeat + 5)
+        known = isinstance(error, (UserError, KeyboardInterrupt))
+        where = "" if known else "".join(traceback.format_exception(error))
         with self.ends:
             self.is_ending = True
-            if not isinstance(error, (UserError, KeyboardInterrupt)):
-                traceback.print_exception(error)
-            self._leave(said, code)
+            self._leave(said, code, where)
 
-    def _leave(self, said: str, code: int) -> NoReturn:
+    def _leave(self, said: str, code: int, where: str = "") -> NoReturn:
         """Says why, here and to the others, and ends; `self.ends` is held."""
         with contextlib.suppress(Exception):
             self._set(f"left/{self.process}", json.dumps({"said": said, "code": code, "host": socket.gethostname()}))
-        _exit(code, f"patarm: {said}")
+        _exit(code, f"{where}patarm: {said}")
 
     def _end_because(self, sentence: str, code: int = 1) -> None:
         with self.ends:
@@ -169,14 +169,18 @@ class Peers:
     # ----------------------------------------------------------------------------------------------------- watching
 
     def _watch_lives(self) -> None:
+        heard = time.monotonic()
         while not self.is_ending:
             try:
                 alive = self.client.get_live_nodes(list(range(self.processes)))
             except Exception as error:
-                self._end_because(
-                    f"the machine of process 0, where the processes meet, is gone. {_RESUME} ({_brief(error)})"
-                )
-                return
+                if time.monotonic() - heard > self.heartbeat:
+                    self._end_because(
+                        f"the machine of process 0, where all meet, does not answer: {_brief(error)}. {_RESUME}"
+                    )
+                time.sleep(_LOOK_EVERY)
+                continue
+            heard = time.monotonic()
             lost = [one for one in range(self.processes) if one not in alive]
             if lost:
                 time.sleep(2 * _LOOK_EVERY)  # one that ended with an error has left its sentence, which says more
