@@ -169,18 +169,19 @@ class Peers:
     # ----------------------------------------------------------------------------------------------------- watching
 
     def _watch_lives(self) -> None:
-        heard = time.monotonic()
+        failing_since: float | None = None
         while not self.is_ending:
             try:
                 alive = self.client.get_live_nodes(list(range(self.processes)))
             except Exception as error:
-                if time.monotonic() - heard > self.heartbeat:
+                failing_since = failing_since or time.monotonic()
+                if time.monotonic() - failing_since > self.heartbeat:
                     self._end_because(
                         f"the machine of process 0, where all meet, does not answer: {_brief(error)}. {_RESUME}"
                     )
                 time.sleep(_LOOK_EVERY)
                 continue
-            heard = time.monotonic()
+            failing_since = None
             lost = [one for one in range(self.processes) if one not in alive]
             if lost:
                 time.sleep(2 * _LOOK_EVERY)  # one that ended with an error has left its sentence, which says more
