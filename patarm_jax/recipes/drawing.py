@@ -49,7 +49,8 @@ def with_heldout_sampling(config: Training, model: Model) -> Training:
     sampling = heldout_sampling(config, model)
     if isinstance(config, SFTConfig):
         generation = read_generation(model.folder)
-        say(f"{_said(config.heldout.sampling, generation)}, for the held-out pairs and for whoever serves the export")
+        also = "the held-out pairs and for " if config.heldout.path else ""
+        say(f"{_said(config.heldout.sampling, generation)}, for {also}whoever serves the export")
     elif config.heldout.path and (measured := _drawing(sampling)) != (served := _drawing(config.sampling)):
         say(f"held-out pairs are judged at {measured}, and the export will be served at {served}")
     complete = JudgingSection(**asdict(sampling))
