@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from patarm_jax import locks
-from patarm_jax.types import UsageError, UserError
+from patarm_jax.types import LearntNothing, UsageError, UserError
 
 _OURS = re.compile(r"\..*\.patarm-[0-9a-f]{8}", re.DOTALL)
 _NAMED = 50  # letters of the name of what is written that its temporary name repeats; file systems allow 255 bytes
@@ -170,8 +170,9 @@ def hold_folder(folder: Path, say: Callable[[str], None], patience: float = lock
             handle = _acquired(path, folder, made, say, patience)
     try:
         yield
-    except BaseException:
-        if handle is not None and any(each != path for each in path.parent.glob("*")):
+    except BaseException as error:
+        has_ended = isinstance(error, LearntNothing)  # in vain, and all is saved
+        if handle is not None and not has_ended and any(each != path for each in path.parent.glob("*")):
             _kept[path] = handle
         else:
             _let_go(path, handle, made)

@@ -37,6 +37,7 @@ def demo(tmp_path_factory):
     return folder, patarm(folder, "demo", "--short")[0]
 
 
+@pytest.mark.long
 def test_the_demo_writes_what_it_should(demo):
     folder, shown = demo
     out = folder / "runs" / "demo"
@@ -52,6 +53,7 @@ def test_the_demo_writes_what_it_should(demo):
     assert len(list((out / "grpo" / "rollouts").iterdir())) == Sizes.short().grpo_steps
 
 
+@pytest.mark.long
 def test_a_demo_folder_is_not_taken_for_another(demo):
     folder, _ = demo
     assert "holds a demo with other arguments" in patarm(folder, "demo", "--short", "--seed", "1", code=1)[1]

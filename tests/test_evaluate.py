@@ -421,6 +421,7 @@ def test_a_judge_is_known_by_what_it_is_and_not_by_its_place(world, whole, capsy
     assert "cannot read" in (said := capsys.readouterr().err) and "model.safetensors" in said
 
 
+@pytest.mark.long
 def test_more_votes_keep_those_there_are(world, whole):
     """And are those that would have been drawn at once, also when raising them was stopped in the middle."""
     whole_lines = (world / "whole" / "answers.jsonl").read_bytes().splitlines()

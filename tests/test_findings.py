@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from patarm_jax.config import EvalConfig
+from patarm_jax.config import EvalConfig, JudgingSection
 from patarm_jax.evaluate.answers import Answer, Kind, open_answers
 from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.files import compared, load_measured, write_files
@@ -239,8 +239,11 @@ def test_numbers_of_a_part_are_not_put_beside_those_of_the_whole():
 
 
 def test_the_summary_says_how_the_judge_was_asked():
-    assert "Rubrics primary, temperature 1, top-p 1, at most 1,024" in markdown(evaluation("pairs", rubrics="primary"))
-    assert "No rubrics, temperature 1" in markdown(evaluation("pairs", "baseline"))
+    drawn = JudgingSection(1.0, 0, 1.0, 1024)
+    text = markdown(evaluation("pairs", rubrics="primary", sampling=drawn))
+    assert "Rubrics primary, temperature 1, top-p 1, at most 1,024" in text
+    assert "No rubrics, temperature 1" in markdown(evaluation("pairs", "baseline", sampling=drawn))
+    assert "temperature, top-p, top-k as the server has it" in markdown(evaluation("pairs"))  # nothing is set
     text = markdown(evaluation("pairs", "scalar"))
     assert "Scores of a scalar head" in text and "temperature" not in text
 

@@ -184,12 +184,14 @@ def test_who_does_not_come_is_named(world, environment):
         assert "missing processes 1, 3 of 4 after 8 s (mesh.join_seconds)" in "".join(sentences(said))
 
 
+@pytest.mark.long
 def test_process_0_that_does_not_come_is_named(world, environment):
     pod = Pod(environment, "sft", pod_config(world, "absent", "sft"), "--mesh.join_seconds", 2, numbers=[1])
     (said,) = pod.end(1)
     assert f"process 0 is not reached at 127.0.0.1:{pod.port} after 2 s (mesh.join_seconds)" in said
 
 
+@pytest.mark.long
 def test_a_number_that_is_given_twice_is_refused(world, environment):
     pod = Pod(environment, "sft", pod_config(world, "twice", "sft"), processes=4, numbers=[0, 1, 1])
     for said in pod.end(1, 1, 1):
@@ -206,6 +208,7 @@ def test_a_port_that_is_taken_is_said(world, environment):
     assert said.count("is in use, perhaps by an earlier run that is ending") == 1
 
 
+@pytest.mark.long
 def test_a_process_that_is_stopped_while_it_joins_says_so(world, environment):
     pod = Pod(environment, "sft", pod_config(world, "stopped", "sft"), processes=4, numbers=[0, 1])
     pod.until(lambda: all("waits for process" in one.so_far() for one in pod.all))
@@ -320,7 +323,7 @@ def test_a_second_interrupt_ends_all_at_once(world, environment, uninterrupted):
         pytest.param(["--model.path", "nowhere"], "model.path nowhere is not a folder", marks=pytest.mark.long),
     ],
 )
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_an_error_in_one_ends_all_and_says_whose(world, environment, arguments, sentence, number):
     config = pod_config(world, "error", "sft")
     pod = Pod(environment, "sft", config, more=[arguments if one == number else [] for one in range(2)])

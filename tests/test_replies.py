@@ -186,7 +186,8 @@ def test_what_is_final_is_counted_apart_and_not_asked_again(pairs):
 
 def test_an_answers_line_says_what_was_sent(pairs):
     with served() as (url, chat):
-        assert main(remote(pairs, url, "--endpoint.concurrency", 1)) == 0
+        drawn = ["--sampling.temperature", 1, "--sampling.top_k", 0, "--sampling.top_p", 1]
+        assert main(remote(pairs, url, "--endpoint.concurrency", 1, *drawn)) == 0
     first = json.loads((pairs / "out" / "answers.jsonl").read_text().splitlines()[1])
     assert {"question", "vote", "status", "kind", "finish_reason", "sent"} <= first.keys()
     request = chat.asked[0]

@@ -137,7 +137,7 @@ def test_the_same_draws_on_one_and_on_eight_devices(section, rules, rows):
         pytest.param(5, 2, 3, 80, "often", 2, marks=pytest.mark.long),
         pytest.param(3, 3, 20, 9, "often", 3, marks=pytest.mark.long),
         pytest.param(4, 8, 5, 30, "never", 4, marks=pytest.mark.long),
-        (3, 5, 4, 30, "at once", 5),
+        pytest.param(3, 5, 4, 30, "at once", 5, marks=pytest.mark.long),
         pytest.param(9, 4, 7, 70, "often", 6, marks=pytest.mark.long),
         (2, 7, 6, 11, "often", 7),
         pytest.param(3, 6, 4, 9, "often", 8, marks=pytest.mark.long),
@@ -181,6 +181,7 @@ def test_a_completion_is_the_same_in_any_company():
     np.testing.assert_array_equal(part.tokens, whole.tokens[order])
 
 
+@pytest.mark.long
 def test_rows_do_not_wait_for_the_longest():
     """With lengths that differ, refilled rows compute far fewer steps than all rows until the longest ends."""
     requests = requests_for(np.random.default_rng(5), 24, 6)

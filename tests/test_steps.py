@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +202,9 @@ CASES = {
 }
 
 
+QUICK = (("sft", 4), ("grpo", 2))  # of what any number of micro-batches is tried with
+
+
 def test_packed_rows_equal_rows_of_their_own(params):
     alone, packed = sft_case(), sft_case(packed=True)
     assert packed.tokens.shape[0] < alone.tokens.shape[0]
@@ -220,8 +224,13 @@ def advance(loss_fn, params, batch, micro_batches=1, steps=2):
     return state, metrics
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "micro_batches"),
+    [
+        *QUICK,
+        *(pytest.param(*one, marks=pytest.mark.long) for one in product(CASES, (2, 4)) if one not in QUICK),
+    ],
+)
 def test_micro_batches_equal_one_batch(params, name, micro_batches):
     loss_fn, case = CASES[name]
     whole, whole_metrics = advance(loss_fn, params, case())
@@ -232,8 +241,15 @@ def test_micro_batches_equal_one_batch(params, name, micro_batches):
     assert_close(parts.params, whole.params, 1e-4)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("name", ["sft", "grpo"])
+@pytest.mark.parametrize(
+    ("name", "micro_batches"),
+    [
+        ("sft", 2),
+        ("grpo", 1),
+        pytest.param("sft", 1, marks=pytest.mark.long),
+        pytest.param("grpo", 2, marks=pytest.mark.long),
+    ],
+)
 def test_eight_devices_equal_one(params, name, micro_batches):
     loss_fn, case = CASES[name]
     alone, alone_metrics = advance(loss_fn, params, case())

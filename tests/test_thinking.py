@@ -57,7 +57,9 @@ ASKED = {
 
 
 @pytest.mark.parametrize("template", ["left", "opened"])
-@pytest.mark.parametrize("judge", ASKED)
+@pytest.mark.parametrize(
+    "judge", ["pointwise", *(pytest.param(one, marks=pytest.mark.long) for one in ASKED if one != "pointwise")]
+)
 def test_what_is_taught_is_what_transformers_renders(folders, template, judge):
     """Prompt and judgement together have the ids of the whole dialogue, so the tag stands there once."""
     messages, parse, answer = ASKED[judge]
