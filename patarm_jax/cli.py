@@ -32,9 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, rest = _parser().parse_known_args(arguments)
         code = options.run(options, rest)
+        end_together(code)
     except BrokenPipeError as error:  # `patarm … | head`
-        sys.stderr.close()
         end_all(error, "what reads its output has ended", 1)
+        sys.stderr.close()
         return 1
     except LearntNothing as error:  # of all processes alike
         say(f"patarm: {error}")
@@ -46,8 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not said:
             raise
         print(f"patarm: {said}", file=sys.stderr)
-        return code
-    end_together(code)
     return code
 
 

@@ -25,8 +25,9 @@ from patarm_jax.recipes.shared_answers import my_share
 from patarm_jax.rollout.judging import Parse, judge, make_judge
 from patarm_jax.rollout.scalar import make_scorer, scores
 from patarm_jax.rollout.stream import Request
-from patarm_jax.run.peers import get_on
-from patarm_jax.run.process import say, stop_requests
+from patarm_jax.run.peers import ASKING, get_on
+from patarm_jax.run.process import say
+from patarm_jax.run.stopping import stop_requests
 from patarm_jax.train.progress import percent, progress
 
 AGAIN = (Kind.FAILED, Kind.TOO_LONG)  # what is too long for one limit may fit another
@@ -177,6 +178,7 @@ def _ask(
             answers.add(no_answer(one.question, vote, Kind.TOO_LONG, reason) for vote in votes)
     if not short:
         return True
+    get_on(f"{ASKING}: loading and compiling")
     params = load_weights(local)
     say(kernels_in_use(local.section, local.model.config, local.mesh, "causal"))
     written, cut, count = 0, 0, 0
@@ -184,11 +186,11 @@ def _ask(
         for given in answer(params, short):
             answers.add(given)
             done += 1
-            get_on(f"asking: {done} of {total} questions")
+            get_on(f"{ASKING}: {done} of {total} questions are answered")
             written += sum(one.tokens for one in given)
             cut, count = cut + sum(one.cut for one in given), count + len(given)
             report(done, {"cut off": percent(cut / count)} if written else {}, written)  # a scalar head writes nothing
-            if asked(done) and done < total:
+            if asked() and done < total:
                 share = "" if total == len(questions) else " of the first process"
                 say(f"stopped after {done} of {total} questions{share}; the same command goes on from there")
                 return False

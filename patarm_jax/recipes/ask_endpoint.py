@@ -16,7 +16,8 @@ from patarm_jax.evaluate.dialect import Dialect
 from patarm_jax.evaluate.endpoint import LOOK, Stopped, complete, connect, served_model
 from patarm_jax.evaluate.replies import Refused, Reply, Unavailable, as_answer, read_again
 from patarm_jax.rollout.judging import Parse
-from patarm_jax.run.process import say, stop_requests
+from patarm_jax.run.process import say
+from patarm_jax.run.stopping import stop_requests
 from patarm_jax.train.progress import Report, progress
 from patarm_jax.types import UserError
 
@@ -81,7 +82,7 @@ def ask_endpoint(remote: Remote, answers: Answers, questions: Sequence[Question]
         )
     say(f"asking {remote.name} at {section.url}, {section.concurrency} at a time")
     with stop_requests() as asked, progress(total, done, unit="answer") as report:
-        asking = _Asking(remote, answers, parse, iter(work), lambda: asked(0), report, done, answers.any_came)
+        asking = _Asking(remote, answers, parse, iter(work), asked, report, done, answers.any_came)
         asyncio.run(asking.run())
     if asking.done < total:
         say(f"stopped after {asking.done} of {total} answers; run the same command again to resume")

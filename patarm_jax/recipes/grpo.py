@@ -61,7 +61,8 @@ from patarm_jax.rollout.judging import (
 )
 from patarm_jax.rollout.stream import WIDTH_MULTIPLE, abstract_programs
 from patarm_jax.run.peers import arrive, start_processes
-from patarm_jax.run.process import say, stop_requests
+from patarm_jax.run.process import say
+from patarm_jax.run.stopping import stop_after_steps
 from patarm_jax.train.metrics import Timer, compilations, show_judgements, write_rollouts
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.progress import percent, progress
@@ -71,9 +72,9 @@ from patarm_jax.types import UserError
 
 def main(config: GRPOConfig, dry_run: bool = False) -> bool:
     """Trains until done and exports; False when it was asked to stop before."""
+    start_processes(config, dry_run=dry_run)
     if not dry_run:
         check_folder(config.run)
-    start_processes(config, dry_run=dry_run)
     with contextlib.nullcontext() if dry_run else hold_run(config.run):
         return _train(config, dry_run)
 
@@ -122,11 +123,12 @@ def _train(config: GRPOConfig, dry_run: bool) -> bool:
         width = _next_width(iterator)
         compile_ahead(mesh, abstract_step(config, model.config, mesh, optimizer, judge, programs, width))
     compilations().since_last()  # what was compiled before belongs to no step
-    with stop_requests() as stop_asked, progress(steps, run.done) as report:
+    with stop_after_steps() as stop_asked, progress(steps, run.done) as report:
         for step in range(run.done + 1, steps + 1):
             timer = Timer(arrive, step)
-            with timer.phase("sample"):
+            with timer.phase("data"):
                 pairs = next(iterator)
+            with timer.phase("sample"):
                 key, width = jax.random.fold_in(run_key, step), bucket(pairs.longest_prompt, WIDTH_MULTIPLE)
                 sampled = sample_judgements(
                     judge, programs.to_rollout(state.params), requests_of(pairs.records), key, width
@@ -167,7 +169,8 @@ def _train(config: GRPOConfig, dry_run: bool) -> bool:
                 write_rollouts(run.folder / ROLLOUTS, step, rows)
             if config.run.show_every and step % config.run.show_every == 0:
                 show_judgements(step, [rows[0], rows[config.group_size]])
-            stopping = stop_asked(step) or bool(watch.stop)
+            arrive(f"step {step}: saving")
+            stopping = stop_asked() or bool(watch.stop)
             run.save_when_due(step, state, iterator.get_state(), stopping, quality)
             if stopping:
                 break

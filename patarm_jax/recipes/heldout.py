@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -68,7 +68,8 @@ def open_heldout(
     room = Room(model.config.max_position_embeddings, sampling.max_new_tokens, "heldout.sampling.max_new_tokens")
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data, room)
     say(f"held out, {section.path}: {read}{said}. Encoded: {encoded}.")
-    agree("the held-out pairs they read", {"number of pairs": len(records), "pairs": digest_of(records)})
+    asked = {"number of pairs": len(records), "pairs": digest_of(records), "sampling": asdict(sampling)}
+    agree("the held-out pairs they read", asked)
     ways, processes = batch_ways(mesh), jax.process_count()
     padded = list(itertools.islice(itertools.cycle(records), -(-len(records) // ways) * ways))
     each = len(padded) // processes

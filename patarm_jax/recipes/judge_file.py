@@ -29,7 +29,7 @@ from patarm_jax.judge.prompts import pointwise
 from patarm_jax.recipes.ask import AGAIN, ask_local, open_local
 from patarm_jax.recipes.estimate import estimate
 from patarm_jax.recipes.shared_answers import agree_on_questions, done_by_all, shared_answers
-from patarm_jax.run.peers import start_processes
+from patarm_jax.run.peers import start_processes, told
 from patarm_jax.run.process import say
 from patarm_jax.types import CHOSEN, REJECTED, Preference, Status, UsageError, UserError
 
@@ -85,7 +85,7 @@ def _judge(config: JudgeConfig, output: Path, dry_run: bool) -> Accuracy | None:
         known = read_answers(part, identity)
         print(estimate(local, [] if finished else missing(known, questions, config.votes, AGAIN)))
         return None
-    if finished:
+    if told("whether all is judged", str(finished)) == "True":
         return _tell(output, before, "these scores were there already")
     agree_on_questions(identity, questions)
     with shared_answers(part, identity) as answers:

@@ -84,11 +84,11 @@ def hold_run(section: RunSection) -> Iterator[None]:
     Of several processes the first one holds it. An archive is only looked at.
     """
     folder = _folder(section)
-    if jax.process_index() or _is_archive(folder):
+    is_held = jax.process_index() == 0 and not _is_archive(folder)
+    with hold_folder(folder, say) if is_held else contextlib.nullcontext():
+        if jax.process_count() > 1:
+            _see_one_folder(folder)
         yield
-    else:
-        with hold_folder(folder, say):
-            yield
 
 
 def _is_archive(folder: Path) -> bool:
@@ -151,29 +151,40 @@ def _foreign(folder: Path) -> list[str]:
     ]
 
 
-def _refuse_separate_folders(folder: Path, patience: float = 30.0) -> None:
-    """Refuses processes whose run folders are not one folder: process 0 leaves a name, which all must see.
+def _see_one_folder(folder: Path, patience: float = 90.0) -> None:
+    """Waits until every process sees in the run folder what process 0 sees there, and refuses folders that are not one.
+
+    Process 0 leaves a name, which all must see; then all must see the same checkpoints, from the last of which they are
+    to go on.
 
     Args:
         folder: as this process calls it.
         patience: seconds, within which network file systems show what another machine wrote.
     """
-    name = told("the name of a file in the run folder", f".patarm_shared-{secrets.token_hex(8)}")
-    if jax.process_index() == 0:
+    name = f".patarm_shared-{secrets.token_hex(8)}" if jax.process_index() == 0 and is_writable(folder) else ""
+    if name:
         with writing(folder):
             write_text(folder / name, "")
-    end = time.monotonic() + patience
-    while name not in os.listdir(folder):
-        if time.monotonic() > end:
+    name, *there = json.loads(told("what the run folder holds", json.dumps([name, *_in_folder(folder)])))
+    until = time.monotonic() + patience
+    while (name and not (folder / name).exists()) or _in_folder(folder) != there:
+        if time.monotonic() > until:
             raise UserError(
                 f"run.folder {folder} of process {jax.process_index()} is not the folder of process 0: what that one "
-                f"wrote there {patience:.0f} s ago is not to be seen. Give all processes one folder, on storage that "
-                "they share."
+                f"sees there is not to be seen here after {patience:.0f} s. Give all processes one folder, on storage "
+                "that they share."
             )
+        if folder.is_dir():
+            os.listdir(folder)  # network file systems then ask anew
         time.sleep(0.2)
     agree("that they see one run folder", {})  # then it can go
-    if jax.process_index() == 0:
+    if name and jax.process_index() == 0:
         (folder / name).unlink()
+
+
+def _in_folder(folder: Path) -> list[Any]:
+    """By what a run goes on: its checkpoints, and whether it has an export."""
+    return [steps_in(folder / CHECKPOINTS), (folder / EXPORT).is_dir()]
 
 
 def _claim(folder: Path, whose: Mapping[str, Any]) -> None:
@@ -312,7 +323,6 @@ def begin_or_resume(
         say(f"{folder} was begun by a version that did not note which weights it had; they are assumed to be the same")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    _refuse_separate_folders(folder)
     _claim(folder, whose)
     checkpoints = open_checkpoints(folder / CHECKPOINTS, keep, whose, best, config.run.on_damaged, say)
     done = 0
@@ -322,6 +332,7 @@ def begin_or_resume(
         state, data_state, done = checkpoints.restore(state_shape(model.config, mesh, optimizer))
         if done < steps:  # else nothing is read any more, and it may be past the end of fewer epochs
             iterator.set_state(data_state)
+        agree("the checkpoint they go on from", {"step": done})
         where, remedy = f"{folder / CHECKPOINTS / str(done)}", "Remove that checkpoint, or give another run.folder"
         refuse_ruined(state.params, where, remedy)
         say(f"{folder}: {done} of {steps} steps are done")
@@ -369,7 +380,7 @@ def finish(
         raise LearntNothing(
             f"{run.folder}: {watch.verdict} Nothing is exported: the weights are those that the run began with."
         )
-    complete = run.done >= run.steps and export.is_dir()
+    complete = run.done >= run.steps and told("whether there is an export", str(export.is_dir())) == "True"
     if not complete:
         # Of the state: it may have done more steps than are asked for now, and skipped updates.
         updates, measured = int(state.step) - int(state.skipped), metrics_of(run.folder / CHECKPOINTS / str(step))

@@ -42,7 +42,8 @@ from patarm_jax.recipes.run import (
 )
 from patarm_jax.recipes.watch import open_watch
 from patarm_jax.run.peers import arrive, start_processes
-from patarm_jax.run.process import say, stop_requests
+from patarm_jax.run.process import say
+from patarm_jax.run.stopping import stop_after_steps
 from patarm_jax.train.metrics import Timer, compilations
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.progress import percent, progress
@@ -53,9 +54,9 @@ WIDTH_MULTIPLE = 64  # sequences are padded to buckets of this many tokens
 
 def main(config: SFTConfig, dry_run: bool = False) -> bool:
     """Trains until done and exports; False when it was asked to stop before."""
+    start_processes(config, dry_run=dry_run)
     if not dry_run:
         check_folder(config.run)
-    start_processes(config, dry_run=dry_run)
     with contextlib.nullcontext() if dry_run else hold_run(config.run):
         return _train(config, dry_run)
 
@@ -107,7 +108,7 @@ def _train(config: SFTConfig, dry_run: bool) -> bool:
         arrays = sft_batch(pairs, shape_of(pairs), model.tokenizer.pad_id, config.packing)
         return place_batch(mesh, arrays), sum(map(sum, pairs.lengths))
 
-    with stop_requests() as stop_asked, jax.set_mesh(mesh):
+    with stop_after_steps() as stop_asked, jax.set_mesh(mesh):
         batch, tokens = next_batch() if step < steps else (None, 0)
         compilations().since_last()  # what was compiled before belongs to no step
         if batch is not None:
@@ -134,7 +135,8 @@ def _train(config: SFTConfig, dry_run: bool) -> bool:
                     "tokens right": percent(values["mean_token_accuracy"]),
                 }
                 report(step, shown, watch.new_tokens)
-                stopping = stop_asked(step) or bool(watch.stop)
+                arrive(f"step {step}: saving")
+                stopping = stop_asked() or bool(watch.stop)
                 run.save_when_due(step, state, data_state, stopping, quality)
                 if stopping:
                     break

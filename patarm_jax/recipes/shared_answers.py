@@ -9,17 +9,17 @@ import contextlib
 import glob
 import hashlib
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from patarm_jax.evaluate.answers import KEPT, Answers, Question, open_answers, read_answers
 from patarm_jax.files import writing
-from patarm_jax.run.peers import agree, arrive
+from patarm_jax.run.peers import agree, gather
+from patarm_jax.types import UserError
 
 Work = TypeVar("Work")
 
@@ -39,13 +39,16 @@ def shared_answers(path: Path, identity: Mapping[str, Any]) -> Iterator[Answers]
             _meet("answers are read")
             yield answers
             _meet("all is asked")
+            for process in range(1, jax.process_count()):
+                _wait_for(_own(path, process))
             _take_in(answers, identity)
             _meet("answers are put together")
     else:
         _meet("answers are there")
+        _wait_for(path)
         known = read_answers(path, identity)
         _meet("answers are read")
-        with open_answers(_own(path), identity) as own:
+        with open_answers(_own(path, jax.process_index()), identity) as own:
             own.known.update(known)
             yield own
         _meet("all is asked")
@@ -68,11 +71,23 @@ def my_share(work: Sequence[Work]) -> list[Work]:
 
 def done_by_all(done: bool) -> bool:
     """Whether every process has asked all of its share; all must call it."""
-    return done if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(done)).all())
+    return set(gather("telling whether all is asked", str(int(done)))) == {"1"}
 
 
-def _own(path: Path) -> Path:
-    return path.with_name(f".{path.name.lstrip('.')}.process-{jax.process_index()}")
+def _own(path: Path, process: int) -> Path:
+    return path.with_name(f".{path.name.lstrip('.')}.process-{process}")
+
+
+def _wait_for(path: Path, patience: float = 90.0) -> None:
+    """Until a file is seen that another machine has written: network file systems show it late."""
+    until = time.monotonic() + patience
+    while not path.exists():
+        if time.monotonic() > until:
+            raise UserError(
+                f"{path} of another process is not to be seen here after {patience:.0f} s. Give all processes one "
+                "--output, on storage that they share; run the same command again to go on."
+            )
+        time.sleep(0.2)
 
 
 def _take_in(answers: Answers, identity: Mapping[str, Any]) -> None:
@@ -86,7 +101,5 @@ def _take_in(answers: Answers, identity: Mapping[str, Any]) -> None:
 
 
 def _meet(where: str) -> None:
-    """Waits until all processes are there."""
-    arrive(where)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+    """Waits until all processes are there, which may take hours."""
+    gather(where, "")

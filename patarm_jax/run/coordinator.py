@@ -114,12 +114,12 @@ async def gather(listening: socket.socket, lobby: Lobby, parent: asyncio.Future[
 def listen(port: int, patience: float) -> socket.socket:
     """A socket that nothing else listens on; raises OSError when another program keeps the port."""
     until, has_told = time.monotonic() + patience, False
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
     while True:
         try:
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
+            return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=4096)
         except OSError as error:
-            if not socket.has_dualstack_ipv6():
-                return socket.create_server(("", port), backlog=4096)
             if error.errno != errno.EADDRINUSE or time.monotonic() > until:
                 raise
         if not has_told:
@@ -150,6 +150,7 @@ async def serve(port: int, processes: int, heartbeat: int) -> None:
         _tell({"refused": os.strerror(error.errno) if error.errno else str(error)})
         return
     _tell({"listening": port})
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody reads what the service says from now on
     lobby = Lobby(processes)
     if not await gather(listening, lobby, parent):
         return

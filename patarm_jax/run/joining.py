@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; there is no public way
 
 from patarm_jax.config import MeshSection
 from patarm_jax.run.coordinator import BYE, PORT_PATIENCE
@@ -49,6 +48,8 @@ def find_place(section: MeshSection) -> Place:
     Raises:
         UsageError: when something is still unknown, or cannot be.
     """
+    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; there is no public way
+
     named = os.environ.get("JAX_LOCAL_DEVICE_IDS")
     try:
         address, processes, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
@@ -92,14 +93,16 @@ def join(place: Place, join_seconds: float, heartbeat: int) -> subprocess.Popen[
     Raises:
         UserError: when they do not come in time, or this process is asked to stop before.
     """
-    with _told_to_stop(place):
-        coordinator = _start_coordinator(place, heartbeat) if place.process == 0 else None
-        try:
+    coordinator: subprocess.Popen[bytes] | None = None
+    try:
+        with _told_to_stop(place):
+            if place.process == 0:
+                coordinator = _start_coordinator(place, heartbeat)
             _wait_in_lobby(place, join_seconds)
             _initialize(place, heartbeat)
-        except BaseException as error:
-            dismiss(coordinator, str(error) or "it was stopped.")  # which is told to the others
-            raise
+    except BaseException as error:
+        dismiss(coordinator, str(error) or "it was stopped.")  # which is told to the others
+        raise
     return coordinator
 
 
@@ -118,7 +121,7 @@ def _start_coordinator(place: Place, heartbeat: int) -> subprocess.Popen[bytes]:
         [*command, str(place.port), str(place.processes), str(heartbeat)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         start_new_session=True,  # a Ctrl-C at the terminal is not meant for it
     )
     assert started.stdout is not None
@@ -132,7 +135,8 @@ def _start_coordinator(place: Place, heartbeat: int) -> subprocess.Popen[bytes]:
                 "mesh.coordinator (for Slurm, in the environment as JAX_COORDINATOR_PORT), or end what uses this one."
             )
         _say(f"port {place.port} is in use, perhaps by an earlier run that is ending; trying for {PORT_PATIENCE:.0f} s")
-    raise UserError(f"process 0 could not start its coordinator ({' '.join(command)}). Try the same command again.")
+    said = " ".join(started.stderr.read().decode(errors="replace").split())[-300:] if started.stderr else ""
+    raise UserError(f"process 0 could not start the program that the others are to find ({' '.join(command)}): {said}")
 
 
 class Terminated(UserError):

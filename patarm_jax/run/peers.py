@@ -25,17 +25,17 @@ from typing import Any, NoReturn
 
 import jax
 import jaxlib
-from jax._src import distributed  # for the client of the coordination service: there is no public way to it
 
 from patarm_jax import __version__
 from patarm_jax.config import MeshSection, shared_settings
 from patarm_jax.run.joining import dismiss, find_place, join, listed
+from patarm_jax.run.process import note_signals
 from patarm_jax.types import UsageError, UserError
 
 _ROOT = "patarm"
 _NAMED_EVERY = 60.0  # seconds
 _LOOK_EVERY = 1.0  # seconds
-COMPILING = "compiling"  # what a place begins with where waiting long is no sign of anything
+COMPILING, ASKING = "compiling", "asking"  # what a place begins with where waiting long is no sign of anything
 _RESUME = "Start the same command again on all of them: the run goes on from its last checkpoint."
 # How a collective, or the coordination service, tells that another process is gone.
 _LOST = ("Gloo", "gloo", "NCCL", "nccl", "Connection closed", "Connection reset", "Socket closed", "UNAVAILABLE")
@@ -70,8 +70,9 @@ class Peers:
     coordinator: subprocess.Popen[bytes] | None  # of process 0
     position: Position = Position()
     arrived: float = field(default_factory=time.monotonic)
-    agreed: int = 0  # how many comparisons there were
+    gathered: int = 0  # how often values were exchanged
     is_ending: bool = False
+    stop_asked: bool = False  # of any process
     waiting: dict[int, _Waiting] = field(default_factory=dict)
     ends: threading.Lock = field(default_factory=threading.Lock)
 
@@ -82,35 +83,42 @@ class Peers:
 
     # --------------------------------------------------------------------------------------------------- agreement
 
+    def gather(self, what: str, value: str) -> list[str]:
+        """The value of each process, on every one, when all have come here; not by the devices, so as long as it takes.
+
+        Args:
+            what: they come for, as those are told who wait for another.
+            value: of this process.
+        """
+        self.gathered += 1
+        self.arrive(what)
+        self._set(f"values/{self.gathered}/{self.process}", value)
+        return [self._get(f"values/{self.gathered}/{one}") for one in range(self.processes)]
+
     def agree(self, what: str, values: Mapping[str, Any]) -> None:
         """Refuses, on every process alike, to go on when these differ between processes.
 
         Args:
-            what: is compared, such as "the settings".
+            what: is compared, such as "their settings".
             values: by name; JSON.
 
         Raises:
             UsageError: naming the first value that differs, and on which processes.
         """
-        self.agreed += 1
-        self.arrive(f"comparing {what}")
         mine = json.dumps(dict(values), sort_keys=True)
-        digest = hashlib.sha256(mine.encode()).hexdigest()
-        self._set(f"values/{self.agreed}/{self.process}", mine)
-        self._set(f"digests/{self.agreed}/{self.process}", digest)
-        digests = [self._get(f"digests/{self.agreed}/{one}") for one in range(self.processes)]
-        others = [one for one in range(self.processes) if digests[one] != digests[0]]
-        if others:
-            first, other = (json.loads(self._get(f"values/{self.agreed}/{one}")) for one in (0, others[0]))
-            raise UsageError(_difference(what, first, other, others[0]))
+        # Most are alike: of each process a digest is read, and the values of those alone that differ.
+        self._set(f"compared/{self.gathered}/{self.process}", mine)
+        number = self.gathered
+        digests = self.gather(f"comparing {what}", hashlib.sha256(mine.encode()).hexdigest())
+        if len(set(digests)) > 1:
+            unlike = [digests.index(one) for one in dict.fromkeys(digests)]
+            raise UsageError(
+                _difference(what, digests, {one: json.loads(self._get(f"compared/{number}/{one}")) for one in unlike})
+            )
 
     def told(self, what: str, value: str) -> str:
         """The value that process 0 gives, on every process."""
-        self.agreed += 1
-        self.arrive(what)
-        if self.process == 0:
-            self._set(f"told/{self.agreed}", value)
-        return self._get(f"told/{self.agreed}")
+        return self.gather(what, value)[0]
 
     # ----------------------------------------------------------------------------------------------------- position
 
@@ -123,23 +131,25 @@ class Peers:
         """Notes that this process is getting on at a place where it does what the others do not wait for yet."""
         self.position = Position(self.position.count, where)
 
+    def ask_to_stop(self) -> None:
+        """Tells the others that this process was asked to stop."""
+        self.stop_asked = True
+        self._set(f"stop/{self.process}", "")
+
     # --------------------------------------------------------------------------------------------------------- ends
 
     def end(self, code: int) -> NoReturn:
         """Ends well, together with the others: process 0 last, since where they meet is its own."""
-        self.arrive("the end")
+        self.gather("the end", "")
         self._set(f"done/{self.process}", "")
-        while len(self._all("done")) < self.processes:
-            time.sleep(0.2)
         self.is_ending = True
-        if self.process > 0:
-            self._set(f"bye/{self.process}", "")
-        else:
-            with contextlib.suppress(Exception):
-                while len(self._all("bye")) < self.processes - 1:
-                    time.sleep(0.1)
+        self._wait_for_others("done")
+        if self.process == 0:
+            self._wait_for_others("bye")
             time.sleep(0.5)  # for the last to be gone
             dismiss(self.coordinator)
+        else:
+            self._set(f"bye/{self.process}", "")
         _exit(code)
 
     def fail(self, error: BaseException, said: str, code: int) -> NoReturn:
@@ -149,21 +159,34 @@ class Peers:
         """
         if _tells_of_a_lost_process(error):
             time.sleep(self.heartbeat + 5)
-        known = isinstance(error, (UserError, KeyboardInterrupt))
+        known = isinstance(error, (UserError, KeyboardInterrupt, BrokenPipeError))
         where = "" if known else "".join(traceback.format_exception(error))
         with self.ends:
             self.is_ending = True
             self._leave(said, code, where)
 
     def _leave(self, said: str, code: int, where: str = "") -> NoReturn:
-        """Says why, here and to the others, and ends; `self.ends` is held."""
+        """Says why, to the others and here, and ends; `self.ends` is held."""
         with contextlib.suppress(Exception):
             self._set(f"left/{self.process}", json.dumps({"said": said, "code": code, "host": socket.gethostname()}))
-        _exit(code, f"{where}patarm: {said}")
+        printing = _print(f"{where}patarm: {said}")
+        if self.process == 0:  # where this process ends with its machine or container, so does the place where all meet
+            self._wait_for_others("heard", "left")
+        printing.join(2)
+        os._exit(code)
+
+    def _wait_for_others(self, *words: str) -> None:
+        """Until each of the others has said one of these, or may be taken for dead."""
+        until, others = time.monotonic() + self.heartbeat + 5, set(range(self.processes)) - {self.process}
+        with contextlib.suppress(Exception):
+            while time.monotonic() < until and not others <= {one for word in words for one in self._all(word)}:
+                time.sleep(0.1)
 
     def _end_because(self, sentence: str, code: int = 1) -> None:
         with self.ends:
             if not self.is_ending:
+                with contextlib.suppress(Exception):
+                    self._set(f"heard/{self.process}", "")
                 _exit(code, f"\npatarm: {sentence}")
 
     # ----------------------------------------------------------------------------------------------------- watching
@@ -185,9 +208,11 @@ class Peers:
             lost = [one for one in range(self.processes) if one not in alive]
             if lost:
                 time.sleep(2 * _LOOK_EVERY)  # one that ended with an error has left its sentence, which says more
+                lost = [one for one in lost if one not in self._all("done")]
+            if lost:
                 self._end_because(
-                    f"{listed(lost)} of {self.processes} {'is' if len(lost) == 1 else 'are'} gone or frozen: not heard "
-                    f"of for {self.heartbeat} s (mesh.heartbeat_seconds). {_RESUME}"
+                    f"{listed(lost)} of {self.processes} {'is' if len(lost) == 1 else 'are'} gone or frozen "
+                    f"(mesh.heartbeat_seconds {self.heartbeat}). {_RESUME}"
                 )
                 return
             time.sleep(_LOOK_EVERY)
@@ -200,6 +225,7 @@ class Peers:
                     if process != self.process:
                         word = json.loads(text)
                         self._end_because(f"process {process} ({word['host']}) ended: {word['said']}", word["code"])
+                self.stop_asked = self.stop_asked or bool(self._all("stop"))
                 if self.position != told:
                     told = self.position
                     self._set(f"at/{self.process}", json.dumps(dataclasses.astuple(told)))
@@ -210,6 +236,7 @@ class Peers:
         """Names processes that have long been behind this one, and ends when it is too long."""
         mine, now, patience = self.position, time.monotonic(), min(_NAMED_EVERY, self.stall_seconds)
         if now - self.arrived < patience:
+            self.waiting.clear()
             return
         there = {one: Position(*json.loads(text)) for one, text in self._all("at").items()}
         for process in range(self.processes):
@@ -226,12 +253,15 @@ class Peers:
                 f"process {process} has been at “{position.where}” for {waited:.0f} s, while process {self.process} "
                 f"waits for it at “{mine.where}”"
             )
-            if waited > self.stall_seconds and not position.where.startswith(COMPILING):
+            if waited > self.stall_seconds and not position.where.startswith((COMPILING, ASKING)):
                 with self.ends:
-                    self._leave(f"{what}: longer than mesh.stall_minutes. {_RESUME}", 1)
+                    if not self.is_ending:
+                        self.is_ending = True
+                        self._leave(f"{what}: longer than mesh.stall_minutes. {_RESUME}", 1)
             if waited >= patience and now - seen.said >= _NAMED_EVERY:
                 seen.said = now
-                _print(f"\n{what}")
+                if not any(there[one].count >= mine.count for one in range(self.process) if one in there):
+                    _print(f"\n{what}")  # the first of those that wait says it
 
     # -------------------------------------------------------------------------------------------------- what is said
 
@@ -253,13 +283,20 @@ class Peers:
         return {int(key.rpartition("/")[2]): value for key, value in found}
 
 
-def _difference(what: str, first: Mapping[str, Any], other: Mapping[str, Any], process: int) -> str:
-    name = next(name for name in (*first, *other) if first.get(name) != other.get(name))
-    shown = [repr(values[name]) if name in values else "absent" for values in (first, other)]
-    return (
-        f"the processes differ in {what}: {name} is {shown[0]} on process 0 and {shown[1]} on process {process}. "
-        "Start all of them alike."
-    )
+def _difference(what: str, digests: list[str], values: Mapping[int, Mapping[str, Any]]) -> str:
+    """The first name in which processes differ, with each value and who has it.
+
+    >>> _difference("their settings", ["a", "b", "a"], {0: {"seed": 0}, 1: {"seed": 7}})
+    'the processes differ in their settings: seed is 0 on processes 0, 2 and 7 on process 1. Start all of them alike.'
+    """
+    names = dict.fromkeys(name for each in values.values() for name in each)
+    name = next(name for name in names if len({json.dumps(each.get(name)) for each in values.values()}) > 1)
+    who: dict[str, list[int]] = {}
+    for first, each in values.items():
+        shown = repr(each[name]) if name in each else "absent"
+        who.setdefault(shown, []).extend(one for one, digest in enumerate(digests) if digest == digests[first])
+    said = " and ".join(f"{shown} on {listed(sorted(ones))}" for shown, ones in who.items())
+    return f"the processes differ in {what}: {name} is {said}. Start all of them alike."
 
 
 def _tells_of_a_lost_process(error: BaseException) -> bool:
@@ -310,7 +347,14 @@ def start_processes(config: Any, **more: Any) -> None:
         UserError: when they are not found, do not come, or were started otherwise than this one.
     """
     section: MeshSection = config.mesh
-    if section.distributed == "none" or jax.distributed.is_initialized():
+    if section.distributed == "none" or _peers:
+        return
+    from jax._src import distributed  # for the client of the coordination service: there is no public way to it
+
+    if jax.distributed.is_initialized():  # by a program that calls this one, and ends its processes itself
+        state = distributed.global_state
+        one, all_ = state.process_id, state.num_processes
+        _peers.append(Peers(state.client, one, all_, section.heartbeat_seconds, 60 * section.stall_minutes, None))
         return
     place = find_place(section)
     coordinator = join(place, section.join_seconds, section.heartbeat_seconds)
@@ -324,6 +368,7 @@ def start_processes(config: Any, **more: Any) -> None:
     )
     _peers.append(peers)
     peers.watch()
+    note_signals()  # after JAX has set its own handler of SIGTERM
     versions = {
         "version of jax": jax.__version__,
         "version of jaxlib": jaxlib.__version__,
@@ -353,9 +398,23 @@ def agree(what: str, values: Mapping[str, Any]) -> None:
 
 def told(what: str, value: str) -> str:
     """`Peers.told`; of a process that is alone, its own value."""
+    return gather(what, value)[0]
+
+
+def gather(what: str, value: str) -> list[str]:
+    """`Peers.gather`; of a process that is alone, its own value."""
     for peers in _peers:
-        return peers.told(what, value)
-    return value
+        return peers.gather(what, value)
+    return [value]
+
+
+def stop_asked_of_any(asked: bool) -> bool:
+    """Whether this process, or one that it knows of, was asked to stop; told to the others, who need not be here."""
+    for peers in _peers:
+        if asked and not peers.stop_asked:
+            peers.ask_to_stop()
+        return peers.stop_asked
+    return asked
 
 
 def arrive(where: str) -> None:

@@ -4,11 +4,10 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import jax
-from jax.experimental import multihost_utils
 
 
 def say(message: str) -> None:
@@ -17,30 +16,61 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+_received: list[int] = []  # signals that asked this process to stop
+
+
+def was_asked() -> bool:
+    """Whether SIGTERM or Ctrl-C asked this process to stop."""
+    return bool(_received)
+
+
+def note_signals() -> dict[int, Any]:
+    """From now on SIGTERM and Ctrl-C are noted, and a second Ctrl-C stops at once; gives the handlers there were."""
+    _received.clear()
+    return {number: signal.signal(number, _note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+def _note(number: int, _frame: Any) -> None:
+    if _received and number == signal.SIGINT:
+        raise KeyboardInterrupt
+    _received.append(number)
+    with contextlib.suppress(OSError):  # print is not reentrant
+        os.write(2, b"\nstopping when what is under way is done; the same command goes on from there\n")
+
+
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Yields `asked(step)`: whether SIGTERM or Ctrl-C asked this run to save and stop after a step.
+def noted_signals() -> Iterator[None]:
+    """Signals are noted while the block runs, and nothing that is said can end it, should nobody read it any more.
 
-    A second Ctrl-C stops at once. Of several processes, all stop after the same step, whichever was asked: there JAX
-    has the signal SIGTERM, and asking it is a synchronisation.
+    Of several processes they have been noted since these joined, and are on.
     """
-    together = jax.process_count() > 1
-    received: list[int] = []
-
-    def note(number: int, _frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-        if together:
-            os.kill(os.getpid(), signal.SIGTERM)
-        os.write(  # print is not reentrant
-            2, b"\nstopping when what is under way is done; the same command goes on from there\n"
-        )
-
-    numbers = (signal.SIGINT,) if together else (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, note) for number in numbers}
+    before = {} if jax.process_count() > 1 else note_signals()
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = cast(Any, _Unread(streams[0])), cast(Any, _Unread(streams[1]))
     try:
-        yield multihost_utils.reached_preemption_sync_point if together else lambda step: bool(received)
+        yield
     finally:
+        sys.stdout, sys.stderr = streams
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _Unread:
+    """A stream whose reader may end before its writer, as `tee` does at the same Ctrl-C: then nothing is said."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As the stream's."""
+        with contextlib.suppress(BrokenPipeError):
+            return int(self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """As the stream's."""
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.flush()
