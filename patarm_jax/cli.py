@@ -1,20 +1,34 @@
 """The door: `patarm VERB …`. Reads the command line, calls a recipe, and turns a user's mistake into one sentence."""
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
 
 from patarm_jax import __version__
-from patarm_jax.config import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, SFTConfig, load, override
+from patarm_jax.config import (
+    BenchConfig,
+    Config,
+    EvalConfig,
+    GRPOConfig,
+    JudgeConfig,
+    SFTConfig,
+    from_mapping,
+    load,
+    override,
+    read_yaml,
+)
 from patarm_jax.files import refuse_address
 from patarm_jax.flags import listed
+from patarm_jax.run.joining import tell_why_absent
 from patarm_jax.run.peers import end_all, end_together
 from patarm_jax.run.process import say
 from patarm_jax.types import Benchmark, JudgeKind, LearntNothing, UsageError, UserError
@@ -244,18 +258,18 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     if options.verb == "sft":
         from patarm_jax.recipes.sft import main as sft
 
-        sft(load(SFTConfig, options.config, rest), options.dry_run)
+        sft(_told(lambda: load(SFTConfig, options.config, rest), rest, options.config), options.dry_run)
     else:
         from patarm_jax.recipes.grpo import main as grpo
 
-        grpo(load(GRPOConfig, options.config, rest), options.dry_run)
+        grpo(_told(lambda: load(GRPOConfig, options.config, rest), rest, options.config), options.dry_run)
     return 0
 
 
 def _judge(options: argparse.Namespace, rest: list[str]) -> int:
     from patarm_jax.recipes.judge_file import main as judge
 
-    config = override(JudgeConfig(votes=options.votes, output=options.output), rest)
+    config = _told(lambda: override(JudgeConfig(votes=options.votes, output=options.output), rest), rest)
     _refuse_both(rest, {"MODEL": "--model.path", "--input": "--data.path"})
     model = dataclasses.replace(config.model, path=options.model)
     data = dataclasses.replace(config.data, path=options.input)
@@ -277,7 +291,7 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
         seed=options.seed,
         against=options.against,
     )
-    config = override(config, rest)
+    config = _told(partial(override, config, rest), rest)
     _refuse_both(rest, {"--model": options.model and "--model.path", "--data": options.data and "--data.path"})
     model = dataclasses.replace(config.model, path=options.model or config.model.path)
     data = dataclasses.replace(config.data, path=options.data or config.data.path)
@@ -315,6 +329,27 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
 
     export(options.checkpoint, options.out, options.best)
     return 0
+
+
+def _told(read: Callable[[], Config], rest: list[str], path: Path | None = None) -> Config:
+    """A config; other processes of the run, which wait for this one, hear why it cannot be read."""
+    try:
+        return read()
+    except UserError as error:
+        found: dict[str, Any] = {}
+        with contextlib.suppress(UserError):
+            found = read_yaml(path) if path else {}
+        words = [word for one in rest for word in one.split("=", 1)]
+        mesh = [
+            word for name, value in itertools.pairwise(words) if name.startswith("--mesh.") for word in (name, value)
+        ]
+        with contextlib.suppress(UserError):
+            config = override(
+                from_mapping(SFTConfig, {"mesh": found.get("mesh", {})}, ""), list(itertools.chain(*given))
+            )
+            if config.mesh.distributed != "none":
+                tell_why_absent(config.mesh, str(error))
+        raise
 
 
 def _refuse_both(rest: list[str], names: Mapping[str, str]) -> None:

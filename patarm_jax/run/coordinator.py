@@ -22,6 +22,7 @@ from typing import Any
 
 BYE = "bye"  # from process 0, when all have ended well; without it, it died
 LINGERS = 10.0  # seconds beyond the heartbeat that it stays for the others, which by then have heard of the end
+LATE = 5.0  # seconds for which a refusal is told to those that come after it
 PORT_PATIENCE = 40.0  # seconds: as long as the coordinator of a run that has just failed may hold the port
 
 
@@ -41,6 +42,8 @@ class Lobby:
     def refusal(self, hello: Mapping[str, Any]) -> str:
         """Why a process cannot take part; empty when it can."""
         number, who = hello["process"], hello["who"]
+        if "failed" in hello:
+            return f"process {number} ({who}) ended: {hello['failed']}"
         if hello["processes"] != self.processes:
             return (
                 f"process 0 was started for {self.processes} processes, and process {number} ({who}) for "
@@ -81,7 +84,7 @@ async def gather(listening: socket.socket, lobby: Lobby, parent: asyncio.Future[
     async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             hello = json.loads(await reader.readline())
-            refusal = lobby.refusal(hello)
+            refusal = complete.result() if complete.done() else lobby.refusal(hello)
         except (ValueError, KeyError, TypeError, OSError):  # something else found this port
             writer.close()
             return
@@ -104,10 +107,10 @@ async def gather(listening: socket.socket, lobby: Lobby, parent: asyncio.Future[
     server = await asyncio.start_server(receive, sock=listening)
     parent.add_done_callback(lambda _: decide(f"process 0 ended before all had joined: {parent.result()}"))
     refusal = await complete
-    server.close()
     if refusal:
         lobby.tell_all({"refused": refusal})
-        await asyncio.sleep(1)  # lets the lines go out
+        await asyncio.sleep(LATE)  # for those that come only now
+    server.close()
     return not refusal
 
 

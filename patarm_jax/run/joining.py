@@ -20,6 +20,7 @@ from patarm_jax.run.coordinator import BYE, PORT_PATIENCE
 from patarm_jax.types import UsageError, UserError
 
 _SAID_EVERY = 30.0  # seconds between two lines on who is missing
+_SAYING = 5.0  # seconds for which one that ends looks for the others
 _REACHED_AGAIN = 1.0  # seconds between two attempts to reach process 0
 
 
@@ -104,6 +105,34 @@ def join(place: Place, join_seconds: float, heartbeat: int) -> subprocess.Popen[
         dismiss(coordinator, str(error) or "it was stopped.")  # which is told to the others
         raise
     return coordinator
+
+
+def tell_why_absent(section: MeshSection, sentence: str) -> None:
+    """Tells those that wait for this process why it does not come, as far as they can be found in a few seconds."""
+    with contextlib.suppress(UserError, OSError):
+        place = find_place(section)
+        if place.process == 0:
+            dismiss(_start_coordinator(place, section.heartbeat_seconds), sentence)
+            return
+        until = time.monotonic() + 2 * _SAYING
+        while time.monotonic() < until:
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection((place.host, place.port), timeout=5) as connection,
+            ):
+                connection.sendall(json.dumps(_hello(place) | {"failed": sentence}).encode() + b"\n")
+                connection.settimeout(_SAYING)
+                connection.recv(4096)  # the same words, which all hear now
+                return
+            time.sleep(_REACHED_AGAIN)
+
+
+def _hello(place: Place) -> dict[str, Any]:
+    return {
+        "process": place.process,
+        "processes": place.processes,
+        "who": f"{socket.gethostname()}, pid {os.getpid()}",
+    }
 
 
 def dismiss(coordinator: subprocess.Popen[bytes] | None, last_words: str = BYE) -> None:
@@ -217,16 +246,11 @@ _connections: list[socket.socket] = []  # to the coordinator; it sees by them wh
 def _wait_in_lobby(place: Place, join_seconds: float) -> None:
     """Until the coordinator says that all are there."""
     progress = _Progress(place, join_seconds)
-    hello = {
-        "process": place.process,
-        "processes": place.processes,
-        "who": f"{socket.gethostname()}, pid {os.getpid()}",
-    }
     while True:
         with contextlib.suppress(OSError), contextlib.ExitStack() as closed_again:
             connection = socket.create_connection((place.host, place.port), timeout=5)
             closed_again.callback(connection.close)
-            connection.sendall(json.dumps(hello).encode() + b"\n")
+            connection.sendall(json.dumps(_hello(place)).encode() + b"\n")
             if _listen(place, connection, progress):
                 _connections.append(connection)
                 closed_again.pop_all()
