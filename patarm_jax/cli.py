@@ -340,13 +340,9 @@ def _told(read: Callable[[], Config], rest: list[str], path: Path | None = None)
         with contextlib.suppress(UserError):
             found = read_yaml(path) if path else {}
         words = [word for one in rest for word in one.split("=", 1)]
-        mesh = [
-            word for name, value in itertools.pairwise(words) if name.startswith("--mesh.") for word in (name, value)
-        ]
+        given = [word for pair in itertools.pairwise(words) if pair[0].startswith("--mesh.") for word in pair]
         with contextlib.suppress(UserError):
-            config = override(
-                from_mapping(SFTConfig, {"mesh": found.get("mesh", {})}, ""), list(itertools.chain(*given))
-            )
+            config = override(from_mapping(SFTConfig, {"mesh": found.get("mesh", {})}, ""), given)
             if config.mesh.distributed != "none":
                 tell_why_absent(config.mesh, str(error))
         raise
