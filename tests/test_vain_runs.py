@@ -97,6 +97,9 @@ def test_the_first_skipped_update_ends_a_run_where_it_is_to(world, capsys):
     sections = {"optimizer": {"learning_rate": 1e30}, "run": {"steps": 9, "on_nonfinite": "stop"}}
     started(world, "sft", "strict", code=1, **sections)
     assert "stopped at step 1 of 9: run.on_nonfinite is stop, and 1 of 1 updates were skipped" in last_line(capsys)
+    sections["run"]["steps"] = 1  # where nothing is left to do, the same command ends as it did
+    started(world, "sft", "strict", code=1, **sections)
+    assert "stopped at step 1 of 1: run.on_nonfinite is stop, and 1 of 1 updates were skipped" in last_line(capsys)
 
 
 @pytest.mark.long

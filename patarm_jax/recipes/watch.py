@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from patarm_jax.config import GRPOConfig, SFTConfig
+from patarm_jax.run.peers import arrive
 from patarm_jax.run.process import say
 from patarm_jax.train.health import Health, Told, after, reason_to_stop, untouched, verdict, warnings
 from patarm_jax.train.metrics import Timer, read_metrics
@@ -80,15 +81,17 @@ def told_of(config: SFTConfig | GRPOConfig, folder: Path) -> Told:
 
 def open_watch(config: SFTConfig | GRPOConfig, folder: Path, done: int, per_epoch: int) -> Watch:
     """The watch of a run that has done `done` steps; its metrics.jsonl must be open, and so end with that step."""
-    told, health, tokens = told_of(config, folder), Health(), 0
+    told, before, health, tokens = told_of(config, folder), Health(), Health(), 0
     if done and jax.process_index() == 0:
         lines = read_metrics(folder / "metrics.jsonl")
         for line in lines:
-            health = after(health, line, told.updates_per_step)
+            before, health = health, after(health, line, told.updates_per_step)
         tokens = int((lines[-1] if lines else {}).get("num_tokens") or 0)
         if not tokens:
             say(f"{folder / 'metrics.jsonl'} counts no tokens up to step {done}: num_tokens counts from there on")
     if jax.process_count() > 1:
-        numbers = np.array(dataclasses.astuple(health), np.int32)
-        health = Health(*map(int, multihost_utils.broadcast_one_to_all(numbers)))
-    return Watch(told, per_epoch, health, tokens)
+        arrive("reading what the run has done")
+        numbers = np.array([dataclasses.astuple(before), dataclasses.astuple(health)], np.int32)
+        before, health = (Health(*map(int, row)) for row in multihost_utils.broadcast_one_to_all(numbers))
+    # Of a run that was stopped at its last step nothing is left to do, and its end is the same.
+    return Watch(told, per_epoch, health, tokens, stop=reason_to_stop(before, health, told) if done else "")
