@@ -92,8 +92,14 @@ class Peers:
         """
         self.gathered += 1
         self.arrive(what)
-        self._set(f"values/{self.gathered}/{self.process}", value)
-        return [self._get(f"values/{self.gathered}/{one}") for one in range(self.processes)]
+        number = self.gathered
+        # Process 0 reads all and tells all: were each to read all, a thousand would send a million requests.
+        self._set(f"values/{number}/{self.process}", value)
+        if self.process == 0:
+            values = [self._get(f"values/{number}/{one}") for one in range(self.processes)]
+            self._set(f"gathered/{number}", json.dumps(values))
+            return values
+        return [str(one) for one in json.loads(self._get(f"gathered/{number}"))]
 
     def agree(self, what: str, values: Mapping[str, Any]) -> None:
         """Refuses, on every process alike, to go on when these differ between processes.
