@@ -146,7 +146,9 @@ def test_a_run_of_sft_measures_and_exports_what_its_base_says(tmp_path, capsys):
     assert with_heldout_sampling(config, model).heldout.sampling == JudgingSection(0.6, 20, 0.95, 1024, 256)
     said = capsys.readouterr().err
     assert "top_p 0.95 from the model's generation_config.json; not applied here: min_p 0.1" in said
-    assert said.endswith("for the held-out pairs and for whoever serves the export\n")
+    assert said.endswith("may take from that file, for whoever serves the export\n")
+    with_heldout_sampling(with_flags(config, ["--heldout.path", "held.jsonl"]), model)
+    assert capsys.readouterr().err.endswith("for the held-out pairs and for whoever serves the export\n")
     other = with_flags(config, ["--heldout.sampling.temperature", "0", "--data.max_completion_tokens", "99"])
     assert with_heldout_sampling(other, model).heldout.sampling == JudgingSection(0.0, 20, 0.95, 99, 256)
     assert exported_drawing(other, model) == Drawing(0.0, 20, 0.95)

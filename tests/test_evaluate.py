@@ -367,6 +367,7 @@ def test_any_batch_and_any_devices_give_the_same(world, whole):
     assert results["valid"] == 0 and results["ties"] == 1
 
 
+@pytest.mark.long
 def test_a_stopped_evaluation_goes_on(world, whole):
     environment = ENVIRONMENT | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, "-m", "patarm_jax", *local(world, "parted", "--sampling.rows", 2)]
