@@ -17,6 +17,7 @@ import jax
 
 from patarm_jax.config import MeshSection
 from patarm_jax.run.coordinator import BYE, PORT_PATIENCE
+from patarm_jax.run.process import print_aside
 from patarm_jax.types import UsageError, UserError
 
 _SAID_EVERY = 30.0  # seconds between two lines on who is missing
@@ -163,7 +164,9 @@ def _start_coordinator(place: Place, heartbeat: int) -> subprocess.Popen[bytes]:
                 f"process 0 cannot listen on port {place.port}: {message['refused']}. Give another port in "
                 "mesh.coordinator (for Slurm, in the environment as JAX_COORDINATOR_PORT), or end what uses this one."
             )
-        _say(f"port {place.port} is in use, perhaps by an earlier run that is ending; trying for {PORT_PATIENCE:.0f} s")
+        print_aside(
+            f"port {place.port} is in use, perhaps by an earlier run that is ending; trying for {PORT_PATIENCE:.0f} s"
+        )
     said = " ".join(started.stderr.read().decode(errors="replace").split())[-300:] if started.stderr else ""
     raise UserError(f"process 0 could not start the program that the others are to find ({' '.join(command)}): {said}")
 
@@ -201,7 +204,7 @@ class _Progress:
     def hear(self, missing: list[int]) -> None:
         """Takes note of who is missing now."""
         if self.missing is None and missing:
-            _say(f"process {self.place.process} of {self.place.processes} waits for {listed(missing)}")
+            print_aside(f"process {self.place.process} of {self.place.processes} waits for {listed(missing)}")
         self.missing = missing
 
     def look(self) -> None:
@@ -214,7 +217,7 @@ class _Progress:
             )
         if now - self.said >= _SAID_EVERY:
             self.said = now
-            _say(f"process {self.place.process}: {self._what()}; waited {now - self.begun:.0f} s")
+            print_aside(f"process {self.place.process}: {self._what()}; waited {now - self.begun:.0f} s")
 
     def _what(self) -> str:
         if self.missing is None:
@@ -310,7 +313,3 @@ def _initialize(place: Place, heartbeat: int) -> None:
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UserError(f"the processes met and could not join: {reason}. Start all of them again.") from error
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

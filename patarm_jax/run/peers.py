@@ -14,7 +14,6 @@ import math
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -29,7 +28,7 @@ import jaxlib
 from patarm_jax import __version__
 from patarm_jax.config import MeshSection, shared_settings
 from patarm_jax.run.joining import dismiss, find_place, join, listed
-from patarm_jax.run.process import note_signals
+from patarm_jax.run.process import note_signals, print_aside
 from patarm_jax.types import UsageError, UserError
 
 _ROOT = "patarm"
@@ -175,7 +174,7 @@ class Peers:
         """Says why, to the others and here, and ends; `self.ends` is held."""
         with contextlib.suppress(Exception):
             self._set(f"left/{self.process}", json.dumps({"said": said, "code": code, "host": socket.gethostname()}))
-        printing = _print(f"{where}patarm: {said}")
+        printing = print_aside(f"{where}patarm: {said}")
         if self.process == 0:  # where this process ends with its machine or container, so does the place where all meet
             self._wait_for_others("heard", "left")
         printing.join(2)
@@ -267,7 +266,7 @@ class Peers:
             if waited >= patience and now - seen.said >= _NAMED_EVERY:
                 seen.said = now
                 if not any(there[one].count >= mine.count for one in range(self.process) if one in there):
-                    _print(f"\n{what}")  # the first of those that wait says it
+                    print_aside(f"\n{what}")  # the first of those that wait says it
 
     # -------------------------------------------------------------------------------------------------- what is said
 
@@ -318,22 +317,8 @@ def _brief(error: BaseException) -> str:
     return " ".join(str(error).split())[:160].rstrip(".")
 
 
-def _print(text: str) -> threading.Thread:
-    """Says something, without waiting: where nobody reads it, printing never returns."""
-
-    def say() -> None:
-        with contextlib.suppress(OSError, ValueError):
-            print(text, end="\n" if text else "", file=sys.stderr)
-            sys.stdout.flush()
-            sys.stderr.flush()
-
-    saying = threading.Thread(target=say, daemon=True)
-    saying.start()
-    return saying
-
-
 def _exit(code: int, last_words: str = "") -> NoReturn:
-    _print(last_words).join(2)
+    print_aside(last_words).join(2)
     os._exit(code)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -14,6 +15,20 @@ def say(message: str) -> None:
     """One line for the person who watches, from the first process only."""
     if jax.process_index() == 0:
         print(message, file=sys.stderr, flush=True)
+
+
+def print_aside(text: str) -> threading.Thread:
+    """Says something, without waiting: where nobody reads it, printing never returns."""
+
+    def say() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            print(text, end="\n" if text else "", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+    saying = threading.Thread(target=say, daemon=True)
+    saying.start()
+    return saying
 
 
 _received: list[int] = []  # signals that asked this process to stop
