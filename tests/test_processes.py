@@ -416,7 +416,7 @@ def test_a_process_that_keeps_the_others_waiting_is_named_and_ends_all(world, en
 def test_a_damaged_checkpoint_is_seen_by_all(world, environment, uninterrupted):
     """One of them cannot know alone: all stop, or all go back, together."""
     config = pod_config(world, "damaged", "grpo", run={"steps": 6, "keep_checkpoints": 3})
-    Pod(environment, "grpo", config, "--run.steps", 4).end(VAIN["grpo"], VAIN["grpo"])
+    Pod(environment, "grpo", config).end(VAIN["grpo"], VAIN["grpo"])
     folder = world / "damaged"
     shutil.rmtree(folder / "export")
     newest = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)
