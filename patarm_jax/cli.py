@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 import jax
 
@@ -109,11 +109,25 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}. `{self.prog} --help` shows how it is used.")
 
 
+_Verbs: TypeAlias = "argparse._SubParsersAction[_Parser]"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="patarm", description="Train generative reward models from preference pairs.")
     parser.add_argument("--version", action="version", version=f"patarm_jax {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
 
+    _add_demo(verbs)
+    _add_training(verbs)
+    _add_judge(verbs)
+    _add_eval(verbs)
+    _add_report(verbs)
+    _add_bench(verbs)
+    _add_export(verbs)
+    return parser
+
+
+def _add_demo(verbs: _Verbs) -> None:
     demo = _verb(
         verbs, "demo", _demo, "everything end to end in minutes, no downloads", ["patarm demo --out runs/demo"]
     )
@@ -121,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="of data, weights and sampling (default: %(default)s)")
     demo.add_argument("--short", action="store_true", help="a few steps of everything: minutes become seconds")
 
+
+def _add_training(verbs: _Verbs) -> None:
     for name, what in (("sft", "teach a model the form of judgements"), ("grpo", "train a judge on preference pairs")):
         examples = [
             f"patarm {name} configs/qwen3_8b_{name}.yaml",
@@ -133,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
         settings = listed(SFTConfig() if name == "sft" else GRPOConfig())
         train.epilog = f"{train.epilog}\n\nany setting of the config can follow, with its default:\n{settings}"
 
+
+def _add_judge(verbs: _Verbs) -> None:
     examples = ["patarm judge runs/demo/grpo --input pairs.jsonl --output scores.jsonl --votes 8"]
     examples.append("patarm judge runs/demo/grpo --input pairs.jsonl --output scores.jsonl --dry-run")
     judge = _verb(verbs, "judge", _judge, "score the pairs of a file", examples)
@@ -149,6 +167,8 @@ def _parser() -> argparse.ArgumentParser:
         f"{judge.epilog}\n\nfurther settings can follow, with their defaults ({_NULL}):\n{listed(JudgeConfig())}"
     )
 
+
+def _add_eval(verbs: _Verbs) -> None:
     examples = [
         "patarm eval rewardbench --model judge-8b --data allenai/reward-bench --output runs/rewardbench",
         "patarm eval rm-bench --model judge-8b --data RM-Bench/data --output runs/rm-bench --votes 8",
@@ -183,12 +203,16 @@ def _parser() -> argparse.ArgumentParser:
         f"{evaluate.epilog}\n\nfurther settings can follow, with their defaults ({_NULL}):\n{listed(EvalConfig())}"
     )
 
+
+def _add_report(verbs: _Verbs) -> None:
     examples = ["patarm report runs/grpo", "patarm report runs/grpo --out report.html --megabytes 100"]
     report = _verb(verbs, "report", _report, "a run's curves and rollouts as one page", examples)
     report.add_argument("folder", type=_path, metavar="RUN", help="the folder of a run, finished or not")
     report.add_argument("--out", type=_path, help="the file that is written (default: RUN/report.html)")
     report.add_argument("--megabytes", type=int, default=25, help="of rollouts it may hold (default: %(default)s)")
 
+
+def _add_bench(verbs: _Verbs) -> None:
     examples = [
         "patarm bench",
         "patarm bench --quick",
@@ -204,17 +228,18 @@ def _parser() -> argparse.ArgumentParser:
         f"{bench.epilog}\n\nfurther settings follow as --model, --rows, --prompt, --group, …"
     )
 
+
+def _add_export(verbs: _Verbs) -> None:
     examples = ["patarm export runs/grpo judge-8b", "patarm export runs/grpo/checkpoints/400 judge-8b"]
     examples.append("patarm export runs/grpo judge-8b --best")
     export = _verb(verbs, "export", _export, "a checkpoint as a Hugging Face folder", examples)
     export.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="a run folder, or one of its checkpoints")
     export.add_argument("out", type=_path, metavar="OUT", help="folder that is written; must not exist")
     export.add_argument("--best", action="store_true", help="of a run, the checkpoint that the held-out pairs chose")
-    return parser
 
 
 def _verb(
-    verbs: "argparse._SubParsersAction[_Parser]",
+    verbs: _Verbs,
     name: str,
     run: Callable[[argparse.Namespace, list[str]], int],
     what: str,

@@ -17,7 +17,7 @@ import yaml
 from patarm_jax.model import weights
 from patarm_jax.model.config import read_config
 from patarm_jax.model.qwen3 import init_params
-from tests.toys import tiny_model_folder, write_preferences
+from tests.toys import small_world, tiny_model_folder
 
 FLAGS = "--xla_backend_optimization_level=0"
 VAIN = {"sft": 0, "grpo": 1}  # exit codes: no judgement of random weights can be read, so GRPO learns nothing from PAR
@@ -44,9 +44,7 @@ def started(environment):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A model without weights, another with, and a file of preferences."""
-    root = tmp_path_factory.mktemp("world")
-    tiny_model_folder(root / "model")
-    write_preferences(root / "pairs.jsonl")
+    root = small_world(tmp_path_factory.mktemp("world"))
     text = (root / "pairs.jsonl").read_text()
     (root / "heldout.jsonl").write_text(text.replace("pair-", "held-").replace("I like", "I love"))
     config = read_config(root / "model")

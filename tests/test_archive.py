@@ -3,25 +3,16 @@
 import shutil
 
 import pytest
-import yaml
 
 from patarm_jax.cli import main
-from tests.toys import tiny_model_folder, write_preferences
+from tests.toys import small_world, write_recipes
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A run of two steps, to be."""
-    root = tmp_path_factory.mktemp("world")
-    tiny_model_folder(root / "model")
-    write_preferences(root / "pairs.jsonl", 8)
-    config = {
-        "model": {"path": str(root / "model"), "weights": "random", "dtype": "float32"},
-        "data": {"path": str(root / "pairs.jsonl"), "missing_judgements": "template"},
-        "run": {"folder": str(root / "run"), "steps": 2, "tensorboard": False},
-        "pairs_per_step": 8,
-    }
-    (root / "sft.yaml").write_text(yaml.safe_dump(config))
+    root = small_world(tmp_path_factory.mktemp("world"), 8)
+    write_recipes(root, "sft", folder=str(root / "run"), steps=2)
     return root
 
 

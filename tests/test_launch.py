@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_recipes import FLAGS, config_file, exported, lines_of, timeless
-from tests.toys import tiny_model_folder, write_preferences
+from tests.toys import small_world
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -59,10 +59,7 @@ cat "$NOTES/state"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    tiny_model_folder(root / "model")
-    write_preferences(root / "pairs.jsonl")
-    return root
+    return small_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from patarm_jax import locks
 from patarm_jax.cli import main
 from patarm_jax.files import hold_folder, hold_output, is_occupied
 from patarm_jax.types import UserError
-from tests.toys import tiny_model_folder, write_preferences
+from tests.toys import small_world, write_recipes, write_run
 
 ROOT = Path(__file__).parents[1]
 # Holds what is named, says so, and waits to be killed.
@@ -160,21 +159,8 @@ def test_a_lock_is_nothing_that_stands_in_the_way(tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    tiny_model_folder(root / "model")
-    write_preferences(root / "pairs.jsonl", 8)
-    config = {
-        "model": {"path": str(root / "model"), "weights": "random", "dtype": "float32"},
-        "data": {"path": str(root / "pairs.jsonl"), "missing_judgements": "template"},
-        "run": {"steps": 1, "tensorboard": False},
-        "pairs_per_step": 8,
-    }
-    for recipe in ("sft", "grpo"):
-        (root / f"{recipe}.yaml").write_text(yaml.safe_dump(config))
-    run = root / "run"  # as far as `report` looks at it
-    run.mkdir()
-    (run / "config.yaml").write_text(yaml.safe_dump(config | {"recipe": "sft"}))
-    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    root = small_world(tmp_path_factory.mktemp("world"), 8)
+    write_run(root / "run", write_recipes(root, "sft", "grpo", steps=1))
     return root
 
 

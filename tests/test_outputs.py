@@ -13,28 +13,15 @@ import yaml
 from patarm_jax.cli import main
 from patarm_jax.config import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, RunSection, SFTConfig
 from patarm_jax.types import UsageError
-from tests.toys import tiny_model_folder, write_preferences
+from tests.toys import small_world, tiny_model_folder, write_recipes, write_run
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    tiny_model_folder(root / "model")
-    write_preferences(root / "pairs.jsonl", 8)
+    root = small_world(tmp_path_factory.mktemp("world"), 8)
     rows = (root / "pairs.jsonl").read_text().splitlines(keepends=True)
     (root / "others.jsonl").write_text("".join(row.replace("pair-", "other-").replace("Say", "Tell") for row in rows))
-    config = {
-        "model": {"path": str(root / "model"), "weights": "random", "dtype": "float32"},
-        "data": {"path": str(root / "pairs.jsonl"), "missing_judgements": "template"},
-        "run": {"steps": 1, "tensorboard": False},
-        "pairs_per_step": 8,
-    }
-    for recipe in ("sft", "grpo"):
-        (root / f"{recipe}.yaml").write_text(yaml.safe_dump(config))
-    run = root / "run"  # as far as `report` looks at it
-    run.mkdir()
-    (run / "config.yaml").write_text(yaml.safe_dump(config | {"recipe": "sft"}))
-    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    write_run(root / "run", write_recipes(root, "sft", "grpo", steps=1))
     return root
 
 

@@ -306,6 +306,21 @@ def test_a_stop_request_to_any_saves_and_ends_all(world, environment, uninterrup
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stop_request_before_the_first_step_holds(world, environment, uninterrupted, processes):
+    """While models and programs are loaded and compiled: also of one process that Slurm alone has started."""
+    name = f"early-{processes}"
+    config = pod_config(world, name, "sft")
+    pod = Pod(environment, "sft", config, processes=processes)
+    pod.until(lambda: "attention: " in pod.all[0].so_far())
+    pod.send(processes - 1, signal.SIGTERM)
+    said = pod.end(*[0] * processes)
+    assert "stopped after step 1 of 6" in said[0] and len(lines_of(world / name)) == 1
+    Pod(environment, "sft", config, processes=processes).end(*[0] * processes)
+    assert_equal_runs(world / name, uninterrupted("sft", processes))
+
+
+@pytest.mark.long
 def test_a_second_interrupt_ends_all_at_once(world, environment, uninterrupted):
     config = pod_config(world, "interrupted", "grpo")
     pod = Pod(environment, "grpo", config)

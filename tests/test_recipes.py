@@ -3,6 +3,9 @@
 import json
 import signal
 import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import jax
@@ -67,6 +70,25 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(world, started, recipe):
     said = started(recipe, config).end(VAIN[recipe])
     assert ("is complete" if recipe == "sft" else "nothing but the format penalty was learnt: in ") in said
     assert exported(folder) == exported(expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_whose_reader_ends_at_the_same_ctrl_c_is_saved(world, environment, which):
+    """As of `patarm … 2>&1 | tee log`: nothing more can be said, and the steps are not lost."""
+    config = config_file(world, f"tee-{which.name}", "sft", heldout={"path": ""})
+    folder = world / f"tee-{which.name}"
+    command = [sys.executable, "-m", "patarm_jax", "sft", str(config)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 300
+    while len(lines_of(folder)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.stdout.close()
+    process.send_signal(which)
+    assert process.wait(timeout=120) == 0
+    steps = len(lines_of(folder))
+    assert 2 <= steps < 7 and (folder / "checkpoints" / str(steps)).is_dir()
 
 
 def test_a_run_folder_holds_what_it_should(world):

@@ -14,7 +14,7 @@ import pytest
 from patarm_jax.evaluate.answers import Kind, Question, no_answer, open_answers
 from patarm_jax.recipes.shared_answers import done_by_all, my_share, shared_answers
 from patarm_jax.types import Message, UserError
-from tests.toys import tiny_model_folder, write_preferences
+from tests.toys import small_world
 
 FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
 
@@ -53,10 +53,7 @@ def test_a_process_alone_has_everything():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    tiny_model_folder(root / "model")
-    write_preferences(root / "pairs.jsonl")
-    return root
+    return small_world(tmp_path_factory.mktemp("world"))
 
 
 def start(command, process=None, processes=2, port=0, devices=2):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import yaml
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from patarm_jax.demo.tokenizer import CHAT_TEMPLATE, SPECIAL, THINKING
@@ -105,3 +106,30 @@ def scores_of(chosen, rejected, has_chosen=None, has_rejected=None) -> Scores:
         for side, has in zip(sides, (has_chosen, has_rejected), strict=True)
     ]
     return Scores(*sides, *here, *(np.zeros(side.shape, bool) for side in sides))
+
+
+def small_world(root: Path, count: int = len(TOPICS)) -> Path:
+    """Writes a model's folder without weights, and preferences; returns the folder they stand in."""
+    tiny_model_folder(root / "model")
+    write_preferences(root / "pairs.jsonl", count)
+    return root
+
+
+def write_recipes(root: Path, *recipes: str, **run) -> dict:
+    """Writes a config for runs in the small world, by the name of each recipe; returns it."""
+    config = {
+        "model": {"path": str(root / "model"), "weights": "random", "dtype": "float32"},
+        "data": {"path": str(root / "pairs.jsonl"), "missing_judgements": "template"},
+        "run": {"tensorboard": False, **run},
+        "pairs_per_step": 8,
+    }
+    for recipe in recipes:
+        (root / f"{recipe}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return config
+
+
+def write_run(folder: Path, config: dict) -> None:
+    """Writes a run's folder as far as `patarm report` looks at it."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"recipe": "sft"}), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n', encoding="utf-8")

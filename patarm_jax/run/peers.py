@@ -342,24 +342,16 @@ def start_processes(config: Any, **more: Any) -> None:
         return
     from jax._src import distributed  # for the client of the coordination service: there is no public way to it
 
-    if jax.distributed.is_initialized():  # by a program that calls this one, and ends its processes itself
-        state = distributed.global_state
-        one, all_ = state.process_id, state.num_processes
-        _peers.append(Peers(state.client, one, all_, section.heartbeat_seconds, 60 * section.stall_minutes, None))
-        return
-    place = find_place(section)
-    coordinator = join(place, section.join_seconds, section.heartbeat_seconds)
+    is_called = jax.distributed.is_initialized()  # by a program that has joined its processes, and ends them, itself
+    coordinator = None if is_called else join(find_place(section), section.join_seconds, section.heartbeat_seconds)
+    state, stall_seconds = distributed.global_state, 60 * section.stall_minutes
     peers = Peers(
-        distributed.global_state.client,
-        place.process,
-        place.processes,
-        section.heartbeat_seconds,
-        60 * section.stall_minutes,
-        coordinator,
+        state.client, state.process_id, state.num_processes, section.heartbeat_seconds, stall_seconds, coordinator
     )
     _peers.append(peers)
-    peers.watch()
-    note_signals()  # after JAX has set its own handler of SIGTERM
+    if not is_called:
+        peers.watch()
+        note_signals()  # after JAX has set its own handler of SIGTERM
     versions = {
         "version of jax": jax.__version__,
         "version of jaxlib": jaxlib.__version__,

@@ -12,21 +12,22 @@ import jax
 
 
 def say(message: str) -> None:
-    """One line for the person who watches, from the first process only."""
+    """One line for the person who watches, if anybody does, from the first process only."""
     if jax.process_index() == 0:
-        print(message, file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(message, file=sys.stderr, flush=True)
 
 
 def print_aside(text: str) -> threading.Thread:
     """Says something, without waiting: where nobody reads it, printing never returns."""
 
-    def say() -> None:
+    def print_and_flush() -> None:
         with contextlib.suppress(OSError, ValueError):
             print(text, end="\n" if text else "", file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()
 
-    saying = threading.Thread(target=say, daemon=True)
+    saying = threading.Thread(target=print_and_flush, daemon=True)
     saying.start()
     return saying
 
@@ -57,9 +58,9 @@ def _note(number: int, _frame: Any) -> None:
 def noted_signals() -> Iterator[None]:
     """Signals are noted while the block runs, and nothing that is said can end it, should nobody read it any more.
 
-    Of several processes they have been noted since these joined, and are on.
+    A process that has joined others notes them from then on: what it was asked while it loaded or compiled still holds.
     """
-    before = {} if jax.process_count() > 1 else note_signals()
+    before = {} if signal.getsignal(signal.SIGTERM) is _note else note_signals()
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = cast(Any, _Unread(streams[0])), cast(Any, _Unread(streams[1]))
     try:
