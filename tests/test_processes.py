@@ -107,7 +107,7 @@ def test_processes_that_read_other_data_are_refused(world, environment):
     text = (world / "pairs.jsonl").read_text()
     (world / "changed.jsonl").write_text(text.replace("I like", "I liked", 1))
     (world / "copied.jsonl").write_text(text)
-    config = pod_config(world, "other-data", "sft", run={"steps": 1})
+    config = pod_config(world, "other-data", "sft", run={"steps": 2})  # the first one's learning rate is 0
     pod = Pod(environment, "sft", config, more=[[], ["--data.path", world / "changed.jsonl"]])
     for said in pod.end(2, 2):
         assert "the processes differ in what they read: pairs is" in said
@@ -453,6 +453,9 @@ def test_a_damaged_checkpoint_is_seen_by_all(world, environment, uninterrupted):
 def test_a_dry_run_of_two_prints_once(world, environment):
     config = pod_config(world, "dry", "grpo")
     said = Pod(environment, "grpo", config, "--dry-run").end(0, 0)
-    assert said[0].count("learning_rate: 0.01") == 1 and "update: arrays [4, 2, 64]" in said[0]
+    assert said[0].count("learning_rate: 0.01") == 1
+    (update,) = (line for line in said[0].splitlines() if line.startswith("update: "))
+    shapes = re.findall(r"\[[^]]*\]", update)
+    assert re.match(r"update: arrays \[4, 2, \d+\], ", update) and len(set(shapes)) == len(shapes) > 1
     assert "learning_rate" not in said[1] and "GiB" not in said[1]
     assert not (world / "dry").exists()
