@@ -316,6 +316,17 @@ def test_every_axis_has_three_ticks(last, run, browser, tmp_path):
     page.close()
 
 
+def test_no_label_is_cut_off(run, browser, tmp_path):
+    """However many digits tell the ticks apart: GRPO's loss is 0 but for rounding where nothing was updated yet."""
+    ends = {"loss": (1.5755e-15, 1.5865e-15), "kl": (-1.88e-14, -1.95e-14), "reward": (123456.1, 123456.2)}
+    rows = [{"step": n} | {name: values[n - 1] for name, values in ends.items()} for n in (1, 2)]
+    page = report_of(browser, run, tmp_path, rows)
+    labels = page.query_selector_all("figure.chart text[text-anchor=end]")
+    assert len(labels) >= 9 and max(len(label.text_content()) for label in labels) > 8
+    assert all(label.evaluate("it => it.getBBox().x") >= 0 for label in labels)
+    page.close()
+
+
 def test_a_pair_may_be_called_anything(run, browser, tmp_path):
     """Also as what every object of JavaScript has, whether its texts are known or not."""
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("rollouts"))
