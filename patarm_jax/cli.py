@@ -350,7 +350,7 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _export(options: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
-    from patarm_jax.recipes.export_checkpoint import main as export
+    from patarm_jax.recipes.export import main as export
 
     export(options.checkpoint, options.out, options.best)
     return 0

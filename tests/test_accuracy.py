@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from patarm_jax.evaluate.accuracy import pairwise_accuracy
-from patarm_jax.recipes.heldout import heldout_metrics
+from patarm_jax.evaluate.heldout import heldout_metrics
 from patarm_jax.types import Judgement, Status
 
 NONE = math.nan

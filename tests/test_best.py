@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 
 from patarm_jax.cli import main
 from patarm_jax.model import weights
-from patarm_jax.train.checkpoint import open_checkpoints
-from patarm_jax.train.checkpoint_files import best_of, metrics_of, note_files
+from patarm_jax.run.checkpoint import open_checkpoints
+from patarm_jax.run.checkpoint_files import best_of, metrics_of, note_files
 from tests.toys import tiny_model_folder, write_preferences
 
 

@@ -18,8 +18,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from patarm_jax.train.checkpoint import open_checkpoints
-from patarm_jax.train.checkpoint_files import FILES
+from patarm_jax.run.checkpoint import open_checkpoints
+from patarm_jax.run.checkpoint_files import FILES
 from patarm_jax.train.steps import TrainState
 from patarm_jax.types import UserError
 

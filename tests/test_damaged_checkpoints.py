@@ -11,8 +11,8 @@ from patarm_jax.cli import main
 from patarm_jax.config import GRPOConfig, SFTConfig, load
 from patarm_jax.model import weights
 from patarm_jax.recipes import grpo, sft
-from patarm_jax.train.checkpoint import open_checkpoints
-from patarm_jax.train.checkpoint_files import FILES, damage_of
+from patarm_jax.run.checkpoint import open_checkpoints
+from patarm_jax.run.checkpoint_files import FILES, damage_of
 from patarm_jax.types import LearntNothing, UserError
 from tests.test_checkpoint import DATA_STATE, FINGERPRINT, abstract, assert_same, one_device, state
 from tests.toys import tiny_model_folder, write_preferences

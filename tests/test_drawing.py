@@ -14,7 +14,7 @@ from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.generation import Drawing, read_generation
 from patarm_jax.model.qwen3 import init_params
-from patarm_jax.recipes.drawing import (
+from patarm_jax.run.drawing import (
     as_the_model_says,
     as_the_server_says,
     exported_drawing,
@@ -22,7 +22,7 @@ from patarm_jax.recipes.drawing import (
     heldout_sampling,
     with_heldout_sampling,
 )
-from patarm_jax.recipes.model import open_model
+from patarm_jax.run.open_model import open_model
 from patarm_jax.types import UserError
 from tests.toys import tiny_model_folder, write_preferences
 

@@ -19,7 +19,7 @@ from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.generation import Drawing
 from patarm_jax.model.qwen3 import init_params
-from patarm_jax.recipes.export import ModelCardFacts, model_card, write_export
+from patarm_jax.run.export import ModelCardFacts, model_card, write_export
 from patarm_jax.types import UserError
 from tests.toys import tiny_tokenizer_folder
 
@@ -162,7 +162,7 @@ def test_what_fails_halfway_leaves_nothing(tokenizer, params, tmp_path, monkeypa
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("patarm_jax.recipes.export.save_tokenizer", full)
+    monkeypatch.setattr("patarm_jax.run.export.save_tokenizer", full)
     with pytest.raises(UserError, match=r"cannot write .*/export: .*No space left on device.* GiB are free there"):
         write_export(tmp_path / "export", params, CONFIG, tokenizer, FACTS)
     assert list(tmp_path.iterdir()) == []

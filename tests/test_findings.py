@@ -8,14 +8,14 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+from patarm_jax.ask.answers import Answer, Kind, open_answers
 from patarm_jax.config import EvalConfig, JudgingSection
-from patarm_jax.evaluate.answers import Answer, Kind, open_answers
 from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.files import compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find
-from patarm_jax.evaluate.judges import ask_about
 from patarm_jax.evaluate.outcomes import Choices
 from patarm_jax.evaluate.proportions import clopper_pearson
+from patarm_jax.evaluate.questions import ask_about
 from patarm_jax.evaluate.scoring import LAYOUTS, measure, numbers, plan
 from patarm_jax.evaluate.summary import markdown
 from patarm_jax.types import Message

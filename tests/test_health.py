@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from patarm_jax.train import health
-from patarm_jax.train.health import Health, Told, after, reason_to_stop, symptoms, verdict, warnings
+from patarm_jax.run import health
+from patarm_jax.run.health import Health, Told, after, reason_to_stop, symptoms, verdict, warnings
 
 TOLD = Told("runs/x", 1e30, "bfloat16", max_new_tokens=64, heldout_new_tokens=32)
 SFT = {"loss": 1.0, "learning_rate": 0.1, "skipped_updates": 0}

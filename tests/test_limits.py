@@ -15,9 +15,9 @@ from patarm_jax.data.pipeline import encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.data.sft import JudgedPreference
 from patarm_jax.data.tokenizer import load_tokenizer
+from patarm_jax.evaluate.heldout import open_heldout
 from patarm_jax.model.sharding import make_mesh
-from patarm_jax.recipes.heldout import open_heldout
-from patarm_jax.recipes.model import open_model
+from patarm_jax.run.open_model import open_model
 from patarm_jax.types import UsageError, UserError
 from tests.toys import tiny_model_folder, write_preferences
 

@@ -20,9 +20,9 @@ import pyarrow.parquet
 import pytest
 from tensorboardX.proto import event_pb2
 
-from patarm_jax.train import metrics
-from patarm_jax.train.metrics import RolloutRow, Timer, open_metrics, show_judgements, write_rollouts
-from patarm_jax.train.progress import progress
+from patarm_jax.run import metrics
+from patarm_jax.run.metrics import RolloutRow, Timer, open_metrics, show_judgements, write_rollouts
+from patarm_jax.run.progress import progress
 from patarm_jax.types import Status, UserError
 
 
@@ -219,7 +219,7 @@ def test_the_real_weights_and_biases_without_a_key(terminal, tmp_path):
     pytest.importorskip("wandb", reason="the wandb extra is not installed")
     code = textwrap.dedent(f"""
         from pathlib import Path
-        from patarm_jax.train.metrics import open_metrics
+        from patarm_jax.run.metrics import open_metrics
         from patarm_jax.types import UserError
         try:
             writer = open_metrics(Path({str(tmp_path / "run")!r}), 0, tensorboard=False, wandb_project="p", config={{}})

@@ -3,8 +3,8 @@
 import doctest
 import io
 
-from patarm_jax.train import progress as progress_module
-from patarm_jax.train.progress import progress
+from patarm_jax.run import progress as progress_module
+from patarm_jax.run.progress import progress
 
 
 def lines_of(steps, done, seconds, tokens=0, unit="step", every=20):

@@ -19,13 +19,13 @@ from patarm_jax.config import GRPOConfig, MeshSection, SFTConfig, load
 from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import encode_pairs
 from patarm_jax.data.preferences import read_preferences
+from patarm_jax.evaluate.heldout import judge_heldout, open_heldout
 from patarm_jax.model import weights
 from patarm_jax.model.config import read_config
 from patarm_jax.model.qwen3 import init_params
 from patarm_jax.model.sharding import MESH_AXES, make_mesh
-from patarm_jax.recipes.heldout import judge_heldout, open_heldout
-from patarm_jax.recipes.model import open_model
 from patarm_jax.rollout.judging import judge, requests_of
+from patarm_jax.run.open_model import open_model
 from tests.runs import (
     CUBE,
     FLAGS,

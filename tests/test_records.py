@@ -7,7 +7,7 @@ import yaml
 
 from patarm_jax.cli import main
 from patarm_jax.config import GRPOConfig, OptimizerSection, PolicySection, RunSection, SFTConfig, to_yaml
-from patarm_jax.recipes.records import schedule_change
+from patarm_jax.run.records import schedule_change
 from patarm_jax.train.optimizer import make_schedule
 from tests.toys import tiny_model_folder, write_preferences
 

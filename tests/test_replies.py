@@ -5,9 +5,9 @@ import json
 import pyarrow.parquet
 import pytest
 
+from patarm_jax.ask.answers import Kind
+from patarm_jax.ask.replies import FINISH_REASONS, Refused, Unavailable, raise_for_status, read_reply
 from patarm_jax.cli import main
-from patarm_jax.evaluate.answers import Kind
-from patarm_jax.evaluate.replies import FINISH_REASONS, Refused, Unavailable, raise_for_status, read_reply
 from tests.chat_server import FORM, GOOD, answer_to, completion, overall, remote, served, write_pairs
 
 TEXT = FORM.format(7)

@@ -14,7 +14,7 @@ import pytest
 from patarm_jax.cli import main
 from patarm_jax.config import DataSection, EvalConfig, GRPOConfig, HeldoutSection, ModelSection, RunSection, to_yaml
 from patarm_jax.report.main import within
-from patarm_jax.train.metrics import RolloutRow, open_metrics, write_rollouts
+from patarm_jax.run.metrics import RolloutRow, open_metrics, write_rollouts
 from patarm_jax.types import Status
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><|im_end|>\u2028<b>bold</b>"

@@ -16,9 +16,9 @@ from patarm_jax.model import weights
 from patarm_jax.model.config import read_config
 from patarm_jax.model.qwen3 import init_params
 from patarm_jax.model.weight_files import HEAD, digest, read_stored
-from patarm_jax.recipes.model import judge_digest, open_model, weights_digest
-from patarm_jax.recipes.run import fingerprint
-from patarm_jax.train.whose import refuse_another_run, with_known_start
+from patarm_jax.run.folder import fingerprint
+from patarm_jax.run.open_model import judge_digest, open_model, weights_digest
+from patarm_jax.run.whose import refuse_another_run, with_known_start
 from patarm_jax.types import UserError
 from tests.toys import tiny_model_folder, write_preferences
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from patarm_jax.evaluate.answers import Kind, Question, no_answer, open_answers
-from patarm_jax.recipes.shared_answers import done_by_all, my_share, shared_answers
+from patarm_jax.ask.answers import Kind, Question, no_answer, open_answers
+from patarm_jax.ask.shared import done_by_all, my_share, shared_answers
 from patarm_jax.types import Message, UserError
 from tests.toys import small_world
 

@@ -12,7 +12,7 @@ from patarm_jax.cli import main
 from patarm_jax.model import weights
 from patarm_jax.model.config import read_config
 from patarm_jax.model.qwen3 import init_params
-from patarm_jax.recipes.soundness import refuse_ruined
+from patarm_jax.run.soundness import refuse_ruined
 from patarm_jax.types import UserError
 from tests.toys import tiny_model_folder, write_preferences
 

@@ -16,7 +16,7 @@ from patarm_jax.model.config import read_config
 from patarm_jax.model.qwen3 import forward
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.model.weight_files import EMBEDDING, HEAD, INDEX, SINGLE, digest, read_stored
-from patarm_jax.recipes.model import load_params, open_model
+from patarm_jax.run.open_model import load_params, open_model
 from patarm_jax.types import UserError
 from tests.toys import hf_model, tiny_model_folder
 

@@ -19,7 +19,7 @@ from patarm_jax.bench.quick import ratios
 from patarm_jax.bench.tasks import TASKS, Result, open_bench
 from patarm_jax.config import BenchConfig
 from patarm_jax.files import check_writable, write_json, writing
-from patarm_jax.recipes.run import check_batch
+from patarm_jax.run.folder import check_batch
 from patarm_jax.types import UsageError, UserError
 
 

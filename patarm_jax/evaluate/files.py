@@ -20,13 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from patarm_jax import __version__
+from patarm_jax.ask.answers import Answers
 from patarm_jax.config import EvalConfig, one_line
-from patarm_jax.evaluate.answers import Answers
 from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.figures import draw
 from patarm_jax.evaluate.findings import Evaluation
-from patarm_jax.evaluate.judges import ORDERS, SIDES, Asked
 from patarm_jax.evaluate.outcomes import Choices, Scores, mean_scores, outcomes
+from patarm_jax.evaluate.questions import ORDERS, SIDES, Asked
 from patarm_jax.evaluate.scoring import TIE_RULES, Plan
 from patarm_jax.evaluate.statistics import Difference, Measured, compare
 from patarm_jax.evaluate.summary import markdown

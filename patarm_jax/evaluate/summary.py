@@ -7,9 +7,9 @@ import rich.console
 import rich.table
 import rich.text
 
+from patarm_jax.ask.replies import ALL_APART
 from patarm_jax.evaluate import published
 from patarm_jax.evaluate.findings import Evaluation
-from patarm_jax.evaluate.replies import ALL_APART
 
 _TIES = {"strict": "wrong", "half": "½"}  # what a tie counts as
 _WORDS = {rule: f"tie = {said}" for rule, said in _TIES.items()}

@@ -13,8 +13,7 @@ from typing import Any
 
 import jax
 
-from patarm_jax.config import EvalConfig, JudgingSection, SamplingSection, to_yaml
-from patarm_jax.evaluate.answers import (
+from patarm_jax.ask.answers import (
     KEPT,
     Answers,
     Kind,
@@ -23,18 +22,19 @@ from patarm_jax.evaluate.answers import (
     missing,
     read_answers,
 )
+from patarm_jax.ask.endpoint import Remote, ask_endpoint, ask_name
+from patarm_jax.ask.estimate import estimate
+from patarm_jax.ask.local import Local, ask_local, ask_scalar, open_local
+from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
+from patarm_jax.config import EvalConfig, JudgingSection, SamplingSection, to_yaml
 from patarm_jax.evaluate.benchmarks import SOURCES, Item, limited, read_benchmark
 from patarm_jax.evaluate.files import RESULTS, compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find
-from patarm_jax.evaluate.judges import PARSERS, ask_about, judged, questions_of
+from patarm_jax.evaluate.questions import PARSERS, ask_about, judged, questions_of
 from patarm_jax.evaluate.scoring import plan
 from patarm_jax.evaluate.summary import show, verdict
 from patarm_jax.files import check_writable, hold_folder, write_text, writing
-from patarm_jax.recipes.ask import Local, ask_local, ask_scalar, open_local
-from patarm_jax.recipes.ask_endpoint import Remote, ask_endpoint, ask_name
-from patarm_jax.recipes.drawing import as_the_server_says
-from patarm_jax.recipes.estimate import estimate
-from patarm_jax.recipes.shared_answers import agree_on_questions, done_by_all, shared_answers
+from patarm_jax.run.drawing import as_the_server_says
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
 from patarm_jax.types import JudgeKind, UsageError, UserError

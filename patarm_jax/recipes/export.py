@@ -1,192 +1,84 @@
-"""A judge as others load it: a Hugging Face folder with weights, tokenizer, chat template and model card."""
+"""A checkpoint of a run as a Hugging Face folder, without waiting for the run to finish."""
 
-import json
-import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
-import huggingface_hub
-import jax
+import jax.numpy as jnp
 
-from patarm_jax.data.tokenizer import Tokenizer, save_tokenizer
-from patarm_jax.files import appearing_whole
-from patarm_jax.model import weights
-from patarm_jax.model.config import Qwen3Config
-from patarm_jax.model.generation import Drawing
-from patarm_jax.model.qwen3 import Params
-from patarm_jax.recipes.model import name_of
-from patarm_jax.recipes.soundness import refuse_ruined
-from patarm_jax.types import RubricMode
-
-# What a name on the Hub looks like. `data/pairs.jsonl` and `./runs/sft` are files and folders.
-HUB_ID = re.compile(r"[A-Za-z0-9]\w*[\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.parquet)", re.ASCII)
-
-STAGES = {
-    "sft": "supervised fine-tuning on judgements",
-    "grpo": "reinforcement learning (GRPO) on preference pairs with Preference-Aware Reward",
-}
+from patarm_jax.config import GRPOConfig, MeshSection, SFTConfig, load, read_yaml
+from patarm_jax.files import check_writable, hold_output, is_occupied, occupied_error
+from patarm_jax.model.qwen3 import abstract_params
+from patarm_jax.model.sharding import make_mesh
+from patarm_jax.run.checkpoint import open_checkpoints
+from patarm_jax.run.checkpoint_files import best_of, metrics_of, steps_in
+from patarm_jax.run.drawing import exported_drawing, heldout_in_words
+from patarm_jax.run.export import ModelCardFacts, write_export
+from patarm_jax.run.folder import CHECKPOINTS
+from patarm_jax.run.open_model import open_model
+from patarm_jax.run.process import say
+from patarm_jax.types import UsageError, UserError
 
 
-@dataclass(frozen=True)
-class ModelCardFacts:
-    """What a model card says about the run that made the model."""
-
-    base_model: str  # a Hub id or a folder
-    stage: Literal["sft", "grpo"]
-    data_path: str  # a Hub id, a file or a folder
-    pairs: int | None  # preference pairs that were trained on; None where they were not counted
-    steps: int  # optimiser updates
-    reward: str  # such as "PAR, graded margin, 8 judgements of each response"; empty where there is none
-    rubrics: RubricMode
-    drawing: Drawing = field(default_factory=Drawing)  # as it was trained, and as it is to be served
-    measured_on: str = ""  # the held-out pairs, and how they were judged; empty where there are none
-    measured: Mapping[str, float] = field(default_factory=dict)  # the metrics `eval/…` of these weights
+def main(checkpoint: Path, out: Path, best: bool = False) -> None:
+    """Writes `out` from a run folder's newest checkpoint, from its best one, or from RUN/checkpoints/STEP."""
+    out = out.expanduser()
+    if is_occupied(out):
+        raise occupied_error(out)
+    check_writable(out, folder=True)
+    with hold_output(out, say):
+        _export(checkpoint, out, best)
 
 
-def write_export(
-    folder: Path,
-    params: Params,
-    config: Qwen3Config,
-    tokenizer: Tokenizer,
-    card: ModelCardFacts,
-    dtype: str = "bfloat16",
-    replace: bool = False,
-) -> None:
-    """Writes a folder that transformers, vLLM and `patarm judge` load as it is; it appears whole or not at all.
-
-    All processes must call it; the first one writes.
-
-    Args:
-        folder: must not exist, or be empty.
-        params: the trained parameters, sharded in any way.
-        config: the network's shape.
-        tokenizer: written as it was read; its stop ids become the model's.
-        card: the facts for README.md.
-        dtype: of the stored weights: "bfloat16", "float16" or "float32".
-        replace: a folder that is not empty makes room for the new one, when that is whole.
-
-    Raises:
-        UserError: when the folder is not empty, or cannot be written, or when the weights are ruined.
-    """
-    refuse_ruined(
-        params, "nothing is exported", "Export an earlier checkpoint, `patarm export RUN/checkpoints/STEP OUT`"
+def _export(checkpoint: Path, out: Path, best: bool) -> None:
+    if is_occupied(out):  # by one that ended just now
+        raise occupied_error(out)
+    folder, step = _run_and_step(checkpoint.expanduser())
+    config = _config(folder / "config.yaml")
+    if not (steps := steps_in(folder / CHECKPOINTS)) or step not in (None, *steps):
+        which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise UserError(f"{folder} holds {which}. Let the run save one, or name another step.")
+    if best:
+        step = _best(folder, config, step)
+    model = open_model(config.model)
+    mesh = make_mesh(MeshSection())
+    checkpoints = open_checkpoints(folder / CHECKPOINTS, 1, {}, on_damaged=config.run.on_damaged, say=say)
+    params, step = checkpoints.restore_params(abstract_params(model.config, mesh, dtype=jnp.float32), step)
+    updates = checkpoints.updates(step)
+    reward = f"PAR with the {config.reward.margin} margin" if isinstance(config, GRPOConfig) else ""
+    card = ModelCardFacts(config.model.path, config.recipe, config.data.path, None, updates, reward, config.rubrics)
+    card = replace(
+        card,
+        drawing=exported_drawing(config, model),
+        measured_on=heldout_in_words(config, model),
+        measured=metrics_of(folder / CHECKPOINTS / str(step)),
     )
-    with appearing_whole(folder, replace) as part:
-        ids: dict[str, Any] = {"stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
-        weights.save(params, config, part, dtype=dtype, drawing=card.drawing, **ids)
-        if jax.process_index() == 0:
-            save_tokenizer(tokenizer, part)
-            model_card(card, name_of(folder), tokenizer.opening).save(part / "README.md")
+    write_export(out, params, model.config, model.tokenizer, card, config.model.dtype)
+    say(f"step {step} of {folder}: {out}")
 
 
-def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingface_hub.ModelCard:
-    """The model card of a judge called `name`; nothing is asked of the network.
-
-    Args:
-        facts: about the run.
-        name: of the judge.
-        opening: `Tokenizer.opening`, which the code of the card puts before what the judge writes.
-    """
-    data = huggingface_hub.ModelCardData(
-        base_model=_if_on_hub(facts.base_model),
-        datasets=_if_on_hub(facts.data_path),
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["reward-model", "generative-reward-model", "judge", "patarm", facts.stage],
-    )
-    rows = [
-        ("base model", f"`{facts.base_model}`"),
-        ("trained by", STAGES[facts.stage]),
-        ("training data", f"`{facts.data_path}`" + (f", {facts.pairs:,} preference pairs" if facts.pairs else "")),
-        ("optimiser updates", f"{facts.steps:,}"),
-        *([("reward", facts.reward)] if facts.reward else []),
-        ("rubrics", facts.rubrics),
-        ("sampling", f"{facts.drawing}; generation_config.json says so to whoever serves it"),
-        *_measured(facts),
-    ]
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    before = f"{json.dumps(opening)} + " if opening else ""
-    text = BODY.format(name=name, table=table, rubrics=facts.rubrics, opening=before)
-    return huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+def _run_and_step(path: Path) -> tuple[Path, int | None]:
+    if path.parent.name == CHECKPOINTS and path.name.isdigit():
+        return path.parent.parent, int(path.name)
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path} is neither a run nor a checkpoint of one. Give RUN or RUN/{CHECKPOINTS}/STEP.")
+    return path, None
 
 
-def _measured(facts: ModelCardFacts) -> list[tuple[str, str]]:
-    """The accuracy on the held-out pairs, beside what it was measured by."""
-    found = facts.measured
-    if not facts.measured_on or "eval/accuracy_strict" not in found:
-        return []
-    strict, half, low, high, valid = (
-        f"{100 * found.get(f'eval/{name}', math.nan):.1f}"
-        for name in ("accuracy_strict", "accuracy_half", "accuracy_low", "accuracy_high", "valid")
-    )
-    number = f"{strict} % with a tie as wrong, {half} % with a tie as ½ (95 % interval {low} to {high})"
-    return [
-        ("held-out accuracy", f"{number}; {valid} % of the judgements could be read"),
-        ("measured on", facts.measured_on),
-    ]
+def _best(folder: Path, config: SFTConfig | GRPOConfig, step: int | None) -> int:
+    """The step that the held-out pairs chose."""
+    if step is not None:
+        raise UsageError(f"--best and the checkpoint of step {step} are both given. Give the run folder, or no --best.")
+    metric = f"eval/{config.heldout.best}"
+    found = best_of(folder / CHECKPOINTS, metric)
+    if found is None:
+        raise UserError(
+            f"no checkpoint of {folder} was judged on held-out pairs, so none is the best. Leave --best out for the "
+            "newest one, or name pairs with heldout.path when the run is started."
+        )
+    value = metrics_of(folder / CHECKPOINTS / str(found))[metric]
+    say(f"best on the held-out pairs: step {found}, {metric} {value:.4g}")
+    return found
 
 
-def _if_on_hub(name: str) -> str | None:
-    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
-
-
-BODY = """\
-# {name}
-
-A generative reward model. It reads a user's prompt and one response, thinks, writes rubrics for this very case,
-evaluates the response against them and ends with a score from 0 to 10. It was trained with `patarm_jax`.
-
-| | |
-|---|---|
-{table}
-
-## Use
-
-`{name}` stands for this folder in what follows: put its path there, or its id on the Hub.
-
-Score the responses of a file of preference pairs (`prompt`, `chosen`, `rejected`):
-
-```sh
-patarm judge {name} --input pairs.jsonl --output scores.jsonl
-```
-
-With vLLM:
-
-```python
-from patarm_jax.judge.parse import parse_pointwise
-from patarm_jax.judge.prompts import pointwise
-from vllm import LLM
-
-llm = LLM("{name}")
-sampling = llm.get_default_sampling_params()
-sampling.max_tokens = 2048
-messages = pointwise("What is 2 + 2?", "4", domain="math", rubrics="{rubrics}")
-text = {opening}llm.chat(messages, sampling)[0].outputs[0].text
-print(parse_pointwise(text).score)
-```
-
-With transformers and torch:
-
-```python
-import torch
-from patarm_jax.judge.parse import parse_pointwise
-from patarm_jax.judge.prompts import pointwise
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-device = "cuda" if torch.cuda.is_available() else "cpu"
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto").to(device)
-messages = pointwise("What is 2 + 2?", "4", domain="math", rubrics="{rubrics}")
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, enable_thinking=True, return_dict=True, return_tensors="pt"
-).to(device)
-output = model.generate(**inputs, max_new_tokens=2048)
-text = {opening}tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-print(parse_pointwise(text).score)
-```
-
-A score is None where the judgement could not be read. Scores of one response vary: take the mean of several.
-"""
+def _config(path: Path) -> SFTConfig | GRPOConfig:
+    return load(GRPOConfig, path) if read_yaml(path).get("recipe") == "grpo" else load(SFTConfig, path)

@@ -20,6 +20,7 @@ from patarm_jax.config import GRPOConfig, ModelSection, to_yaml
 from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import batches, batches_per_epoch, bucket, encode_pairs
 from patarm_jax.data.preferences import read_preferences
+from patarm_jax.evaluate.heldout import evaluate_heldout, open_heldout
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.kernels import kernel_for, kernels_in_use
 from patarm_jax.model.qwen3 import abstract_params, forward
@@ -30,13 +31,20 @@ from patarm_jax.model.sharding import (
     fetch,
     make_mesh,
 )
-from patarm_jax.recipes.drawing import exported_drawing, heldout_in_words, with_heldout_sampling
-from patarm_jax.recipes.dry_run import Program, describe
-from patarm_jax.recipes.export import ModelCardFacts
-from patarm_jax.recipes.heldout import evaluate_heldout, open_heldout
-from patarm_jax.recipes.model import Model, load_params, open_model, rollout_rules, weight_sync
 from patarm_jax.recipes.rollouts import rewards_of, rollout_metrics, rollout_rows
-from patarm_jax.recipes.run import (
+from patarm_jax.rollout.judging import (
+    Judge,
+    Sampled,
+    make_judge,
+    read_judgements,
+    requests_of,
+    sample_judgements,
+    score_arrays,
+)
+from patarm_jax.rollout.stream import WIDTH_MULTIPLE, abstract_programs
+from patarm_jax.run.drawing import exported_drawing, heldout_in_words, with_heldout_sampling
+from patarm_jax.run.export import ModelCardFacts
+from patarm_jax.run.folder import (
     ROLLOUTS,
     begin_or_resume,
     check_batch,
@@ -49,23 +57,15 @@ from patarm_jax.recipes.run import (
     state_shape,
     state_shardings,
 )
-from patarm_jax.recipes.watch import open_watch
-from patarm_jax.rollout.judging import (
-    Judge,
-    Sampled,
-    make_judge,
-    read_judgements,
-    requests_of,
-    sample_judgements,
-    score_arrays,
-)
-from patarm_jax.rollout.stream import WIDTH_MULTIPLE, abstract_programs
+from patarm_jax.run.metrics import Timer, compilations, show_judgements, write_rollouts
+from patarm_jax.run.open_model import Model, load_params, open_model, rollout_rules, weight_sync
 from patarm_jax.run.peers import arrive, start_processes
 from patarm_jax.run.process import say
+from patarm_jax.run.programs import Program, describe
+from patarm_jax.run.progress import percent, progress
 from patarm_jax.run.stopping import stop_after_steps
-from patarm_jax.train.metrics import Timer, compilations, show_judgements, write_rollouts
+from patarm_jax.run.watch import open_watch
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
-from patarm_jax.train.progress import percent, progress
 from patarm_jax.train.steps import completion_logprobs, grpo_loss, make_step, map_micro_batches
 from patarm_jax.types import UserError
 

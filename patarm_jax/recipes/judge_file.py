@@ -16,19 +16,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from patarm_jax.ask.answers import Answer, Answers, Question, missing, read_answers
+from patarm_jax.ask.estimate import estimate
+from patarm_jax.ask.local import AGAIN, ask_local, open_local
+from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
 from patarm_jax.config import JudgeConfig, JudgingSection, to_yaml
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import Accuracy, pairwise_accuracy
-from patarm_jax.evaluate.answers import Answer, Answers, Question, missing, read_answers
-from patarm_jax.evaluate.judges import SIDES
 from patarm_jax.evaluate.outcomes import mean_scores
+from patarm_jax.evaluate.questions import SIDES
 from patarm_jax.evaluate.summary import hardly_readable
 from patarm_jax.files import check_writable, hold_output, write_text, writing
 from patarm_jax.judge.parse import parse_pointwise
 from patarm_jax.judge.prompts import pointwise
-from patarm_jax.recipes.ask import AGAIN, ask_local, open_local
-from patarm_jax.recipes.estimate import estimate
-from patarm_jax.recipes.shared_answers import agree_on_questions, done_by_all, shared_answers
 from patarm_jax.run.peers import start_processes, told
 from patarm_jax.run.process import say
 from patarm_jax.types import CHOSEN, REJECTED, Preference, Status, UsageError, UserError

@@ -11,7 +11,7 @@ import numpy as np
 from patarm_jax.config import RewardSection
 from patarm_jax.evaluate.accuracy import pairwise_accuracy
 from patarm_jax.reward import constant, format_reward, graded, group_advantages, preference_aware_reward
-from patarm_jax.train.metrics import RolloutRow
+from patarm_jax.run.metrics import RolloutRow
 from patarm_jax.types import CHOSEN, REJECTED, Judgement, Status
 
 MARGINS = {"graded": graded, "constant": constant}

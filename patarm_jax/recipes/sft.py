@@ -19,16 +19,14 @@ from patarm_jax.config import SFTConfig, to_yaml
 from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import PairBatch, SFTShape, batches, batches_per_epoch, encode_pairs, sft_batch, sft_shape
 from patarm_jax.data.preferences import read_judged_preferences
+from patarm_jax.evaluate.heldout import evaluate_heldout, open_heldout
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.kernels import Form, kernel_for, kernels_in_use
 from patarm_jax.model.qwen3 import forward
 from patarm_jax.model.sharding import batch_sharding, batch_ways, fetch, make_mesh, place_batch
-from patarm_jax.recipes.drawing import exported_drawing, heldout_in_words, with_heldout_sampling
-from patarm_jax.recipes.dry_run import describe
-from patarm_jax.recipes.export import ModelCardFacts
-from patarm_jax.recipes.heldout import evaluate_heldout, open_heldout
-from patarm_jax.recipes.model import open_model
-from patarm_jax.recipes.run import (
+from patarm_jax.run.drawing import exported_drawing, heldout_in_words, with_heldout_sampling
+from patarm_jax.run.export import ModelCardFacts
+from patarm_jax.run.folder import (
     begin_or_resume,
     check_batch,
     check_folder,
@@ -40,13 +38,15 @@ from patarm_jax.recipes.run import (
     state_shape,
     state_shardings,
 )
-from patarm_jax.recipes.watch import open_watch
+from patarm_jax.run.metrics import Timer, compilations
+from patarm_jax.run.open_model import open_model
 from patarm_jax.run.peers import arrive, start_processes
 from patarm_jax.run.process import say
+from patarm_jax.run.programs import describe
+from patarm_jax.run.progress import percent, progress
 from patarm_jax.run.stopping import stop_after_steps
-from patarm_jax.train.metrics import Timer, compilations
+from patarm_jax.run.watch import open_watch
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
-from patarm_jax.train.progress import percent, progress
 from patarm_jax.train.steps import make_step, sft_loss
 
 WIDTH_MULTIPLE = 64  # sequences are padded to buckets of this many tokens

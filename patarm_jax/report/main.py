@@ -26,8 +26,8 @@ import pyarrow.parquet
 from patarm_jax.config import GRPOConfig, SFTConfig, from_mapping, read_yaml
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.files import check_writable, hold_output, write_text, writing
-from patarm_jax.recipes.watch import told_of
-from patarm_jax.train.health import Health, after, verdict
+from patarm_jax.run.health import Health, after, verdict
+from patarm_jax.run.watch import told_of
 from patarm_jax.types import UsageError, UserError
 
 _PROMPTS = 4000  # characters of a prompt or response that are shown

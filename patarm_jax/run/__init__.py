@@ -1,1 +1,1 @@
-"""What every run has, whatever it trains: here its processes."""
+"""What every run has, whatever it trains: processes, folder, checkpoints, metrics, progress, export."""

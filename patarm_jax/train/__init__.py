@@ -1,1 +1,1 @@
-"""Losses, the jitted steps, checkpoints, metrics."""
+"""Losses, the optimizer and the jitted steps, as pure functions."""

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from patarm_jax.evaluate.answers import Question
+from patarm_jax.ask.answers import Question
+from patarm_jax.ask.endpoint import Remote
+from patarm_jax.ask.local import Local, encode_questions
 from patarm_jax.model.qwen3 import abstract_params
-from patarm_jax.recipes.ask import Local, encode_questions
-from patarm_jax.recipes.ask_endpoint import Remote
 
 
 def estimate(judge: Local | Remote, lacking: Sequence[tuple[Question, list[int]]]) -> str:
@@ -17,7 +17,7 @@ def estimate(judge: Local | Remote, lacking: Sequence[tuple[Question, list[int]]
 
     Args:
         judge: who will be asked.
-        lacking: the questions with the votes that they lack, as from `evaluate.answers.missing`.
+        lacking: the questions with the votes that they lack, as from `ask.answers.missing`.
     """
     asked = sum(len(votes) for _, votes in lacking)
     lines = [f"answers to be asked for: {asked:,}, to {len(lacking):,} questions"]

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from patarm_jax.evaluate.answers import KEPT, Answers, Question, open_answers, read_answers
+from patarm_jax.ask.answers import KEPT, Answers, Question, open_answers, read_answers
 from patarm_jax.files import writing
 from patarm_jax.run.peers import agree, gather
 from patarm_jax.types import UserError

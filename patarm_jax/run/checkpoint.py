@@ -24,8 +24,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from patarm_jax.train.checkpoint_files import FILES, Damage, damage_of, note_files, steps_in
-from patarm_jax.train.whose import refuse_another_run
+from patarm_jax.run.checkpoint_files import FILES, Damage, damage_of, note_files, steps_in
+from patarm_jax.run.whose import refuse_another_run
 from patarm_jax.types import UserError
 
 STATE, DATA, FINGERPRINT = "state", "data", "fingerprint"

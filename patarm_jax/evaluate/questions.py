@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from patarm_jax.evaluate.answers import Answer, Answers, Question
+from patarm_jax.ask.answers import Answer, Answers, Question
 from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.outcomes import Choices, Scores
 from patarm_jax.judge.parse import parse_baseline, parse_pairwise, parse_pointwise

@@ -10,15 +10,15 @@ from typing import Any
 
 import httpx2 as httpx
 
+from patarm_jax.ask.answers import Answer, Answers, Kind, Question, missing, no_answer
+from patarm_jax.ask.client import LOOK, Stopped, complete, connect, served_model
+from patarm_jax.ask.dialect import Dialect
+from patarm_jax.ask.replies import Refused, Reply, Unavailable, as_answer, read_again
 from patarm_jax.config import EndpointSection, JudgingSection
-from patarm_jax.evaluate.answers import Answer, Answers, Kind, Question, missing, no_answer
-from patarm_jax.evaluate.dialect import Dialect
-from patarm_jax.evaluate.endpoint import LOOK, Stopped, complete, connect, served_model
-from patarm_jax.evaluate.replies import Refused, Reply, Unavailable, as_answer, read_again
 from patarm_jax.rollout.judging import Parse
 from patarm_jax.run.process import say
+from patarm_jax.run.progress import Report, progress
 from patarm_jax.run.stopping import stop_requests
-from patarm_jax.train.progress import Report, progress
 from patarm_jax.types import UserError
 
 _MOST_LOST = 2  # times the concurrency: after so many failures in a row, and 20 at least, the evaluation stops

@@ -23,19 +23,19 @@ from patarm_jax.files import check_writable, hold_folder, is_writable, write_jso
 from patarm_jax.model.config import Qwen3Config, read_json_object
 from patarm_jax.model.qwen3 import abstract_params
 from patarm_jax.model.sharding import TRAIN_RULES, batch_ways
-from patarm_jax.recipes.dry_run import Program
-from patarm_jax.recipes.export import ModelCardFacts, write_export
-from patarm_jax.recipes.model import EXPORT, Model, load_params, weights_digest
-from patarm_jax.recipes.records import schedule_change
-from patarm_jax.recipes.soundness import refuse_ruined
-from patarm_jax.recipes.watch import Watch
+from patarm_jax.run.checkpoint import Checkpoints, open_checkpoints
+from patarm_jax.run.checkpoint_files import metrics_of, steps_in
+from patarm_jax.run.export import ModelCardFacts, write_export
+from patarm_jax.run.metrics import MetricsWriter, compilations, open_metrics
+from patarm_jax.run.open_model import EXPORT, Model, load_params, weights_digest
 from patarm_jax.run.peers import COMPILING, agree, arrive, told
 from patarm_jax.run.process import say
-from patarm_jax.train.checkpoint import Checkpoints, open_checkpoints
-from patarm_jax.train.checkpoint_files import metrics_of, steps_in
-from patarm_jax.train.metrics import MetricsWriter, compilations, open_metrics
+from patarm_jax.run.programs import Program
+from patarm_jax.run.records import schedule_change
+from patarm_jax.run.soundness import refuse_ruined
+from patarm_jax.run.watch import Watch
+from patarm_jax.run.whose import REFERENCE, START, WEIGHTS, notes_no_digests, refuse_another_run, with_known_start
 from patarm_jax.train.steps import TrainState, abstract_state, init_state
-from patarm_jax.train.whose import REFERENCE, START, WEIGHTS, notes_no_digests, refuse_another_run, with_known_start
 from patarm_jax.types import LearntNothing, UsageError, UserError
 
 CHECKPOINTS, ROLLOUTS, CONFIG = "checkpoints", "rollouts", "config.yaml"

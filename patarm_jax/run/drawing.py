@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from patarm_jax.config import GRPOConfig, JudgingSection, SamplingSection, SFTConfig
 from patarm_jax.model.generation import FILE, Drawing, Generation, read_generation
-from patarm_jax.recipes.model import Model
+from patarm_jax.run.open_model import Model
 from patarm_jax.run.process import say
 
 _DRAWN = ("temperature", "top_k", "top_p")

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from patarm_jax.ask.answers import Question
+from patarm_jax.ask.replies import Refused
 from patarm_jax.config import EndpointSection, JudgingSection
-from patarm_jax.evaluate.answers import Question
-from patarm_jax.evaluate.replies import Refused
 from patarm_jax.types import Message
 
 _LIMITS = ("max_tokens", "max_completion_tokens")  # what servers call the limit of new tokens

@@ -15,8 +15,8 @@ from patarm_jax.model.config import Qwen3Config, read_config
 from patarm_jax.model.qwen3 import Params, abstract_params, init_params, layers_apart
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, Rules
 from patarm_jax.model.weight_files import Stored, digest, read_stored
-from patarm_jax.recipes.soundness import refuse_ruined
 from patarm_jax.run.process import say
+from patarm_jax.run.soundness import refuse_ruined
 from patarm_jax.types import UsageError, UserError
 
 EXPORT = "export"  # the folder of a run that holds the model it made

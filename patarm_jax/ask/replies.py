@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from patarm_jax.evaluate.answers import Answer, Answers, Kind, Question, answer_of
+from patarm_jax.ask.answers import Answer, Answers, Kind, Question, answer_of
 from patarm_jax.judge.parse import closes_thinking_it_did_not_open
 from patarm_jax.types import Judgement, OpensThinking
 

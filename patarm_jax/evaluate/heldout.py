@@ -16,8 +16,6 @@ from patarm_jax.data.pipeline import EncodedPair, bucket, digest_of, encode_pair
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import pairwise_accuracy
 from patarm_jax.model.sharding import batch_ways, fetch
-from patarm_jax.recipes.drawing import heldout_sampling
-from patarm_jax.recipes.model import Model, weight_sync
 from patarm_jax.rollout.judging import (
     Judge,
     Sampled,
@@ -28,6 +26,8 @@ from patarm_jax.rollout.judging import (
     score_arrays,
 )
 from patarm_jax.rollout.stream import WIDTH_MULTIPLE
+from patarm_jax.run.drawing import heldout_sampling
+from patarm_jax.run.open_model import Model, weight_sync
 from patarm_jax.run.peers import agree
 from patarm_jax.run.process import say
 from patarm_jax.types import Judgement, Preference, Status, UserError

@@ -12,23 +12,23 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from patarm_jax.ask.answers import Answer, Answers, Kind, Question, answer_of, missing, no_answer
+from patarm_jax.ask.shared import my_share
 from patarm_jax.config import JudgingSection, MeshSection, ModelSection, SamplingSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.tokenizer import encode_chat, encode_dialogue
-from patarm_jax.evaluate.answers import Answer, Answers, Kind, Question, answer_of, missing, no_answer
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.qwen3 import Params
 from patarm_jax.model.sharding import make_mesh
-from patarm_jax.recipes.drawing import as_the_model_says
-from patarm_jax.recipes.model import Model, judge_digest, load_params, name_of, open_model, rollout_rules
-from patarm_jax.recipes.shared_answers import my_share
 from patarm_jax.rollout.judging import Parse, judge, make_judge
 from patarm_jax.rollout.scalar import make_scorer, scores
 from patarm_jax.rollout.stream import Request
+from patarm_jax.run.drawing import as_the_model_says
+from patarm_jax.run.open_model import Model, judge_digest, load_params, name_of, open_model, rollout_rules
 from patarm_jax.run.peers import ASKING, get_on
 from patarm_jax.run.process import say
+from patarm_jax.run.progress import percent, progress
 from patarm_jax.run.stopping import stop_requests
-from patarm_jax.train.progress import percent, progress
 
 AGAIN = (Kind.FAILED, Kind.TOO_LONG)  # what is too long for one limit may fit another
 # The ids of a question's votes lie this far apart, so that more votes leave those there are as they are; no two votes

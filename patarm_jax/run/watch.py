@@ -13,10 +13,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from patarm_jax.config import GRPOConfig, SFTConfig
+from patarm_jax.run.health import Health, Told, after, reason_to_stop, untouched, verdict, warnings
+from patarm_jax.run.metrics import Timer, read_metrics
 from patarm_jax.run.peers import arrive
 from patarm_jax.run.process import say
-from patarm_jax.train.health import Health, Told, after, reason_to_stop, untouched, verdict, warnings
-from patarm_jax.train.metrics import Timer, read_metrics
 
 
 @dataclass
