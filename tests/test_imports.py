@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "patarm_jax"
 # From the ground up. Modules on one floor do not import each other, save within one room.
 FLOORS = [
-    ["types", "arrays"],
+    ["types", "arrays", "padding"],
     ["flags", "locks"],
     ["files"],
     ["config"],
@@ -29,6 +29,7 @@ FLOORS = [
 PURE = [
     "types",
     "arrays",
+    "padding",
     "flags",
     "reward",
     "judge",

@@ -9,19 +9,11 @@ from hypothesis import strategies as st
 
 from patarm_jax.config import DataSection
 from patarm_jax.data.limits import Room
-from patarm_jax.data.pipeline import (
-    EncodedPair,
-    batches,
-    batches_per_epoch,
-    bucket,
-    encode_pairs,
-    pack,
-    sft_batch,
-    sft_shape,
-)
+from patarm_jax.data.pipeline import EncodedPair, batches, batches_per_epoch, encode_pairs, sft_batch, sft_shape
 from patarm_jax.data.sft import JudgedPreference, template_judgement
 from patarm_jax.data.tokenizer import decode, encode_chat, encode_judgement, load_tokenizer
 from patarm_jax.judge.prompts import pointwise
+from patarm_jax.padding import bucket, pack
 from patarm_jax.types import Preference, UsageError, UserError
 from tests.toys import tiny_tokenizer_folder
 

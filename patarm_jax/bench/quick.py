@@ -11,8 +11,8 @@ import numpy as np
 from patarm_jax.bench.measure import interleaved
 from patarm_jax.bench.tasks import Bench, causal_attention, open_bench, policy_update, sampling, sft_update
 from patarm_jax.config import BenchConfig
-from patarm_jax.data.pipeline import pack
 from patarm_jax.model.sharding import batch_ways
+from patarm_jax.padding import pack
 from patarm_jax.train.losses import sum_over_tokens
 
 

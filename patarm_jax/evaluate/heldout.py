@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 from patarm_jax.config import GRPOConfig, HeldoutSection, SFTConfig
 from patarm_jax.data.limits import Room
 from patarm_jax.data.pairs import shared_between
-from patarm_jax.data.pipeline import EncodedPair, bucket, digest_of, encode_pairs
+from patarm_jax.data.pipeline import EncodedPair, digest_of, encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import pairwise_accuracy
 from patarm_jax.model.sharding import batch_ways, fetch
+from patarm_jax.padding import bucket
 from patarm_jax.rollout.judging import (
     Judge,
     Sampled,
@@ -25,7 +26,6 @@ from patarm_jax.rollout.judging import (
     sample_judgements,
     score_arrays,
 )
-from patarm_jax.rollout.stream import WIDTH_MULTIPLE
 from patarm_jax.run.drawing import heldout_sampling
 from patarm_jax.run.open_model import Model, weight_sync
 from patarm_jax.run.peers import agree
@@ -80,7 +80,7 @@ def open_heldout(
         jax.random.fold_in(jax.random.key(config.run.seed), 0),  # training's begin at step 1
         records,
         padded[jax.process_index() * each :][:each],
-        bucket(max(record.longest_prompt for record in records), WIDTH_MULTIPLE),
+        bucket(max(record.longest_prompt for record in records)),
     )
 
 

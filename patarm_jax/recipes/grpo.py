@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from patarm_jax.arrays import GRPOBatch
 from patarm_jax.config import GRPOConfig, ModelSection, to_yaml
 from patarm_jax.data.limits import Room
-from patarm_jax.data.pipeline import batches, batches_per_epoch, bucket, encode_pairs
+from patarm_jax.data.pipeline import batches, batches_per_epoch, encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.heldout import evaluate_heldout, open_heldout
 from patarm_jax.model.config import Qwen3Config
@@ -31,6 +31,7 @@ from patarm_jax.model.sharding import (
     fetch,
     make_mesh,
 )
+from patarm_jax.padding import bucket
 from patarm_jax.recipes.rollouts import rewards_of, rollout_metrics, rollout_rows
 from patarm_jax.rollout.judging import (
     Judge,
@@ -41,7 +42,7 @@ from patarm_jax.rollout.judging import (
     sample_judgements,
     score_arrays,
 )
-from patarm_jax.rollout.stream import WIDTH_MULTIPLE, abstract_programs
+from patarm_jax.rollout.stream import abstract_programs
 from patarm_jax.run.drawing import exported_drawing, heldout_in_words, with_heldout_sampling
 from patarm_jax.run.export import ModelCardFacts
 from patarm_jax.run.folder import (
@@ -103,7 +104,7 @@ def _train(config: GRPOConfig, dry_run: bool) -> bool:
     heldout = open_heldout(config, model, mesh, preferences)
     say(kernels_in_use(config.model, model.config, mesh, "causal", "shared"))
     if dry_run:
-        widest = bucket(max(record.longest_prompt for record in records), WIDTH_MULTIPLE)
+        widest = bucket(max(record.longest_prompt for record in records))
         shown = abstract_step(config, model.config, mesh, optimizer, judge, programs, widest)
         describe(to_yaml(config), mesh, shown, next(iterator), model.tokenizer, steps)
         return True
@@ -129,7 +130,7 @@ def _train(config: GRPOConfig, dry_run: bool) -> bool:
             with timer.phase("data"):
                 pairs = next(iterator)
             with timer.phase("sample"):
-                key, width = jax.random.fold_in(run_key, step), bucket(pairs.longest_prompt, WIDTH_MULTIPLE)
+                key, width = jax.random.fold_in(run_key, step), bucket(pairs.longest_prompt)
                 sampled = sample_judgements(
                     judge, programs.to_rollout(state.params), requests_of(pairs.records), key, width
                 )
@@ -249,7 +250,7 @@ def _next_width(iterator: Any) -> int:
     state = iterator.get_state()
     longest = next(iterator).longest_prompt
     iterator.set_state(state)
-    return bucket(longest, WIDTH_MULTIPLE)
+    return bucket(longest)
 
 
 def _open_reference(config: GRPOConfig, model: Model) -> tuple[ModelSection, Model]:

@@ -24,6 +24,7 @@ from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.kernels import Form, kernel_for, kernels_in_use
 from patarm_jax.model.qwen3 import forward
 from patarm_jax.model.sharding import batch_sharding, batch_ways, fetch, make_mesh, place_batch
+from patarm_jax.padding import WIDTH_MULTIPLE
 from patarm_jax.run.drawing import exported_drawing, heldout_in_words, with_heldout_sampling
 from patarm_jax.run.export import ModelCardFacts
 from patarm_jax.run.folder import (
@@ -48,8 +49,6 @@ from patarm_jax.run.stopping import stop_after_steps
 from patarm_jax.run.watch import open_watch
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.steps import make_step, sft_loss
-
-WIDTH_MULTIPLE = 64  # sequences are padded to buckets of this many tokens
 
 
 def main(config: SFTConfig, dry_run: bool = False) -> bool:

@@ -8,12 +8,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from patarm_jax.config import ModelSection
-from patarm_jax.data.pipeline import bucket
 from patarm_jax.model import qwen3
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.kernels import kernel_for
 from patarm_jax.model.sharding import batch_ways, fetch, place_batch
-from patarm_jax.rollout.stream import PREFILL_TOKENS, WIDTH_MULTIPLE
+from patarm_jax.padding import bucket
+from patarm_jax.rollout.stream import PREFILL_TOKENS
 
 Scorer = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
@@ -41,7 +41,7 @@ def scores(scorer: Scorer, params: Any, mesh: Mesh, conversations: Sequence[np.n
     waiting = sorted(range(len(conversations)), key=lambda index: -len(conversations[index]))
     ways = batch_ways(mesh)
     while waiting:
-        width = bucket(len(conversations[waiting[0]]), WIDTH_MULTIPLE)
+        width = bucket(len(conversations[waiting[0]]))
         rows = ways * max(1, PREFILL_TOKENS // width)
         now, waiting = waiting[:rows], waiting[rows:]
         tokens, lengths = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)

@@ -18,7 +18,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from patarm_jax.arrays import Prompts
-from patarm_jax.data.pipeline import bucket
 from patarm_jax.model.sharding import (
     BATCH_AXES,
     batch_sharding,
@@ -29,14 +28,13 @@ from patarm_jax.model.sharding import (
     place_batch,
     process_in,
 )
+from patarm_jax.padding import bucket
 from patarm_jax.rollout import sampler
 from patarm_jax.rollout.sampler import Admission, Network, Settings, Slots
 
 # Host arrays, or shapes, where a type speaks of the arrays they become on the devices.
 Arrays = tuple[jax.Array, ...]
 
-# Prompt widths are compiled for; they are multiples of this many tokens.
-WIDTH_MULTIPLE = 64
 # Tokens of prompts that a device reads at a time: enough to be bound by arithmetic, and little memory beside the cache.
 PREFILL_TOKENS = 8192
 # The share of the rows, one in so many, that must have ended before waiting ones take their places.
@@ -227,7 +225,7 @@ class _Schedule:
         shares = [self._share(way, each) for way in range(self.ways)]
         prompts, rows = _places(engine, max(map(len, shares)))
         self.devices = [_Device(deque(share), [None] * prompts, [None] * rows) for share in shares]
-        self.width = bucket(int(self.lengths.max()), WIDTH_MULTIPLE)
+        self.width = bucket(int(self.lengths.max()))
         self.least = rows / 2**engine.halvings
         with jax.set_mesh(engine.mesh):
             self.slots = engine.start(prompts, self.width, rows)
@@ -264,8 +262,7 @@ class _Schedule:
             if not any(wanted):
                 return
             width = bucket(
-                max(int(self.lengths[device.waiting[0]]) for device, n in zip(self.devices, wanted, strict=True) if n),
-                WIDTH_MULTIPLE,
+                max(int(self.lengths[device.waiting[0]]) for device, n in zip(self.devices, wanted, strict=True) if n)
             )
             self._read(width, _prompts_at_a_time(width, len(self.devices[0].prompts), max(wanted)))
 
@@ -373,7 +370,7 @@ class _Schedule:
             while kept > 1 and used <= kept // 2 and new < size:
                 kept //= 2
         unread = (int(self.lengths[r]) for device in self.devices for r in (*device.left, *device.waiting))
-        width = bucket(max(unread), WIDTH_MULTIPLE)
+        width = bucket(max(unread))
         if width > self.width // 2:
             width = self.width
         if (new, kept, width) != (size, prompts, self.width):
