@@ -20,9 +20,10 @@ from patarm_jax.model import weights
 from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.qwen3 import abstract_params, forward, init_params, layers_apart
 from patarm_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, TRAIN_RULES, batch_sharding, make_mesh
+from patarm_jax.rollout.engine import abstract_programs, make_engine
 from patarm_jax.rollout.judging import network_of
 from patarm_jax.rollout.sampler import Network, Settings, draw, keep_top_k, keep_top_p, pick
-from patarm_jax.rollout.stream import Request, abstract_programs, complete, make_engine
+from patarm_jax.rollout.schedule import Request, complete
 from patarm_jax.train.steps import completion_logprobs
 from tests.toys import TINY, hf_model
 

@@ -22,7 +22,7 @@ from patarm_jax.model.qwen3 import Params
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.rollout.judging import Parse, judge, make_judge
 from patarm_jax.rollout.scalar import make_scorer, scores
-from patarm_jax.rollout.stream import Request
+from patarm_jax.rollout.schedule import Request
 from patarm_jax.run.drawing import as_the_model_says
 from patarm_jax.run.open_model import Model, judge_digest, load_params, name_of, open_model, rollout_rules
 from patarm_jax.run.peers import ASKING, get_on

@@ -25,9 +25,10 @@ from patarm_jax.model.qwen3 import init_params, layers_apart
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, make_mesh, place_batch
 from patarm_jax.recipes.grpo import Programs, completion_width, make_programs
 from patarm_jax.recipes.sft import make_update
+from patarm_jax.rollout.engine import Engine, make_engine
 from patarm_jax.rollout.judging import network_of
 from patarm_jax.rollout.sampler import Settings
-from patarm_jax.rollout.stream import Engine, Finished, Request, complete, make_engine
+from patarm_jax.rollout.schedule import Finished, Request, complete
 from patarm_jax.run.folder import state_shardings
 from patarm_jax.train.optimizer import make_optimizer
 from patarm_jax.train.steps import TrainState, init_state

@@ -33,6 +33,7 @@ from patarm_jax.model.sharding import (
 )
 from patarm_jax.padding import bucket
 from patarm_jax.recipes.rollouts import rewards_of, rollout_metrics, rollout_rows
+from patarm_jax.rollout.engine import abstract_programs
 from patarm_jax.rollout.judging import (
     Judge,
     Sampled,
@@ -42,7 +43,6 @@ from patarm_jax.rollout.judging import (
     sample_judgements,
     score_arrays,
 )
-from patarm_jax.rollout.stream import abstract_programs
 from patarm_jax.run.drawing import exported_drawing, heldout_in_words, with_heldout_sampling
 from patarm_jax.run.export import ModelCardFacts
 from patarm_jax.run.folder import (

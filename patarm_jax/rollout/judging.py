@@ -23,8 +23,9 @@ from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.kernels import PORTABLE, Kernel, kernel_for
 from patarm_jax.model.qwen3 import KVCache, Params, PromptCache
 from patarm_jax.model.sharding import fetch, place_batch
+from patarm_jax.rollout.engine import Arrays, Engine, make_engine
 from patarm_jax.rollout.sampler import Network, Settings
-from patarm_jax.rollout.stream import Arrays, Engine, Request, complete, completed_groups, make_engine
+from patarm_jax.rollout.schedule import Request, complete, completed_groups
 from patarm_jax.types import Judgement
 
 Parse = Callable[[str], Judgement]

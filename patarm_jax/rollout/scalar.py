@@ -13,7 +13,7 @@ from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.kernels import kernel_for
 from patarm_jax.model.sharding import batch_ways, fetch, place_batch
 from patarm_jax.padding import bucket
-from patarm_jax.rollout.stream import PREFILL_TOKENS
+from patarm_jax.rollout.engine import PREFILL_TOKENS
 
 Scorer = Callable[[Any, jax.Array, jax.Array], jax.Array]
 

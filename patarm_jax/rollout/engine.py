@@ -1,0 +1,110 @@
+"""The compiled programs of a sampler on a mesh, and the sizes of the places they work on."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from patarm_jax.arrays import Prompts
+from patarm_jax.model.sharding import BATCH_AXES, batch_sharding, batch_ways, constrain
+from patarm_jax.rollout import sampler
+from patarm_jax.rollout.sampler import Admission, Network, Settings, Slots
+
+# Host arrays, or shapes, where a type speaks of the arrays they become on the devices.
+Arrays = tuple[jax.Array, ...]
+
+# Tokens of prompts that a device reads at a time: enough to be bound by arithmetic, and little memory beside the cache.
+PREFILL_TOKENS = 8192
+# How often rows are halved when nothing waits any more, unless told otherwise.
+HALVINGS = 3
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The compiled programs of a sampler on a mesh."""
+
+    mesh: Mesh
+    group: int  # G
+    settings: Settings
+    rows: int  # that are written at a time, over all devices; 0: as many as there are
+    halvings: int  # how often rows may be halved when nothing waits any more; each time is another compiled program
+    start: Any
+    bring_in: Any
+    advance: Any
+    resize: Any
+
+
+def make_engine(
+    network: Network[Any], mesh: Mesh, group: int, settings: Settings, rows: int = 0, halvings: int = HALVINGS
+) -> Engine:
+    """Jits the sampler for a network; programs are compiled once per size of places."""
+    ways = batch_ways(mesh)
+
+    def start(prompts: int, width: int, rows: int) -> Slots[Any]:
+        return _pinned(sampler.empty_slots(network, ways, prompts, width, rows, group, settings))
+
+    def bring_in(params: Any, slots: Slots[Any], prompts: Prompts, place: jax.Array, key: jax.Array) -> Slots[Any]:
+        return _pinned(sampler.bring_in(network, params, slots, prompts, place, key, group, settings))
+
+    def advance(params: Any, slots: Slots[Any], begins: Admission, key: jax.Array, enough: jax.Array) -> Slots[Any]:
+        return _pinned(sampler.advance(network, params, slots, begins, key, enough, settings))
+
+    def resize(slots: Slots[Any], rows: jax.Array, prompts: jax.Array, seat: jax.Array, width: int) -> Slots[Any]:
+        return _pinned(sampler.resize(network, slots, rows, prompts, seat, width, group))
+
+    return Engine(
+        mesh,
+        group,
+        settings,
+        rows,
+        halvings,
+        start=jax.jit(start, static_argnums=(0, 1, 2)),
+        bring_in=jax.jit(bring_in, donate_argnums=1),
+        advance=jax.jit(advance, donate_argnums=1),
+        resize=jax.jit(resize, static_argnums=4),
+    )
+
+
+def abstract_programs(engine: Engine, params: Any, requests: int, width: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """The largest programs of a run over so many requests, with abstract arguments, for compiling ahead of time."""
+    ways, new = batch_ways(engine.mesh), partial(jax.ShapeDtypeStruct, sharding=batch_sharding(engine.mesh))
+    prompts, rows = places_for(engine, -(-requests // ways))
+    number = prompts_at_a_time(width, prompts, prompts)
+    with jax.set_mesh(engine.mesh):
+        slots = jax.tree.map(
+            lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like),
+            jax.eval_shape(engine.start, prompts, width, rows),
+            engine.start.lower(prompts, width, rows).compile().output_shardings,
+        )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    size = ways * number
+    read = Prompts(*cast(Arrays, tuple(new(shape, jnp.int32) for shape in ((size, width), (size,), (size,)))))
+    begins = Admission(*cast(Arrays, tuple(new((ways, rows), kind) for kind in (jnp.bool, jnp.int32, jnp.int32))))
+    enough = jax.ShapeDtypeStruct((), jnp.int32)
+    return {
+        "prefill": (engine.bring_in, (params, slots, read, new((ways, number), jnp.int32), key)),
+        "decode": (engine.advance, (params, slots, begins, key, enough)),
+    }
+
+
+def places_for(engine: Engine, requests: int) -> tuple[int, int]:
+    """How many prompts and rows a device has, for so many requests."""
+    wanted = -(-engine.rows // batch_ways(engine.mesh)) if engine.rows else requests * engine.group
+    rows = min(wanted, requests * engine.group)
+    # Groups end unevenly: with twice the prompts that the rows need, no row waits for one.
+    return min(requests, -(-rows // engine.group) * (1 if engine.group == 1 else 2)), rows
+
+
+def prompts_at_a_time(width: int, places: int, wanted: int) -> int:
+    """A power of two, so that few sizes are compiled."""
+    limit = 1 << max(PREFILL_TOKENS // width, 1).bit_length() - 1
+    return min(limit, 1 << (wanted - 1).bit_length(), 1 << (places - 1).bit_length())
+
+
+def _pinned(slots: Slots[Any]) -> Slots[Any]:
+    """The arrays of rows and seats, [W, …], each part on its device; the cache's are the network's to place."""
+    own = {name: value for name, value in vars(slots).items() if name not in ("cache", "steps")}
+    return replace(slots, **{name: constrain(value, BATCH_AXES) for name, value in own.items()})
