@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 . launch/venv.sh
 
 slow_files="tests/test_bench.py tests/test_checkpoint.py tests/test_demo.py tests/test_endpoint.py tests/test_evaluate.py
-tests/test_kernels.py tests/test_qwen3.py tests/test_real_inputs.py tests/test_recipes.py tests/test_report.py
+tests/test_kernels.py tests/test_transformer.py tests/test_real_inputs.py tests/test_recipes.py tests/test_report.py
 tests/test_rewardbench.py tests/test_coverage.py tests/test_damaged_checkpoints.py tests/test_outputs.py
 tests/test_archive.py tests/test_launch.py tests/test_locks.py tests/test_sampler.py
 tests/test_scalar.py tests/test_steps.py tests/test_thinking.py tests/test_weights.py"

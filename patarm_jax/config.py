@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 import msgspec
 import yaml
 
-from patarm_jax.files import refuse_address
+from patarm_jax.files import one_line, refuse_address
 from patarm_jax.flags import merged, nearest, settings_of
 from patarm_jax.types import Benchmark, JudgeKind, OpensThinking, RubricMode, UsageError, UserError
 
@@ -515,8 +515,3 @@ def _floats(cls: Any, mapping: Mapping[str, Any]) -> dict[str, Any]:
         elif kinds[key] == dict[str, tuple[str, ...]] and isinstance(value, Mapping):
             result[key] = {name: [text] if isinstance(text, str) else text for name, text in value.items()}
     return result
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, to be put inside a sentence."""
-    return " ".join(str(error).split()).rstrip(".")

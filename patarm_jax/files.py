@@ -7,13 +7,12 @@ gone, which is told by a lock that no one holds any more; nothing else is ever r
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from patarm_jax import locks
-from patarm_jax.types import LearntNothing, UsageError, UserError
+from patarm_jax.types import UsageError, UserError
 
 _OURS = re.compile(r"\..*\.patarm-[0-9a-f]{8}", re.DOTALL)
 _NAMED = 50  # letters of the name of what is written that its temporary name repeats; file systems allow 255 bytes
 _PROBE = b"\0" * 4096  # a full disk takes an empty file, but no byte
-_NOTHING = {"lost+found", locks.NAME}  # the one stands in every new file system, the other in a folder that is held
+LOCK = ".patarm-lock"  # in a folder that is held: see locks.py
+_NOTHING = {"lost+found", LOCK}  # the one stands in every new file system, the other in a folder that is held
 
 
 # What only looks like a path: a first part that ends in a colon, as in gs://bucket/x, or file:/x.
@@ -143,96 +142,6 @@ def _existing(path: Path) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------------- one writer at a time
-
-
-@contextlib.contextmanager
-def hold_folder(folder: Path, say: Callable[[str], None], patience: float = locks.PATIENCE) -> Iterator[None]:
-    """Keeps every other process from writing into a folder while the block runs; the folder is made when it is missing.
-
-    A killed process leaves nothing that would keep the next one out. After an error the folder stays held until this
-    process ends: what is saved in the background may still be writing. Of several processes the first one holds it.
-
-    Args:
-        folder: that is written over time.
-        say: tells what is worth knowing, such as that the file system knows no locks.
-        patience: seconds that a lock of another machine, which may be gone, is waited for.
-
-    Raises:
-        UserError: when another process holds it, naming that process; or when nothing can be written there.
-    """
-    path = folder.resolve() / locks.NAME
-    made: list[Path] = []
-    with writing(folder):
-        handle = _kept.pop(path, None)
-        if handle is None or not locks.is_file_of(path, handle):
-            made = _make(path.parent)
-            handle = _acquired(path, folder, made, say, patience)
-    try:
-        yield
-    except BaseException as error:
-        has_ended = isinstance(error, LearntNothing)  # in vain, and all is saved
-        if handle is not None and not has_ended and any(each != path for each in path.parent.glob("*")):
-            _kept[path] = handle
-        else:
-            _let_go(path, handle, made)
-        raise
-    _let_go(path, handle, made)
-
-
-@contextlib.contextmanager
-def hold_output(path: Path, say: Callable[[str], None], patience: float = locks.PATIENCE) -> Iterator[None]:
-    """Keeps every other process from writing a file, or a folder that appears whole, while the block runs.
-
-    The lock stands beside it, or inside a folder that is there already. A device or a pipe is not held. Arguments and
-    errors are those of `hold_folder`.
-    """
-    about, path = path, path.resolve()
-    if path.exists() and not path.is_file() and not path.is_dir():
-        yield
-        return
-    name = path.name if len(os.fsencode(path.name)) <= 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
-    place = path / locks.NAME if path.is_dir() else path.with_name(f".{name}{locks.NAME}")
-    with writing(about):
-        made = _make(place.parent)
-        handle = _acquired(place, about, made, say, patience)
-    try:
-        yield
-    finally:
-        _let_go(place, handle, made)
-
-
-_kept: dict[Path, int] = {}  # locks of folders in which something failed, held until this process ends
-
-
-def _acquired(path: Path, about: Path, made: list[Path], say: Callable[[str], None], patience: float) -> int | None:
-    try:
-        return locks.acquire(path, about, say, patience)
-    except BaseException:
-        _remove_empty(made)
-        raise
-
-
-def _let_go(path: Path, handle: int | None, made: list[Path]) -> None:
-    if handle is not None:
-        locks.release(path, handle)
-    _remove_empty(made)
-
-
-def _make(folder: Path) -> list[Path]:
-    """Makes a folder with its parents; gives those that were missing, the innermost first."""
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Of folders that were made, those in which nothing was written."""
-    with contextlib.suppress(OSError):
-        for each in folders:
-            each.rmdir()
-
-
 # ------------------------------------------------------------------------------------------------------------- files
 
 
@@ -267,6 +176,26 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file with two blanks of indent; it appears whole. OSError passes through."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None when there is no such file."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}. Make it a file that you may read.") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8 is a ValueError too
+        raise UserError(f"{path} is not valid JSON ({one_line(error)}). Copy the file again.") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is a JSON {type(raw).__name__}, not an object. Copy the file again.")
+    return raw
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, to be put inside a sentence."""
+    return " ".join(str(error).split()).rstrip(".")
 
 
 # ----------------------------------------------------------------------------------------------------------- folders

@@ -7,22 +7,116 @@ process leaves of it is no lock. Programs that are started meanwhile, and forked
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from patarm_jax.types import UserError
+from patarm_jax.files import LOCK, writing
+from patarm_jax.types import LearntNothing, UserError
 
-NAME = ".patarm-lock"  # in the folder that is held
 # How long a lock of another machine is waited for. When a machine is gone, a shared file system takes its locks back
 # after a while: NFS after 90 s.
 PATIENCE = 100.0
 _UNKNOWN = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of a file system without locks
 _open: set[int] = set()  # descriptors of the locks of this process
+
+
+# --------------------------------------------------------------------------------------------- folders and outputs
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path, say: Callable[[str], None], patience: float = PATIENCE) -> Iterator[None]:
+    """Keeps every other process from writing into a folder while the block runs; the folder is made when it is missing.
+
+    A killed process leaves nothing that would keep the next one out. After an error the folder stays held until this
+    process ends: what is saved in the background may still be writing. Of several processes the first one holds it.
+
+    Args:
+        folder: that is written over time.
+        say: tells what is worth knowing, such as that the file system knows no locks.
+        patience: seconds that a lock of another machine, which may be gone, is waited for.
+
+    Raises:
+        UserError: when another process holds it, naming that process; or when nothing can be written there.
+    """
+    path = folder.resolve() / LOCK
+    made: list[Path] = []
+    with writing(folder):
+        handle = _kept.pop(path, None)
+        if handle is None or not is_file_of(path, handle):
+            made = _make(path.parent)
+            handle = _acquired(path, folder, made, say, patience)
+    try:
+        yield
+    except BaseException as error:
+        has_ended = isinstance(error, LearntNothing)  # in vain, and all is saved
+        if handle is not None and not has_ended and any(each != path for each in path.parent.glob("*")):
+            _kept[path] = handle
+        else:
+            _let_go(path, handle, made)
+        raise
+    _let_go(path, handle, made)
+
+
+@contextlib.contextmanager
+def hold_output(path: Path, say: Callable[[str], None], patience: float = PATIENCE) -> Iterator[None]:
+    """Keeps every other process from writing a file, or a folder that appears whole, while the block runs.
+
+    The lock stands beside it, or inside a folder that is there already. A device or a pipe is not held. Arguments and
+    errors are those of `hold_folder`.
+    """
+    about, path = path, path.resolve()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield
+        return
+    name = path.name if len(os.fsencode(path.name)) <= 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    place = path / LOCK if path.is_dir() else path.with_name(f".{name}{LOCK}")
+    with writing(about):
+        made = _make(place.parent)
+        handle = _acquired(place, about, made, say, patience)
+    try:
+        yield
+    finally:
+        _let_go(place, handle, made)
+
+
+_kept: dict[Path, int] = {}  # locks of folders in which something failed, held until this process ends
+
+
+def _acquired(path: Path, about: Path, made: list[Path], say: Callable[[str], None], patience: float) -> int | None:
+    try:
+        return acquire(path, about, say, patience)
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def _let_go(path: Path, handle: int | None, made: list[Path]) -> None:
+    if handle is not None:
+        release(path, handle)
+    _remove_empty(made)
+
+
+def _make(folder: Path) -> list[Path]:
+    """Makes a folder with its parents; gives those that were missing, the innermost first."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Of folders that were made, those in which nothing was written."""
+    with contextlib.suppress(OSError):
+        for each in folders:
+            each.rmdir()
+
+
+# ------------------------------------------------------------------------------------------------- a file's lock
 
 
 def lock(handle: int) -> bool | None:

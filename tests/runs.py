@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from patarm_jax.model import weights
-from patarm_jax.model.config import read_config
-from patarm_jax.model.qwen3 import init_params
+from patarm_jax.model.architecture import read_architecture
+from patarm_jax.model.transformer import init_params
 from tests.toys import small_world, tiny_model_folder
 
 FLAGS = "--xla_backend_optimization_level=0"
@@ -47,7 +47,7 @@ def world(tmp_path_factory):
     root = small_world(tmp_path_factory.mktemp("world"))
     text = (root / "pairs.jsonl").read_text()
     (root / "heldout.jsonl").write_text(text.replace("pair-", "held-").replace("I like", "I love"))
-    config = read_config(root / "model")
+    config = read_architecture(root / "model")
     tiny_model_folder(root / "reference")
     (root / "reference" / "config.json").unlink()
     (root / "reference" / "generation_config.json").rename(root / "kept.json")

@@ -11,9 +11,9 @@ from patarm_jax.cli import main
 from patarm_jax.config import GRPOConfig, HeldoutSection, JudgingSection, ModelSection, SamplingSection, SFTConfig
 from patarm_jax.config import override as with_flags
 from patarm_jax.model import weights
-from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.generation import Drawing, read_generation
-from patarm_jax.model.qwen3 import init_params
+from patarm_jax.model.transformer import init_params
 from patarm_jax.run.drawing import (
     as_the_model_says,
     as_the_server_says,
@@ -159,7 +159,7 @@ DRAWN = [Drawing(), Drawing(0.7, 20, 0.9), Drawing(0.0)]
 
 @pytest.mark.parametrize("drawing", DRAWN, ids=str)
 def test_transformers_draws_as_an_export_says(tmp_path, drawing):
-    config = Qwen3Config(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+    config = Architecture(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=1, head_dim=8)  # fmt: skip
     weights.save(init_params(config, jax.random.key(0)), config, tmp_path / "m", stop_ids=(3,), drawing=drawing)
     theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "m")

@@ -22,8 +22,8 @@ from patarm_jax.config import DataSection
 from patarm_jax.evaluate.benchmarks import limited, read_benchmark
 from patarm_jax.evaluate.scoring import plan
 from patarm_jax.model import weights
-from patarm_jax.model.config import read_config
-from patarm_jax.model.qwen3 import init_params
+from patarm_jax.model.architecture import read_architecture
+from patarm_jax.model.transformer import init_params
 from patarm_jax.types import UserError
 from tests.chat_server import BAD, ENVIRONMENT, GOOD, overall, remote, served, settings, write_pairs
 from tests.toys import tiny_model_folder
@@ -320,7 +320,7 @@ def world(tmp_path_factory):
     """A tiny judge with weights, and RM-Bench's shape in small."""
     root = tmp_path_factory.mktemp("world")
     tiny_model_folder(root / "judge")
-    config = read_config(root / "judge")
+    config = read_architecture(root / "judge")
     (root / "judge" / "config.json").unlink()
     (root / "judge" / "generation_config.json").rename(root / "kept.json")
     weights.save(

@@ -16,15 +16,15 @@ from huggingface_hub import ModelCard
 from patarm_jax.data.tokenizer import encode_chat, load_tokenizer
 from patarm_jax.judge.prompts import pointwise
 from patarm_jax.model import weights
-from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.generation import Drawing
-from patarm_jax.model.qwen3 import init_params
+from patarm_jax.model.transformer import init_params
 from patarm_jax.run.export import ModelCardFacts, model_card, write_export
 from patarm_jax.types import UserError
 from tests.toys import tiny_tokenizer_folder
 
 FACTS = ModelCardFacts("Qwen/Qwen3-8B", "grpo", "org/pairs", 12_345, 400, "PAR, graded margin, G 8", "primary")
-CONFIG = Qwen3Config(
+CONFIG = Architecture(
     vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
 )  # fmt: skip
@@ -54,12 +54,12 @@ def test_transformers_loads_an_export_as_it_is(tokenizer, params, tmp_path):
     torch = pytest.importorskip("torch", reason="transformers' models need torch")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     again, config = weights.load(folder)
-    assert config == Qwen3Config(**vars(CONFIG) | {"eos_token_id": tokenizer.stop_ids[0]})
+    assert config == Architecture(**vars(CONFIG) | {"eos_token_id": tokenizer.stop_ids[0]})
     jax.tree.map(np.testing.assert_array_equal, again, params)
     assert torch.equal(model.model.embed_tokens.weight, torch.tensor(np.asarray(params["embed_tokens"])))
     assert model.generation_config.eos_token_id == list(tokenizer.stop_ids)
     assert model.generation_config.pad_token_id == tokenizer.pad_id
-    assert model.config.eos_token_id == tokenizer.stop_ids[0]
+    assert model.arch.eos_token_id == tokenizer.stop_ids[0]
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf, 1e30])

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "patarm_jax"
 # From the ground up. Modules on one floor do not import each other, save within one room.
 FLOORS = [
     ["types", "arrays", "padding"],
-    ["flags", "locks"],
-    ["files"],
+    ["flags", "files"],
+    ["locks"],
     ["config"],
     ["judge", "reward", "model"],
     ["data", "train", "rollout.sampler"],
@@ -45,7 +45,8 @@ PURE = [
     "model.attention",
     "model.flash",
     "model.kernels",
-    "model.qwen3",
+    "model.transformer",
+    "model.cache",
     "rollout.sampler",
     "run.health",
     "train.losses",
@@ -58,7 +59,7 @@ ONE_HOME = {
     "grain": "data.pipeline",
     "orbax": "run.checkpoint",
     "safetensors": "model.weight_files",
-    "flax": "model.qwen3",
+    "flax": "model.transformer",
 }
 
 

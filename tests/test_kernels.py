@@ -16,18 +16,18 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from patarm_jax.config import MeshSection, ModelSection
 from patarm_jax.model import flash, kernels
+from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Streams
-from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.kernels import PORTABLE, Kernel, choose, hardware_of, kernels_in_use
-from patarm_jax.model.qwen3 import abstract_params, forward, init_params, layers_apart, prefill
 from patarm_jax.model.sharding import MESH_AXES, make_mesh
+from patarm_jax.model.transformer import abstract_params, forward, init_params, layers_apart, prefill
 from patarm_jax.types import UserError
 from tests.toys import TINY
 
 PALLAS, SPLASH = Kernel("pallas", interpret=True), Kernel("splash", interpret=True)
 KEY = jax.random.key(7)
 # Splash needs heads of 128, the others do not.
-WIDE = Qwen3Config(**TINY | {"head_dim": 128})
+WIDE = Architecture(**TINY | {"head_dim": 128})
 
 
 def arrays(rows, length, heads, kv_heads, size):

@@ -16,7 +16,8 @@ import pytest
 
 from patarm_jax import locks
 from patarm_jax.cli import main
-from patarm_jax.files import hold_folder, hold_output, is_occupied
+from patarm_jax.files import LOCK, is_occupied
+from patarm_jax.locks import hold_folder, hold_output
 from patarm_jax.types import UserError
 from tests.toys import small_world, write_recipes, write_run
 
@@ -25,8 +26,8 @@ ROOT = Path(__file__).parents[1]
 HOLDER = """
 import sys, time
 from pathlib import Path
-from patarm_jax import files
-with getattr(files, sys.argv[1])(Path(sys.argv[2]), print, 1.0):
+from patarm_jax import locks
+with getattr(locks, sys.argv[1])(Path(sys.argv[2]), print, 1.0):
     print("held", flush=True)
     {meanwhile}
     time.sleep(600)
@@ -68,8 +69,8 @@ def test_a_second_one_is_told_who_has_it_and_a_killed_one_leaves_nothing(how, tm
     assert refused.value.exit_code == 1
     ended(first)
     with hold(place, print):
-        assert list(tmp_path.rglob(f"*{locks.NAME}"))
-    assert not list(tmp_path.rglob(f"*{locks.NAME}"))
+        assert list(tmp_path.rglob(f"*{LOCK}"))
+    assert not list(tmp_path.rglob(f"*{LOCK}"))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_a_file_system_without_locks_is_said_once(tmp_path):
 def test_a_lock_of_another_machine_is_waited_for(tmp_path, capsys):
     """That machine may be gone, and a shared file system takes its locks back after a while."""
     process, _ = started("hold_folder", tmp_path)
-    (tmp_path / locks.NAME).write_text(json.dumps({"pid": 5, "host": "node3", "since": "long ago"}))
+    (tmp_path / LOCK).write_text(json.dumps({"pid": 5, "host": "node3", "since": "long ago"}))
     begun, said = time.monotonic(), []
     with pytest.raises(UserError, match="pid 5 on node3 since long ago"), hold_folder(tmp_path, said.append, 1.5):
         pass
@@ -144,7 +145,7 @@ def test_after_an_error_a_folder_stays_held_until_the_process_ends(tmp_path):
 
 def test_a_lock_is_nothing_that_stands_in_the_way(tmp_path):
     process, _ = started("hold_output", tmp_path)  # an empty folder that is there, as a mounted disk is
-    assert (tmp_path / locks.NAME).is_file() and not is_occupied(tmp_path)
+    assert (tmp_path / LOCK).is_file() and not is_occupied(tmp_path)
     with pytest.raises(UserError, match="is being written by another"), hold_output(tmp_path, print):
         pass
     ended(process)
@@ -216,7 +217,7 @@ def test_two_runs_in_one_folder(world, tmp_path):
         said = first.communicate()[1]
     assert first.returncode == 0, said
     assert steps() == list(range(1, 13)) and (run / "export" / "model.safetensors").exists()
-    assert not (run / locks.NAME).exists()
+    assert not (run / LOCK).exists()
 
 
 @pytest.mark.long
@@ -226,7 +227,7 @@ def test_a_dry_run_takes_no_lock(world, tmp_path, capsys):
         assert main(["sft", f"{world}/sft.yaml", "--run.folder", str(tmp_path), "--dry-run"]) == 0
     finally:
         ended(process)
-    assert [path.name for path in tmp_path.iterdir()] == [locks.NAME]
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_docstrings():

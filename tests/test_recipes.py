@@ -21,9 +21,9 @@ from patarm_jax.data.pipeline import encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.heldout import judge_heldout, open_heldout
 from patarm_jax.model import weights
-from patarm_jax.model.config import read_config
-from patarm_jax.model.qwen3 import init_params
+from patarm_jax.model.architecture import read_architecture
 from patarm_jax.model.sharding import MESH_AXES, make_mesh
+from patarm_jax.model.transformer import init_params
 from patarm_jax.rollout.judging import judge, requests_of
 from patarm_jax.run.open_model import open_model
 from tests.runs import (
@@ -150,7 +150,7 @@ def test_two_processes_learn_as_one(world, started):
     assert main(["grpo", str(config_file(world, "alone", "grpo", **sections))]) == 1
     assert_nearly_equal(world / "pod", world / "alone")
     assert judged_texts(world / "pod") == judged_texts(world / "alone")
-    assert read_config(world / "pod" / "export") == read_config(world / "alone" / "export")
+    assert read_architecture(world / "pod" / "export") == read_architecture(world / "alone" / "export")
 
 
 def test_dry_run_shows_and_trains_nothing(world, capsys):
@@ -198,7 +198,7 @@ def test_heldout_pairs_are_judged_alike_by_any_mesh(world, recipe):
     texts = []
     for mesh in (ALONE, make_mesh(MeshSection(**CUBE))):
         heldout = open_heldout(config, model, mesh, read_preferences(config.data)[0])
-        params = init_params(model.config, jax.random.key(4), mesh)
+        params = init_params(model.arch, jax.random.key(4), mesh)
         judgements = judge_heldout(heldout, params)
         assert len(judgements) == 2 * 5 and len(judgements[0]) == 2
         texts.append([[one.text for one in group] for group in judgements])

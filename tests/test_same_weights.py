@@ -13,8 +13,8 @@ import yaml
 from patarm_jax.cli import main
 from patarm_jax.config import GRPOConfig, ModelSection, PolicySection
 from patarm_jax.model import weights
-from patarm_jax.model.config import read_config
-from patarm_jax.model.qwen3 import init_params
+from patarm_jax.model.architecture import read_architecture
+from patarm_jax.model.transformer import init_params
 from patarm_jax.model.weight_files import HEAD, digest, read_stored
 from patarm_jax.run.folder import fingerprint
 from patarm_jax.run.open_model import judge_digest, open_model, weights_digest
@@ -26,7 +26,7 @@ from tests.toys import tiny_model_folder, write_preferences
 def model_folder(path, seed=0, shard="5GB", scale=1.0, **changes):
     """A tiny Qwen3 with random weights, in one file or in shards."""
     tiny_model_folder(path, **changes)
-    config = read_config(path)
+    config = read_architecture(path)
     params = jax.tree.map(lambda x: x * scale, init_params(config, jax.random.key(seed)))
     (path / "config.json").unlink()
     weights.save(params, config, path.with_name("fresh"), dtype="float32", max_shard_size=shard)

@@ -17,9 +17,9 @@ from jax.sharding import AxisType
 from patarm_jax.arrays import GRPOBatch
 from patarm_jax.config import MeshSection
 from patarm_jax.model import weights
-from patarm_jax.model.config import Qwen3Config
-from patarm_jax.model.qwen3 import abstract_params, forward, init_params, layers_apart
+from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, TRAIN_RULES, batch_sharding, make_mesh
+from patarm_jax.model.transformer import abstract_params, forward, init_params, layers_apart
 from patarm_jax.rollout.engine import abstract_programs, make_engine
 from patarm_jax.rollout.judging import network_of
 from patarm_jax.rollout.sampler import Network, Settings, draw, keep_top_k, keep_top_p, pick
@@ -27,7 +27,7 @@ from patarm_jax.rollout.schedule import Request, complete
 from patarm_jax.train.steps import completion_logprobs
 from tests.toys import TINY, hf_model
 
-CONFIG = Qwen3Config(**TINY)
+CONFIG = Architecture(**TINY)
 KEY = jax.random.key(7)
 
 

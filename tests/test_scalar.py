@@ -9,7 +9,7 @@ import pytest
 
 from patarm_jax.cli import main
 from patarm_jax.model import weights
-from patarm_jax.model.config import read_config
+from patarm_jax.model.architecture import read_architecture
 from tests.toys import TINY, tiny_tokenizer_folder
 
 torch = pytest.importorskip("torch", reason="the other side of these equalities is torch's")
@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(3)
-    config = transformers.Qwen3Config(**(TINY | {"vocab_size": 512}), num_labels=1, pad_token_id=0)
+    config = transformers.Architecture(**(TINY | {"vocab_size": 512}), num_labels=1, pad_token_id=0)
     made = transformers.Qwen3ForSequenceClassification(config).float().eval()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
@@ -72,7 +72,7 @@ def test_there_and_back(model, folder, tmp_path):
     params, config = weights.load(folder / "saved")
     assert config.scalar_head and params["score"].shape == (1, TINY["hidden_size"]) and "lm_head" not in params
     weights.save(params, config, tmp_path / "again", dtype="float32")
-    assert read_config(tmp_path / "again") == config
+    assert read_architecture(tmp_path / "again") == config
     again = transformers.Qwen3ForSequenceClassification.from_pretrained(tmp_path / "again")
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name

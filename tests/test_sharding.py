@@ -8,16 +8,16 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from patarm_jax.config import MeshSection
 from patarm_jax.model import sharding
-from patarm_jax.model.config import Qwen3Config
-from patarm_jax.model.qwen3 import abstract_params, init_params
+from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, TRAIN_RULES, make_mesh
+from patarm_jax.model.transformer import abstract_params, init_params
 from patarm_jax.types import UserError
 
-QWEN3_8B = Qwen3Config(
+QWEN3_8B = Architecture(
     vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
     num_key_value_heads=8, head_dim=128,
 )  # fmt: skip
-TINY = Qwen3Config(
+TINY = Architecture(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8,
 )  # fmt: skip

@@ -15,9 +15,9 @@ from patarm_jax.arrays import GRPOBatch
 from patarm_jax.config import MeshSection, OptimizerSection, PolicySection
 from patarm_jax.data.pipeline import EncodedPair, PairBatch, sft_batch, sft_shape
 from patarm_jax.model import weights
-from patarm_jax.model.config import Qwen3Config
-from patarm_jax.model.qwen3 import abstract_params, forward
+from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import batch_sharding, make_mesh, place_batch
+from patarm_jax.model.transformer import abstract_params, forward
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.steps import (
     LARGEST_WEIGHT,
@@ -32,7 +32,7 @@ from patarm_jax.train.steps import (
 )
 from tests.toys import TINY, hf_model
 
-CONFIG = Qwen3Config(**TINY)
+CONFIG = Architecture(**TINY)
 SECTION = OptimizerSection(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
 POLICY = PolicySection(clip_low=0.05, clip_high=0.1, kl_coef=0.3)
 TEMPERATURE = 0.8

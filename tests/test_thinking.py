@@ -15,7 +15,7 @@ from patarm_jax.config import MeshSection, ModelSection, SamplingSection
 from patarm_jax.data.tokenizer import decode, encode_chat, encode_judgement, load_tokenizer, written
 from patarm_jax.judge.parse import parse_baseline, parse_pairwise, parse_pointwise
 from patarm_jax.judge.prompts import baseline, pairwise, pointwise
-from patarm_jax.model.config import read_config
+from patarm_jax.model.architecture import read_architecture
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.rollout.judging import Sampled, make_judge, read_judgements
 from patarm_jax.types import Status, UserError
@@ -88,7 +88,7 @@ def test_rollouts_are_read_with_what_the_template_wrote(folders, template):
     lengths = jnp.array([[len(text) for text in texts]], jnp.int32)
     completions = Completions(tokens, lengths, jnp.zeros(tokens.shape), jnp.array([[False, True]]))
     prompts = Prompts(jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32))
-    network, mesh = read_config(folders / template), make_mesh(MeshSection())
+    network, mesh = read_architecture(folders / template), make_mesh(MeshSection())
     judge = make_judge(network, tokenizer, mesh, ModelSection(), SamplingSection(), 2)
     ((whole, cut),) = read_judgements(judge, Sampled(prompts, completions))
     assert (whole.status, whole.score, whole.text) == (Status.OK, 7.0, JUDGEMENT.format(7))

@@ -10,8 +10,8 @@ import yaml
 
 from patarm_jax.cli import main
 from patarm_jax.model import weights
-from patarm_jax.model.config import read_config
-from patarm_jax.model.qwen3 import init_params
+from patarm_jax.model.architecture import read_architecture
+from patarm_jax.model.transformer import init_params
 from patarm_jax.run.soundness import refuse_ruined
 from patarm_jax.types import UserError
 from tests.toys import tiny_model_folder, write_preferences
@@ -88,7 +88,7 @@ def test_too_many_skipped_updates_end_a_run(world, capsys):
     assert checkpoints_of(world / "ending") == [3]
     assert main(["export", str(world / "ending" / "checkpoints" / "3"), str(world / "saved")]) == 0
     saved = weights.load(world / "saved")[0]
-    at_first = init_params(read_config(world / "model"), jax.random.key(0))
+    at_first = init_params(read_architecture(world / "model"), jax.random.key(0))
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), saved, at_first)
 
 
@@ -135,11 +135,11 @@ def test_a_rate_of_zero_learns_nothing(world, capsys):
 @pytest.fixture
 def ruined(world):
     """A model of which one weight is no number."""
-    params = init_params(read_config(world / "model"), jax.random.key(0))
+    params = init_params(read_architecture(world / "model"), jax.random.key(0))
     params["norm"] = params["norm"].at[2].set(jnp.nan)
     if not (folder := world / "ruined").exists():
         tiny_model_folder(folder)
-        weights.save(params, read_config(world / "model"), world / "nan", dtype="float32")
+        weights.save(params, read_architecture(world / "model"), world / "nan", dtype="float32")
         (world / "nan" / "model.safetensors").rename(folder / "model.safetensors")
     return params
 

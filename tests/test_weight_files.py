@@ -12,9 +12,9 @@ import transformers
 
 from patarm_jax.config import MeshSection, ModelSection
 from patarm_jax.model import weights
-from patarm_jax.model.config import read_config
-from patarm_jax.model.qwen3 import forward
+from patarm_jax.model.architecture import read_architecture
 from patarm_jax.model.sharding import make_mesh
+from patarm_jax.model.transformer import forward
 from patarm_jax.model.weight_files import EMBEDDING, HEAD, INDEX, SINGLE, digest, read_stored
 from patarm_jax.run.open_model import load_params, open_model
 from patarm_jax.types import UserError
@@ -83,7 +83,7 @@ def said(folder, capsys, **section):
 @SHARDS
 def test_a_head_that_was_trained_is_kept(shard, torch, tmp_path):
     folder = write_with_head(tmp_path / "hf", shard)
-    assert read_config(folder).tie_word_embeddings
+    assert read_architecture(folder).tie_word_embeddings
     params, config = weights.load(folder)
     assert not config.tie_word_embeddings
     np.testing.assert_array_equal(params["lm_head"], everything(folder)[HEAD])
@@ -159,7 +159,7 @@ def test_the_one_who_opens_the_model_is_told(torch, tmp_path, capsys):
     model = open_model(ModelSection(path=str(folder)))
     mesh = make_mesh(MeshSection())
     params = load_params(ModelSection(path=str(folder)), model, mesh, 0, weights.TRAIN_RULES, jnp.float32)
-    assert "lm_head" in params and not model.config.tie_word_embeddings
+    assert "lm_head" in params and not model.arch.tie_word_embeddings
 
 
 def write_wide(folder, raw):

@@ -18,9 +18,9 @@ import transformers
 
 from patarm_jax.config import MeshSection
 from patarm_jax.model import weight_files, weights
-from patarm_jax.model.config import Qwen3Config, from_hf
-from patarm_jax.model.qwen3 import abstract_params, layers_apart
+from patarm_jax.model.architecture import Architecture, from_hf
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, TRAIN_RULES, make_mesh
+from patarm_jax.model.transformer import abstract_params, layers_apart
 from patarm_jax.types import UserError
 from tests.toys import TINY, hf_model
 
@@ -93,7 +93,7 @@ def test_loaded_and_saved_again_is_bit_identical(dtype, tied, shard, tmp_path):
         assert torch.equal(model(tokens).logits, reference(tokens).logits)
     assert model.generation_config.eos_token_id == [3, 5]
     assert model.generation_config.pad_token_id == 5
-    assert from_hf(json.loads((ours / "config.json").read_text()), "") == Qwen3Config(
+    assert from_hf(json.loads((ours / "config.json").read_text()), "") == Architecture(
         **vars(config) | {"eos_token_id": 3}
     )
 
@@ -184,7 +184,7 @@ BIG = dict(
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_a_model_is_held_once_while_loading_and_a_shard_while_saving(tmp_path):
-    model = 4 * sum(leaf.size for leaf in jax.tree.leaves(abstract_params(Qwen3Config(**BIG))))
+    model = 4 * sum(leaf.size for leaf in jax.tree.leaves(abstract_params(Architecture(**BIG))))
     assert 250e6 < model < 300e6
     saving, loading = (measured(what, tmp_path / "model") for what in ("saving", "loading"))
     # One shard of 50 MB; two would be 0.6 of the model.
@@ -208,14 +208,14 @@ MEASURE = """
 import json, pathlib, sys
 import jax, jax.numpy as jnp
 from patarm_jax.model import weight_files, weights
-from patarm_jax.model.config import Qwen3Config
-from patarm_jax.model.qwen3 import abstract_params
+from patarm_jax.model.architecture import Architecture
+from patarm_jax.model.transformer import abstract_params
 
 def memory(field):
     status = pathlib.Path("/proc/self/status").read_text()
     return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
-what, folder, config = sys.argv[1], pathlib.Path(sys.argv[2]), Qwen3Config(**json.loads(sys.argv[3]))
+what, folder, config = sys.argv[1], pathlib.Path(sys.argv[2]), Architecture(**json.loads(sys.argv[3]))
 abstract = abstract_params(config)  # whatever tracing needs is there already
 if what == "saving":
     params = jax.block_until_ready(jax.jit(lambda: jax.tree.map(lambda x: jnp.full(x.shape, 0.5), abstract))())

@@ -9,7 +9,7 @@ import numpy as np
 from patarm_jax.ask.answers import Question
 from patarm_jax.ask.endpoint import Remote
 from patarm_jax.ask.local import Local, encode_questions
-from patarm_jax.model.qwen3 import abstract_params
+from patarm_jax.model.transformer import abstract_params
 
 
 def estimate(judge: Local | Remote, lacking: Sequence[tuple[Question, list[int]]]) -> str:
@@ -23,7 +23,7 @@ def estimate(judge: Local | Remote, lacking: Sequence[tuple[Question, list[int]]
     lines = [f"answers to be asked for: {asked:,}, to {len(lacking):,} questions"]
     if not lacking:
         return lines[0]
-    writes_nothing = isinstance(judge, Local) and judge.model.config.scalar_head
+    writes_nothing = isinstance(judge, Local) and judge.model.arch.scalar_head
     written = 0 if writes_nothing else asked * (judge.sampling.max_new_tokens or 0)
     lines += [f"completion tokens: {written:,} at most"] if written else []
     if isinstance(judge, Remote):
@@ -37,7 +37,7 @@ def estimate(judge: Local | Remote, lacking: Sequence[tuple[Question, list[int]]
         lines.append(f"{count:,} questions are {excess}, and will be recorded as too long")
     mean, longest = np.mean(lengths), max(lengths)
     lines.append(f"prompt tokens: {sum(lengths):,} in all, {mean:,.0f} in the mean, {longest:,} at most")
-    weights = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(judge.model.config, judge.mesh)))
+    weights = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(judge.model.arch, judge.mesh)))
     for part, tokens_ in {"reading": sum(lengths), "writing, at most": written}.items():
         flop = 2 * weights * tokens_ / 1e15
         lines += [f"{part}: {flop:,.3g} PFLOP in matrix products ({weights / 1e9:,.3g} B weights)"] if tokens_ else []

@@ -18,8 +18,8 @@ from patarm_jax.config import JudgingSection, MeshSection, ModelSection, Samplin
 from patarm_jax.data.limits import Room
 from patarm_jax.data.tokenizer import encode_chat, encode_dialogue
 from patarm_jax.model.kernels import kernels_in_use
-from patarm_jax.model.qwen3 import Params
 from patarm_jax.model.sharding import make_mesh
+from patarm_jax.model.transformer import Params
 from patarm_jax.rollout.judging import Parse, judge, make_judge
 from patarm_jax.rollout.scalar import make_scorer, scores
 from patarm_jax.rollout.schedule import Request
@@ -61,7 +61,7 @@ class Local:
     @property
     def room(self) -> Room:
         """The positions of the network, and how many of them an answer may take."""
-        network = self.model.config
+        network = self.model.arch
         return Room(network.max_position_embeddings, 0 if network.scalar_head else self.sampling.max_new_tokens)
 
     @property
@@ -113,7 +113,7 @@ def open_local(
 
 def encode_questions(local: Local, lacking: Sequence[tuple[Question, list[int]]]) -> list[Encoded]:
     """What the judge reads of each question that lacks some votes."""
-    encode = encode_dialogue if local.model.config.scalar_head else encode_chat
+    encode = encode_dialogue if local.model.arch.scalar_head else encode_chat
     shown = tqdm(lacking, desc="encode", unit="question", disable=None)  # None: no bar where nobody watches
     return [
         Encoded(question, np.asarray(encode(local.model.tokenizer, question.messages), np.int32), min(votes))
@@ -123,14 +123,12 @@ def encode_questions(local: Local, lacking: Sequence[tuple[Question, list[int]]]
 
 def ask_local(local: Local, answers: Answers, questions: Sequence[Question], parse: Parse) -> bool:
     """Answers what is not answered yet; False when it was asked to stop before the end."""
-    config, tokenizer, key = local.model.config, local.model.tokenizer, jax.random.key(local.seed)
+    arch, tokenizer, key = local.model.arch, local.model.tokenizer, jax.random.key(local.seed)
 
     def written(params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:
         for first in sorted({one.first for one in encoded}):  # unlike where votes were raised and that was stopped
             group = local.votes - first
-            judging = make_judge(
-                config, tokenizer, local.mesh, local.section, local.sampling, group, apart=_VOTES_APART
-            )
+            judging = make_judge(arch, tokenizer, local.mesh, local.section, local.sampling, group, apart=_VOTES_APART)
             alike = [one for one in encoded if one.first == first]
             requests = [Request(one.tokens, one.question.row + first * _VOTES_APART) for one in alike]
             for index, given in judge(judging, params, requests, key, parse):
@@ -146,7 +144,7 @@ def ask_scalar(local: Local, answers: Answers, questions: Sequence[Question]) ->
     """The same of a scalar reward model, whose answer is a score."""
 
     def scored(params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:
-        scorer = make_scorer(local.model.config, local.mesh, local.section)
+        scorer = make_scorer(local.model.arch, local.mesh, local.section)
         for index, score in scores(scorer, params, local.mesh, [one.tokens for one in encoded]):
             key = encoded[index].question.key
             if math.isfinite(score):
@@ -180,7 +178,7 @@ def _ask(
         return True
     get_on(f"{ASKING}: loading and compiling")
     params = load_weights(local)
-    say(kernels_in_use(local.section, local.model.config, local.mesh, "causal"))
+    say(kernels_in_use(local.section, local.model.arch, local.mesh, "causal"))
     written, cut, count = 0, 0, 0
     with stop_requests() as asked, progress(total, done, unit="question") as report:
         for given in answer(params, short):

@@ -1,10 +1,10 @@
 """The networks that are measured: two that fit two CPU cores, and the published Qwen3 family; weights are random."""
 
-from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.architecture import Architecture
 
 
-def _shape(vocab: int, width: int, mlp: int, layers: int, heads: int, kv: int, head: int, tied: bool) -> Qwen3Config:
-    return Qwen3Config(
+def _shape(vocab: int, width: int, mlp: int, layers: int, heads: int, kv: int, head: int, tied: bool) -> Architecture:
+    return Architecture(
         vocab_size=vocab,
         hidden_size=width,
         intermediate_size=mlp,
@@ -29,25 +29,25 @@ SHAPES = {
 }
 
 
-def layer_weights(config: Qwen3Config) -> int:
+def layer_weights(arch: Architecture) -> int:
     """Weights of all layers' matrices."""
-    attention = config.hidden_size * config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
-    return config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+    attention = arch.hidden_size * arch.head_dim * 2 * (arch.num_attention_heads + arch.num_key_value_heads)
+    return arch.num_hidden_layers * (attention + 3 * arch.hidden_size * arch.intermediate_size)
 
 
-def forward_flops(config: Qwen3Config, tokens: int, reads: int, predicted: int) -> int:
+def forward_flops(arch: Architecture, tokens: int, reads: int, predicted: int) -> int:
     """Multiplications and additions of a forward pass.
 
     Args:
-        config: of the network.
+        arch: of the network.
         tokens: that go through the layers.
         reads: pairs of a token and a key it may read.
         predicted: tokens that meet the vocabulary.
     """
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * reads
-    return 2 * layer_weights(config) * tokens + attention + 2 * config.vocab_size * config.hidden_size * predicted
+    attention = 4 * arch.num_hidden_layers * arch.num_attention_heads * arch.head_dim * reads
+    return 2 * layer_weights(arch) * tokens + attention + 2 * arch.vocab_size * arch.hidden_size * predicted
 
 
-def cache_bytes(config: Qwen3Config, itemsize: int) -> int:
+def cache_bytes(arch: Architecture, itemsize: int) -> int:
     """Of the keys and values of one token."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+    return 2 * arch.num_hidden_layers * arch.num_key_value_heads * arch.head_dim * itemsize

@@ -18,11 +18,11 @@ from patarm_jax.bench.measure import Timing, clock, time_calls, timed
 from patarm_jax.bench.shapes import SHAPES, cache_bytes, forward_flops, layer_weights
 from patarm_jax.config import BenchConfig, GRPOConfig, ModelSection, OptimizerSection, SFTConfig
 from patarm_jax.model import kernels, weights
+from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Streams
-from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.kernels import kernel_for
-from patarm_jax.model.qwen3 import init_params, layers_apart
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, make_mesh, place_batch
+from patarm_jax.model.transformer import init_params, layers_apart
 from patarm_jax.recipes.grpo import Programs, completion_width, make_programs
 from patarm_jax.recipes.sft import make_update
 from patarm_jax.rollout.engine import Engine, make_engine
@@ -52,7 +52,7 @@ class Bench:
     """What every task starts from."""
 
     config: BenchConfig
-    network: Qwen3Config
+    network: Architecture
     mesh: Mesh
 
     @property

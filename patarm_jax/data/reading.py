@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from patarm_jax.config import one_line
+from patarm_jax.files import one_line
 from patarm_jax.types import UserError
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # how packed files begin, whatever they are called

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patarm_jax.config import one_line
 from patarm_jax.data.cells import separated_cell
 from patarm_jax.data.folders import KINDS, Part, kind_of, parts_of
 from patarm_jax.data.reading import lines_of, refuse_pointer, text_of
+from patarm_jax.files import one_line
 from patarm_jax.types import UsageError, UserError
 
 _SAID_SEPARATOR = re.compile(r"""["']?sep=(?P<mark>[,;\t|])["']?\s*""", re.IGNORECASE)  # a first line of Excel's

@@ -22,9 +22,8 @@ from typing import Any
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from patarm_jax.config import one_line
+from patarm_jax.files import one_line, read_json_object
 from patarm_jax.judge.prompts import untrusted_spans
-from patarm_jax.model.config import read_json_object
 from patarm_jax.types import Message, UserError
 
 END_OF_TURN = "<|im_end|>"

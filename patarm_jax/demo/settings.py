@@ -15,7 +15,7 @@ from patarm_jax.config import (
     SamplingSection,
     SFTConfig,
 )
-from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Sizes:
         return cls(train_pairs=100, heldout_pairs=100, sft_steps=4, grpo_steps=2)
 
 
-def model_shape(vocab_size: int) -> Qwen3Config:
+def model_shape(vocab_size: int) -> Architecture:
     """A Qwen3 of 440,000 parameters."""
-    return Qwen3Config(
+    return Architecture(
         vocab_size=vocab_size,
         hidden_size=96,
         intermediate_size=256,

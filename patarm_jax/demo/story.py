@@ -22,8 +22,8 @@ from patarm_jax.demo.settings import Sizes, demo_configs, judge_config
 from patarm_jax.demo.tokenizer import write_untrained_model
 from patarm_jax.demo.world import deal_to_other_prompts, make_world, teacher_judgement, write_pairs
 from patarm_jax.evaluate.accuracy import Accuracy
-from patarm_jax.files import check_writable, hold_folder, writing
-from patarm_jax.locks import NAME as LOCK
+from patarm_jax.files import LOCK, check_writable, writing
+from patarm_jax.locks import hold_folder
 from patarm_jax.recipes import grpo, judge_file, sft
 from patarm_jax.types import CHOSEN, REJECTED, LearntNothing, UserError
 

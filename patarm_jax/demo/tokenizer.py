@@ -17,7 +17,7 @@ from patarm_jax.files import appearing_whole
 from patarm_jax.judge.prompts import pointwise
 from patarm_jax.judge.rubrics import PRIMARY
 from patarm_jax.model import weights
-from patarm_jax.model.qwen3 import init_params
+from patarm_jax.model.transformer import init_params
 
 END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 SPECIAL = (END_OF_TEXT, "<|im_start|>", END_OF_TURN)

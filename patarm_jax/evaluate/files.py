@@ -21,7 +21,7 @@ import pyarrow.parquet
 
 from patarm_jax import __version__
 from patarm_jax.ask.answers import Answers
-from patarm_jax.config import EvalConfig, one_line
+from patarm_jax.config import EvalConfig
 from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.figures import draw
 from patarm_jax.evaluate.findings import Evaluation
@@ -30,6 +30,7 @@ from patarm_jax.evaluate.questions import ORDERS, SIDES, Asked
 from patarm_jax.evaluate.scoring import TIE_RULES, Plan
 from patarm_jax.evaluate.statistics import Difference, Measured, compare
 from patarm_jax.evaluate.summary import markdown
+from patarm_jax.files import one_line
 from patarm_jax.types import UserError
 
 RESULTS, UNITS = "results.json", "units.parquet"

@@ -65,7 +65,7 @@ def open_heldout(
     if section.limit:
         preferences = preferences[: section.limit]
     sampling = heldout_sampling(config, model)
-    room = Room(model.config.max_position_embeddings, sampling.max_new_tokens, "heldout.sampling.max_new_tokens")
+    room = Room(model.arch.max_position_embeddings, sampling.max_new_tokens, "heldout.sampling.max_new_tokens")
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data, room)
     say(f"held out, {section.path}: {read}{said}. Encoded: {encoded}.")
     asked = {"number of pairs": len(records), "pairs": digest_of(records), "sampling": asdict(sampling)}
@@ -75,8 +75,8 @@ def open_heldout(
     each = len(padded) // processes
     return Heldout(
         section,
-        make_judge(model.config, model.tokenizer, mesh, config.model, sampling, section.votes),
-        weight_sync(model.config, mesh, config.mesh, config.model.dtype),
+        make_judge(model.arch, model.tokenizer, mesh, config.model, sampling, section.votes),
+        weight_sync(model.arch, mesh, config.mesh, config.model.dtype),
         jax.random.fold_in(jax.random.key(config.run.seed), 0),  # training's begin at step 1
         records,
         padded[jax.process_index() * each :][:each],

@@ -1,6 +1,6 @@
 """What a Qwen3's config.json may hold beside the numbers of the network, and why each key is taken or refused.
 
-Four kinds: understood (the fields of `Qwen3Config`, and what `config.from_hf` reads itself), inert whatever they say,
+Four kinds: understood (the fields of `Architecture`, and what `config.from_hf` reads itself), inert whatever they say,
 inert at some values alone, and refused when they say anything. A key that stands nowhere here is refused by name.
 """
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patarm_jax.model.config import read_json_object
+from patarm_jax.files import read_json_object
 from patarm_jax.types import UserError
 
 FILE, OLD_FILE = "generation_config.json", "config.json"

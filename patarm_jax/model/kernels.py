@@ -25,8 +25,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from patarm_jax.config import ModelSection
 from patarm_jax.model import attention, flash
+from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Streams
-from patarm_jax.model.config import Qwen3Config
 from patarm_jax.model.sharding import BATCH_AXES
 from patarm_jax.types import UserError
 
@@ -101,15 +101,15 @@ def hardware_of(device: jax.Device) -> Hardware:
     return "gpu" if generation.isdigit() and int(generation) >= 8 else "other gpu"
 
 
-def kernel_for(section: ModelSection, network: Qwen3Config, mesh: Mesh, form: Form) -> Kernel:
+def kernel_for(section: ModelSection, arch: Architecture, mesh: Mesh, form: Form) -> Kernel:
     """The kernel a config gets for rows of this form on the devices of a mesh."""
-    return choose(section.attention, form, hardware_of(mesh.devices.flat[0]), section.dtype, network.head_dim)
+    return choose(section.attention, form, hardware_of(mesh.devices.flat[0]), section.dtype, arch.head_dim)
 
 
-def kernels_in_use(section: ModelSection, network: Qwen3Config, mesh: Mesh, *forms: Form) -> str:
+def kernels_in_use(section: ModelSection, arch: Architecture, mesh: Mesh, *forms: Form) -> str:
     """What a run says of the kernels it has chosen."""
-    chosen = ", ".join(f"{kernel_for(section, network, mesh, form).name} for {form} rows" for form in forms)
-    return f"attention: {chosen} ({hardware_of(mesh.devices.flat[0])}, {section.dtype}, heads of {network.head_dim})"
+    chosen = ", ".join(f"{kernel_for(section, arch, mesh, form).name} for {form} rows" for form in forms)
+    return f"attention: {chosen} ({hardware_of(mesh.devices.flat[0])}, {section.dtype}, heads of {arch.head_dim})"
 
 
 def _unless(fits: bool, reason: str) -> list[str]:

@@ -19,7 +19,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from patarm_jax.model.config import Qwen3Config, read_config, read_json_object
+from patarm_jax.files import read_json_object
+from patarm_jax.model.architecture import Architecture, read_architecture
 from patarm_jax.types import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -42,7 +43,7 @@ class Stored:
     """A model folder, as transformers would read it."""
 
     folder: Path
-    config: Qwen3Config  # as the weights are: not tied where the files hold another head than the embedding
+    arch: Architecture  # as the weights are: not tied where the files hold another head than the embedding
     listing: Path  # the file that says which tensors there are
     files: Mapping[str, Path]  # tensor → its file; empty: there are no weights
     remarks: tuple[str, ...]  # what the user is to be told, one line each
@@ -61,7 +62,7 @@ def read_stored(folder: Path) -> Stored:
     Raises:
         UserError: when files are missing or damaged, or when the weights could be read in two ways.
     """
-    config = read_config(folder)
+    arch = read_architecture(folder)
     if (folder / ADAPTER).exists():
         raise UserError(
             f"{folder} holds {ADAPTER}: an adapter, which transformers puts on top of the weights. Merge it into the "
@@ -69,17 +70,17 @@ def read_stored(folder: Path) -> Stored:
         )
     listing, files = _list(folder)
     remarks = []
-    if _has_its_own_head(config, files):
-        config = dataclasses.replace(config, tie_word_embeddings=False)
+    if _has_its_own_head(arch, files):
+        arch = dataclasses.replace(arch, tie_word_embeddings=False)
         remarks.append(
             f"{folder}: config.json says that the head is the embedding (tie_word_embeddings), and {HEAD} is another "
             "tensor: the model is taken with a head of its own, which it keeps when it is exported"
         )
-    if config.scalar_head and HEAD in files:
+    if arch.scalar_head and HEAD in files:
         remarks.append(f"{folder}: not read: {HEAD}, for which a scalar reward model has no use")
     if files and (left := _left_over(folder, {listing, *files.values()})):
         remarks.append(f"{folder}: weights are read from {listing.name}; not read: {_few(left)}")
-    return Stored(folder, config, listing, files, tuple(remarks))
+    return Stored(folder, arch, listing, files, tuple(remarks))
 
 
 def _list(folder: Path) -> tuple[Path, dict[str, Path]]:
@@ -126,9 +127,9 @@ def _check_listing(file: Path, listed: set[str]) -> None:
         )
 
 
-def _has_its_own_head(config: Qwen3Config, files: Mapping[str, Path]) -> bool:
+def _has_its_own_head(arch: Architecture, files: Mapping[str, Path]) -> bool:
     """Whether a tied config stands beside a head that is not the embedding, as after training with modules_to_save."""
-    if config.scalar_head or not config.tie_word_embeddings or not {HEAD, EMBEDDING} <= files.keys():
+    if arch.scalar_head or not arch.tie_word_embeddings or not {HEAD, EMBEDDING} <= files.keys():
         return False
     with contextlib.ExitStack() as stack:
         one, other = (open_file(files[name], stack).get_slice(name) for name in (EMBEDDING, HEAD))
@@ -177,7 +178,7 @@ def digest(stored: Stored) -> str:
     hundred reads, 28 MB for 14B weights.
     """
     found, places = hashlib.sha256(), _places(stored)
-    unread = {HEAD} if stored.config.tie_word_embeddings or stored.config.scalar_head else set()
+    unread = {HEAD} if stored.arch.tie_word_embeddings or stored.arch.scalar_head else set()
     read = sorted(places.keys() - unread)
     whole = sum(end - begin for _, begin, end, _ in places.values()) <= _SMALL
     with contextlib.ExitStack() as stack:

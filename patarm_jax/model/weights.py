@@ -17,10 +17,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from patarm_jax.files import appearing_whole, write_json
-from patarm_jax.model.config import Qwen3Config, to_hf
+from patarm_jax.model.architecture import Architecture, to_hf
 from patarm_jax.model.generation import FILE, Drawing, to_generation_config
-from patarm_jax.model.qwen3 import Params, abstract_params, layer_shape
 from patarm_jax.model.sharding import TRAIN_RULES, Rules, fetch
+from patarm_jax.model.transformer import Params, abstract_params, layer_shape
 from patarm_jax.model.weight_files import (
     EMBEDDING,
     HEAD,
@@ -50,12 +50,12 @@ class _Entry:
     def stacked(self) -> bool:
         return "{layer}" in self.name
 
-    def names(self, config: Qwen3Config) -> list[str]:
+    def names(self, arch: Architecture) -> list[str]:
         """The Hugging Face names, one of each layer when stacked."""
-        return [self.name.format(layer=i) for i in range(config.num_hidden_layers)] if self.stacked else [self.name]
+        return [self.name.format(layer=i) for i in range(arch.num_hidden_layers)] if self.stacked else [self.name]
 
 
-def _table(config: Qwen3Config) -> list[_Entry]:
+def _table(arch: Architecture) -> list[_Entry]:
     """Hugging Face stores a linear map as [out, in] and splits no heads; we store [in…, out…]."""
     layer = "model.layers.{layer}."
     entries = [
@@ -73,9 +73,9 @@ def _table(config: Qwen3Config) -> list[_Entry]:
         *(_Entry(("layers", x), f"{layer}{x}.weight") for x in ("input_layernorm", "post_attention_layernorm")),
         _Entry(("norm",), "model.norm.weight"),
     ]
-    if config.scalar_head:
+    if arch.scalar_head:
         return [*entries, _Entry(("score",), "score.weight")]
-    return entries if config.tie_word_embeddings else [*entries, _Entry(("lm_head",), HEAD)]
+    return entries if arch.tie_word_embeddings else [*entries, _Entry(("lm_head",), HEAD)]
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -88,7 +88,7 @@ def load(
     dtype: Any = jnp.float32,
     apart: bool = False,
     stored: Stored | None = None,
-) -> tuple[Params, Qwen3Config]:
+) -> tuple[Params, Architecture]:
     """Parameters and config of a Hugging Face Qwen3 folder, in one file or in shards.
 
     The config is as the weights are: not tied where the files hold a head that is not the embedding.
@@ -98,7 +98,7 @@ def load(
         mesh: where the parameters are placed; None: on the default device.
         rules: how they are placed.
         dtype: the dtype they are given.
-        apart: with a subtree for each layer, as `qwen3.layers_apart` gives, but never stacked on the way.
+        apart: with a subtree for each layer, as `transformer.layers_apart` gives, but never stacked on the way.
         stored: what `read_stored` found in the folder; None: it is read now.
 
     Raises:
@@ -106,17 +106,17 @@ def load(
             another shape than config.json says.
     """
     stored = stored or read_stored(Path(folder))
-    config, files = stored.config, stored.files
-    abstract = abstract_params(config, mesh, rules, dtype)
+    arch, files = stored.arch, stored.files
+    abstract = abstract_params(arch, mesh, rules, dtype)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     _refuse_another_model(stored, abstract)
     params: Params = {}
-    for entry in _table(config):
+    for entry in _table(arch):
         leaf = _get(abstract, entry.path)
         # Pages of a mapped file count as this process's memory until it is closed: map anew for each parameter.
         with contextlib.ExitStack() as stack:
-            opened = {file: open_file(file, stack) for file in {files[name] for name in entry.names(config)}}
-            read = _reader(entry, leaf, [opened[files[name]].get_slice(name) for name in entry.names(config)])
+            opened = {file: open_file(file, stack) for file in {files[name] for name in entry.names(arch)}}
+            read = _reader(entry, leaf, [opened[files[name]].get_slice(name) for name in entry.names(arch)])
             if not (apart and entry.stacked):
                 _set(params, entry.path, jax.make_array_from_callback(leaf.shape, leaf.sharding or default, read))
                 continue
@@ -125,7 +125,7 @@ def load(
                 of_layer = _of_layer(read, layer, len(one.shape))
                 array = jax.make_array_from_callback(one.shape, one.sharding or default, of_layer)
                 _set(params, (f"layers_{layer}", *entry.path[1:]), array)
-    return params, config
+    return params, arch
 
 
 def _of_layer(read: Read, layer: int, rank: int) -> Read:
@@ -178,21 +178,21 @@ def _hf_slices(entry: _Entry, part: list[slice], shape: tuple[int, ...]) -> tupl
 
 def _refuse_another_model(stored: Stored, abstract: Params) -> None:
     """All that can be wrong with the tensors is found before a weight is read."""
-    config, files = stored.config, stored.files
+    arch, files = stored.arch, stored.files
     if not files:
         raise no_weights(stored)
     wanted: dict[str, tuple[int, ...]] = {}
-    for entry in _table(config):
+    for entry in _table(arch):
         shape = _get(abstract, entry.path).shape
         hf_shape = _hf_shape(entry, shape[1:] if entry.stacked else shape)
-        wanted |= dict.fromkeys(entry.names(config), hf_shape)
+        wanted |= dict.fromkeys(entry.names(arch), hf_shape)
     if missing := sorted(wanted.keys() - files.keys()):
         raise UserError(
             f"{stored.listing}: tensor {missing[0]} is missing ({len(missing)} missing in all). "
             "The weights are incomplete, or config.json is of another model."
         )
     # A tied model may carry a copy of its head, which is the embedding; one that gives a score has no use for it.
-    spare = {HEAD} if config.tie_word_embeddings or config.scalar_head else set()
+    spare = {HEAD} if arch.tie_word_embeddings or arch.scalar_head else set()
     if extra := sorted(files.keys() - wanted.keys() - spare):
         raise UserError(
             f"{files[extra[0]]}: tensor {extra[0]} is not part of the Qwen3 in config.json ({len(extra)} such in "
@@ -227,7 +227,7 @@ class _HFTensor:
 
 def save(
     params: Params,
-    config: Qwen3Config,
+    arch: Architecture,
     folder: Path | str,
     *,
     dtype: str = "bfloat16",
@@ -242,7 +242,7 @@ def save(
 
     Args:
         params: as from `load`.
-        config: the network's shape.
+        arch: the network's shape.
         folder: must not exist, or be empty.
         dtype: of the stored tensors: "bfloat16", "float16" or "float32".
         stop_ids: written as generation_config's eos_token_id; the first one is config.json's.
@@ -253,7 +253,7 @@ def save(
     Raises:
         UserError: when the folder is not empty or the disk is full.
     """
-    tensors = {tensor.name: tensor for tensor in _hf_tensors(params, config, np.dtype(dtype))}
+    tensors = {tensor.name: tensor for tensor in _hf_tensors(params, arch, np.dtype(dtype))}
     plan = huggingface_hub.split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda tensor: tensor.nbytes,
@@ -269,8 +269,8 @@ def save(
             if plan.is_sharded:
                 index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}}
                 write_json(part / INDEX, index | {"weight_map": plan.tensor_to_filename})
-            write_json(part / "config.json", to_hf(config, dtype) | _first_eos(stop_ids))
-            ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(stop_ids) or config.eos_token_id}
+            write_json(part / "config.json", to_hf(arch, dtype) | _first_eos(stop_ids))
+            ids = {"bos_token_id": arch.bos_token_id, "eos_token_id": list(stop_ids) or arch.eos_token_id}
             drawn = to_generation_config(drawing or Drawing())
             write_json(part / FILE, ids | {"pad_token_id": pad_id} | drawn)
 
@@ -281,16 +281,16 @@ def _write_shard(file: Path, tensors: list[_HFTensor]) -> None:
         write_file(file, arrays)
 
 
-def _hf_tensors(params: Params, config: Qwen3Config, dtype: np.dtype) -> list[_HFTensor]:
+def _hf_tensors(params: Params, arch: Architecture, dtype: np.dtype) -> list[_HFTensor]:
     """In transformers' order, layer by layer, so that each shard holds what it would in a folder of theirs."""
     tensors = []
-    for entry in _table(config):
+    for entry in _table(arch):
         array = _get(params, entry.path)
         shape = _hf_shape(entry, array.shape[1:] if entry.stacked else array.shape)
-        for layer, name in enumerate(entry.names(config)):
+        for layer, name in enumerate(entry.names(arch)):
             tensors.append(_HFTensor(name, array, layer if entry.stacked else None, bool(entry.inputs), shape, dtype))
     embedding, *others = tensors
-    return [embedding, *sorted(others, key=lambda t: config.num_hidden_layers if t.layer is None else t.layer)]
+    return [embedding, *sorted(others, key=lambda t: arch.num_hidden_layers if t.layer is None else t.layer)]
 
 
 def _first_eos(stop_ids: tuple[int, ...]) -> dict[str, int]:

@@ -33,7 +33,8 @@ from patarm_jax.evaluate.findings import Evaluation, find
 from patarm_jax.evaluate.questions import PARSERS, ask_about, judged, questions_of
 from patarm_jax.evaluate.scoring import plan
 from patarm_jax.evaluate.summary import show, verdict
-from patarm_jax.files import check_writable, hold_folder, write_text, writing
+from patarm_jax.files import check_writable, write_text, writing
+from patarm_jax.locks import hold_folder
 from patarm_jax.run.drawing import as_the_server_says
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say

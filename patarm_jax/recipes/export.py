@@ -6,9 +6,10 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from patarm_jax.config import GRPOConfig, MeshSection, SFTConfig, load, read_yaml
-from patarm_jax.files import check_writable, hold_output, is_occupied, occupied_error
-from patarm_jax.model.qwen3 import abstract_params
+from patarm_jax.files import check_writable, is_occupied, occupied_error
+from patarm_jax.locks import hold_output
 from patarm_jax.model.sharding import make_mesh
+from patarm_jax.model.transformer import abstract_params
 from patarm_jax.run.checkpoint import open_checkpoints
 from patarm_jax.run.checkpoint_files import best_of, metrics_of, steps_in
 from patarm_jax.run.drawing import exported_drawing, heldout_in_words
@@ -42,7 +43,7 @@ def _export(checkpoint: Path, out: Path, best: bool) -> None:
     model = open_model(config.model)
     mesh = make_mesh(MeshSection())
     checkpoints = open_checkpoints(folder / CHECKPOINTS, 1, {}, on_damaged=config.run.on_damaged, say=say)
-    params, step = checkpoints.restore_params(abstract_params(model.config, mesh, dtype=jnp.float32), step)
+    params, step = checkpoints.restore_params(abstract_params(model.arch, mesh, dtype=jnp.float32), step)
     updates = checkpoints.updates(step)
     reward = f"PAR with the {config.reward.margin} margin" if isinstance(config, GRPOConfig) else ""
     card = ModelCardFacts(config.model.path, config.recipe, config.data.path, None, updates, reward, config.rubrics)
@@ -52,7 +53,7 @@ def _export(checkpoint: Path, out: Path, best: bool) -> None:
         measured_on=heldout_in_words(config, model),
         measured=metrics_of(folder / CHECKPOINTS / str(step)),
     )
-    write_export(out, params, model.config, model.tokenizer, card, config.model.dtype)
+    write_export(out, params, model.arch, model.tokenizer, card, config.model.dtype)
     say(f"step {step} of {folder}: {out}")
 
 

@@ -21,9 +21,8 @@ from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import batches, batches_per_epoch, encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.heldout import evaluate_heldout, open_heldout
-from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import kernel_for, kernels_in_use
-from patarm_jax.model.qwen3 import abstract_params, forward
 from patarm_jax.model.sharding import (
     TRAIN_RULES,
     batch_sharding,
@@ -31,6 +30,7 @@ from patarm_jax.model.sharding import (
     fetch,
     make_mesh,
 )
+from patarm_jax.model.transformer import abstract_params, forward
 from patarm_jax.padding import bucket
 from patarm_jax.recipes.rollouts import rewards_of, rollout_metrics, rollout_rows
 from patarm_jax.rollout.engine import abstract_programs
@@ -89,7 +89,7 @@ def _train(config: GRPOConfig, dry_run: bool) -> bool:
     config = with_heldout_sampling(config, model)
     ref_section, reference = _open_reference(config, model)
     preferences, read = read_preferences(config.data)
-    room = Room(model.config.max_position_embeddings, config.sampling.max_new_tokens)
+    room = Room(model.arch.max_position_embeddings, config.sampling.max_new_tokens)
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data, room)
     say(f"{config.data.path}: {read}. Encoded: {encoded}.")
     steps, epochs = number_of_steps(config.run, records, config.pairs_per_step)
@@ -99,13 +99,13 @@ def _train(config: GRPOConfig, dry_run: bool) -> bool:
     # --------------------------------------------------------------------------------------------- the jitted programs
     updates = steps * config.policy.updates_per_rollout
     optimizer, schedule = make_optimizer(config.optimizer, updates), make_schedule(config.optimizer, updates)
-    programs = make_programs(config, model.config, mesh, optimizer)
-    judge = make_judge(model.config, model.tokenizer, mesh, config.model, config.sampling, config.group_size)
+    programs = make_programs(config, model.arch, mesh, optimizer)
+    judge = make_judge(model.arch, model.tokenizer, mesh, config.model, config.sampling, config.group_size)
     heldout = open_heldout(config, model, mesh, preferences)
-    say(kernels_in_use(config.model, model.config, mesh, "causal", "shared"))
+    say(kernels_in_use(config.model, model.arch, mesh, "causal", "shared"))
     if dry_run:
         widest = bucket(max(record.longest_prompt for record in records))
-        shown = abstract_step(config, model.config, mesh, optimizer, judge, programs, widest)
+        shown = abstract_step(config, model.arch, mesh, optimizer, judge, programs, widest)
         describe(to_yaml(config), mesh, shown, next(iterator), model.tokenizer, steps)
         return True
 
@@ -122,7 +122,7 @@ def _train(config: GRPOConfig, dry_run: bool) -> bool:
     run_key, step = jax.random.key(config.run.seed), run.done
     if step < steps:
         width = _next_width(iterator)
-        compile_ahead(mesh, abstract_step(config, model.config, mesh, optimizer, judge, programs, width))
+        compile_ahead(mesh, abstract_step(config, model.arch, mesh, optimizer, judge, programs, width))
     compilations().since_last()  # what was compiled before belongs to no step
     with stop_after_steps() as stop_asked, progress(steps, run.done) as report:
         for step in range(run.done + 1, steps + 1):
@@ -192,11 +192,11 @@ class Programs:
 
 
 def make_programs(
-    config: GRPOConfig, network: Qwen3Config, mesh: Mesh, optimizer: optax.GradientTransformation
+    config: GRPOConfig, arch: Architecture, mesh: Mesh, optimizer: optax.GradientTransformation
 ) -> Programs:
     """Jits a policy update, log-probs and the weight sync with their shardings."""
-    kernel = kernel_for(config.model, network, mesh, "shared")
-    run_forward = partial(forward, config=network, dtype=config.model.dtype, remat=config.model.remat, kernel=kernel)
+    kernel = kernel_for(config.model, arch, mesh, "shared")
+    run_forward = partial(forward, arch=arch, dtype=config.model.dtype, remat=config.model.remat, kernel=kernel)
     temperature, ways = config.sampling.temperature or 1.0, batch_ways(mesh)
 
     def two_streams(params: Any, prompt: jax.Array, lengths: jax.Array, completion: jax.Array) -> Any:
@@ -205,7 +205,7 @@ def make_programs(
     def logprobs(params: Any, batch: GRPOBatch) -> jax.Array:
         return completion_logprobs(two_streams, params, batch, temperature, ways)
 
-    shardings = state_shardings(network, mesh, optimizer)
+    shardings = state_shardings(arch, mesh, optimizer)
     update = make_step(grpo_loss(two_streams, config.policy, temperature, ways), optimizer, config.micro_batches)
     return Programs(
         update=jax.jit(
@@ -215,13 +215,13 @@ def make_programs(
             donate_argnums=0,
         ),
         logprobs=jax.jit(map_micro_batches(logprobs, config.micro_batches)),
-        to_rollout=weight_sync(network, mesh, config.mesh, config.model.dtype),
+        to_rollout=weight_sync(arch, mesh, config.mesh, config.model.dtype),
     )
 
 
 def abstract_step(
     config: GRPOConfig,
-    network: Qwen3Config,
+    arch: Architecture,
     mesh: Mesh,
     optimizer: optax.GradientTransformation,
     judge: Judge,
@@ -229,12 +229,12 @@ def abstract_step(
     width: int,
 ) -> dict[str, Program]:
     """The large programs of a step with abstract arguments: prompts of a width, completions at their limit."""
-    rollout_params = abstract_params(network, mesh, rollout_rules(config.mesh), config.model.dtype, apart=True)
-    state, batch = state_shape(network, mesh, optimizer), _abstract_batch(config, mesh, width)
+    rollout_params = abstract_params(arch, mesh, rollout_rules(config.mesh), config.model.dtype, apart=True)
+    state, batch = state_shape(arch, mesh, optimizer), _abstract_batch(config, mesh, width)
     of_sampler = abstract_programs(judge.engine, rollout_params, 2 * config.pairs_per_step, width)
     shown: dict[str, Program] = {**of_sampler, "update": (programs.update, (state, batch))}
     if config.policy.kl_coef:
-        frozen = abstract_params(network, mesh, dtype=config.model.dtype)
+        frozen = abstract_params(arch, mesh, dtype=config.model.dtype)
         shown["reference log-probs"] = (programs.logprobs, (frozen, replace(batch, ref_logprobs=None)))
     return shown
 
@@ -259,7 +259,7 @@ def _open_reference(config: GRPOConfig, model: Model) -> tuple[ModelSection, Mod
         return config.model, model
     section = replace(config.model, path=config.policy.reference, weights="load")
     reference = open_model(section)
-    if reference.config != model.config or reference.tokenizer.control_tokens != model.tokenizer.control_tokens:
+    if reference.arch != model.arch or reference.tokenizer.control_tokens != model.tokenizer.control_tokens:
         raise UserError(
             f"policy.reference {section.path} is another network than model.path {model.folder}, or has other tokens. "
             "Give the model that training starts from, or leave policy.reference empty."

@@ -26,9 +26,10 @@ from patarm_jax.evaluate.accuracy import Accuracy, pairwise_accuracy
 from patarm_jax.evaluate.outcomes import mean_scores
 from patarm_jax.evaluate.questions import SIDES
 from patarm_jax.evaluate.summary import hardly_readable
-from patarm_jax.files import check_writable, hold_output, write_text, writing
+from patarm_jax.files import check_writable, write_text, writing
 from patarm_jax.judge.parse import parse_pointwise
 from patarm_jax.judge.prompts import pointwise
+from patarm_jax.locks import hold_output
 from patarm_jax.run.peers import start_processes, told
 from patarm_jax.run.process import say
 from patarm_jax.types import CHOSEN, REJECTED, Preference, Status, UsageError, UserError

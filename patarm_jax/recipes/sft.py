@@ -20,10 +20,10 @@ from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import PairBatch, SFTShape, batches, batches_per_epoch, encode_pairs, sft_batch, sft_shape
 from patarm_jax.data.preferences import read_judged_preferences
 from patarm_jax.evaluate.heldout import evaluate_heldout, open_heldout
-from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import Form, kernel_for, kernels_in_use
-from patarm_jax.model.qwen3 import forward
 from patarm_jax.model.sharding import batch_sharding, batch_ways, fetch, make_mesh, place_batch
+from patarm_jax.model.transformer import forward
 from patarm_jax.padding import WIDTH_MULTIPLE
 from patarm_jax.run.drawing import exported_drawing, heldout_in_words, with_heldout_sampling
 from patarm_jax.run.export import ModelCardFacts
@@ -69,7 +69,7 @@ def _train(config: SFTConfig, dry_run: bool) -> bool:
     config = with_heldout_sampling(config, model)
     preferences, read = read_judged_preferences(config.data)
     records, encoded = encode_pairs(
-        model.tokenizer, preferences, config.rubrics, config.data, Room(model.config.max_position_embeddings)
+        model.tokenizer, preferences, config.rubrics, config.data, Room(model.arch.max_position_embeddings)
     )
     say(f"{config.data.path}: {read}. Encoded: {encoded}.")
     steps, epochs = number_of_steps(config.run, records, config.pairs_per_step)
@@ -79,9 +79,9 @@ def _train(config: SFTConfig, dry_run: bool) -> bool:
     # ----------------------------------------------------------------------------------------------------- the step
     optimizer = make_optimizer(config.optimizer, steps)
     schedule = make_schedule(config.optimizer, steps)
-    step_fn = make_update(config, model.config, mesh, optimizer)
+    step_fn = make_update(config, model.arch, mesh, optimizer)
     heldout = open_heldout(config, model, mesh, [one.preference for one in preferences])
-    say(kernels_in_use(config.model, model.config, mesh, _form(config)))
+    say(kernels_in_use(config.model, model.arch, mesh, _form(config)))
     rows_multiple = config.micro_batches * max(1, batch_ways(mesh) // jax.process_count())
 
     def shape_of(pairs: PairBatch) -> SFTShape:
@@ -90,7 +90,7 @@ def _train(config: SFTConfig, dry_run: bool) -> bool:
     if dry_run:
         first, *others = itertools.islice(iterator, batches_per_epoch(len(records), config.pairs_per_step))
         largest = max(map(shape_of, (first, *others)), key=lambda shape: shape.rows * shape.width)
-        programs = {"update": (step_fn, (state_shape(model.config, mesh, optimizer), _abstract_batch(largest, mesh)))}
+        programs = {"update": (step_fn, (state_shape(model.arch, mesh, optimizer), _abstract_batch(largest, mesh)))}
         describe(to_yaml(config), mesh, programs, first, model.tokenizer, steps)
         return True
 
@@ -145,16 +145,16 @@ def _train(config: SFTConfig, dry_run: bool) -> bool:
     return finish(run, step, state, model, card, config.model.dtype, watch)
 
 
-def make_update(config: SFTConfig, network: Qwen3Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> Any:
+def make_update(config: SFTConfig, arch: Architecture, mesh: Mesh, optimizer: optax.GradientTransformation) -> Any:
     """The jitted step, (state, SFTBatch) → (state, metrics); the state is donated."""
-    kernel = kernel_for(config.model, network, mesh, _form(config))
-    run_forward = partial(forward, config=network, dtype=config.model.dtype, remat=config.model.remat, kernel=kernel)
+    kernel = kernel_for(config.model, arch, mesh, _form(config))
+    run_forward = partial(forward, arch=arch, dtype=config.model.dtype, remat=config.model.remat, kernel=kernel)
 
     def read(params: Any, tokens: jax.Array, starts: jax.Array) -> Any:
         return run_forward(params, prompt=tokens, starts=starts if config.packing else None)
 
     loss = sft_loss(read, batch_ways(mesh))
-    shardings = state_shardings(network, mesh, optimizer)
+    shardings = state_shardings(arch, mesh, optimizer)
     return jax.jit(
         make_step(loss, optimizer, config.micro_batches),
         in_shardings=(shardings, batch_sharding(mesh)),

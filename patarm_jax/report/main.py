@@ -25,7 +25,8 @@ import pyarrow.parquet
 
 from patarm_jax.config import GRPOConfig, SFTConfig, from_mapping, read_yaml
 from patarm_jax.data.preferences import read_preferences
-from patarm_jax.files import check_writable, hold_output, write_text, writing
+from patarm_jax.files import check_writable, write_text, writing
+from patarm_jax.locks import hold_output
 from patarm_jax.run.health import Health, after, verdict
 from patarm_jax.run.watch import told_of
 from patarm_jax.types import UsageError, UserError

@@ -18,11 +18,12 @@ from patarm_jax.config import ModelSection, SamplingSection
 from patarm_jax.data.pipeline import EncodedPair
 from patarm_jax.data.tokenizer import Tokenizer, written
 from patarm_jax.judge.parse import parse_pointwise
-from patarm_jax.model import qwen3
-from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model import transformer
+from patarm_jax.model.architecture import Architecture
+from patarm_jax.model.cache import KVCache, PromptCache, init_cache, place_prompts, resize_cache
 from patarm_jax.model.kernels import PORTABLE, Kernel, kernel_for
-from patarm_jax.model.qwen3 import KVCache, Params, PromptCache
 from patarm_jax.model.sharding import fetch, place_batch
+from patarm_jax.model.transformer import Params
 from patarm_jax.rollout.engine import Arrays, Engine, make_engine
 from patarm_jax.rollout.sampler import Network, Settings
 from patarm_jax.rollout.schedule import Request, complete, completed_groups
@@ -59,7 +60,7 @@ class Sampled:
 
 
 def make_judge(
-    config: Qwen3Config,
+    arch: Architecture,
     tokenizer: Tokenizer,
     mesh: Mesh,
     section: ModelSection,
@@ -71,30 +72,30 @@ def make_judge(
     settings = Settings(
         tokenizer.stop_ids, sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, apart
     )
-    network = network_of(config, section.dtype, kernel_for(section, config, mesh, "causal"))
+    network = network_of(arch, section.dtype, kernel_for(section, arch, mesh, "causal"))
     return Judge(tokenizer, mesh, make_engine(network, mesh, group, settings, sampling.rows))
 
 
-def network_of(config: Qwen3Config, dtype: str, kernel: Kernel = PORTABLE) -> Network[KVCache]:
+def network_of(arch: Architecture, dtype: str, kernel: Kernel = PORTABLE) -> Network[KVCache]:
     """Qwen3 as the sampler sees it: tokens to logits. The kernel is that of prompts."""
 
     def read(params: Params, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, PromptCache]:
-        hidden, kept = qwen3.prefill(params, config, tokens, lengths, dtype=dtype, kernel=kernel)
-        return qwen3.logits(params, config, hidden, dtype), kept
+        hidden, kept = transformer.prefill(params, arch, tokens, lengths, dtype=dtype, kernel=kernel)
+        return transformer.logits(params, arch, hidden, dtype), kept
 
     def place(cache: KVCache, prompts: PromptCache, where: jax.Array) -> KVCache:
-        return replace(cache, prompt=qwen3.place_prompts(cache.prompt, prompts, where))
+        return replace(cache, prompt=place_prompts(cache.prompt, prompts, where))
 
     def decode_step(params: Params, tokens: jax.Array, cache: KVCache, seats: Seats) -> tuple[jax.Array, KVCache]:
-        hidden, cache = qwen3.decode(params, config, tokens, cache, seats, dtype=dtype)
-        return qwen3.logits(params, config, hidden, dtype), cache
+        hidden, cache = transformer.decode(params, arch, tokens, cache, seats, dtype=dtype)
+        return transformer.logits(params, arch, hidden, dtype), cache
 
     return Network(
-        init=lambda prompts, width, rows, most: qwen3.init_cache(config, prompts, width, rows, most, dtype),
+        init=lambda prompts, width, rows, most: init_cache(arch, prompts, width, rows, most, dtype),
         prefill=read,
         place=place,
         decode=decode_step,
-        resize=qwen3.resize_cache,
+        resize=resize_cache,
     )
 
 

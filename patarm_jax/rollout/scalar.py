@@ -8,8 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from patarm_jax.config import ModelSection
-from patarm_jax.model import qwen3
-from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model import transformer
+from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import kernel_for
 from patarm_jax.model.sharding import batch_ways, fetch, place_batch
 from patarm_jax.padding import bucket
@@ -18,13 +18,13 @@ from patarm_jax.rollout.engine import PREFILL_TOKENS
 Scorer = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
-def make_scorer(config: Qwen3Config, mesh: Mesh, section: ModelSection) -> Scorer:
+def make_scorer(arch: Architecture, mesh: Mesh, section: ModelSection) -> Scorer:
     """The jitted (params, tokens [R, T], lengths [R]) → scores [R]: the head on the last token's state."""
-    kernel = kernel_for(section, config, mesh, "causal")
+    kernel = kernel_for(section, arch, mesh, "causal")
 
     def score(params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-        hidden, _ = qwen3.prefill(params, config, tokens, lengths, dtype=section.dtype, kernel=kernel)
-        return qwen3.scalar_scores(params, hidden, section.dtype)
+        hidden, _ = transformer.prefill(params, arch, tokens, lengths, dtype=section.dtype, kernel=kernel)
+        return transformer.scalar_scores(params, hidden, section.dtype)
 
     return jax.jit(score)
 

@@ -14,9 +14,9 @@ import jax
 from patarm_jax.data.tokenizer import Tokenizer, save_tokenizer
 from patarm_jax.files import appearing_whole
 from patarm_jax.model import weights
-from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.generation import Drawing
-from patarm_jax.model.qwen3 import Params
+from patarm_jax.model.transformer import Params
 from patarm_jax.run.open_model import name_of
 from patarm_jax.run.soundness import refuse_ruined
 from patarm_jax.types import RubricMode
@@ -49,7 +49,7 @@ class ModelCardFacts:
 def write_export(
     folder: Path,
     params: Params,
-    config: Qwen3Config,
+    arch: Architecture,
     tokenizer: Tokenizer,
     card: ModelCardFacts,
     dtype: str = "bfloat16",
@@ -62,7 +62,7 @@ def write_export(
     Args:
         folder: must not exist, or be empty.
         params: the trained parameters, sharded in any way.
-        config: the network's shape.
+        arch: the network's shape.
         tokenizer: written as it was read; its stop ids become the model's.
         card: the facts for README.md.
         dtype: of the stored weights: "bfloat16", "float16" or "float32".
@@ -76,7 +76,7 @@ def write_export(
     )
     with appearing_whole(folder, replace) as part:
         ids: dict[str, Any] = {"stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
-        weights.save(params, config, part, dtype=dtype, drawing=card.drawing, **ids)
+        weights.save(params, arch, part, dtype=dtype, drawing=card.drawing, **ids)
         if jax.process_index() == 0:
             save_tokenizer(tokenizer, part)
             model_card(card, name_of(folder), tokenizer.opening).save(part / "README.md")

@@ -19,10 +19,11 @@ from jax.sharding import Mesh
 
 from patarm_jax.config import GRPOConfig, ModelSection, RunSection, SFTConfig, to_yaml
 from patarm_jax.data.pipeline import EncodedPair, batches_per_epoch, digest_of
-from patarm_jax.files import check_writable, hold_folder, is_writable, write_json, write_text, writing
-from patarm_jax.model.config import Qwen3Config, read_json_object
-from patarm_jax.model.qwen3 import abstract_params
+from patarm_jax.files import check_writable, is_writable, read_json_object, write_json, write_text, writing
+from patarm_jax.locks import hold_folder
+from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import TRAIN_RULES, batch_ways
+from patarm_jax.model.transformer import abstract_params
 from patarm_jax.run.checkpoint import Checkpoints, open_checkpoints
 from patarm_jax.run.checkpoint_files import metrics_of, steps_in
 from patarm_jax.run.export import ModelCardFacts, write_export
@@ -47,19 +48,19 @@ _BESIDE = (".log", ".out", ".err", ".txt", ".yaml", ".yml", ".sh")  # what peopl
 
 def new_state(section: ModelSection, model: Model, mesh: Mesh, seed: int, optimizer: Any) -> TrainState:
     """The state before the first step: float32 master weights and moments, sharded."""
-    shardings = state_shardings(model.config, mesh, optimizer)
+    shardings = state_shardings(model.arch, mesh, optimizer)
     params = load_params(section, model, mesh, seed, TRAIN_RULES, jnp.float32)
     return jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(params)
 
 
-def state_shape(network: Qwen3Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+def state_shape(arch: Architecture, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes and shardings of the state, for restoring and for compiling ahead of time."""
-    return abstract_state(abstract_params(network, mesh), optimizer, mesh)
+    return abstract_state(abstract_params(arch, mesh), optimizer, mesh)
 
 
-def state_shardings(network: Qwen3Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+def state_shardings(arch: Architecture, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
     """Where each part of the state lies."""
-    return jax.tree.map(lambda leaf: leaf.sharding, state_shape(network, mesh, optimizer))
+    return jax.tree.map(lambda leaf: leaf.sharding, state_shape(arch, mesh, optimizer))
 
 
 # --------------------------------------------------------------------------------------------------------------- run
@@ -234,7 +235,7 @@ def fingerprint(
         records: the pairs that are trained on.
         reference: what the KL is measured from; None where there is no KL.
     """
-    settings, network = dataclasses.asdict(config), dataclasses.asdict(model.config)
+    settings, network = dataclasses.asdict(config), dataclasses.asdict(model.arch)
     del network["scalar_head"]  # nothing trains one
     free = ("model", "mesh", "data", "run", "heldout", "micro_batches", "packing")
     kept = {name: settings[name] for name in settings if name not in free}
@@ -329,7 +330,7 @@ def begin_or_resume(
     if checkpoints.latest() is None:
         state = new_state(config.model, model, mesh, config.run.seed, optimizer)
     else:
-        state, data_state, done = checkpoints.restore(state_shape(model.config, mesh, optimizer))
+        state, data_state, done = checkpoints.restore(state_shape(model.arch, mesh, optimizer))
         if done < steps:  # else nothing is read any more, and it may be past the end of fewer epochs
             iterator.set_state(data_state)
         agree("the checkpoint they go on from", {"step": done})
@@ -386,7 +387,7 @@ def finish(
         updates, measured = int(state.step) - int(state.skipped), metrics_of(run.folder / CHECKPOINTS / str(step))
         card = dataclasses.replace(card, steps=updates, measured=measured)
         # What is there is of this run when it was shorter.
-        write_export(export, state.params, model.config, model.tokenizer, card, dtype, replace=True)
+        write_export(export, state.params, model.arch, model.tokenizer, card, dtype, replace=True)
     if watch.verdict:
         raise LearntNothing(f"{run.folder}: {watch.verdict} {export} may be no better than what it began with.")
     more = f" with {run.done} steps, more than the {run.steps} asked for" if run.done > run.steps else ""

@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from patarm_jax.config import MeshSection, ModelSection
 from patarm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from patarm_jax.model import weights
-from patarm_jax.model.config import Qwen3Config, read_config
-from patarm_jax.model.qwen3 import Params, abstract_params, init_params, layers_apart
+from patarm_jax.model.architecture import Architecture, read_architecture
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, Rules
+from patarm_jax.model.transformer import Params, abstract_params, init_params, layers_apart
 from patarm_jax.model.weight_files import Stored, digest, read_stored
 from patarm_jax.run.process import say
 from patarm_jax.run.soundness import refuse_ruined
@@ -33,7 +33,7 @@ class Model:
     """A model folder, read but for its weights."""
 
     folder: Path
-    config: Qwen3Config  # as the weights are, which config.json does not always say
+    arch: Architecture  # as the weights are, which config.json does not always say
     tokenizer: Tokenizer
     stored: Stored | None  # where its weights lie; None where they are random
 
@@ -59,21 +59,21 @@ def open_model(section: ModelSection, scalar: bool = False) -> Model:
             )
         folder = folder / EXPORT
     stored = None if section.weights == "random" else read_stored(folder)
-    config = read_config(folder) if stored is None else stored.config
-    model = Model(folder, config, load_tokenizer(folder), stored)
-    if model.config.scalar_head != scalar:
+    arch = read_architecture(folder) if stored is None else stored.arch
+    model = Model(folder, arch, load_tokenizer(folder), stored)
+    if model.arch.scalar_head != scalar:
         is_, needed = (
             ("a scalar reward model", "one that writes")
-            if model.config.scalar_head
+            if model.arch.scalar_head
             else ("a model that writes", "a scalar reward model")
         )
         raise UserError(
             f"{folder} is {is_}; needed is {needed}. `patarm eval --judge scalar` takes a scalar reward model, every "
             "other command one that writes."
         )
-    if model.tokenizer.vocab_size > model.config.vocab_size:
+    if model.tokenizer.vocab_size > model.arch.vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer has {model.tokenizer.vocab_size} tokens and the model {model.config.vocab_size}. "
+            f"{folder}: the tokenizer has {model.tokenizer.vocab_size} tokens and the model {model.arch.vocab_size}. "
             "They are of different models."
         )
     for remark in stored.remarks if stored else ():
@@ -94,7 +94,7 @@ def weights_digest(model: Model) -> str:
 def judge_digest(model: Model) -> str:
     """What a judge is known by: its weights, its network and its tokenizer."""
     tokenizer = model.tokenizer
-    about = (model.config, tokenizer.stop_ids, sorted(tokenizer.files.items()), weights_digest(model))
+    about = (model.arch, tokenizer.stop_ids, sorted(tokenizer.files.items()), weights_digest(model))
     return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 
@@ -103,7 +103,7 @@ def load_params(
 ) -> Params:
     """The model's weights in their places, or random ones, when the config asks for them; `apart` for sampling."""
     if section.weights == "random":
-        params = init_params(model.config, jax.random.key(seed), mesh, rules)
+        params = init_params(model.arch, jax.random.key(seed), mesh, rules)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         return layers_apart(params) if apart else params
     params = weights.load(model.folder, mesh, rules, dtype, apart, model.stored)[0]
@@ -112,9 +112,9 @@ def load_params(
     return params
 
 
-def weight_sync(network: Qwen3Config, mesh: Mesh, placement: MeshSection, dtype: str) -> Any:
+def weight_sync(arch: Architecture, mesh: Mesh, placement: MeshSection, dtype: str) -> Any:
     """The jitted program that makes the copy for sampling of trained parameters."""
-    rollout = abstract_params(network, mesh, rollout_rules(placement), dtype, apart=True)
+    rollout = abstract_params(arch, mesh, rollout_rules(placement), dtype, apart=True)
     return jax.jit(
         lambda params: layers_apart(jax.tree.map(lambda x: x.astype(dtype), params)),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, rollout),

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from patarm_jax.bench.shapes import SHAPES
 from patarm_jax.model import weights
-from patarm_jax.model.qwen3 import init_params
+from patarm_jax.model.transformer import init_params
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -4,7 +4,6 @@ Every key of the file is either understood or refused by name: a silent default 
 """
 
 import dataclasses
-import json
 import re
 import reprlib
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ from typing import Any
 
 import msgspec
 
-from patarm_jax.config import one_line
+from patarm_jax.files import read_json_object
 from patarm_jax.model.config_keys import EMPTY, INERT, ONLY, REFUSED, ROPE
 from patarm_jax.types import UserError
 
 
 @dataclass(frozen=True)
-class Qwen3Config:
+class Architecture:
     """The numbers that fix the network; names are Hugging Face's."""
 
     vocab_size: int  # V
@@ -40,12 +39,12 @@ class Qwen3Config:
 
 
 _ARCHITECTURES = {False: "Qwen3ForCausalLM", True: "Qwen3ForSequenceClassification"}  # by scalar_head
-# What `from_hf` reads itself, beside the fields of `Qwen3Config`.
+# What `from_hf` reads itself, beside the fields of `Architecture`.
 _READ = {"model_type", "architectures", "rope_parameters", "rope_scaling", "layer_types"}
 
 
-def read_config(folder: Path) -> Qwen3Config:
-    """The config of a Hugging Face folder."""
+def read_architecture(folder: Path) -> Architecture:
+    """The architecture of the model in a Hugging Face folder."""
     path = folder / "config.json"
     raw = read_json_object(path)
     if raw is None:
@@ -53,33 +52,18 @@ def read_config(folder: Path) -> Qwen3Config:
     return from_hf(raw, str(path))
 
 
-def read_json_object(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file of a Hugging Face folder; None when there is no such file."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}. Make it a file that you may read.") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8 is a ValueError too
-        raise UserError(f"{path} is not valid JSON ({one_line(error)}). Copy the file again.") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} is a JSON {type(raw).__name__}, not an object. Copy the file again.")
-    return raw
-
-
-def from_hf(raw: dict[str, Any], where: str) -> Qwen3Config:
-    """Our config from Hugging Face's keys, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
+def from_hf(raw: dict[str, Any], where: str) -> Architecture:
+    """Our architecture from Hugging Face's keys, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
 
     Raises:
         UserError: when a key is missing, not known, or says something that would make another network.
     """
-    known = {field.name for field in dataclasses.fields(Qwen3Config)} - {"scalar_head"}
+    known = {field.name for field in dataclasses.fields(Architecture)} - {"scalar_head"}
     scalar = _refuse_another_architecture(raw, where)
     _refuse_keys(raw, known, where)
     _refuse_layers(raw, where)
     values: dict[str, Any] = {key: raw[key] for key in known if key in raw} | _rope_theta(raw, where)
-    required = [f.name for f in dataclasses.fields(Qwen3Config) if f.default is dataclasses.MISSING]
+    required = [f.name for f in dataclasses.fields(Architecture) if f.default is dataclasses.MISSING]
     if missing := [key for key in [*required, "rope_theta"] if values.get(key) is None]:
         raise UserError(f"{where}: missing keys: {', '.join(missing)}. Copy the file again from where the model came.")
     labels = raw.get("id2label")
@@ -89,7 +73,7 @@ def from_hf(raw: dict[str, Any], where: str) -> Qwen3Config:
     if isinstance(values.get("eos_token_id"), list):
         values["eos_token_id"] = next(iter(values["eos_token_id"]), None)  # generation_config.json holds them all
     try:
-        config = msgspec.convert(values, Qwen3Config)
+        config = msgspec.convert(values, Architecture)
     except msgspec.ValidationError as error:
         message = re.sub(r" - at `\$\.?(.*?)`$", r" for \1", str(error))
         raise UserError(f"{where}: {message}. Copy the file again from where the model came.") from error
@@ -105,15 +89,15 @@ def from_hf(raw: dict[str, Any], where: str) -> Qwen3Config:
     return config
 
 
-def to_hf(config: Qwen3Config, dtype: str) -> dict[str, Any]:
+def to_hf(arch: Architecture, dtype: str) -> dict[str, Any]:
     """Hugging Face's config.json, readable by transformers 4 and 5 alike."""
-    numbers = dataclasses.asdict(config)
+    numbers = dataclasses.asdict(arch)
     del numbers["scalar_head"]
     return {
-        "architectures": [_ARCHITECTURES[config.scalar_head]],
+        "architectures": [_ARCHITECTURES[arch.scalar_head]],
         "model_type": "qwen3",
         **numbers,
-        **({"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if config.scalar_head else {}),
+        **({"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if arch.scalar_head else {}),
         "rope_scaling": None,
         "hidden_act": "silu",
         "attention_bias": False,

@@ -10,17 +10,9 @@ import pytest
 
 from patarm_jax.arrays import Seats
 from patarm_jax.model import weights
-from patarm_jax.model.config import Qwen3Config
-from patarm_jax.model.qwen3 import (
-    decode,
-    forward,
-    init_cache,
-    init_params,
-    layers_apart,
-    logits,
-    place_prompts,
-    prefill,
-)
+from patarm_jax.model.architecture import Architecture
+from patarm_jax.model.cache import init_cache, place_prompts
+from patarm_jax.model.transformer import decode, forward, init_params, layers_apart, logits, prefill
 from tests.toys import TINY, hf_model
 
 VARIANTS = {
@@ -95,7 +87,7 @@ def unshared(params, config, prompt, lengths, completion):
     [(0, 3, 11, 4, 6, "full"), (1, 2, 7, 1, 5, "none"), (2, 1, 1, 3, 1, "none"), (3, 2, 5, 8, 9, "dots")],
 )
 def test_shared_prompt_equals_unshared(seed, rows, prompt, group, completion, remat):
-    config = Qwen3Config(**TINY)
+    config = Architecture(**TINY)
     params, tokens, lengths, completions, ends = shared_case(seed, config, rows, prompt, group, completion)
     mask = jnp.arange(completion) < ends[..., None]
 
@@ -117,7 +109,7 @@ def test_shared_prompt_equals_unshared(seed, rows, prompt, group, completion, re
 @pytest.mark.parametrize("ways", [1, 2])
 def test_decoding_over_a_cache_equals_two_streams(clock, ways):
     """Prompts come in one by one and lie anywhere, rows sit anywhere, and the ring of their past begins anywhere."""
-    config = Qwen3Config(**TINY)
+    config = Architecture(**TINY)
     prompts, group, width = 4, 3, 6
     params, tokens, lengths, completions, _ = shared_case(4, config, prompts, 9, group, width)
     expected = np.asarray(two_streams(params, config, tokens, lengths, completions)).reshape(12, width, -1)
@@ -150,7 +142,7 @@ def test_decoding_over_a_cache_equals_two_streams(clock, ways):
 def test_long_prompts_in_query_blocks_equal_one_piece(monkeypatch):
     from patarm_jax.model import attention
 
-    config = Qwen3Config(**TINY)
+    config = Architecture(**TINY)
     params, tokens, lengths, completions, _ = shared_case(5, config, 2, 23, 3, 7)
     expected = two_streams(params, config, tokens, lengths, completions)
     monkeypatch.setattr(attention, "QUERY_BLOCK", 5)
@@ -161,7 +153,7 @@ def test_long_prompts_in_query_blocks_equal_one_piece(monkeypatch):
 
 
 def test_padding_of_a_prompt_is_never_read():
-    config = Qwen3Config(**TINY)
+    config = Architecture(**TINY)
     params, tokens, lengths, completions, _ = shared_case(6, config, 3, 9, 2, 4)
     other = np.where(np.arange(9) < lengths[:, None], tokens, 5)
     assert (other != tokens).any()
@@ -172,7 +164,7 @@ def test_padding_of_a_prompt_is_never_read():
 
 
 def test_layers_that_lie_the_wrong_way_are_refused():
-    config = Qwen3Config(**TINY)
+    config = Architecture(**TINY)
     params, tokens = init_params(config, jax.random.key(0)), jnp.ones((1, 4), jnp.int32)
     with pytest.raises(ValueError, match=r"are stacked.*layers_apart"):
         prefill(params, config, tokens, jnp.array([4]))

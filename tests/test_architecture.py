@@ -5,7 +5,7 @@ import json
 import pytest
 import transformers
 
-from patarm_jax.model.config import Qwen3Config, from_hf, read_config, to_hf
+from patarm_jax.model.architecture import Architecture, from_hf, read_architecture, to_hf
 from patarm_jax.model.config_keys import EMPTY, INERT, ONLY, REFUSED
 from patarm_jax.model.weights import load
 from patarm_jax.types import UserError
@@ -40,7 +40,7 @@ V4 = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
-QWEN3_8B = Qwen3Config(
+QWEN3_8B = Architecture(
     vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
     num_key_value_heads=8, head_dim=128, bos_token_id=151643, eos_token_id=151645,
 )  # fmt: skip
@@ -57,8 +57,8 @@ def test_the_published_config(raw):
 
 
 def test_what_transformers_writes_today_is_read(tmp_path):
-    transformers.Qwen3Config(**V4).save_pretrained(tmp_path)
-    assert read_config(tmp_path) == QWEN3_8B
+    transformers.Architecture(**V4).save_pretrained(tmp_path)
+    assert read_architecture(tmp_path) == QWEN3_8B
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def to_hf_keys():
 
 
 def read_shape():
-    return Qwen3Config(**TINY)
+    return Architecture(**TINY)
 
 
 def logits(torch, folder, raw):
@@ -207,7 +207,7 @@ def test_the_tables_are_of_one_mind():
     assert sum(map(len, kinds)) == len(set().union(*kinds))
     assert all(INERT.values()) and all(why for _, why in ONLY.values()) and all(REFUSED.values())
     known = set().union(*kinds) | {"model_type", "architectures", "rope_parameters", "rope_scaling", "layer_types"}
-    assert set(transformers.Qwen3Config().to_dict()) <= known
+    assert set(transformers.Architecture().to_dict()) <= known
     for key, (allowed, _) in ONLY.items():
         for value in allowed:
             from_hf(V4 | {key: value}, "")

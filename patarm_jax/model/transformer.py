@@ -11,7 +11,6 @@ Axis letters: R prompts · S tokens in a row · Tp prompt tokens · G completion
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -21,39 +20,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from patarm_jax.arrays import Seats
 from patarm_jax.model import attention, kernels
+from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Streams
-from patarm_jax.model.config import Qwen3Config
+from patarm_jax.model.cache import KVCache, PromptCache, by_head, with_token
 from patarm_jax.model.kernels import PORTABLE, Kernel
 from patarm_jax.model.sharding import BATCH_AXES, TRAIN_RULES, Rules, constrain, named_sharding
 
 Params = dict[str, Any]
 NO_MESH = jax.sharding.AbstractMesh((), ())
 Remat = Literal["none", "dots", "full"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PromptCache:
-    """Keys and values of R prompts, an array for each of L layers; keys lie as a matrix that queries multiply."""
-
-    keys: tuple[jax.Array, ...]  # L × [R, K, H, Tp]
-    values: tuple[jax.Array, ...]  # L × [R, K, Tp, H]
-    lengths: jax.Array  # [R] int32
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KVCache:
-    """What B rows that are being written have read: R prompts, each shared by up to G rows, and their own past.
-
-    A row's own keys stand in a ring of Tc places that all rows write at the same place: the newest at `clock` mod Tc,
-    the ones before it behind. So a row may begin at any time, and writing is one slice whatever the rows' ages are.
-    """
-
-    prompt: PromptCache
-    keys: tuple[jax.Array, ...]  # L × [B, K, H, Tc]
-    values: tuple[jax.Array, ...]  # L × [B, K, Tc, H]
-    clock: jax.Array  # [] int32, tokens written since the cache was made
 
 
 @jax.tree_util.register_dataclass
@@ -92,21 +67,21 @@ class _Pass:
     keep: bool = False  # the keys and values of a prompt
 
 
-def init_params(config: Qwen3Config, key: jax.Array, mesh: Mesh | None = None, rules: Rules = TRAIN_RULES) -> Params:
+def init_params(arch: Architecture, key: jax.Array, mesh: Mesh | None = None, rules: Rules = TRAIN_RULES) -> Params:
     """Random float32 parameters, N(0, initializer_range²) and unit norms, born in their shardings."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh, rules)) if mesh else None
-    return jax.jit(lambda key: nn.meta.unbox(_boxed_params(config, key)), out_shardings=shardings)(key)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(arch, mesh, rules)) if mesh else None
+    return jax.jit(lambda key: nn.meta.unbox(_boxed_params(arch, key)), out_shardings=shardings)(key)
 
 
 def abstract_params(
-    config: Qwen3Config,
+    arch: Architecture,
     mesh: Mesh | None = None,
     rules: Rules = TRAIN_RULES,
     dtype: Any = jnp.float32,
     apart: bool = False,
 ) -> Params:
     """Shape, dtype and, given a mesh, sharding of every parameter, without a weight; `apart` as of `layers_apart`."""
-    boxed = jax.eval_shape(lambda: _boxed_params(config, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: _boxed_params(arch, jax.random.key(0)))
 
     def leaf(box: nn.Partitioned) -> jax.ShapeDtypeStruct:
         shape = box.value.shape
@@ -138,28 +113,9 @@ def _taken_apart(params: Params, take: Callable[[Any, int], Any]) -> Params:
     return {name: part for name, part in params.items() if name != "layers"} | layers
 
 
-def init_cache(
-    config: Qwen3Config, prompts: int, prompt_width: int, rows: int, completion_width: int, dtype: Any
-) -> KVCache:
-    """An empty cache for R prompts of Tp tokens and for B rows of Tc."""
-    heads, size = config.num_key_value_heads, config.head_dim
-
-    def empty(rows: int, width: int) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        shapes = (rows, heads, size, width), (rows, heads, width, size)
-        keys, values = (
-            tuple(_by_rows(jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)) for shape in shapes
-        )
-        return keys, values
-
-    lengths = jnp.ones(prompts, jnp.int32)
-    return KVCache(
-        PromptCache(*empty(prompts, prompt_width), lengths), *empty(rows, completion_width), clock=jnp.int32(0)
-    )
-
-
 def forward(
     params: Params,
-    config: Qwen3Config,
+    arch: Architecture,
     prompt: jax.Array,
     prompt_lengths: jax.Array | None = None,
     completion: jax.Array | None = None,
@@ -179,7 +135,7 @@ def forward(
 
     Args:
         params: from `init_params` or `weights.load`, any float dtype; cast to `dtype` where used.
-        config: the network's shape.
+        arch: the network's shape.
         prompt: [R, Tp] int32, right-padded.
         prompt_lengths: [R] int32; needed with a completion, otherwise padding needs no mask.
         completion: [R, G, Tc] int32, right-padded.
@@ -203,14 +159,14 @@ def forward(
         behind = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(completion.shape[2]), completion.shape)
         tokens = jnp.concatenate([tokens, completion.reshape(rows, -1)], axis=1)
         positions = jnp.concatenate([positions, behind.reshape(rows, -1)], axis=1)
-    hidden, _ = _apply(params, config, tokens, positions, streams, _Pass(dtype, kernel, remat))
+    hidden, _ = _apply(params, arch, tokens, positions, streams, _Pass(dtype, kernel, remat))
     completed = None if completion is None else hidden[:, width:].reshape(*completion.shape, -1)
-    return Output(hidden[:, :width], completed, _head(params, config, dtype))
+    return Output(hidden[:, :width], completed, _head(params, arch, dtype))
 
 
 def prefill(
     params: Params,
-    config: Qwen3Config,
+    arch: Architecture,
     prompt: jax.Array,
     lengths: jax.Array,
     *,
@@ -224,47 +180,14 @@ def prefill(
     width = prompt.shape[1]
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompt.shape)
     streams = Streams(lengths, None, width, 0)
-    hidden, kept = _apply(params, config, prompt, positions, streams, _Pass(dtype, kernel, keep=True))
+    hidden, kept = _apply(params, arch, prompt, positions, streams, _Pass(dtype, kernel, keep=True))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     keys, values = zip(*kept, strict=True)
     return last, PromptCache(keys, values, lengths)
 
 
-def place_prompts(cache: PromptCache, new: PromptCache, place: jax.Array) -> PromptCache:
-    """The cache with new prompts, no wider than its own, at places [W, n] within each device; r: nowhere."""
-    ways = place.shape[0]
-
-    def put(mine: jax.Array, new: jax.Array) -> jax.Array:
-        def one(mine: jax.Array, new: jax.Array, place: jax.Array) -> jax.Array:
-            part = tuple(slice(size) for size in new.shape[1:])
-            return mine.at[(place, *part)].set(new.astype(mine.dtype), mode="drop")
-
-        mine_apart, new_apart = (x.reshape(ways, -1, *x.shape[1:]) for x in (mine, new))
-        return _by_rows(jax.vmap(one)(mine_apart, new_apart, place).reshape(mine.shape))
-
-    return jax.tree.map(put, cache, new)
-
-
-def resize_cache(cache: KVCache, rows: jax.Array, prompts: jax.Array, prompt_width: int) -> KVCache:
-    """The cache with the rows [W, b] and prompts [W, r] named, counted within each device, and narrower prompts."""
-
-    def take(index: jax.Array, x: jax.Array) -> jax.Array:
-        ways = index.shape[0]
-        taken = jax.vmap(partial(jnp.take, axis=0, mode="clip"))(x.reshape(ways, -1, *x.shape[1:]), index)
-        return _by_rows(taken.reshape(-1, *x.shape[1:]))
-
-    old = cache.prompt
-    narrow = PromptCache(
-        tuple(keys[..., :prompt_width] for keys in old.keys),
-        tuple(values[..., :prompt_width, :] for values in old.values),
-        old.lengths,
-    )
-    keys, values = jax.tree.map(partial(take, rows), (cache.keys, cache.values))
-    return KVCache(jax.tree.map(partial(take, prompts), narrow), keys, values, cache.clock)
-
-
 def decode(
-    params: Params, config: Qwen3Config, tokens: jax.Array, cache: KVCache, seats: Seats, *, dtype: Any = jnp.float32
+    params: Params, arch: Architecture, tokens: jax.Array, cache: KVCache, seats: Seats, *, dtype: Any = jnp.float32
 ) -> tuple[jax.Array, KVCache]:
     """The states [B, D] behind one more token [B] of every row, and the cache with its keys and values."""
     ways, per_way = seats.seat.shape
@@ -273,14 +196,14 @@ def decode(
     lengths = jnp.take_along_axis(prompts, seats.seat // seats_of_one, axis=1)
     positions = (lengths + seats.age).reshape(ways * per_way, 1)
     step = _Step(cache, seats)
-    hidden, own = _apply(params, config, tokens[:, None], positions, step, _Pass(dtype))
+    hidden, own = _apply(params, arch, tokens[:, None], positions, step, _Pass(dtype))
     keys, values = zip(*own, strict=True)
     return hidden[:, 0], replace(cache, keys=keys, values=values, clock=cache.clock + 1)
 
 
-def logits(params: Params, config: Qwen3Config, hidden: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+def logits(params: Params, arch: Architecture, hidden: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """Hidden states [..., D] → [..., V] float32."""
-    return jnp.einsum("...d,vd->...v", hidden, _head(params, config, dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum("...d,vd->...v", hidden, _head(params, arch, dtype), preferred_element_type=jnp.float32)
 
 
 def scalar_scores(params: Params, hidden: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
@@ -290,15 +213,15 @@ def scalar_scores(params: Params, hidden: jax.Array, dtype: Any = jnp.float32) -
     ]
 
 
-def _head(params: Params, config: Qwen3Config, dtype: Any) -> jax.Array:
-    head = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
+def _head(params: Params, arch: Architecture, dtype: Any) -> jax.Array:
+    head = params["embed_tokens"] if arch.tie_word_embeddings else params["lm_head"]
     # Whole along the width before it is used in chunks, which would otherwise gather it one by one.
     return constrain(head.astype(dtype), "tensor", None)
 
 
 def _apply(
     params: Params,
-    config: Qwen3Config,
+    arch: Architecture,
     tokens: jax.Array,
     positions: jax.Array,
     context: Streams | _Step,
@@ -311,12 +234,12 @@ def _apply(
             f"the layers of these parameters are {'apart' if stacked else 'stacked'}. `forward` reads them stacked, "
             "`prefill` and `decode` apart: see `layers_apart`."
         )
-    result: Any = _Qwen3(config, how, stacked).apply({"params": params}, tokens, positions, context)
+    result: Any = _Qwen3(arch, how, stacked).apply({"params": params}, tokens, positions, context)
     return result
 
 
 class _Qwen3(nn.Module):
-    config: Qwen3Config
+    config: Architecture
     how: _Pass
     stacked: bool = True
 
@@ -351,7 +274,7 @@ class _Qwen3(nn.Module):
 
 
 class _Block(nn.Module):
-    config: Qwen3Config
+    config: Architecture
     how: _Pass
     layer: int = 0  # which of a cache's
 
@@ -369,7 +292,7 @@ class _Block(nn.Module):
 
 
 class _Attention(nn.Module):
-    config: Qwen3Config
+    config: Architecture
     how: _Pass
     layer: int
 
@@ -396,36 +319,22 @@ class _Attention(nn.Module):
 
         if isinstance(context, _Step):
             cache, prompt = context.cache, context.cache.prompt
-            kept: Any = _written(cache.keys[self.layer], cache.values[self.layer], *_by_head(keys, values), cache.clock)
+            kept: Any = with_token(
+                cache.keys[self.layer], cache.values[self.layer], *by_head(keys, values), cache.clock
+            )
             shared = prompt.keys[self.layer], prompt.values[self.layer]
             seat, row = context.seats.seat, context.seats.row
             out = attention.seated_attention(q[:, 0], shared, prompt.lengths, kept, context.readable, seat, row)
             out = out[:, None]
         else:
-            kept = _by_head(keys, values) if self.how.keep else None
+            kept = by_head(keys, values) if self.how.keep else None
             out = kernels.attend(q, keys, values, context, self.how.kernel)
         # One contracted axis: XLA would lay the weight anew, each time, to contract two.
         return out.astype(dtype).reshape(*x.shape[:2], n * h) @ o_proj.reshape(n * h, d), kept
 
 
-def _by_head(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[B, T, K, H] each as a cache holds them: keys [B, K, H, T], values [B, K, T, H]."""
-    return _by_rows(keys.transpose(0, 2, 3, 1)), _by_rows(values.swapaxes(1, 2))
-
-
-def _written(
-    keys: jax.Array, values: jax.Array, key: jax.Array, value: jax.Array, clock: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """A layer's ring of own keys and values with those of a new token at its place."""
-    place = clock % values.shape[2]
-    return (
-        jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), place, axis=3),
-        jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), place, axis=2),
-    )
-
-
 class _MLP(nn.Module):
-    config: Qwen3Config
+    config: Architecture
     dtype: Any
 
     @nn.compact
@@ -436,11 +345,6 @@ class _MLP(nn.Module):
         down = _weight(self, "down_proj", (f, d), ("mlp", "embed")).astype(self.dtype)
         hidden = constrain(nn.silu(x @ gate) * (x @ up), BATCH_AXES, None, "tensor")
         return hidden @ down
-
-
-def _by_rows(x: jax.Array) -> jax.Array:
-    """A layer's part of a cache, [B, K, …]: rows over the batch axes, heads over `tensor`; lengths, [B], stay."""
-    return x if x.ndim == 1 else constrain(x, BATCH_AXES, "tensor", None, None)
 
 
 def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Any:
@@ -456,10 +360,10 @@ def _norm(module: nn.Module, name: str, x: jax.Array, eps: float) -> jax.Array:
     return (scaled * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def _rotary(positions: jax.Array, config: Qwen3Config) -> tuple[jax.Array, jax.Array]:
+def _rotary(positions: jax.Array, arch: Architecture) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of position · θ^(−2i/H), [R, S, 1, H/2] float32."""
-    half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions[..., None].astype(jnp.float32) * config.rope_theta**-half
+    half = jnp.arange(0, arch.head_dim, 2, dtype=jnp.float32) / arch.head_dim
+    angles = positions[..., None].astype(jnp.float32) * arch.rope_theta**-half
     return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
 
@@ -477,9 +381,9 @@ def _rematerialised(remat: Remat) -> Any:
     return nn.remat(_Block, policy=policy, prevent_cse=False)  # the scan already keeps passes apart
 
 
-def _boxed_params(config: Qwen3Config, key: jax.Array) -> Any:
+def _boxed_params(arch: Architecture, key: jax.Array) -> Any:
     """Random parameters, each in a box that carries its logical axes."""
     one = jnp.zeros((1, 1), jnp.int32)
     with jax.sharding.use_abstract_mesh(NO_MESH):  # the one-token input could not be split
         context = Streams(jnp.ones(1, jnp.int32), None, 1, 0)
-        return _Qwen3(config, _Pass(jnp.float32)).init(key, one, one, context)["params"]
+        return _Qwen3(arch, _Pass(jnp.float32)).init(key, one, one, context)["params"]
