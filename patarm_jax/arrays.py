@@ -18,7 +18,7 @@ class Prompts:
 
     tokens: jax.Array  # [R, Tp] int32
     lengths: jax.Array  # [R] int32, ≥ 1
-    rows: jax.Array  # [R] int32, the row id that sampling keys are folded from
+    sample_ids: jax.Array  # [R] int32, which sampling keys are folded from
 
 
 @jax.tree_util.register_dataclass

@@ -41,11 +41,11 @@ def chunk(request, monkeypatch):
     monkeypatch.setattr(losses, "HEAD_TOKENS", request.param)
 
 
-@pytest.mark.parametrize("ways", [1, 2, 4])
+@pytest.mark.parametrize("shards", [1, 2, 4])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_chunked_logprobs_equal_the_formula(chunk, ways, temperature):
+def test_chunked_logprobs_equal_the_formula(chunk, shards, temperature):
     hidden, head, targets, _ = case()
-    got = token_logprobs(hidden, head, targets, temperature=temperature, ways=ways)
+    got = token_logprobs(hidden, head, targets, temperature=temperature, shards=shards)
     for ours, plain in zip(got, plain_logprobs(hidden, head, targets, temperature), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 
@@ -63,11 +63,11 @@ def unchunked(hidden, head, targets, weight, temperature):
     return wave(taken, -(jnp.exp(log_softmax) * log_softmax).sum(-1), z.argmax(-1) == targets, weight)
 
 
-@pytest.mark.parametrize("ways", [1, 2, 4])
+@pytest.mark.parametrize("shards", [1, 2, 4])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sums_and_their_gradients_equal_the_unchunked(chunk, ways, temperature):
+def test_sums_and_their_gradients_equal_the_unchunked(chunk, shards, temperature):
     hidden, head, targets, weight = case()
-    ours = partial(sum_over_tokens, wave, temperature, ways)
+    ours = partial(sum_over_tokens, wave, temperature, shards)
     plain = partial(unchunked, temperature=temperature)
     expected, expected_sums = plain(hidden, head, targets, weight)
     for got, sums in (ours(hidden, head, targets, weight), jax.jit(ours)(hidden, head, targets, weight)):

@@ -19,7 +19,7 @@ from patarm_jax.config import MeshSection
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, TRAIN_RULES, batch_sharding, make_mesh
-from patarm_jax.model.transformer import abstract_params, forward, init_params, layers_apart
+from patarm_jax.model.transformer import abstract_params, forward, init_params, unstack_layers
 from patarm_jax.rollout.engine import abstract_programs, make_engine
 from patarm_jax.rollout.judging import network_of
 from patarm_jax.rollout.sampler import Network, Settings, draw, keep_top_k, keep_top_p, pick
@@ -49,7 +49,7 @@ engine = cache(lambda group, settings, config=CONFIG, mesh=ALONE, rows=0: make_e
 
 
 def generate(params, requests, group, settings, config=CONFIG, mesh=ALONE, rows=0, key=KEY):
-    return complete(engine(group, settings, config, mesh, rows), layers_apart(params), requests, key)
+    return complete(engine(group, settings, config, mesh, rows), unstack_layers(params), requests, key)
 
 
 def forward_tiny(params, prompt, prompt_lengths=None, completion=None):
@@ -169,7 +169,7 @@ def test_the_loop_does_not_talk_to_the_host():
     choice = Settings((5, 6), 10)
     free = engine(2, choice)
     closed = replace(free, bring_in=guarded(free.bring_in), advance=guarded(free.advance))
-    requests, params = requests_for(np.random.default_rng(8), 5, 10), layers_apart(lively())
+    requests, params = requests_for(np.random.default_rng(8), 5, 10), unstack_layers(lively())
     assert_same(complete(closed, params, requests, KEY), complete(free, params, requests, KEY))
 
 
@@ -311,7 +311,7 @@ def test_caches_stay_on_their_devices(program):
     """No program of the sampler sends keys or values to another part of the batch."""
     mesh = make_mesh(MeshSection(data=2, fsdp=2, tensor=2))
     engine = make_engine(network_of(CONFIG, "float32"), mesh, 4, Settings((5,), 200))
-    programs = abstract_programs(engine, abstract_params(CONFIG, mesh, ROLLOUT_RULES, apart=True), 16, 512)
+    programs = abstract_programs(engine, abstract_params(CONFIG, mesh, ROLLOUT_RULES, unstacked=True), 16, 512)
     function, arguments = programs["prefill" if program == "bring_in" else "decode"]
     if program == "resize":
         places = (jax.ShapeDtypeStruct((4, n), jnp.int32, sharding=batch_sharding(mesh)) for n in (8, 2, 8))
@@ -331,7 +331,7 @@ def test_caches_stay_on_their_devices(program):
 def test_decoding_reads_weights_and_caches_where_they_lie():
     """A step makes no copy of a layer's weight or cache: it would read, write and read again."""
     engine = make_engine(network_of(CONFIG, "float32"), ALONE, 4, Settings((5,), 200))
-    function, arguments = abstract_programs(engine, abstract_params(CONFIG, ALONE, apart=True), 16, 512)["decode"]
+    function, arguments = abstract_programs(engine, abstract_params(CONFIG, ALONE, unstacked=True), 16, 512)["decode"]
     with jax.set_mesh(ALONE):
         text = function.lower(*arguments).compile().as_text()
     read = [*arguments[1].cache.keys, *arguments[1].cache.prompt.values, *jax.tree.leaves(arguments[0]["layers_0"])]

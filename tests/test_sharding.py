@@ -80,7 +80,7 @@ def test_a_mesh_has_all_devices(section, shape):
     assert mesh.axis_names == ("data", "fsdp", "tensor")
     assert mesh.devices.shape == shape
     assert set(mesh.devices.flat) == set(jax.devices())
-    assert sharding.batch_ways(mesh) == shape[0] * shape[1]
+    assert sharding.batch_shards(mesh) == shape[0] * shape[1]
 
 
 @pytest.mark.parametrize(

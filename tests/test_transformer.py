@@ -12,7 +12,7 @@ from patarm_jax.arrays import Seats
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.cache import init_cache, place_prompts
-from patarm_jax.model.transformer import decode, forward, init_params, layers_apart, logits, prefill
+from patarm_jax.model.transformer import decode, forward, init_params, logits, prefill, unstack_layers
 from tests.toys import TINY, hf_model
 
 VARIANTS = {
@@ -106,32 +106,32 @@ def test_shared_prompt_equals_unshared(seed, rows, prompt, group, completion, re
 
 
 @pytest.mark.parametrize("clock", [0, 3])
-@pytest.mark.parametrize("ways", [1, 2])
-def test_decoding_over_a_cache_equals_two_streams(clock, ways):
+@pytest.mark.parametrize("shards", [1, 2])
+def test_decoding_over_a_cache_equals_two_streams(clock, shards):
     """Prompts come in one by one and lie anywhere, rows sit anywhere, and the ring of their past begins anywhere."""
     config = Architecture(**TINY)
     prompts, group, width = 4, 3, 6
     params, tokens, lengths, completions, _ = shared_case(4, config, prompts, 9, group, width)
     expected = np.asarray(two_streams(params, config, tokens, lengths, completions)).reshape(12, width, -1)
-    apart = layers_apart(params)
-    cache = replace(init_cache(config, prompts + ways, 11, 12, width, jnp.float32), clock=jnp.int32(clock))
-    places = [2, 0] if ways == 2 else [4, 0, 2, 1]  # within each device, which has one more than it needs
-    per_way = prompts // ways
-    for n in range(per_way):
-        mine = np.array([way * per_way + n for way in range(ways)])
+    apart = unstack_layers(params)
+    cache = replace(init_cache(config, prompts + shards, 11, 12, width, jnp.float32), clock=jnp.int32(clock))
+    places = [2, 0] if shards == 2 else [4, 0, 2, 1]  # within each device, which has one more than it needs
+    per_shard = prompts // shards
+    for n in range(per_shard):
+        mine = np.array([shard * per_shard + n for shard in range(shards)])
         last, new = jax.jit(prefill, static_argnums=1)(apart, config, tokens[mine], lengths[mine])
-        where = jnp.full((ways, 1), places[n], jnp.int32)
+        where = jnp.full((shards, 1), places[n], jnp.int32)
         cache = replace(cache, prompt=jax.jit(place_prompts)(cache.prompt, new, where))
-        plain = forward(params, config, tokens[mine]).prompt[jnp.arange(ways), lengths[mine] - 1]
+        plain = forward(params, config, tokens[mine]).prompt[jnp.arange(shards), lengths[mine] - 1]
         np.testing.assert_allclose(last, plain, atol=1e-5)
 
     rng = np.random.default_rng(0)
-    order = np.stack([rng.permutation(per_way * group) for _ in range(ways)])  # row → completion, within each device
+    order = np.stack([rng.permutation(per_shard * group) for _ in range(shards)])
     seat = np.array(places)[order // group] * group + order % group
-    row = np.full((ways, (per_way + 1) * group), per_way * group)
-    for way in range(ways):
-        row[way, seat[way]] = np.arange(per_way * group)
-    who = (order + np.arange(ways)[:, None] * per_way * group).reshape(-1)
+    row = np.full((shards, (per_shard + 1) * group), per_shard * group)
+    for shard in range(shards):
+        row[shard, seat[shard]] = np.arange(per_shard * group)
+    who = (order + np.arange(shards)[:, None] * per_shard * group).reshape(-1)
     step = jax.jit(decode, static_argnums=1)
     for t in range(width):
         seats = Seats(jnp.asarray(seat), jnp.asarray(row), jnp.full(seat.shape, t))
@@ -166,7 +166,7 @@ def test_padding_of_a_prompt_is_never_read():
 def test_layers_that_lie_the_wrong_way_are_refused():
     config = Architecture(**TINY)
     params, tokens = init_params(config, jax.random.key(0)), jnp.ones((1, 4), jnp.int32)
-    with pytest.raises(ValueError, match=r"are stacked.*layers_apart"):
+    with pytest.raises(ValueError, match=r"are stacked.*unstack_layers"):
         prefill(params, config, tokens, jnp.array([4]))
-    with pytest.raises(ValueError, match=r"are apart.*layers_apart"):
-        forward(layers_apart(params), config, tokens)
+    with pytest.raises(ValueError, match=r"are apart.*unstack_layers"):
+        forward(unstack_layers(params), config, tokens)

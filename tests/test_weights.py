@@ -20,7 +20,7 @@ from patarm_jax.config import MeshSection
 from patarm_jax.model import weight_files, weights
 from patarm_jax.model.architecture import Architecture, from_hf
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, TRAIN_RULES, make_mesh
-from patarm_jax.model.transformer import abstract_params, layers_apart
+from patarm_jax.model.transformer import abstract_params, unstack_layers
 from patarm_jax.types import UserError
 from tests.toys import TINY, hf_model
 
@@ -109,10 +109,10 @@ def test_a_narrow_dtype_may_be_asked_for(dtype, untied):
 @pytest.mark.parametrize("rules", [TRAIN_RULES, ROLLOUT_RULES, REPLICATED_RULES], ids=["train", "rollout", "whole"])
 def test_eight_devices_hold_their_parts_of_what_one_device_holds(rules, apart, sharded):
     whole, config = weights.load(sharded)
-    whole = layers_apart(whole) if apart else whole
+    whole = unstack_layers(whole) if apart else whole
     mesh = make_mesh(MeshSection(data=2, fsdp=2, tensor=2))
-    parts, _ = weights.load(sharded, mesh, rules, apart=apart)
-    abstract = abstract_params(config, mesh, rules, apart=apart)
+    parts, _ = weights.load(sharded, mesh, rules, vote_stride=apart)
+    abstract = abstract_params(config, mesh, rules, vote_stride=apart)
     assert jax.tree.structure(parts) == jax.tree.structure(abstract) == jax.tree.structure(whole)
     for path, leaf in jax.tree_util.tree_leaves_with_path(parts):
         expected = dict(jax.tree_util.tree_leaves_with_path(whole))[path]

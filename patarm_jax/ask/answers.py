@@ -37,7 +37,9 @@ class Question:
     """What a judge is asked, N times."""
 
     id: str  # of what is judged, such as "17/chosen/0"
-    row: int  # its index among all questions, not only those asked with a limit; sampling keys are derived from it
+    sample_id: (
+        int  # its index among all questions, not only those asked with a limit; sampling keys are derived from it
+    )
     messages: Sequence[Message]
 
     @functools.cached_property

@@ -33,7 +33,7 @@ from patarm_jax.run.stopping import stop_requests
 AGAIN = (Kind.FAILED, Kind.TOO_LONG)  # what is too long for one limit may fit another
 # The ids of a question's votes lie this far apart, so that more votes leave those there are as they are; no two votes
 # share an id among up to a million questions.
-_VOTES_APART = 1 << 20
+_VOTE_STRIDE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,11 @@ def ask_local(local: Local, answers: Answers, questions: Sequence[Question], par
     def written(params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:
         for first in sorted({one.first for one in encoded}):  # unlike where votes were raised and that was stopped
             group = local.votes - first
-            judging = make_judge(arch, tokenizer, local.mesh, local.section, local.sampling, group, apart=_VOTES_APART)
+            judging = make_judge(
+                arch, tokenizer, local.mesh, local.section, local.sampling, group, vote_stride=_VOTE_STRIDE
+            )
             alike = [one for one in encoded if one.first == first]
-            requests = [Request(one.tokens, one.question.row + first * _VOTES_APART) for one in alike]
+            requests = [Request(one.tokens, one.question.sample_id + first * _VOTE_STRIDE) for one in alike]
             for index, given in judge(judging, params, requests, key, parse):
                 yield [
                     answer_of(alike[index].question, vote, one.judgement, one.tokens, one.truncated)
@@ -198,4 +200,4 @@ def _ask(
 def load_weights(local: Local) -> Params:
     """The weights as the sampler takes them."""
     rules, dtype = rollout_rules(local.placement), jnp.dtype(local.section.dtype)
-    return load_params(local.section, local.model, local.mesh, local.seed, rules, dtype, apart=True)
+    return load_params(local.section, local.model, local.mesh, local.seed, rules, dtype, unstacked=True)

@@ -11,7 +11,7 @@ import numpy as np
 from patarm_jax.bench.measure import interleaved
 from patarm_jax.bench.tasks import Bench, causal_attention, open_bench, policy_update, sampling, sft_update
 from patarm_jax.config import BenchConfig
-from patarm_jax.model.sharding import batch_ways
+from patarm_jax.model.sharding import batch_shards
 from patarm_jax.padding import pack
 from patarm_jax.train.losses import sum_over_tokens
 
@@ -84,8 +84,8 @@ def _packing(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Four sequences a row, of log-normal lengths about a quarter of one, against as few rows as hold them."""
     rows, width = 4 * bench.config.rows, bench.config.length
     lengths = np.clip(np.random.default_rng(0).lognormal(np.log(width / 4), 0.6, rows), 1, width).astype(int)
-    ways = batch_ways(bench.mesh)
-    packed = -(-len(pack(list(lengths), width)) // ways) * ways
+    shards = batch_shards(bench.mesh)
+    packed = -(-len(pack(list(lengths), width)) // shards) * shards
     return sft_update(_with(bench, rows=rows)), sft_update(_with(bench, rows=packed, packing=True))
 
 

@@ -22,7 +22,7 @@ from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Streams
 from patarm_jax.model.kernels import kernel_for
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, make_mesh, place_batch
-from patarm_jax.model.transformer import init_params, layers_apart
+from patarm_jax.model.transformer import init_params, unstack_layers
 from patarm_jax.recipes.grpo import Programs, completion_width, make_programs
 from patarm_jax.recipes.sft import make_update
 from patarm_jax.rollout.engine import Engine, make_engine
@@ -119,7 +119,7 @@ def policy_update(bench: Bench) -> Callable[[], Any]:
 def sampling(bench: Bench) -> Callable[[], Any]:
     """A call that samples G completions of every prompt, each time the same."""
     run, params = _rollouts(bench), init_params(bench.network, jax.random.key(bench.config.seed), bench.mesh)
-    params = layers_apart(params)
+    params = unstack_layers(params)
     return lambda: run.sample(params, bench.config.seed)
 
 
@@ -213,7 +213,7 @@ def sample(bench: Bench) -> Result:
     """G completions of each prompt, of at most `new` tokens and, with `mean_new`, of geometric lengths."""
     c, run = bench.config, _rollouts(bench)
     rules = ROLLOUT_RULES if c.mesh.rollout == "tensor" else REPLICATED_RULES
-    cast_down = jax.jit(lambda params: layers_apart(jax.tree.map(lambda x: x.astype(c.dtype), params)))
+    cast_down = jax.jit(lambda params: unstack_layers(jax.tree.map(lambda x: x.astype(c.dtype), params)))
     params = cast_down(init_params(bench.network, jax.random.key(c.seed), bench.mesh, rules))
     finished: list[Finished] = []
 

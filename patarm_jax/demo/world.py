@@ -56,8 +56,8 @@ class _Corner:
     refusals: frozenset[str] = frozenset()  # answers that only stand against the others; empty: any two may
 
 
-def _alike(answers: Iterable[str], *ways: str) -> dict[str, tuple[str, ...]]:
-    return dict.fromkeys(answers, ways)
+def _alike(answers: Iterable[str], *shards: str) -> dict[str, tuple[str, ...]]:
+    return dict.fromkeys(answers, shards)
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from patarm_jax.data.pairs import shared_between
 from patarm_jax.data.pipeline import EncodedPair, digest_of, encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import pairwise_accuracy
-from patarm_jax.model.sharding import batch_ways, fetch
+from patarm_jax.model.sharding import batch_shards, fetch
 from patarm_jax.padding import bucket
 from patarm_jax.rollout.judging import (
     Judge,
@@ -70,8 +70,8 @@ def open_heldout(
     say(f"held out, {section.path}: {read}{said}. Encoded: {encoded}.")
     asked = {"number of pairs": len(records), "pairs": digest_of(records), "sampling": asdict(sampling)}
     agree("the held-out pairs they read", asked)
-    ways, processes = batch_ways(mesh), jax.process_count()
-    padded = list(itertools.islice(itertools.cycle(records), -(-len(records) // ways) * ways))
+    shards, processes = batch_shards(mesh), jax.process_count()
+    padded = list(itertools.islice(itertools.cycle(records), -(-len(records) // shards) * shards))
     each = len(padded) // processes
     return Heldout(
         section,

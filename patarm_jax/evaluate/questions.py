@@ -53,7 +53,7 @@ def ask_about(items: Sequence[Item], kind: JudgeKind, rubrics: RubricMode) -> li
 
 def questions_of(asked: Sequence[Asked]) -> list[Question]:
     """All of them, each once."""
-    return list({question.row: question for one in asked for question in one.questions}.values())
+    return list({question.sample_id: question for one in asked for question in one.questions}.values())
 
 
 def _sides(item: Item, kind: JudgeKind, rubrics: RubricMode, ask: _Ask) -> Asked:

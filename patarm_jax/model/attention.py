@@ -256,18 +256,20 @@ def seated_attention(
     Returns:
         [B, N, H] float32.
     """
-    (b, n, h), (r, kv, width, _), ways = q.shape, prompt[1].shape, seat.shape[0]
+    (b, n, h), (r, kv, width, _), shards = q.shape, prompt[1].shape, seat.shape[0]
     q = q.reshape(b, kv, n // kv, h)
     past = _softmax_read(q[:, :, :, None], *own, readable[:, None, None, None])
 
-    apart = jnp.pad(q.reshape(ways, -1, *q.shape[1:]), ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))  # the last: nobody
-    seated = jnp.take_along_axis(apart, row[..., None, None, None], axis=1)
+    by_shard = jnp.pad(
+        q.reshape(shards, -1, *q.shape[1:]), ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0))
+    )  # the last: nobody
+    seated = jnp.take_along_axis(by_shard, row[..., None, None, None], axis=1)
     seated = jnp.moveaxis(seated.reshape(r, -1, *q.shape[1:]), 1, 3)  # [R, K, Q, G, H]
     inside = jnp.arange(width) < prompt_lengths[:, None, None, None, None]
     read = _softmax_read(seated, *prompt, inside)
 
     def at_own_seat(x: jax.Array) -> jax.Array:  # [R, K, Q, G, …] → [B, K, Q, …]
-        x = jnp.moveaxis(x, 3, 1).reshape(ways, -1, *x.shape[1:3], *x.shape[4:])
+        x = jnp.moveaxis(x, 3, 1).reshape(shards, -1, *x.shape[1:3], *x.shape[4:])
         return jnp.take_along_axis(x, seat.reshape(*seat.shape, *[1] * (x.ndim - 2)), axis=1).reshape(b, *x.shape[2:])
 
     shared = at_own_seat(read[0]), at_own_seat(read[1])

@@ -61,15 +61,16 @@ def init_cache(
 
 def place_prompts(cache: PromptCache, new: PromptCache, place: jax.Array) -> PromptCache:
     """The cache with new prompts, no wider than its own, at places [W, n] within each device; r: nowhere."""
-    ways = place.shape[0]
+    shards = place.shape[0]
 
     def put(mine: jax.Array, new: jax.Array) -> jax.Array:
         def one(mine: jax.Array, new: jax.Array, place: jax.Array) -> jax.Array:
             part = tuple(slice(size) for size in new.shape[1:])
             return mine.at[(place, *part)].set(new.astype(mine.dtype), mode="drop")
 
-        mine_apart, new_apart = (x.reshape(ways, -1, *x.shape[1:]) for x in (mine, new))
-        return by_rows(jax.vmap(one)(mine_apart, new_apart, place).reshape(mine.shape))
+        shape = mine.shape
+        mine, new = (x.reshape(shards, -1, *x.shape[1:]) for x in (mine, new))
+        return by_rows(jax.vmap(one)(mine, new, place).reshape(shape))
 
     return jax.tree.map(put, cache, new)
 
@@ -78,8 +79,8 @@ def resize_cache(cache: KVCache, rows: jax.Array, prompts: jax.Array, prompt_wid
     """The cache with the rows [W, b] and prompts [W, r] named, counted within each device, and narrower prompts."""
 
     def take(index: jax.Array, x: jax.Array) -> jax.Array:
-        ways = index.shape[0]
-        taken = jax.vmap(partial(jnp.take, axis=0, mode="clip"))(x.reshape(ways, -1, *x.shape[1:]), index)
+        shards = index.shape[0]
+        taken = jax.vmap(partial(jnp.take, axis=0, mode="clip"))(x.reshape(shards, -1, *x.shape[1:]), index)
         return by_rows(taken.reshape(-1, *x.shape[1:]))
 
     old = cache.prompt

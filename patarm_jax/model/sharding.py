@@ -64,10 +64,10 @@ def make_mesh(section: MeshSection, alone: bool = False) -> Mesh:
 
 def _refuse_torn_batches(mesh: Mesh) -> None:
     """Each process feeds one part of a batch: its devices must hold that part, all of it, and no other."""
-    ways, (mine, processes) = batch_ways(mesh), process_in(mesh)
-    indices = batch_sharding(mesh).addressable_devices_indices_map((ways,)).values()
+    shards, (mine, processes) = batch_shards(mesh), process_in(mesh)
+    indices = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
     held = sorted({index[0].start or 0 for index in indices if index})
-    if ways % processes or held != list(range(mine * ways // processes, (mine + 1) * ways // processes)):
+    if shards % processes or held != list(range(mine * shards // processes, (mine + 1) * shards // processes)):
         raise UserError(
             f"the mesh {dict(mesh.shape)} spreads one part of a batch over several of the {processes} processes, or "
             "orders the parts otherwise than the processes. Make mesh.data × mesh.fsdp a multiple of the number of "
@@ -102,7 +102,7 @@ def process_in(mesh: Mesh) -> tuple[int, int]:
     return (jax.process_index(), jax.process_count()) if mesh.is_multi_process else (0, 1)
 
 
-def batch_ways(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

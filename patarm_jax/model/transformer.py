@@ -1,8 +1,8 @@
 """Qwen3 as pure functions: `init_params`, `abstract_params`, `forward`, and `prefill` and `decode` over a cache.
 
 flax.linen lives in this file and does not leave it: parameters are a plain nested dict with Hugging Face's names, the
-layers stacked along a leading axis for training and apart for sampling. Nothing here samples, computes a loss or reads
-a file.
+layers stacked along a leading axis for training and unstacked for sampling. Nothing here samples, computes a loss or
+reads a file.
 
 Axis letters: R prompts · S tokens in a row · Tp prompt tokens · G completions per prompt · Tc completion tokens
               B rows being written · W devices that share them · D width · N query heads · K key-value heads
@@ -78,9 +78,9 @@ def abstract_params(
     mesh: Mesh | None = None,
     rules: Rules = TRAIN_RULES,
     dtype: Any = jnp.float32,
-    apart: bool = False,
+    unstacked: bool = False,
 ) -> Params:
-    """Shape, dtype and, given a mesh, sharding of every parameter, without a weight; `apart` as of `layers_apart`."""
+    """Shape, dtype and, given a mesh, sharding of every parameter, without a weight; see `unstack_layers`."""
     boxed = jax.eval_shape(lambda: _boxed_params(arch, jax.random.key(0)))
 
     def leaf(box: nn.Partitioned) -> jax.ShapeDtypeStruct:
@@ -89,7 +89,7 @@ def abstract_params(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     stacked = jax.tree.map(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
-    return _taken_apart(stacked, lambda leaf, i: layer_shape(leaf)) if apart else stacked
+    return _unstacked(stacked, lambda leaf, i: layer_shape(leaf)) if unstacked else stacked
 
 
 def layer_shape(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -98,16 +98,16 @@ def layer_shape(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
 
 
-def layers_apart(params: Params) -> Params:
+def unstack_layers(params: Params) -> Params:
     """The same parameters with a subtree `layers_i` for each layer, for sampling.
 
     Training goes through stacked layers in one compiled body. A step of decoding does nothing but read weights and
     caches, and reading a layer out of a stack copies it first.
     """
-    return _taken_apart(params, lambda x, i: x[i])
+    return _unstacked(params, lambda x, i: x[i])
 
 
-def _taken_apart(params: Params, take: Callable[[Any, int], Any]) -> Params:
+def _unstacked(params: Params, take: Callable[[Any, int], Any]) -> Params:
     count = jax.tree.leaves(params["layers"])[0].shape[0]
     layers = {f"layers_{i}": jax.tree.map(lambda x, i=i: take(x, i), params["layers"]) for i in range(count)}
     return {name: part for name, part in params.items() if name != "layers"} | layers
@@ -175,7 +175,7 @@ def prefill(
 ) -> tuple[jax.Array, PromptCache]:
     """The last state [R, D] of prompts [R, Tp] of these lengths [R], and their keys and values.
 
-    Its parameters, and those of `decode`, have their layers apart: see `layers_apart`.
+    Its parameters, and those of `decode`, have their layers unstacked: see `unstack_layers`.
     """
     width = prompt.shape[1]
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompt.shape)
@@ -190,11 +190,11 @@ def decode(
     params: Params, arch: Architecture, tokens: jax.Array, cache: KVCache, seats: Seats, *, dtype: Any = jnp.float32
 ) -> tuple[jax.Array, KVCache]:
     """The states [B, D] behind one more token [B] of every row, and the cache with its keys and values."""
-    ways, per_way = seats.seat.shape
-    prompts = cache.prompt.lengths.reshape(ways, -1)
+    shards, per_shard = seats.seat.shape
+    prompts = cache.prompt.lengths.reshape(shards, -1)
     seats_of_one = seats.row.shape[1] // prompts.shape[1]
     lengths = jnp.take_along_axis(prompts, seats.seat // seats_of_one, axis=1)
-    positions = (lengths + seats.age).reshape(ways * per_way, 1)
+    positions = (lengths + seats.age).reshape(shards * per_shard, 1)
     step = _Step(cache, seats)
     hidden, own = _apply(params, arch, tokens[:, None], positions, step, _Pass(dtype))
     keys, values = zip(*own, strict=True)
@@ -227,12 +227,12 @@ def _apply(
     context: Streams | _Step,
     how: _Pass,
 ) -> tuple[jax.Array, Any]:
-    """Final states [R, S, D]; and of layers that are apart, what each keeps: see `_Block`."""
+    """Final states [R, S, D]; and of unstacked layers, what each keeps: see `_Block`."""
     stacked = not (how.keep or isinstance(context, _Step))
     if stacked != ("layers" in params):
         raise ValueError(
-            f"the layers of these parameters are {'apart' if stacked else 'stacked'}. `forward` reads them stacked, "
-            "`prefill` and `decode` apart: see `layers_apart`."
+            f"the layers of these parameters are {'unstacked' if stacked else 'stacked'}. `forward` reads them "
+            "stacked, `prefill` and `decode` unstacked: see `unstack_layers`."
         )
     result: Any = _Qwen3(arch, how, stacked).apply({"params": params}, tokens, positions, context)
     return result

@@ -86,7 +86,7 @@ def load(
     mesh: Mesh | None = None,
     rules: Rules = TRAIN_RULES,
     dtype: Any = jnp.float32,
-    apart: bool = False,
+    unstacked: bool = False,
     stored: Stored | None = None,
 ) -> tuple[Params, Architecture]:
     """Parameters and config of a Hugging Face Qwen3 folder, in one file or in shards.
@@ -98,7 +98,7 @@ def load(
         mesh: where the parameters are placed; None: on the default device.
         rules: how they are placed.
         dtype: the dtype they are given.
-        apart: with a subtree for each layer, as `transformer.layers_apart` gives, but never stacked on the way.
+        unstacked: with a subtree for each layer, as `transformer.unstack_layers` gives, but never stacked on the way.
         stored: what `read_stored` found in the folder; None: it is read now.
 
     Raises:
@@ -117,7 +117,7 @@ def load(
         with contextlib.ExitStack() as stack:
             opened = {file: open_file(file, stack) for file in {files[name] for name in entry.names(arch)}}
             read = _reader(entry, leaf, [opened[files[name]].get_slice(name) for name in entry.names(arch)])
-            if not (apart and entry.stacked):
+            if not (unstacked and entry.stacked):
                 _set(params, entry.path, jax.make_array_from_callback(leaf.shape, leaf.sharding or default, read))
                 continue
             one = layer_shape(leaf)

@@ -26,7 +26,7 @@ from patarm_jax.model.kernels import kernel_for, kernels_in_use
 from patarm_jax.model.sharding import (
     TRAIN_RULES,
     batch_sharding,
-    batch_ways,
+    batch_shards,
     fetch,
     make_mesh,
 )
@@ -197,16 +197,16 @@ def make_programs(
     """Jits a policy update, log-probs and the weight sync with their shardings."""
     kernel = kernel_for(config.model, arch, mesh, "shared")
     run_forward = partial(forward, arch=arch, dtype=config.model.dtype, remat=config.model.remat, kernel=kernel)
-    temperature, ways = config.sampling.temperature or 1.0, batch_ways(mesh)
+    temperature, shards = config.sampling.temperature or 1.0, batch_shards(mesh)
 
     def two_streams(params: Any, prompt: jax.Array, lengths: jax.Array, completion: jax.Array) -> Any:
         return run_forward(params, prompt=prompt, prompt_lengths=lengths, completion=completion)
 
     def logprobs(params: Any, batch: GRPOBatch) -> jax.Array:
-        return completion_logprobs(two_streams, params, batch, temperature, ways)
+        return completion_logprobs(two_streams, params, batch, temperature, shards)
 
     shardings = state_shardings(arch, mesh, optimizer)
-    update = make_step(grpo_loss(two_streams, config.policy, temperature, ways), optimizer, config.micro_batches)
+    update = make_step(grpo_loss(two_streams, config.policy, temperature, shards), optimizer, config.micro_batches)
     return Programs(
         update=jax.jit(
             update,
@@ -229,7 +229,7 @@ def abstract_step(
     width: int,
 ) -> dict[str, Program]:
     """The large programs of a step with abstract arguments: prompts of a width, completions at their limit."""
-    rollout_params = abstract_params(arch, mesh, rollout_rules(config.mesh), config.model.dtype, apart=True)
+    rollout_params = abstract_params(arch, mesh, rollout_rules(config.mesh), config.model.dtype, unstacked=True)
     state, batch = state_shape(arch, mesh, optimizer), _abstract_batch(config, mesh, width)
     of_sampler = abstract_programs(judge.engine, rollout_params, 2 * config.pairs_per_step, width)
     shown: dict[str, Program] = {**of_sampler, "update": (programs.update, (state, batch))}

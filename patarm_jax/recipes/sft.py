@@ -22,7 +22,7 @@ from patarm_jax.data.preferences import read_judged_preferences
 from patarm_jax.evaluate.heldout import evaluate_heldout, open_heldout
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import Form, kernel_for, kernels_in_use
-from patarm_jax.model.sharding import batch_sharding, batch_ways, fetch, make_mesh, place_batch
+from patarm_jax.model.sharding import batch_sharding, batch_shards, fetch, make_mesh, place_batch
 from patarm_jax.model.transformer import forward
 from patarm_jax.padding import WIDTH_MULTIPLE
 from patarm_jax.run.drawing import exported_drawing, heldout_in_words, with_heldout_sampling
@@ -82,7 +82,7 @@ def _train(config: SFTConfig, dry_run: bool) -> bool:
     step_fn = make_update(config, model.arch, mesh, optimizer)
     heldout = open_heldout(config, model, mesh, [one.preference for one in preferences])
     say(kernels_in_use(config.model, model.arch, mesh, _form(config)))
-    rows_multiple = config.micro_batches * max(1, batch_ways(mesh) // jax.process_count())
+    rows_multiple = config.micro_batches * max(1, batch_shards(mesh) // jax.process_count())
 
     def shape_of(pairs: PairBatch) -> SFTShape:
         return sft_shape(pairs, WIDTH_MULTIPLE, rows_multiple, config.packing)
@@ -153,7 +153,7 @@ def make_update(config: SFTConfig, arch: Architecture, mesh: Mesh, optimizer: op
     def read(params: Any, tokens: jax.Array, starts: jax.Array) -> Any:
         return run_forward(params, prompt=tokens, starts=starts if config.packing else None)
 
-    loss = sft_loss(read, batch_ways(mesh))
+    loss = sft_loss(read, batch_shards(mesh))
     shardings = state_shardings(arch, mesh, optimizer)
     return jax.jit(
         make_step(loss, optimizer, config.micro_batches),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from patarm_jax.arrays import Prompts
-from patarm_jax.model.sharding import BATCH_AXES, batch_sharding, batch_ways, constrain
+from patarm_jax.model.sharding import BATCH_AXES, batch_sharding, batch_shards, constrain
 from patarm_jax.rollout import sampler
 from patarm_jax.rollout.sampler import Admission, Network, Settings, Slots
 
@@ -41,10 +41,10 @@ def make_engine(
     network: Network[Any], mesh: Mesh, group: int, settings: Settings, rows: int = 0, halvings: int = HALVINGS
 ) -> Engine:
     """Jits the sampler for a network; programs are compiled once per size of places."""
-    ways = batch_ways(mesh)
+    shards = batch_shards(mesh)
 
     def start(prompts: int, width: int, rows: int) -> Slots[Any]:
-        return _pinned(sampler.empty_slots(network, ways, prompts, width, rows, group, settings))
+        return _pinned(sampler.empty_slots(network, shards, prompts, width, rows, group, settings))
 
     def bring_in(params: Any, slots: Slots[Any], prompts: Prompts, place: jax.Array, key: jax.Array) -> Slots[Any]:
         return _pinned(sampler.bring_in(network, params, slots, prompts, place, key, group, settings))
@@ -70,8 +70,8 @@ def make_engine(
 
 def abstract_programs(engine: Engine, params: Any, requests: int, width: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """The largest programs of a run over so many requests, with abstract arguments, for compiling ahead of time."""
-    ways, new = batch_ways(engine.mesh), partial(jax.ShapeDtypeStruct, sharding=batch_sharding(engine.mesh))
-    prompts, rows = places_for(engine, -(-requests // ways))
+    shards, new = batch_shards(engine.mesh), partial(jax.ShapeDtypeStruct, sharding=batch_sharding(engine.mesh))
+    prompts, rows = places_for(engine, -(-requests // shards))
     number = prompts_at_a_time(width, prompts, prompts)
     with jax.set_mesh(engine.mesh):
         slots = jax.tree.map(
@@ -80,19 +80,19 @@ def abstract_programs(engine: Engine, params: Any, requests: int, width: int) ->
             engine.start.lower(prompts, width, rows).compile().output_shardings,
         )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    size = ways * number
+    size = shards * number
     read = Prompts(*cast(Arrays, tuple(new(shape, jnp.int32) for shape in ((size, width), (size,), (size,)))))
-    begins = Admission(*cast(Arrays, tuple(new((ways, rows), kind) for kind in (jnp.bool, jnp.int32, jnp.int32))))
+    begins = Admission(*cast(Arrays, tuple(new((shards, rows), kind) for kind in (jnp.bool, jnp.int32, jnp.int32))))
     enough = jax.ShapeDtypeStruct((), jnp.int32)
     return {
-        "prefill": (engine.bring_in, (params, slots, read, new((ways, number), jnp.int32), key)),
+        "prefill": (engine.bring_in, (params, slots, read, new((shards, number), jnp.int32), key)),
         "decode": (engine.advance, (params, slots, begins, key, enough)),
     }
 
 
 def places_for(engine: Engine, requests: int) -> tuple[int, int]:
     """How many prompts and rows a device has, for so many requests."""
-    wanted = -(-engine.rows // batch_ways(engine.mesh)) if engine.rows else requests * engine.group
+    wanted = -(-engine.rows // batch_shards(engine.mesh)) if engine.rows else requests * engine.group
     rows = min(wanted, requests * engine.group)
     # Groups end unevenly: with twice the prompts that the rows need, no row waits for one.
     return min(requests, -(-rows // engine.group) * (1 if engine.group == 1 else 2)), rows

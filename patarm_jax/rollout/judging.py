@@ -42,7 +42,7 @@ class Judge:
 
 
 def requests_of(records: Sequence[EncodedPair]) -> list[Request]:
-    """Rows chosen 0, rejected 0, chosen 1, …; a row id names a response of the data set, whatever batch it is in."""
+    """Chosen 0, rejected 0, chosen 1, …; a sample id names a response of the data set, whatever batch it is in."""
     return [
         Request(tokens, 2 * record.index + side)
         for record in records
@@ -66,11 +66,11 @@ def make_judge(
     section: ModelSection,
     sampling: SamplingSection,
     group: int,
-    apart: int = 0,
+    vote_stride: int = 0,
 ) -> Judge:
-    """A judge for a network of this shape that gives G = `group` judgements of a response; `apart` as in `Settings`."""
+    """A judge for a network of this shape that gives G = `group` judgements; see `Settings` for vote_stride."""
     settings = Settings(
-        tokenizer.stop_ids, sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, apart
+        tokenizer.stop_ids, sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, vote_stride
     )
     network = network_of(arch, section.dtype, kernel_for(section, arch, mesh, "causal"))
     return Judge(tokenizer, mesh, make_engine(network, mesh, group, settings, sampling.rows))
@@ -145,7 +145,7 @@ def sample_judgements(judge: Judge, params: Params, requests: Sequence[Request],
     for row, request in zip(tokens, requests, strict=True):
         row[: len(request.tokens)] = request.tokens
     lengths = np.array([len(request.tokens) for request in requests], np.int32)
-    prompts = tokens, lengths, np.array([request.row for request in requests], np.int32)
+    prompts = tokens, lengths, np.array([request.sample_id for request in requests], np.int32)
     completions = finished.tokens, finished.lengths, finished.logprobs, finished.truncated
     return place_batch(judge.mesh, Sampled(Prompts(*cast(Arrays, prompts)), Completions(*cast(Arrays, completions))))
 

@@ -32,8 +32,8 @@ class Settings:
     temperature: float = 1.0  # 0: the likeliest token
     top_k: int = 0  # 0: all
     top_p: float = 1.0
-    # The ids of a prompt's G completions: 0, row·G + g; else row + g·apart, which are the same for any G.
-    apart: int = 0
+    # The ids of a prompt's G completions: 0, sample_id·G + g; else sample_id + g·vote_stride, the same for any G.
+    vote_stride: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,32 +77,34 @@ class Admission:
 
 
 def empty_slots(
-    network: Network[Cache], ways: int, prompts: int, prompt_width: int, rows: int, group: int, settings: Settings
+    network: Network[Cache], shards: int, prompts: int, prompt_width: int, rows: int, group: int, settings: Settings
 ) -> Slots[Cache]:
     """Places for so many prompts and rows per device, all free."""
     # The last token drawn is never read, but one place less would not be the round number that hardware reads fast.
     width = settings.max_new_tokens
-    cache = network.init(ways * prompts, prompt_width, ways * rows, width)
-    zero = jnp.zeros((ways, rows), jnp.int32)
+    cache = network.init(shards * prompts, prompt_width, shards * rows, width)
+    zero = jnp.zeros((shards, rows), jnp.int32)
     return Slots(
         cache,
         steps=jnp.int32(0),
-        first_token=jnp.zeros((ways, prompts * group), jnp.int32),
-        first_logprob=jnp.zeros((ways, prompts * group), jnp.float32),
+        first_token=jnp.zeros((shards, prompts * group), jnp.int32),
+        first_logprob=jnp.zeros((shards, prompts * group), jnp.float32),
         seat=zero,
         ids=zero,
         token=zero,
         drawn=zero,
         done=zero == 0,
         stopped=zero > 0,
-        tokens=jnp.zeros((ways, rows, width), jnp.int32),
-        logprobs=jnp.zeros((ways, rows, width), jnp.float32),
+        tokens=jnp.zeros((shards, rows, width), jnp.int32),
+        logprobs=jnp.zeros((shards, rows, width), jnp.float32),
     )
 
 
-def completion_id(row: Any, rollout: Any, group: int, settings: Settings) -> Any:
-    """What the keys of a completion are folded from, of ints or arrays; see `Settings.apart`."""
-    return row + rollout * settings.apart if settings.apart else row * group + rollout
+def completion_id(sample_id: Any, rollout: Any, group: int, settings: Settings) -> Any:
+    """What the keys of a completion are folded from, of ints or arrays; see `Settings.vote_stride`."""
+    if settings.vote_stride:
+        return sample_id + rollout * settings.vote_stride
+    return sample_id * group + rollout
 
 
 def bring_in(
@@ -128,7 +130,7 @@ def bring_in(
         settings: see `Settings`.
     """
     logits, fresh = network.prefill(params, prompts.tokens, prompts.lengths)
-    ids = completion_id(prompts.rows[:, None], jnp.arange(group), group, settings)
+    ids = completion_id(prompts.sample_ids[:, None], jnp.arange(group), group, settings)
     logits = jnp.broadcast_to(logits[:, None], (*ids.shape, logits.shape[-1]))
     token, logprob = draw(logits, _keys(key, ids, jnp.zeros_like(ids)), settings)
 
@@ -159,17 +161,17 @@ def advance(
     compares them with.
     """
     slots = _admit(slots, admission, settings)
-    ways, rows = slots.seat.shape
+    shards, rows = slots.seat.shape
     seats = slots.first_token.shape[1]
     # Who is done has left its seat, and another may sit there.
     sitting = jnp.where(slots.done, seats, slots.seat)
-    everyone = jnp.broadcast_to(jnp.arange(rows), (ways, rows))
+    everyone = jnp.broadcast_to(jnp.arange(rows), (shards, rows))
     row = jax.vmap(lambda seat, who: jnp.full(seats, rows).at[seat].set(who, mode="drop"))(sitting, everyone)
 
     def step(slots: Slots[Cache]) -> Slots[Cache]:
         where = Seats(slots.seat, row, jnp.maximum(slots.drawn - 1, 0))
         logits, cache = network.decode(params, slots.token.reshape(-1), slots.cache, where)
-        token, logprob = draw(logits.reshape(ways, rows, -1), _keys(key, slots.ids, slots.drawn), settings)
+        token, logprob = draw(logits.reshape(shards, rows, -1), _keys(key, slots.ids, slots.drawn), settings)
         return _record(replace(slots, cache=cache, steps=slots.steps + 1), ~slots.done, token, logprob, settings)
 
     end = jnp.minimum(enough, slots.done.size)

@@ -11,7 +11,7 @@ from patarm_jax.config import ModelSection
 from patarm_jax.model import transformer
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import kernel_for
-from patarm_jax.model.sharding import batch_ways, fetch, place_batch
+from patarm_jax.model.sharding import batch_shards, fetch, place_batch
 from patarm_jax.padding import bucket
 from patarm_jax.rollout.engine import PREFILL_TOKENS
 
@@ -34,15 +34,15 @@ def scores(scorer: Scorer, params: Any, mesh: Mesh, conversations: Sequence[np.n
 
     Args:
         scorer: from `make_scorer`.
-        params: its weights, layers apart.
+        params: its weights, layers unstacked.
         mesh: where they lie.
         conversations: [T] int32 each.
     """
     waiting = sorted(range(len(conversations)), key=lambda index: -len(conversations[index]))
-    ways = batch_ways(mesh)
+    shards = batch_shards(mesh)
     while waiting:
         width = bucket(len(conversations[waiting[0]]))
-        rows = ways * max(1, PREFILL_TOKENS // width)
+        rows = shards * max(1, PREFILL_TOKENS // width)
         now, waiting = waiting[:rows], waiting[rows:]
         tokens, lengths = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
         for row, index in enumerate(now):

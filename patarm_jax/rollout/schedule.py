@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from patarm_jax.arrays import Prompts
 from patarm_jax.model.sharding import (
-    batch_ways,
+    batch_shards,
     fetch,
     local_part,
     place_batch,
@@ -36,7 +36,7 @@ class Request:
     """One prompt to be completed G times."""
 
     tokens: Sequence[int] | np.ndarray
-    row: int  # names it: sampling keys are folded from it, so it must not depend on the batch
+    sample_id: int  # sampling keys are folded from it, so it must not depend on the batch
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,13 @@ class _Schedule:
 
     def __init__(self, engine: Engine, params: Any, requests: Sequence[Request], key: jax.Array) -> None:
         self.engine, self.params, self.key, self.requests = engine, params, key, requests
-        self.ways = batch_ways(engine.mesh)
+        self.shards = batch_shards(engine.mesh)
         process, processes = process_in(engine.mesh)
         self.first = len(requests) * process  # a request's number, over all processes
         self.lengths = _everyones([len(request.tokens) for request in requests], processes)
-        each = self.ways // processes
+        each = self.shards // processes
         self.mine = range(process * each, (process + 1) * each)
-        shares = [self._share(way, each) for way in range(self.ways)]
+        shares = [self._share(shard, each) for shard in range(self.shards)]
         prompts, rows = places_for(engine, max(map(len, shares)))
         self.devices = [_Device(deque(share), [None] * prompts, [None] * rows) for share in shares]
         self.width = bucket(int(self.lengths.max()))
@@ -133,10 +133,10 @@ class _Schedule:
         self.writing: dict[int, Group] = {}  # this process's requests whose prompts are in
         self.ended: list[Group] = []  # in this turn
 
-    def _share(self, way: int, each: int) -> list[int]:
+    def _share(self, shard: int, each: int) -> list[int]:
         """The requests of a device, longest prompt first, dealt so that devices have alike work."""
         count = len(self.requests)
-        process, turn = divmod(way, each)
+        process, turn = divmod(shard, each)
         numbers = range(process * count, (process + 1) * count)
         return sorted(numbers, key=lambda number: -int(self.lengths[number]))[turn::each]
 
@@ -168,9 +168,9 @@ class _Schedule:
 
     def _read(self, width: int, number: int) -> None:
         tokens = np.zeros((len(self.mine), number, width), np.int32)
-        lengths, rows = np.ones(tokens.shape[:2], np.int32), np.zeros(tokens.shape[:2], np.int32)
+        lengths, ids = np.ones(tokens.shape[:2], np.int32), np.zeros(tokens.shape[:2], np.int32)
         place = np.full(tokens.shape[:2], len(self.devices[0].prompts), np.int32)
-        for way, device in enumerate(self.devices):
+        for shard, device in enumerate(self.devices):
             for n, free in zip(range(number), device.free_places(), strict=False):
                 if not device.waiting:
                     break
@@ -178,12 +178,12 @@ class _Schedule:
                 device.prompts[free] = request
                 device.left[request] = self.engine.group
                 device.ready.extend((request, rollout) for rollout in range(self.engine.group))
-                if way in self.mine:
+                if shard in self.mine:
                     self.writing[request] = self._unwritten(request - self.first)
-                    given, index = self.requests[request - self.first], way - self.mine.start
+                    given, index = self.requests[request - self.first], shard - self.mine.start
                     tokens[index, n, : len(given.tokens)] = given.tokens
-                    lengths[index, n], rows[index, n], place[index, n] = len(given.tokens), given.row, free
-        flat = tuple(x.reshape(-1, *x.shape[2:]) for x in (tokens, lengths, rows))
+                    lengths[index, n], ids[index, n], place[index, n] = len(given.tokens), given.sample_id, free
+        flat = tuple(x.reshape(-1, *x.shape[2:]) for x in (tokens, lengths, ids))
         prompts = place_batch(self.engine.mesh, Prompts(*cast(Arrays, flat)))
         self.slots = self.engine.bring_in(
             self.params, self.slots, prompts, place_batch(self.engine.mesh, place), self.key
@@ -196,17 +196,17 @@ class _Schedule:
         engine, size = self.engine, len(self.devices[0].rows)
         begins = np.zeros((len(self.mine), size), bool)
         seat, ids = np.zeros((2, len(self.mine), size), np.int32)
-        for way, device in enumerate(self.devices):
+        for shard, device in enumerate(self.devices):
             for row in device.free_rows():
                 if not device.ready:
                     break
                 request, rollout = device.rows[row] = device.ready.popleft()
-                if way in self.mine:
-                    index = way - self.mine.start
+                if shard in self.mine:
+                    index = shard - self.mine.start
                     begins[index, row] = True
                     seat[index, row] = device.prompts.index(request) * engine.group + rollout
-                    row_id = self.requests[request - self.first].row
-                    ids[index, row] = sampler.completion_id(row_id, rollout, engine.group, engine.settings)
+                    sample_id = self.requests[request - self.first].sample_id
+                    ids[index, row] = sampler.completion_id(sample_id, rollout, engine.group, engine.settings)
         admission = place_batch(engine.mesh, Admission(*cast(Arrays, (begins, seat, ids))))
         self.slots = engine.advance(self.params, self.slots, admission, self.key, np.int32(self._enough(size)))
         done, drawn, steps = fetch((self.slots.done, self.slots.drawn, self.slots.steps))
@@ -227,23 +227,23 @@ class _Schedule:
         tokens, logprobs, stopped = (
             local_part(x) for x in (self.slots.tokens, self.slots.logprobs, self.slots.stopped)
         )
-        for way, device in enumerate(self.devices):
+        for shard, device in enumerate(self.devices):
             for row, work in enumerate(device.rows):
-                if work is None or not done[way, row]:
+                if work is None or not done[shard, row]:
                     continue
                 request, rollout = work
                 device.rows[row] = None
                 device.left[request] -= 1
-                if way in self.mine:
-                    index, group = way - self.mine.start, self.writing[request]
+                if shard in self.mine:
+                    index, group = shard - self.mine.start, self.writing[request]
                     group.tokens[rollout] = tokens[index, row]
                     group.logprobs[rollout] = logprobs[index, row]
-                    group.lengths[rollout] = drawn[way, row]
+                    group.lengths[rollout] = drawn[shard, row]
                     group.truncated[rollout] = not stopped[index, row]
                 if not device.left[request]:
                     del device.left[request]
                     device.prompts[device.prompts.index(request)] = None
-                    if way in self.mine:
+                    if shard in self.mine:
                         self.ended.append(self.writing.pop(request))
 
     def _unwritten(self, index: int) -> Group:
@@ -278,14 +278,14 @@ class _Schedule:
 
     def _resize(self, size: int, prompts: int, width: int) -> None:
         """Moves what is being written, and its prompts, to the front."""
-        rows = np.full((self.ways, size), len(self.devices[0].rows), np.int32)
-        places, seat = np.zeros((self.ways, prompts), np.int32), np.zeros((self.ways, size), np.int32)
-        for way, device in enumerate(self.devices):
+        rows = np.full((self.shards, size), len(self.devices[0].rows), np.int32)
+        places, seat = np.zeros((self.shards, prompts), np.int32), np.zeros((self.shards, size), np.int32)
+        for shard, device in enumerate(self.devices):
             living = list(device.left)
-            places[way, : len(living)] = [device.prompts.index(request) for request in living]
+            places[shard, : len(living)] = [device.prompts.index(request) for request in living]
             writing = [(row, work) for row, work in enumerate(device.rows) if work is not None]
-            rows[way, : len(writing)] = [row for row, _ in writing]
-            seat[way, : len(writing)] = [living.index(r) * self.engine.group + g for _, (r, g) in writing]
+            rows[shard, : len(writing)] = [row for row, _ in writing]
+            seat[shard, : len(writing)] = [living.index(r) * self.engine.group + g for _, (r, g) in writing]
             device.prompts = [*living, *[None] * (prompts - len(living))]
             device.rows = [*(work for _, work in writing), *[None] * (size - len(writing))]
         mine = slice(self.mine.start, self.mine.stop)

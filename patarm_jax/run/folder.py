@@ -22,7 +22,7 @@ from patarm_jax.data.pipeline import EncodedPair, batches_per_epoch, digest_of
 from patarm_jax.files import check_writable, is_writable, read_json_object, write_json, write_text, writing
 from patarm_jax.locks import hold_folder
 from patarm_jax.model.architecture import Architecture
-from patarm_jax.model.sharding import TRAIN_RULES, batch_ways
+from patarm_jax.model.sharding import TRAIN_RULES, batch_shards
 from patarm_jax.model.transformer import abstract_params
 from patarm_jax.run.checkpoint import Checkpoints, open_checkpoints
 from patarm_jax.run.checkpoint_files import metrics_of, steps_in
@@ -216,11 +216,11 @@ def number_of_steps(section: RunSection, records: Sequence[EncodedPair], pairs_p
 
 def check_batch(mesh: Mesh, rows: int, micro_batches: int, what: str) -> None:
     """Refuses a batch that the mesh or the micro-batches cannot share evenly."""
-    if micro_batches < 1 or rows % micro_batches or rows // micro_batches % batch_ways(mesh):
-        ways = batch_ways(mesh)
+    shards = batch_shards(mesh)
+    if micro_batches < 1 or rows % micro_batches or rows // micro_batches % shards:
         raise UsageError(
-            f"{what} gives {rows} rows, which micro_batches {micro_batches} × {ways} devices (mesh.data × mesh.fsdp) "
-            f"cannot share evenly. Make it a multiple of {max(micro_batches, 1) * ways}, or change the mesh."
+            f"{what} gives {rows} rows, which micro_batches {micro_batches} × {shards} devices (mesh.data × mesh.fsdp) "
+            f"cannot share evenly. Make it a multiple of {max(micro_batches, 1) * shards}, or change the mesh."
         )
 
 

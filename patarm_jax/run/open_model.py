@@ -13,7 +13,7 @@ from patarm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture, read_architecture
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, Rules
-from patarm_jax.model.transformer import Params, abstract_params, init_params, layers_apart
+from patarm_jax.model.transformer import Params, abstract_params, init_params, unstack_layers
 from patarm_jax.model.weight_files import Stored, digest, read_stored
 from patarm_jax.run.process import say
 from patarm_jax.run.soundness import refuse_ruined
@@ -99,24 +99,24 @@ def judge_digest(model: Model) -> str:
 
 
 def load_params(
-    section: ModelSection, model: Model, mesh: Mesh, seed: int, rules: Rules, dtype: Any, apart: bool = False
+    section: ModelSection, model: Model, mesh: Mesh, seed: int, rules: Rules, dtype: Any, unstacked: bool = False
 ) -> Params:
-    """The model's weights in their places, or random ones, when the config asks for them; `apart` for sampling."""
+    """The model's weights in their places, or random ones, when the config asks for them; `unstacked` for sampling."""
     if section.weights == "random":
         params = init_params(model.arch, jax.random.key(seed), mesh, rules)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
-        return layers_apart(params) if apart else params
-    params = weights.load(model.folder, mesh, rules, dtype, apart, model.stored)[0]
-    if not apart:  # they are trained, or trained against: one that is no number would spoil every update
+        return unstack_layers(params) if unstacked else params
+    params = weights.load(model.folder, mesh, rules, dtype, unstacked, model.stored)[0]
+    if not unstacked:  # they are trained, or trained against: one that is no number would spoil every update
         refuse_ruined(params, f"the model {model.folder}", "Copy the model again, or give another one")
     return params
 
 
 def weight_sync(arch: Architecture, mesh: Mesh, placement: MeshSection, dtype: str) -> Any:
     """The jitted program that makes the copy for sampling of trained parameters."""
-    rollout = abstract_params(arch, mesh, rollout_rules(placement), dtype, apart=True)
+    rollout = abstract_params(arch, mesh, rollout_rules(placement), dtype, unstacked=True)
     return jax.jit(
-        lambda params: layers_apart(jax.tree.map(lambda x: x.astype(dtype), params)),
+        lambda params: unstack_layers(jax.tree.map(lambda x: x.astype(dtype), params)),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, rollout),
     )
 

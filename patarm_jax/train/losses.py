@@ -16,7 +16,7 @@ HEAD_TOKENS = 512
 
 
 def token_logprobs(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, temperature: float = 1.0, ways: int = 1
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, temperature: float = 1.0, shards: int = 1
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and entropy of each distribution, without a gradient.
 
@@ -27,13 +27,13 @@ def token_logprobs(
         head: [V, D].
         targets: [B, T] int32.
         temperature: τ, that of sampling.
-        ways: into how many parts the devices share B; each works through its own tokens.
+        shards: into how many parts the devices share B; each works through its own tokens.
 
     Returns:
         logprobs [B, T] and entropy [B, T], float32.
     """
     hidden, head = jax.lax.stop_gradient((hidden, head))
-    chunks = jax.tree.map(lambda x: _chunked(x, ways), (hidden, targets))
+    chunks = jax.tree.map(lambda x: _chunked(x, shards), (hidden, targets))
 
     def one(carry: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         states, wanted = part
@@ -41,7 +41,7 @@ def token_logprobs(
         return carry, (logprobs, entropy)
 
     _, (logprobs, entropy) = jax.lax.scan(one, None, chunks)
-    return _unchunked(logprobs, targets.shape, ways), _unchunked(entropy, targets.shape, ways)
+    return _unchunked(logprobs, targets.shape, shards), _unchunked(entropy, targets.shape, shards)
 
 
 # Of logprobs, entropies, whether the target has the largest logit, and what else is known of the same tokens, all [n]:
@@ -51,7 +51,7 @@ TokenSum = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def sum_over_tokens(
-    fn: TokenSum, temperature: float, ways: int, hidden: jax.Array, head: jax.Array, targets: jax.Array, known: Any
+    fn: TokenSum, temperature: float, shards: int, hidden: jax.Array, head: jax.Array, targets: jax.Array, known: Any
 ) -> tuple[jax.Array, Any]:
     """Adds up a function of every token's log-prob and entropy, with the gradient of the sum by its log-probs.
 
@@ -62,7 +62,7 @@ def sum_over_tokens(
     Args:
         fn: static; a token for which all of `known` is 0 must count for nothing, since chunks are filled up with such.
         temperature: τ, as in `token_logprobs`.
-        ways: as in `token_logprobs`.
+        shards: as in `token_logprobs`.
         hidden: [B, T, D].
         head: [V, D].
         targets: [B, T] int32.
@@ -71,7 +71,7 @@ def sum_over_tokens(
     Returns:
         what fn gave, added up over all tokens.
     """
-    chunks = jax.tree.map(lambda x: _chunked(x, ways), (hidden, targets, known))
+    chunks = jax.tree.map(lambda x: _chunked(x, shards), (hidden, targets, known))
 
     def one(sums: Any, part: tuple[jax.Array, jax.Array, Any]) -> tuple[Any, None]:
         states, wanted, known = part
@@ -82,9 +82,9 @@ def sum_over_tokens(
 
 
 def _sum_forward(
-    fn: TokenSum, temperature: float, ways: int, hidden: jax.Array, head: jax.Array, targets: jax.Array, known: Any
+    fn: TokenSum, temperature: float, shards: int, hidden: jax.Array, head: jax.Array, targets: jax.Array, known: Any
 ) -> tuple[tuple[jax.Array, Any], Any]:
-    chunks = jax.tree.map(lambda x: _chunked(x, ways), (hidden, targets, known))
+    chunks = jax.tree.map(lambda x: _chunked(x, shards), (hidden, targets, known))
 
     def one(carry: Any, part: tuple[jax.Array, jax.Array, Any]) -> tuple[Any, jax.Array]:
         sums, d_head = carry
@@ -96,17 +96,17 @@ def _sum_forward(
         is_target = wanted[:, None] == jnp.arange(head.shape[0])
         d_logits = (jnp.where(is_target, scaled, 0.0) - weights * (scaled / total[:, None])).astype(head.dtype)
         # One sum per part of the batch: devices that hold different parts meet once, behind the last chunk.
-        apart = (x.reshape(ways, -1, x.shape[-1]) for x in (d_logits, states))
+        apart = (x.reshape(shards, -1, x.shape[-1]) for x in (d_logits, states))
         d_head += jnp.einsum("wcv,wcd->wvd", *apart, preferred_element_type=jnp.float32)
         d_states = jnp.einsum("nv,vd->nd", d_logits, head, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, sums, (value, reported)), d_head), d_states.astype(states.dtype)
 
-    zero = _zero_sums(fn, chunks), jnp.zeros((ways, *head.shape), jnp.float32)
+    zero = _zero_sums(fn, chunks), jnp.zeros((shards, *head.shape), jnp.float32)
     (sums, d_head), d_hidden = jax.lax.scan(one, zero, chunks)
-    return sums, (_unchunked(d_hidden, hidden.shape, ways), d_head.sum(axis=0).astype(head.dtype))
+    return sums, (_unchunked(d_hidden, hidden.shape, shards), d_head.sum(axis=0).astype(head.dtype))
 
 
-def _sum_backward(fn: TokenSum, temperature: float, ways: int, saved: Any, gradient: Any) -> tuple[Any, ...]:
+def _sum_backward(fn: TokenSum, temperature: float, shards: int, saved: Any, gradient: Any) -> tuple[Any, ...]:
     return (*((gradient[0] * x).astype(x.dtype) for x in saved), None, None)
 
 
@@ -135,22 +135,24 @@ def _zero_sums(fn: TokenSum, chunks: Any) -> Any:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, nothing, nothing, hits, known))
 
 
-def _chunked(x: jax.Array, ways: int) -> jax.Array:
+def _chunked(x: jax.Array, shards: int) -> jax.Array:
     """[B, T, …] → [number of chunks, n, …], C tokens of each of W parts of the batch, filled up with zeros.
 
     Flat, for XLA's CPU backend reduces the rows of a matrix far faster than those of a stack of matrices.
     """
-    tokens = x.reshape(ways, -1, *x.shape[2:])
+    tokens = x.reshape(shards, -1, *x.shape[2:])
     chunk = min(HEAD_TOKENS, tokens.shape[1])
     count = -(-tokens.shape[1] // chunk)
     tokens = jnp.pad(tokens, [(0, count * chunk - tokens.shape[1] if axis == 1 else 0) for axis in range(tokens.ndim)])
-    return tokens.reshape(ways, count, chunk, *x.shape[2:]).swapaxes(0, 1).reshape(count, ways * chunk, *x.shape[2:])
+    return (
+        tokens.reshape(shards, count, chunk, *x.shape[2:]).swapaxes(0, 1).reshape(count, shards * chunk, *x.shape[2:])
+    )
 
 
-def _unchunked(x: jax.Array, shape: tuple[int, ...], ways: int) -> jax.Array:
+def _unchunked(x: jax.Array, shape: tuple[int, ...], shards: int) -> jax.Array:
     """[number of chunks, n, …] → [B, T, …]."""
-    tokens = x.reshape(x.shape[0], ways, -1, *x.shape[2:]).swapaxes(0, 1).reshape(ways, -1, *x.shape[2:])
-    return tokens[:, : shape[0] * shape[1] // ways].reshape(shape)
+    tokens = x.reshape(x.shape[0], shards, -1, *x.shape[2:]).swapaxes(0, 1).reshape(shards, -1, *x.shape[2:])
+    return tokens[:, : shape[0] * shape[1] // shards].reshape(shape)
 
 
 def mask_from_lengths(lengths: jax.Array, width: int) -> jax.Array:

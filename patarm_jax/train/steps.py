@@ -96,19 +96,19 @@ def are_sound(params: Params) -> jax.Array:
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-def sft_loss(forward: Forward, ways: int = 1) -> LossFn[SFTBatch]:
+def sft_loss(forward: Forward, shards: int = 1) -> LossFn[SFTBatch]:
     """Mean cross-entropy of the judgements' tokens, end tokens included; prompts are only read.
 
     Args:
         forward: (params, tokens [B, T], starts [B, T]) → Output.
-        ways: into how many parts the devices share the batch.
+        shards: into how many parts the devices share the batch.
     """
 
     def loss(params: Params, batch: SFTBatch) -> Loss:
         out = forward(params, batch.tokens, batch.starts)
         states = jnp.take_along_axis(out.prompt, batch.read[..., None], axis=1)
         mask = mask_from_lengths(batch.counts, batch.read.shape[1])
-        total, sums = sum_over_tokens(_cross_entropy, 1.0, ways, states, out.head, batch.targets, mask)
+        total, sums = sum_over_tokens(_cross_entropy, 1.0, shards, states, out.head, batch.targets, mask)
         count = mask.sum().astype(jnp.float32)
         return Loss((total, count), {"loss": (total, count)} | {name: (value, count) for name, value in sums.items()})
 
@@ -125,11 +125,11 @@ def _cross_entropy(
 
 
 def completion_logprobs(
-    forward: Forward, params: Params, batch: GRPOBatch, temperature: float, ways: int = 1
+    forward: Forward, params: Params, batch: GRPOBatch, temperature: float, shards: int = 1
 ) -> jax.Array:
     """Log-probs of sampled tokens, [P, 2, G, Tc]; each prompt is computed once for its group. Has no gradient."""
     states, head, targets = _predicting(forward, params, batch)
-    logprobs, _ = token_logprobs(states, head, targets, temperature=temperature, ways=ways)
+    logprobs, _ = token_logprobs(states, head, targets, temperature=temperature, shards=shards)
     return logprobs.reshape(batch.completion_tokens.shape)
 
 
@@ -157,14 +157,14 @@ class _Known(NamedTuple):
     ref_logprobs: jax.Array | None
 
 
-def grpo_loss(forward: Forward, policy: PolicySection, temperature: float, ways: int = 1) -> LossFn[GRPOBatch]:
+def grpo_loss(forward: Forward, policy: PolicySection, temperature: float, shards: int = 1) -> LossFn[GRPOBatch]:
     """Clipped policy loss plus kl_coef times the k3 KL to the reference, over sampled tokens.
 
     Args:
         forward: (params, prompt [R, Tp], prompt_lengths [R], completion [R, G, Tc]) → Output.
         policy: clipping, KL, aggregation.
         temperature: of sampling.
-        ways: into how many parts the devices share the batch.
+        shards: into how many parts the devices share the batch.
     """
 
     def loss(params: Params, batch: GRPOBatch) -> Loss:
@@ -174,7 +174,7 @@ def grpo_loss(forward: Forward, policy: PolicySection, temperature: float, ways:
         states, head, targets = _predicting(forward, params, batch)
         known = _Known(mask, weights, advantages, batch.old_logprobs, batch.ref_logprobs)
         known = jax.tree.map(lambda x: x.reshape(targets.shape), known)
-        total, sums = sum_over_tokens(partial(_policy_loss, policy), temperature, ways, states, head, targets, known)
+        total, sums = sum_over_tokens(partial(_policy_loss, policy), temperature, shards, states, head, targets, known)
         count = mask.sum().astype(jnp.float32)
         metrics = {name: (value, count) for name, value in sums.items()}
         return Loss(
