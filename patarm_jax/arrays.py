@@ -1,9 +1,8 @@
-"""The nouns of arrays: prompts, completions and batches, with their shapes. Nothing here computes.
+"""The nouns of arrays: prompts, rollouts and batches, with their shapes. Nothing here computes.
 
 The axis letters are
 
-    P preference pairs · 2 sides (0 chosen, 1 rejected) · G rollouts per response · R = 2·P responses
-    B rows · T tokens · M predicted tokens · Tp prompt tokens · Tc completion tokens
+    R prompts · G rollouts per prompt · B rows · T tokens · M predicted tokens · Tp prompt tokens · Tc completion tokens
 """
 
 from dataclasses import dataclass
@@ -23,17 +22,6 @@ class Prompts:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Completions:
-    """What the sampler returns: G completions of each of R prompts, right-padded."""
-
-    tokens: jax.Array  # [R, G, Tc] int32
-    lengths: jax.Array  # [R, G] int32, the end token included
-    logprobs: jax.Array  # [R, G, Tc] float32, log π(token) at the sampling temperature, 0 past the end
-    truncated: jax.Array  # [R, G] bool, cut off before an end token
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
 class Seats:
     """Which prompt a row that is being written reads: each of r prompts has G seats, and a row sits on one of them.
 
@@ -43,6 +31,15 @@ class Seats:
     seat: jax.Array  # [W, b] int32, prompt·G + rollout, counted within the device
     row: jax.Array  # [W, r·G] int32, who sits there, counted within the device; b: nobody
     age: jax.Array  # [W, b] int32, tokens the row has written before
+
+
+@dataclass(frozen=True, order=True)
+class SFTShape:
+    """Sizes of an SFT batch that all processes agree on."""
+
+    rows: int  # B, of one process
+    width: int  # T
+    targets: int  # M
 
 
 @jax.tree_util.register_dataclass
@@ -59,13 +56,13 @@ class SFTBatch:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class GRPOBatch:
-    """The rollouts of P pairs with everything one policy update needs."""
+class Rollouts:
+    """R prompts with G rollouts each, and what an update needs to know of them. The first axis is never cut apart."""
 
-    prompt_tokens: jax.Array  # [P, 2, Tp] int32
-    prompt_lengths: jax.Array  # [P, 2] int32
-    completion_tokens: jax.Array  # [P, 2, G, Tc] int32
-    completion_lengths: jax.Array  # [P, 2, G] int32, the end token included
-    old_logprobs: jax.Array  # [P, 2, G, Tc] float32, under the policy that sampled
-    ref_logprobs: jax.Array | None  # [P, 2, G, Tc] float32, under the reference; None when kl_coef is 0
-    advantages: jax.Array  # [P, 2, G] float32
+    prompt_tokens: jax.Array  # [R, Tp] int32
+    prompt_lengths: jax.Array  # [R] int32
+    completion_tokens: jax.Array  # [R, G, Tc] int32
+    completion_lengths: jax.Array  # [R, G] int32, the end token included
+    old_logprobs: jax.Array  # [R, G, Tc] float32, under the policy that sampled
+    ref_logprobs: jax.Array | None  # [R, G, Tc] float32, under the reference; None where nothing is measured from one
+    advantages: jax.Array  # [R, G] float32, or [R, G, Tc] where tokens have their own

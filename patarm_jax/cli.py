@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import itertools
 import os
 import sys
@@ -14,20 +15,10 @@ from typing import Any, TypeAlias, get_args
 import jax
 
 from patarm_jax import __version__
-from patarm_jax.config import (
-    BenchConfig,
-    Config,
-    EvalConfig,
-    GRPOConfig,
-    JudgeConfig,
-    SFTConfig,
-    from_mapping,
-    load,
-    override,
-    read_yaml,
-)
+from patarm_jax.config.flags import listed
+from patarm_jax.config.load import TRAINING, Config, from_mapping, load, override, read_yaml
+from patarm_jax.config.recipes import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, SFTConfig
 from patarm_jax.files import refuse_address
-from patarm_jax.flags import listed
 from patarm_jax.run.joining import tell_why_absent
 from patarm_jax.run.peers import end_all, end_together
 from patarm_jax.run.process import say
@@ -280,14 +271,9 @@ def _demo(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
-    if options.verb == "sft":
-        from patarm_jax.recipes.sft import main as sft
-
-        sft(_told(lambda: load(SFTConfig, options.config, rest), rest, options.config), options.dry_run)
-    else:
-        from patarm_jax.recipes.grpo import main as grpo
-
-        grpo(_told(lambda: load(GRPOConfig, options.config, rest), rest, options.config), options.dry_run)
+    config = _told(partial(load, TRAINING[options.verb], options.config, rest), rest, options.config)
+    recipe = importlib.import_module(f"patarm_jax.recipes.{options.verb}")
+    recipe.dry_run(config) if options.dry_run else recipe.main(config)
     return 0
 
 

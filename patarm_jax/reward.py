@@ -5,6 +5,8 @@ about text. All functions work under `jit`, `vmap` and, where a derivative has a
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -15,6 +17,16 @@ from patarm_jax.types import Status
 MarginFn = Callable[[jax.Array], jax.Array]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rewards:
+    """What judgements earn, all [P, 2, G] float32."""
+
+    par: jax.Array
+    format: jax.Array
+    total: jax.Array  # par + format
+
+
 def graded(delta: jax.Array) -> jax.Array:
     """f(δ) = 1.4 if δ > 2 else 1.2, for a positive margin δ of any shape (PaTaRM, the graded margin)."""
     return jnp.where(delta > 2.0, 1.4, 1.2)
@@ -23,6 +35,16 @@ def graded(delta: jax.Array) -> jax.Array:
 def constant(delta: jax.Array) -> jax.Array:
     """f(δ) = 1.3 for a positive margin δ of any shape (PaTaRM, the constant margin)."""
     return jnp.full_like(delta, 1.3)
+
+
+MARGINS: dict[str, MarginFn] = {"graded": graded, "constant": constant}
+
+
+@partial(jax.jit, static_argnums=2)
+def judgement_rewards(scores: jax.Array, status: jax.Array, margin_fn: MarginFn = graded) -> Rewards:
+    """PAR plus the format penalty, from scores and statuses [P, 2, G]."""
+    par, penalty = preference_aware_reward(scores, status == Status.OK, margin_fn), format_reward(status)
+    return Rewards(par, penalty, par + penalty)
 
 
 def preference_aware_reward(scores: jax.Array, valid: jax.Array, margin_fn: MarginFn = graded) -> jax.Array:
@@ -92,18 +114,21 @@ def group_advantages(
     """
     if rewards.ndim != 3 or rewards.shape[1] != 2:
         raise ValueError(f"rewards must be [P, 2, G], got {rewards.shape}")
-    axes = {"response": (2,), "pair": (1, 2)}
-    if group_by not in axes:
-        raise ValueError(f"group_by must be one of {', '.join(axes)}, got {group_by!r}")
-    axis = axes[group_by]
-    rewards = rewards.astype(jnp.float32)
+    sizes = {"response": rewards.shape[2], "pair": 2 * rewards.shape[2]}
+    if group_by not in sizes:
+        raise ValueError(f"group_by must be one of {', '.join(sizes)}, got {group_by!r}")
+    return advantages_within(rewards.reshape(-1, sizes[group_by]), ddof, eps, normalise_std).reshape(rewards.shape)
+
+
+def advantages_within(groups: jax.Array, ddof: int = 1, eps: float = 1e-6, normalise_std: bool = True) -> jax.Array:
+    """`group_advantages` of groups [N, n] of any kind."""
+    groups = groups.astype(jnp.float32)
     # Rounding can set the mean of equal rewards beside them; what is equal is measured without it.
-    equal = rewards.max(axis=axis, keepdims=True) == rewards.min(axis=axis, keepdims=True)
-    centred = jnp.where(equal, 0.0, rewards - rewards.mean(axis=axis, keepdims=True))
+    equal = groups.max(axis=1, keepdims=True) == groups.min(axis=1, keepdims=True)
+    centred = jnp.where(equal, 0.0, groups - groups.mean(axis=1, keepdims=True))
     if not normalise_std:
         return centred
-    size = rewards.shape[2] * (2 if group_by == "pair" else 1)
-    variance = (centred**2).sum(axis=axis, keepdims=True) / max(size - ddof, 1)
+    variance = (centred**2).sum(axis=1, keepdims=True) / max(groups.shape[1] - ddof, 1)
     return centred / (jnp.sqrt(jnp.where(equal, 1.0, variance)) + eps)
 
 

@@ -8,6 +8,7 @@ import scipy.stats
 
 from patarm_jax.evaluate.accuracy import pairwise_accuracy
 from patarm_jax.evaluate.heldout import heldout_metrics
+from patarm_jax.rollout.judging import score_arrays
 from patarm_jax.types import Judgement, Status
 
 NONE = math.nan
@@ -81,7 +82,9 @@ def test_metrics_of_held_out_pairs():
         [Judgement("", Status.BAD_TAGS, "") if one is None else Judgement("", Status.OK, "", one) for one in side]
         for side in sides
     ]
-    found = heldout_metrics(judgements)
+    scores, status = (x.reshape(3, 2, 2) for x in score_arrays(judgements))
+    found = heldout_metrics(pairwise_accuracy(scores, status == Status.OK), 0.25)
+    assert found.pop("eval/clipped_ratio") == 0.25
     low, high = found.pop("eval/accuracy_low"), found.pop("eval/accuracy_high")
     assert found == pytest.approx({
         "eval/accuracy_strict": 1 / 3, "eval/accuracy_half": 2 / 3, "eval/score_gap": 1.0, "eval/valid": 9 / 12,

@@ -10,7 +10,7 @@ from patarm_jax.bench import quick
 from patarm_jax.bench.shapes import SHAPES, layer_weights
 from patarm_jax.bench.tasks import open_bench
 from patarm_jax.cli import main
-from patarm_jax.config import BenchConfig
+from patarm_jax.config.recipes import BenchConfig
 from patarm_jax.model.transformer import abstract_params
 
 SMALL = "--rows 8 --length 24 --responses 16 --prompt 16 --group 2 --new 6 --repeats 1".split()

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from patarm_jax.config import DataSection, JudgeConfig, load
+from patarm_jax.config.load import load
+from patarm_jax.config.recipes import JudgeConfig
+from patarm_jax.config.sections import DataSection
 from patarm_jax.data import reasons as p
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.types import UserError

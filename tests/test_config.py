@@ -2,24 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
-from patarm_jax.config import (
-    RANGES,
-    EvalConfig,
-    GRPOConfig,
-    JudgeConfig,
-    SFTConfig,
-    from_mapping,
-    load,
-    override,
-    read_yaml,
-    to_yaml,
-)
-from patarm_jax.flags import dotted_keys
+from patarm_jax.config.flags import dotted_keys
+from patarm_jax.config.load import from_mapping, limits_of, load, load_run, override, read_yaml, to_yaml
+from patarm_jax.config.recipes import EvalConfig, GRPOConfig, JudgeConfig, SFTConfig
 from patarm_jax.types import UsageError, UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -117,13 +107,14 @@ def test_the_ends_of_a_range_are_where_it_says():
 @pytest.mark.parametrize("cls", [SFTConfig, GRPOConfig, JudgeConfig])
 def test_every_number_has_a_range(cls):
     def numbers(cls):
-        for name, kind in get_type_hints(cls).items():
+        for name, kind in get_type_hints(cls, include_extras=True).items():
             if dataclasses.is_dataclass(kind):
                 yield from numbers(kind)
-            elif kind in (int, float):
-                yield name
+            elif {int, float} & {kind, *get_args(kind), *(part for each in get_args(kind) for part in get_args(each))}:
+                yield f"{cls.__name__}.{name}", kind
 
-    assert set(numbers(cls)) <= RANGES.keys()
+    found = dict(numbers(cls))
+    assert "MeshSection.fsdp" in found and not [name for name, kind in found.items() if limits_of(kind) is None]
 
 
 @pytest.mark.parametrize(
@@ -236,6 +227,19 @@ def test_a_key_may_overrule_what_is_merged(tmp_path):
     assert read_yaml(path)["d"] == {"x": 3, "y": 1}
 
 
+def test_a_section_of_another_name_is_said_and_a_run_of_an_earlier_version_is_read(tmp_path):
+    mapping = {"recipe": "grpo", "policy": {"kl_coef": 0.5}}
+    with pytest.raises(UsageError, match=r"there: the section policy is called update now. Rename it."):
+        from_mapping(GRPOConfig, mapping, "there")
+    with pytest.raises(UsageError, match=r"the section policy is called update now. Say --update.kl_coef."):
+        override(GRPOConfig(), ["--policy.kl_coef", "1"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(mapping))
+    assert load_run(tmp_path).update.kl_coef == 0.5
+    (tmp_path / "config.yaml").write_text("recipe: other")
+    with pytest.raises(UserError, match="is of the recipe 'other'; known are sft, grpo"):
+        load_run(tmp_path)
+
+
 def test_dotted_keys_name_every_setting():
     keys = dotted_keys(GRPOConfig)
-    assert "policy.clip_high" in keys and "group_size" in keys and "policy" not in keys
+    assert "update.clip_high" in keys and "group_size" in keys and "update" not in keys

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from patarm_jax.cli import main
-from patarm_jax.config import GRPOConfig, SFTConfig, load
+from patarm_jax.config.load import load
+from patarm_jax.config.recipes import GRPOConfig, SFTConfig
 from patarm_jax.model import weights
 from patarm_jax.recipes import grpo, sft
 from patarm_jax.run.checkpoint import open_checkpoints
@@ -185,7 +186,7 @@ def config_of(world, recipe, folder, **run):
         "pairs_per_step": 8,
     }  # fmt: skip
     if recipe == "grpo":
-        base |= {"policy": {"kl_coef": 0.0}, "sampling": {"max_new_tokens": 6}, "group_size": 2}
+        base |= {"update": {"kl_coef": 0.0}, "sampling": {"max_new_tokens": 6}, "group_size": 2}
     (world / "config.yaml").write_text(yaml.safe_dump(base))
     return world / "config.yaml"
 

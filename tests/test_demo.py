@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from patarm_jax.config import DataSection, GRPOConfig, SFTConfig, from_mapping, load
+from patarm_jax.config.load import from_mapping, load
+from patarm_jax.config.recipes import GRPOConfig, SFTConfig
+from patarm_jax.config.sections import DataSection
 from patarm_jax.demo.settings import Sizes, demo_configs
 
 ROOT = Path(__file__).parents[1]

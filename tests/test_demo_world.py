@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import transformers
 
-from patarm_jax.config import DataSection
+from patarm_jax.config.sections import DataSection
 from patarm_jax.data.preferences import read_judged_preferences
 from patarm_jax.data.tokenizer import decode, encode_chat, encode_judgement, load_tokenizer
 from patarm_jax.demo.settings import Sizes, demo_configs

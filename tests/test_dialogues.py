@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from patarm_jax.config import DataSection
+from patarm_jax.config.sections import DataSection
 from patarm_jax.data import reasons as p
 from patarm_jax.data.cuts import cut_texts
 from patarm_jax.data.preferences import read_preferences

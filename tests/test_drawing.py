@@ -8,8 +8,9 @@ import pytest
 import transformers
 
 from patarm_jax.cli import main
-from patarm_jax.config import GRPOConfig, HeldoutSection, JudgingSection, ModelSection, SamplingSection, SFTConfig
-from patarm_jax.config import override as with_flags
+from patarm_jax.config.load import override as with_flags
+from patarm_jax.config.recipes import GRPOConfig, SFTConfig
+from patarm_jax.config.sections import HeldoutSection, JudgingSection, ModelSection, SamplingSection
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.generation import Drawing, read_generation

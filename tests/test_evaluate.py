@@ -18,7 +18,7 @@ import pytest
 
 from patarm_jax.ask.answers import Answer, Kind, Question, missing, no_answer, open_answers
 from patarm_jax.cli import main
-from patarm_jax.config import DataSection
+from patarm_jax.config.sections import DataSection
 from patarm_jax.evaluate.benchmarks import limited, read_benchmark
 from patarm_jax.evaluate.scoring import plan
 from patarm_jax.model import weights

@@ -59,7 +59,7 @@ def test_transformers_loads_an_export_as_it_is(tokenizer, params, tmp_path):
     assert torch.equal(model.model.embed_tokens.weight, torch.tensor(np.asarray(params["embed_tokens"])))
     assert model.generation_config.eos_token_id == list(tokenizer.stop_ids)
     assert model.generation_config.pad_token_id == tokenizer.pad_id
-    assert model.arch.eos_token_id == tokenizer.stop_ids[0]
+    assert model.config.eos_token_id == tokenizer.stop_ids[0]
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf, 1e30])

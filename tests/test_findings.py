@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from patarm_jax.ask.answers import Answer, Kind, open_answers
-from patarm_jax.config import EvalConfig, JudgingSection
+from patarm_jax.config.recipes import EvalConfig
+from patarm_jax.config.sections import JudgingSection
 from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.files import compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from patarm_jax.config import DataSection
+from patarm_jax.config.sections import DataSection
 from patarm_jax.data.folders import SPLIT_WORDS, split_named
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.types import UserError

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from patarm_jax.config import MeshSection, ModelSection
+from patarm_jax.config.sections import MeshSection, ModelSection
 from patarm_jax.model import flash, kernels
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Streams

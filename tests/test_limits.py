@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from patarm_jax.cli import main
-from patarm_jax.config import DataSection, GRPOConfig, load
+from patarm_jax.config.load import load
+from patarm_jax.config.recipes import GRPOConfig
+from patarm_jax.config.sections import DataSection
 from patarm_jax.data import limits
 from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import encode_pairs

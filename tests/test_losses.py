@@ -8,16 +8,7 @@ import numpy as np
 import pytest
 
 from patarm_jax.train import losses
-from patarm_jax.train.losses import (
-    clipped_policy_loss,
-    kl_k3,
-    mask_from_lengths,
-    sum_over_tokens,
-    token_logprobs,
-    token_weights,
-)
-
-RNG = np.random.default_rng(0)
+from patarm_jax.train.losses import sum_over_tokens, token_logprobs
 
 
 def plain_logprobs(hidden, head, targets, temperature):
@@ -115,45 +106,3 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(name, monkeypatch):
     one, four, sixteen = (temporary(64 * times) for times in (1, 4, 16))
     assert four - one < 4 * 3 * 64 * vocab * 4 / 50
     assert sixteen - one < 4 * 15 * 64 * vocab * 4 / 50
-
-
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-def test_weighted_means_equal_loops(aggregation):
-    values, lengths = RNG.normal(size=(3, 2, 4, 6)), RNG.integers(0, 7, (3, 2, 4))
-    lengths[0, 0, 0] = 0
-    sequences = [v[:n] for v, n in zip(values.reshape(-1, 6), lengths.ravel(), strict=True) if n]
-    expected = (
-        np.concatenate(sequences).mean() if aggregation == "token_mean" else np.mean([s.mean() for s in sequences])
-    )
-    weights, denominator = token_weights(mask_from_lengths(jnp.asarray(lengths), 6), aggregation)
-    np.testing.assert_allclose((values * weights).sum() / denominator, expected, rtol=1e-5)
-
-
-def test_the_two_aggregations_differ():
-    values, mask = jnp.array([[1.0, 1.0, 1.0, 1.0], [3.0, 0, 0, 0]]), jnp.array([[1, 1, 1, 1], [1, 0, 0, 0]], bool)
-    weighed = {how: token_weights(mask, how) for how in ("token_mean", "sequence_mean")}
-    means = {how: float((values * weights).sum() / count) for how, (weights, count) in weighed.items()}
-    assert means == {"token_mean": pytest.approx(7 / 5), "sequence_mean": pytest.approx(2.0)}
-
-
-def test_clipped_loss_equals_a_loop():
-    new, old = RNG.normal(size=(5, 7)) * 0.4, RNG.normal(size=(5, 7)) * 0.4
-    advantages = np.array([1.5, -0.7, 0.0, 2.0, -2.0])
-    loss, clipped = clipped_policy_loss(jnp.asarray(new), jnp.asarray(old), jnp.asarray(advantages)[:, None], 0.2, 0.28)
-    for i in range(5):
-        for t in range(7):
-            ratio = np.exp(new[i, t] - old[i, t])
-            bound = min(max(ratio, 0.8), 1.28)
-            assert float(loss[i, t]) == pytest.approx(
-                -min(ratio * advantages[i], bound * advantages[i]), rel=1e-4, abs=1e-6
-            )
-            bit = (advantages[i] > 0 and ratio > 1.28) or (advantages[i] < 0 and ratio < 0.8)
-            assert bool(clipped[i, t]) == bit
-    assert 0 < int(clipped.sum()) < 35
-
-
-def test_k3_is_the_kl_on_average_and_never_negative():
-    p, q = (np.exp(x) / np.exp(x).sum() for x in RNG.normal(size=(2, 6)))
-    estimates = np.asarray(kl_k3(jnp.log(p), jnp.log(q)))
-    assert (estimates >= 0).all()
-    assert float((p * estimates).sum()) == pytest.approx(float((p * np.log(p / q)).sum()), rel=1e-4)

@@ -20,9 +20,11 @@ import pyarrow.parquet
 import pytest
 from tensorboardX.proto import event_pb2
 
-from patarm_jax.run import metrics
-from patarm_jax.run.metrics import RolloutRow, Timer, open_metrics, show_judgements, write_rollouts
+from patarm_jax.run import metrics, rollouts, timing
+from patarm_jax.run.metrics import open_metrics
 from patarm_jax.run.progress import progress
+from patarm_jax.run.rollouts import SCHEMA, RolloutRow, show_judgements, write_rollouts
+from patarm_jax.run.timing import Timer
 from patarm_jax.types import Status, UserError
 
 
@@ -281,7 +283,7 @@ def test_rollouts_come_back_from_parquet(tmp_path):
         RolloutRow(**row | {"status": Status[row["status"]]}) for row in pyarrow.parquet.read_table(path).to_pylist()
     ]
     assert back == ROWS
-    assert pyarrow.parquet.read_schema(write_rollouts(tmp_path, 11, [])).equals(metrics.SCHEMA)
+    assert pyarrow.parquet.read_schema(write_rollouts(tmp_path, 11, [])).equals(SCHEMA)
 
 
 def test_rollouts_on_a_full_disk_leave_nothing_and_keep_what_was_there(small_disk):
@@ -318,4 +320,4 @@ def test_shown_judgements(capsys, monkeypatch):
 
 
 def test_docstrings():
-    assert doctest.testmod(metrics).failed == 0
+    assert not any(doctest.testmod(module).failed for module in (metrics, rollouts, timing))

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from patarm_jax.cli import main
-from patarm_jax.config import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, RunSection, SFTConfig
+from patarm_jax.config.recipes import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, SFTConfig
+from patarm_jax.config.sections import RunSection
 from patarm_jax.types import UsageError
 from tests.toys import small_world, tiny_model_folder, write_recipes, write_run
 
@@ -43,7 +44,7 @@ ANYWHERE = {
     "sft data": ["sft", "{sft}", "--run.folder", "x", "--data.path", "{}"],
     "sft dry": ["sft", "{sft}", "--run.folder", "{}", "--dry-run"],
     "grpo model": ["grpo", "{grpo}", "--run.folder", "x", "--model.path", "{}"],
-    "grpo reference": ["grpo", "{grpo}", "--run.folder", "x", "--policy.reference", "{}"],
+    "grpo reference": ["grpo", "{grpo}", "--run.folder", "x", "--update.reference", "{}"],
     "grpo heldout": ["grpo", "{grpo}", "--run.folder", "x", "--heldout.path", "{}"],
     "judge": ["judge", "{}", "--input", "a", "--output", "b"],
     "judge input": ["judge", "m", "--input", "{}", "--output", "b"],

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patarm_jax.config import DataSection
+from patarm_jax.config.sections import DataSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import EncodedPair, batches, batches_per_epoch, encode_pairs, sft_batch, sft_shape
 from patarm_jax.data.sft import JudgedPreference, template_judgement

@@ -6,7 +6,7 @@ from dataclasses import replace
 import datasets
 import pytest
 
-from patarm_jax.config import DataSection
+from patarm_jax.config.sections import DataSection
 from patarm_jax.data import reasons as p
 from patarm_jax.data.preferences import read_judged_preferences, read_preferences
 from patarm_jax.data.sft import template_judgement

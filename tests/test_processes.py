@@ -17,7 +17,7 @@ import time
 
 import pytest
 
-from patarm_jax.config import MeshSection
+from patarm_jax.config.sections import MeshSection
 from patarm_jax.run.joining import Place, find_place
 from patarm_jax.types import UsageError
 from tests.runs import FLAGS, VAIN, Started, config_file, exported, judgements, lines_of, timeless

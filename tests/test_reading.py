@@ -9,7 +9,7 @@ import lzma
 import pyarrow
 import pytest
 
-from patarm_jax.config import DataSection
+from patarm_jax.config.sections import DataSection
 from patarm_jax.data import reasons as p
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.types import UserError

@@ -15,17 +15,21 @@ import yaml
 from jax.sharding import AxisType
 
 from patarm_jax.cli import main
-from patarm_jax.config import GRPOConfig, MeshSection, SFTConfig, load
+from patarm_jax.config.load import load
+from patarm_jax.config.recipes import GRPOConfig, SFTConfig
+from patarm_jax.config.sections import MeshSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import encode_pairs
 from patarm_jax.data.preferences import read_preferences
-from patarm_jax.evaluate.heldout import judge_heldout, open_heldout
+from patarm_jax.evaluate.accuracy import pairwise_accuracy
+from patarm_jax.evaluate.heldout import heldout_metrics, open_heldout
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import read_architecture
 from patarm_jax.model.sharding import MESH_AXES, make_mesh
 from patarm_jax.model.transformer import init_params
-from patarm_jax.rollout.judging import judge, requests_of
+from patarm_jax.rollout.judging import judge_all, requests_of, score_arrays
 from patarm_jax.run.open_model import open_model
+from patarm_jax.types import Status
 from tests.runs import (
     CUBE,
     FLAGS,
@@ -199,11 +203,14 @@ def test_heldout_pairs_are_judged_alike_by_any_mesh(world, recipe):
     for mesh in (ALONE, make_mesh(MeshSection(**CUBE))):
         heldout = open_heldout(config, model, mesh, read_preferences(config.data)[0])
         params = init_params(model.arch, jax.random.key(4), mesh)
-        judgements = judge_heldout(heldout, params)
+        finished, judgements = judge_all(
+            heldout.judge, heldout.to_rollout(params), requests_of(heldout.records), heldout.key
+        )
         assert len(judgements) == 2 * 5 and len(judgements[0]) == 2
         texts.append([[one.text for one in group] for group in judgements])
-        streamed = dict(judge(heldout.judge, heldout.to_rollout(params), requests_of(heldout.records), heldout.key))
-        assert [[one.judgement.text for one in streamed[i]] for i in range(10)] == texts[-1]
+        scores, status = (x.reshape(5, 2, 2) for x in score_arrays(judgements))
+        expected = pairwise_accuracy(np.nan_to_num(scores), status == Status.OK)
+        assert heldout(params) == pytest.approx(heldout_metrics(expected, finished.truncated.mean()), nan_ok=True)
     assert texts[0] == texts[1] and len({text for group in texts[0] for text in group}) > 15
     assert [heldout.due(step, 7) for step in range(1, 8)] == [False, False, True, False, False, True, True]
 
@@ -280,7 +287,7 @@ MISTAKES = {
     "an unfinished run as model": (["grpo", "{grpo}", "--model.path", "{unfinished}"], 1, "not finished"),
     "no checkpoint to export": (["export", "{unfinished}", "out"], 1, "no checkpoint"),
     "judging without input": (["judge", "{reference}", "--output", "x"], 2, "--input"),
-    "another network as reference": (["grpo", "{grpo}", "--policy.reference", "{other}"], 1, "another network"),
+    "another network as reference": (["grpo", "{grpo}", "--update.reference", "{other}"], 1, "another network"),
 }
 
 

@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from patarm_jax.cli import main
-from patarm_jax.config import GRPOConfig, OptimizerSection, PolicySection, RunSection, SFTConfig, to_yaml
+from patarm_jax.config.load import to_yaml
+from patarm_jax.config.recipes import GRPOConfig, SFTConfig
+from patarm_jax.config.sections import OptimizerSection, RunSection, UpdateSection
 from patarm_jax.run.records import schedule_change
 from patarm_jax.train.optimizer import make_schedule
 from tests.toys import tiny_model_folder, write_preferences
@@ -48,7 +50,7 @@ def test_what_changes_no_rate_is_not_said(tmp_path):
 
 
 def test_several_updates_of_a_step_count_each(tmp_path):
-    config = GRPOConfig(optimizer=LINEAR, run=RunSection(steps=8), policy=PolicySection(updates_per_rollout=2))
+    config = GRPOConfig(optimizer=LINEAR, run=RunSection(steps=8), update=UpdateSection(updates_per_rollout=2))
     said = schedule_change(config, written(tmp_path / "config.yaml", steps=4), 2, 8, per_epoch=4)
     assert said.endswith("0.0075 at step 3 instead of 0.005")
 

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from patarm_jax.cli import main
-from patarm_jax.config import DataSection, EvalConfig, GRPOConfig, HeldoutSection, ModelSection, RunSection, to_yaml
+from patarm_jax.config.load import to_yaml
+from patarm_jax.config.recipes import EvalConfig, GRPOConfig
+from patarm_jax.config.sections import DataSection, HeldoutSection, ModelSection, RunSection
 from patarm_jax.report.main import within
-from patarm_jax.run.metrics import RolloutRow, open_metrics, write_rollouts
+from patarm_jax.run.metrics import open_metrics
+from patarm_jax.run.rollouts import RolloutRow, write_rollouts
 from patarm_jax.types import Status
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><|im_end|>\u2028<b>bold</b>"

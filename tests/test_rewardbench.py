@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from patarm_jax.cli import main
-from patarm_jax.config import DataSection
+from patarm_jax.config.sections import DataSection
 from patarm_jax.evaluate.benchmarks import read_benchmark
 from tests.chat_server import FORM, completion, served
 

@@ -11,14 +11,14 @@ import safetensors.numpy
 import yaml
 
 from patarm_jax.cli import main
-from patarm_jax.config import GRPOConfig, ModelSection, PolicySection
+from patarm_jax.config.recipes import GRPOConfig
+from patarm_jax.config.sections import ModelSection, UpdateSection
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import read_architecture
 from patarm_jax.model.transformer import init_params
 from patarm_jax.model.weight_files import HEAD, digest, read_stored
-from patarm_jax.run.folder import fingerprint
 from patarm_jax.run.open_model import judge_digest, open_model, weights_digest
-from patarm_jax.run.whose import refuse_another_run, with_known_start
+from patarm_jax.run.whose import fingerprint, refuse_another_run, with_known_start
 from patarm_jax.types import UserError
 from tests.toys import tiny_model_folder, write_preferences
 
@@ -103,7 +103,7 @@ def models(tmp_path_factory):
 def whose(models, start="start", reference="", kl=0.1, random=False):
     section = ModelSection(path=str(models / start), weights="random" if random else "load")
     path = str(models / reference) if reference else ""
-    config = GRPOConfig(model=section, policy=PolicySection(kl_coef=kl, reference=path))
+    config = GRPOConfig(model=section, update=UpdateSection(kl_coef=kl, reference=path))
     model = open_model(section)
     other = open_model(replace(section, path=path, weights="load")) if reference else model
     return json.loads(json.dumps(fingerprint(config, model, [], other if kl else None)))
@@ -132,7 +132,7 @@ OTHER = {
     "another one named": (
         {"reference": "other"},
         {"reference": "copied"},
-        "that holds them as policy.reference",
+        "that holds them as update.reference",
     ),
     "another start": ({"reference": "copied"}, {"start": "other", "reference": "start"}, "it began with other weights"),
     "another start without KL": ({"kl": 0.0}, {"kl": 0.0, "start": "other"}, "it began with other weights"),
@@ -192,7 +192,7 @@ def test_weights_that_changed_at_their_path_stop_a_resumed_run(models, tmp_path,
         capsys.readouterr().err
     )
     # The remedy that was named.
-    assert grpo("--run.steps", 2, "--policy.reference", tmp_path / "moved") == 1
+    assert grpo("--run.steps", 2, "--update.reference", tmp_path / "moved") == 1
     assert "it began with other weights" in capsys.readouterr().err
     assert grpo("--run.steps", 2, "--model.path", f"{tmp_path}/./moved") == 0
 

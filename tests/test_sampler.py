@@ -14,17 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
-from patarm_jax.arrays import GRPOBatch
-from patarm_jax.config import MeshSection
+from patarm_jax.arrays import Rollouts
+from patarm_jax.config.sections import MeshSection
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, TRAIN_RULES, batch_sharding, make_mesh
 from patarm_jax.model.transformer import abstract_params, forward, init_params, unstack_layers
-from patarm_jax.rollout.engine import abstract_programs, make_engine
-from patarm_jax.rollout.judging import network_of
+from patarm_jax.rollout.engine import abstract_programs, make_engine, network_of
 from patarm_jax.rollout.sampler import Network, Settings, draw, keep_top_k, keep_top_p, pick
 from patarm_jax.rollout.schedule import Request, complete
-from patarm_jax.train.steps import completion_logprobs
+from patarm_jax.train.steps import rollout_logprobs
 from tests.toys import TINY, hf_model
 
 CONFIG = Architecture(**TINY)
@@ -52,7 +51,7 @@ def generate(params, requests, group, settings, config=CONFIG, mesh=ALONE, rows=
     return complete(engine(group, settings, config, mesh, rows), unstack_layers(params), requests, key)
 
 
-def forward_tiny(params, prompt, prompt_lengths=None, completion=None):
+def forward_tiny(params, frozen, prompt, prompt_lengths=None, completion=None):
     return forward(params, CONFIG, prompt, prompt_lengths, completion)
 
 
@@ -91,12 +90,9 @@ def test_sampled_logprobs_equal_teacher_forced_ones(temperature, top_k, top_p):
     requests = requests_for(np.random.default_rng(2), 6, 11)
     got = generate(params, requests, 4, Settings((5, 6, 7, 8), 12, temperature, top_k, top_p))
     prompts = np.stack([np.pad(request.tokens, (0, 11 - len(request.tokens))) for request in requests])
-    batch = GRPOBatch(
-        prompts.reshape(3, 2, 11), np.array([len(r.tokens) for r in requests]).reshape(3, 2),
-        got.tokens.reshape(3, 2, 4, 12), got.lengths.reshape(3, 2, 4), got.logprobs.reshape(3, 2, 4, 12),
-        None, jnp.zeros((3, 2, 4)),
-    )  # fmt: skip
-    forced = jax.jit(partial(completion_logprobs, forward_tiny, temperature=temperature or 1.0))(params, batch)
+    lengths = np.array([len(request.tokens) for request in requests])
+    batch = Rollouts(prompts, lengths, got.tokens, got.lengths, got.logprobs, None, jnp.zeros((6, 4)))
+    forced = jax.jit(partial(rollout_logprobs, forward_tiny, temperature=temperature or 1.0))(params, None, batch)
     mask = np.arange(12) < batch.completion_lengths[..., None]
     assert mask.sum() < mask.size, "some row must end early"
     np.testing.assert_allclose(np.asarray(forced)[mask], batch.old_logprobs[mask], atol=1e-4)

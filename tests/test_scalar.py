@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(3)
-    config = transformers.Architecture(**(TINY | {"vocab_size": 512}), num_labels=1, pad_token_id=0)
+    config = transformers.Qwen3Config(**(TINY | {"vocab_size": 512}), num_labels=1, pad_token_id=0)
     made = transformers.Qwen3ForSequenceClassification(config).float().eval()
     with torch.no_grad():
         for name, parameter in made.named_parameters():

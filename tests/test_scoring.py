@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from patarm_jax.config import DataSection
+from patarm_jax.config.sections import DataSection
 from patarm_jax.evaluate.benchmarks import Item, read_benchmark
 from patarm_jax.evaluate.outcomes import Choices, outcomes, votes_curve
 from patarm_jax.evaluate.scoring import measure, numbers, plan, who_won

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from patarm_jax.config import MeshSection
+from patarm_jax.config.sections import MeshSection
 from patarm_jax.model import sharding
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, TRAIN_RULES, make_mesh

@@ -11,39 +11,41 @@ import numpy as np
 import optax
 import pytest
 
-from patarm_jax.arrays import GRPOBatch
-from patarm_jax.config import MeshSection, OptimizerSection, PolicySection
+from patarm_jax.arrays import Rollouts
+from patarm_jax.config.sections import MeshSection, OptimizerSection
 from patarm_jax.data.pipeline import EncodedPair, PairBatch, sft_batch, sft_shape
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import batch_sharding, make_mesh, place_batch
 from patarm_jax.model.transformer import abstract_params, forward
+from patarm_jax.train.algorithms import grpo
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.steps import (
     LARGEST_WEIGHT,
     abstract_state,
     are_sound,
-    completion_logprobs,
-    grpo_loss,
     init_state,
     make_step,
     map_micro_batches,
+    policy_loss,
+    rollout_logprobs,
     sft_loss,
 )
 from tests.toys import TINY, hf_model
 
 CONFIG = Architecture(**TINY)
 SECTION = OptimizerSection(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
-POLICY = PolicySection(clip_low=0.05, clip_high=0.1, kl_coef=0.3)
+CLIP_LOW, CLIP_HIGH, KL_COEF = 0.05, 0.1, 0.3
+GRPO = grpo(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, kl_coef=KL_COEF)
 TEMPERATURE = 0.8
-WAYS = 2  # parts of a batch; with one device they are worked through all the same
+SHARDS = 2  # parts of a batch; with one device they are worked through all the same
 
 
-def run(params, prompt, prompt_lengths=None, completion=None, remat="none"):
+def run(params, frozen, prompt, prompt_lengths=None, completion=None, remat="none"):
     return forward(params, CONFIG, prompt, prompt_lengths, completion, remat=remat)
 
 
-def run_packed(params, tokens, starts, remat="none"):
+def run_packed(params, frozen, tokens, starts, remat="none"):
     return forward(params, CONFIG, tokens, starts=starts, remat=remat)
 
 
@@ -92,17 +94,17 @@ def sft_case(packed=False, rows=8):
     return jax.tree.map(jnp.asarray, sft_batch(batch, sft_shape(batch, 17, packed=packed), 0, packed))
 
 
-def grpo_case(pairs=8, prompt=9, group=3, width=7):
+def grpo_case(prompts=16, prompt=9, group=3, width=7):
     rng = np.random.default_rng(2)
-    shape = (pairs, 2, group, width)
+    shape = (prompts, group, width)
     noise = [rng.normal(size=shape).astype(np.float32) * 0.3 - 4 for _ in range(2)]
-    return GRPOBatch(
-        jnp.asarray(rng.integers(0, 96, (pairs, 2, prompt)), jnp.int32),
-        jnp.asarray(rng.integers(1, prompt + 1, (pairs, 2)), jnp.int32),
+    return Rollouts(
+        jnp.asarray(rng.integers(0, 96, (prompts, prompt)), jnp.int32),
+        jnp.asarray(rng.integers(1, prompt + 1, prompts), jnp.int32),
         jnp.asarray(rng.integers(0, 96, shape), jnp.int32),
-        jnp.asarray(rng.integers(1, width + 1, shape[:3]), jnp.int32),
+        jnp.asarray(rng.integers(1, width + 1, shape[:2]), jnp.int32),
         *map(jnp.asarray, noise),
-        jnp.asarray(rng.normal(size=shape[:3]), jnp.float32),
+        jnp.asarray(rng.normal(size=shape[:2]), jnp.float32),
     )
 
 
@@ -125,7 +127,7 @@ def assert_close(ours, theirs, relative):
 
 def mean_gradient(loss_fn, params, batch):
     def value(params):
-        (total, count), _ = loss_fn(params, batch)
+        (total, count), _ = loss_fn(params, None, batch)
         return total / count
 
     return jax.jit(jax.value_and_grad(value))(params)
@@ -146,59 +148,54 @@ def test_sft_gradient_equals_torch(model, model_params, tmp_path):
     assert_close(gradient, gradient_as_params(model, tmp_path / "g"), 1e-4)
     # The share of judged tokens that are the argmax of the logits before them, as TRL has it.
     right = (out.logits[:, :-1].argmax(-1) == labels[:, 1:])[judged[:, 1:]]
-    hits, count = sft_loss(run_packed)(model_params, batch).metrics["mean_token_accuracy"]
+    hits, count = sft_loss(run_packed)(model_params, None, batch).metrics["mean_token_accuracy"]
     assert (int(hits), int(count)) == (int(right.sum()), len(right))
 
 
-def torch_grpo(model, batch, policy):
+def torch_grpo(model, batch, aggregation):
     """GRPO by the papers: every completion behind its own prompt, one sequence at a time, double loop."""
     torch = pytest.importorskip("torch")
     totals, tokens, sequences = 0.0, 0, []
     arrays = {name: torch.tensor(np.asarray(getattr(batch, name))) for name in batch.__dataclass_fields__}
-    pairs, sides, group, _ = batch.completion_tokens.shape
-    for p in range(pairs):
-        for side in range(sides):
-            prompt = arrays["prompt_tokens"][p, side, : int(arrays["prompt_lengths"][p, side])].long()
-            for g in range(group):
-                length = int(arrays["completion_lengths"][p, side, g])
-                completion = arrays["completion_tokens"][p, side, g, :length].long()
-                logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
-                logprobs = logits.log_softmax(-1).gather(1, completion[:, None])[:, 0]
-                old, ref = (arrays[name][p, side, g, :length] for name in ("old_logprobs", "ref_logprobs"))
-                ratio, advantage = (logprobs - old).exp(), arrays["advantages"][p, side, g]
-                bound = ratio.clamp(1 - policy.clip_low, 1 + policy.clip_high)
-                loss = -torch.minimum(ratio * advantage, bound * advantage)
-                loss = loss + policy.kl_coef * ((ref - logprobs).exp() - 1 - (ref - logprobs))
-                totals, tokens = totals + loss.sum(), tokens + length
-                sequences.append(loss.mean())
-    return totals / tokens if policy.aggregation == "token_mean" else sum(sequences) / len(sequences)
+    prompts, group, _ = batch.completion_tokens.shape
+    for r in range(prompts):
+        prompt = arrays["prompt_tokens"][r, : int(arrays["prompt_lengths"][r])].long()
+        for g in range(group):
+            length = int(arrays["completion_lengths"][r, g])
+            completion = arrays["completion_tokens"][r, g, :length].long()
+            logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+            logprobs = logits.log_softmax(-1).gather(1, completion[:, None])[:, 0]
+            old, ref = (arrays[name][r, g, :length] for name in ("old_logprobs", "ref_logprobs"))
+            ratio, advantage = (logprobs - old).exp(), arrays["advantages"][r, g]
+            bound = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
+            loss = -torch.minimum(ratio * advantage, bound * advantage)
+            loss = loss + KL_COEF * ((ref - logprobs).exp() - 1 - (ref - logprobs))
+            totals, tokens = totals + loss.sum(), tokens + length
+            sequences.append(loss.mean())
+    return totals / tokens if aggregation == "token_mean" else sum(sequences) / len(sequences)
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 def test_grpo_loss_and_gradient_equal_torch(model, model_params, tmp_path, aggregation):
-    policy, batch = PolicySection(0.05, 0.1, 0.3, aggregation=aggregation), grpo_case(pairs=2)
+    batch = grpo_case(prompts=4)
     model.zero_grad()
-    expected = torch_grpo(model, batch, policy)
+    expected = torch_grpo(model, batch, aggregation)
     expected.backward()
-    loss, gradient = mean_gradient(grpo_loss(run, policy, TEMPERATURE), model_params, batch)
+    loss, gradient = mean_gradient(policy_loss(run, GRPO, aggregation, TEMPERATURE), model_params, batch)
     assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-4)
     assert_close(gradient, gradient_as_params(model, tmp_path / "g"), 1e-4)
 
 
 def test_without_kl_there_is_no_reference(params):
-    policy, batch = PolicySection(kl_coef=0.0), grpo_case(pairs=1)
-    bare = dataclasses.replace(batch, ref_logprobs=None)
-    result = grpo_loss(run, policy, TEMPERATURE)(params, bare)
+    bare = dataclasses.replace(grpo_case(prompts=2), ref_logprobs=None)
+    result = policy_loss(run, GRPO, "token_mean", TEMPERATURE)(params, None, bare)
     assert "kl" not in result.metrics
 
 
 CASES = {
-    "sft": (sft_loss(partial(run_packed, remat="full"), WAYS), sft_case),
-    "grpo": (grpo_loss(run, POLICY, TEMPERATURE, WAYS), grpo_case),
-    "grpo, sequence mean": (
-        grpo_loss(run, PolicySection(0.05, 0.1, 0.3, aggregation="sequence_mean"), TEMPERATURE, WAYS),
-        grpo_case,
-    ),
+    "sft": (sft_loss(partial(run_packed, remat="full"), SHARDS), sft_case),
+    "grpo": (policy_loss(run, GRPO, "token_mean", TEMPERATURE, SHARDS), grpo_case),
+    "grpo, sequence mean": (policy_loss(run, GRPO, "sequence_mean", TEMPERATURE, SHARDS), grpo_case),
 }
 
 
@@ -220,7 +217,7 @@ def advance(loss_fn, params, batch, micro_batches=1, steps=2):
     step = jax.jit(make_step(loss_fn, optimizer, micro_batches))
     state = init_state(params, optimizer)
     for _ in range(steps):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, None, batch)
     return state, metrics
 
 
@@ -261,12 +258,12 @@ def test_eight_devices_equal_one(params, name, micro_batches):
     with jax.set_mesh(mesh):
         step = jax.jit(
             make_step(loss_fn, optimizer, micro_batches),
-            in_shardings=(shardings, batch_sharding(mesh)),
+            in_shardings=(shardings, None, batch_sharding(mesh)),
             out_shardings=(shardings, None),
             donate_argnums=0,
         )
         for _ in range(2):
-            state, metrics = step(state, place_batch(mesh, case()))
+            state, metrics = step(state, None, place_batch(mesh, case()))
     for key, value in alone_metrics.items():
         assert float(metrics[key]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), key
     assert_close(state.params, alone.params, 1e-4)
@@ -278,24 +275,24 @@ def test_eight_devices_equal_one(params, name, micro_batches):
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_logprobs_in_micro_batches_keep_their_rows(params, micro_batches):
-    def logprobs(params, batch):
-        return completion_logprobs(run, params, batch, TEMPERATURE)
+    def logprobs(params, frozen, batch):
+        return rollout_logprobs(run, params, frozen, batch, TEMPERATURE)
 
-    whole = jax.jit(logprobs)(params, grpo_case())
-    parts = jax.jit(map_micro_batches(logprobs, micro_batches))(params, grpo_case())
+    whole = jax.jit(logprobs)(params, None, grpo_case())
+    parts = jax.jit(map_micro_batches(logprobs, micro_batches))(params, None, grpo_case())
     np.testing.assert_allclose(parts, whole, atol=1e-5)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(params):
-    batch = grpo_case(pairs=2)
-    poisoned = dataclasses.replace(batch, advantages=batch.advantages.at[0, 0, 0].set(jnp.nan))
+    batch = grpo_case(prompts=4)
+    poisoned = dataclasses.replace(batch, advantages=batch.advantages.at[0, 0].set(jnp.nan))
     optimizer = make_optimizer(SECTION, 10)
-    step = jax.jit(make_step(grpo_loss(run, POLICY, TEMPERATURE, WAYS), optimizer, 1))
-    start, _ = step(init_state(params, optimizer), batch)
-    state, metrics = step(start, poisoned)
+    step = jax.jit(make_step(CASES["grpo"][0], optimizer, 1))
+    start, _ = step(init_state(params, optimizer), None, batch)
+    state, metrics = step(start, None, poisoned)
     assert int(state.step) == 2 and int(state.skipped) == 1 and int(metrics["skipped_updates"]) == 1
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (start.params, start.opt_state))
-    state, _ = step(state, batch)
+    state, _ = step(state, None, batch)
     assert not np.array_equal(state.params["embed_tokens"], start.params["embed_tokens"])
 
 
@@ -305,7 +302,7 @@ def test_an_update_that_would_ruin_a_weight_changes_none(params, rate, skipped):
     optimizer = make_optimizer(OptimizerSection(learning_rate=rate), 10)
     step = jax.jit(make_step(sft_loss(run_packed), optimizer, 1))
     start = init_state(params, optimizer)
-    state, _ = step(step(start, sft_case())[0], sft_case())
+    state, _ = step(step(start, None, sft_case())[0], None, sft_case())
     assert (int(state.step), int(state.skipped)) == (2, skipped)
     assert all(np.abs(leaf).max() <= LARGEST_WEIGHT for leaf in jax.tree.leaves(state.params))
     if skipped:
@@ -327,7 +324,7 @@ def test_a_step_does_not_talk_to_the_host(params, name):
     state, batch = init_state(jax.tree.map(jnp.copy, params), optimizer), case()
     with jax.transfer_guard("disallow"):
         for _ in range(2):
-            state, _ = step(state, batch)
+            state, _ = step(state, None, batch)
     assert int(state.step) == 2
 
 

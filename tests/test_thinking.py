@@ -5,19 +5,16 @@ import shutil
 import subprocess
 import sys
 
-import jax.numpy as jnp
+import numpy as np
 import pytest
 import transformers
 import yaml
 
-from patarm_jax.arrays import Completions, Prompts
-from patarm_jax.config import MeshSection, ModelSection, SamplingSection
 from patarm_jax.data.tokenizer import decode, encode_chat, encode_judgement, load_tokenizer, written
 from patarm_jax.judge.parse import parse_baseline, parse_pairwise, parse_pointwise
 from patarm_jax.judge.prompts import baseline, pairwise, pointwise
-from patarm_jax.model.architecture import read_architecture
-from patarm_jax.model.sharding import make_mesh
-from patarm_jax.rollout.judging import Sampled, make_judge, read_judgements
+from patarm_jax.rollout.judging import read_judgements
+from patarm_jax.rollout.schedule import Group
 from patarm_jax.types import Status, UserError
 from tests.chat_server import ENVIRONMENT
 from tests.toys import tiny_model_folder
@@ -84,13 +81,10 @@ def test_rollouts_are_read_with_what_the_template_wrote(folders, template):
     texts = [encode_judgement(tokenizer, text) for text in (JUDGEMENT.format(7), draft.format(2))]
     texts[1] = texts[1][: texts[1].index(tokenizer.control_tokens["</think>"])]
     width = max(map(len, texts))
-    tokens = jnp.array([[text + [tokenizer.pad_id] * (width - len(text)) for text in texts]], jnp.int32)
-    lengths = jnp.array([[len(text) for text in texts]], jnp.int32)
-    completions = Completions(tokens, lengths, jnp.zeros(tokens.shape), jnp.array([[False, True]]))
-    prompts = Prompts(jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32))
-    network, mesh = read_architecture(folders / template), make_mesh(MeshSection())
-    judge = make_judge(network, tokenizer, mesh, ModelSection(), SamplingSection(), 2)
-    ((whole, cut),) = read_judgements(judge, Sampled(prompts, completions))
+    tokens = np.array([text + [tokenizer.pad_id] * (width - len(text)) for text in texts], np.int32)
+    lengths = np.array([len(text) for text in texts])
+    group = Group(0, tokens, lengths, np.zeros(tokens.shape), np.array([False, True]))
+    whole, cut = read_judgements(tokenizer, group)
     assert (whole.status, whole.score, whole.text) == (Status.OK, 7.0, JUDGEMENT.format(7))
     assert (cut.status, cut.reason) == (Status.BAD_TAGS, "</think> is missing") and "<answer>9</answer>" in cut.text
     assert parse_baseline(cut.text).score is None
@@ -146,7 +140,7 @@ def test_sft_grpo_and_judging_agree_on_the_thinking_that_a_template_opened(learn
         "data": {"path": str(learnt / "pairs.jsonl")},
         "run": {"folder": str(learnt / "grpo"), "steps": 1, "show_every": 0, "tensorboard": False},
         "sampling": {"max_new_tokens": 64, "temperature": 0.1},
-        "policy": {"kl_coef": 0.0},
+        "update": {"kl_coef": 0.0},
         "pairs_per_step": 2,
         "group_size": 2,
     }

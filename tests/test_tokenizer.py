@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from patarm_jax.config import DataSection
+from patarm_jax.config.sections import DataSection
 from patarm_jax.data import tokenizer as tokenizer_module
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.data.tokenizer import (

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 import transformers
 
-from patarm_jax.config import MeshSection, ModelSection
+from patarm_jax.config.sections import MeshSection, ModelSection
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import read_architecture
 from patarm_jax.model.sharding import make_mesh

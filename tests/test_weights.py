@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 import transformers
 
-from patarm_jax.config import MeshSection
+from patarm_jax.config.sections import MeshSection
 from patarm_jax.model import weight_files, weights
 from patarm_jax.model.architecture import Architecture, from_hf
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, TRAIN_RULES, make_mesh
@@ -154,7 +154,7 @@ def test_two_processes_load_their_parts_and_save_the_whole(sharded, tmp_path):
 TWO_PROCESSES = """
 import pathlib, sys
 import jax
-from patarm_jax.config import MeshSection
+from patarm_jax.config.sections import MeshSection
 from patarm_jax.model import weight_files, weights
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.types import UserError

@@ -35,7 +35,7 @@ def hf_model(seed: int = 0, **changes):
     torch = pytest.importorskip("torch", reason="transformers' Qwen3 needs torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
-    config = transformers.Architecture(**(TINY | changes))
+    config = transformers.Qwen3Config(**(TINY | changes))
     model = transformers.Qwen3ForCausalLM(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -20,7 +20,7 @@ import httpx2 as httpx
 import tenacity
 
 from patarm_jax.ask.replies import Refused, Reply, Unavailable, raise_for_status, read_reply
-from patarm_jax.config import EndpointSection
+from patarm_jax.config.sections import EndpointSection
 from patarm_jax.types import UsageError, UserError
 
 _LONGEST_PAUSE = 60.0  # seconds

@@ -14,7 +14,7 @@ from typing import Any
 
 from patarm_jax.ask.answers import Question
 from patarm_jax.ask.replies import Refused
-from patarm_jax.config import EndpointSection, JudgingSection
+from patarm_jax.config.sections import EndpointSection, JudgingSection
 from patarm_jax.types import Message
 
 _LIMITS = ("max_tokens", "max_completion_tokens")  # what servers call the limit of new tokens

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from patarm_jax.ask.answers import Answer, Answers, Kind, Question, answer_of, missing, no_answer
 from patarm_jax.ask.shared import my_share
-from patarm_jax.config import JudgingSection, MeshSection, ModelSection, SamplingSection
+from patarm_jax.config.sections import JudgingSection, MeshSection, ModelSection, SamplingSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.tokenizer import encode_chat, encode_dialogue
 from patarm_jax.model.kernels import kernels_in_use
@@ -24,7 +24,8 @@ from patarm_jax.rollout.judging import Parse, judge, make_judge
 from patarm_jax.rollout.scalar import make_scorer, scores
 from patarm_jax.rollout.schedule import Request
 from patarm_jax.run.drawing import as_the_model_says
-from patarm_jax.run.open_model import Model, judge_digest, load_params, name_of, open_model, rollout_rules
+from patarm_jax.run.learner import rollout_rules
+from patarm_jax.run.open_model import Model, judge_digest, load_params, name_of, open_model
 from patarm_jax.run.peers import ASKING, get_on
 from patarm_jax.run.process import say
 from patarm_jax.run.progress import percent, progress
@@ -125,7 +126,7 @@ def ask_local(local: Local, answers: Answers, questions: Sequence[Question], par
     """Answers what is not answered yet; False when it was asked to stop before the end."""
     arch, tokenizer, key = local.model.arch, local.model.tokenizer, jax.random.key(local.seed)
 
-    def written(params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:
+    def judged_groups(params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:
         for first in sorted({one.first for one in encoded}):  # unlike where votes were raised and that was stopped
             group = local.votes - first
             judging = make_judge(
@@ -133,13 +134,12 @@ def ask_local(local: Local, answers: Answers, questions: Sequence[Question], par
             )
             alike = [one for one in encoded if one.first == first]
             requests = [Request(one.tokens, one.question.sample_id + first * _VOTE_STRIDE) for one in alike]
-            for index, given in judge(judging, params, requests, key, parse):
-                yield [
-                    answer_of(alike[index].question, vote, one.judgement, one.tokens, one.truncated)
-                    for vote, one in enumerate(given, first)
-                ]
+            for judged in judge(judging, params, requests, key, parse):
+                written, question = judged.group, alike[judged.group.index].question
+                each = zip(judged.judgements, written.lengths.tolist(), written.truncated.tolist(), strict=True)
+                yield [answer_of(question, vote, *one) for vote, one in enumerate(each, first)]
 
-    return _ask(local, answers, questions, written)
+    return _ask(local, answers, questions, judged_groups)
 
 
 def ask_scalar(local: Local, answers: Answers, questions: Sequence[Question]) -> bool:

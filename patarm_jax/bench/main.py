@@ -17,9 +17,9 @@ from patarm_jax import __version__
 from patarm_jax.bench.measure import Limits, device_peak, host_peak, limits
 from patarm_jax.bench.quick import ratios
 from patarm_jax.bench.tasks import TASKS, Result, open_bench
-from patarm_jax.config import BenchConfig
+from patarm_jax.config.recipes import BenchConfig
 from patarm_jax.files import check_writable, write_json, writing
-from patarm_jax.run.folder import check_batch
+from patarm_jax.run.learner import check_batch
 from patarm_jax.types import UsageError, UserError
 
 
@@ -33,7 +33,7 @@ def main(tasks: Sequence[str], config: BenchConfig, output: Path | None = None) 
     _check(output, about)
     bench = open_bench(config)
     check_batch(bench.mesh, config.rows, config.micro_batches, f"rows {config.rows}")
-    check_batch(bench.mesh, config.responses // 2, config.micro_batches, f"responses {config.responses}, in pairs,")
+    check_batch(bench.mesh, config.responses, config.micro_batches, f"responses {config.responses}")
     most = limits(config.dtype)
     rows: list[dict[str, Any]] = []
     for task in tasks or TASKS:

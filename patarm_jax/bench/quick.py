@@ -10,7 +10,7 @@ import numpy as np
 
 from patarm_jax.bench.measure import interleaved
 from patarm_jax.bench.tasks import Bench, causal_attention, open_bench, policy_update, sampling, sft_update
-from patarm_jax.config import BenchConfig
+from patarm_jax.config.recipes import BenchConfig
 from patarm_jax.model.sharding import batch_shards
 from patarm_jax.padding import pack
 from patarm_jax.train.losses import sum_over_tokens
@@ -103,7 +103,7 @@ def _attention(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
 
 
 def _head(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    c, n = bench.config, bench.network
+    c, n = bench.config, bench.arch
     hidden = jax.random.normal(jax.random.key(0), (c.rows, c.length, n.hidden_size))
     head = 0.05 * jax.random.normal(jax.random.key(1), (n.vocab_size, n.hidden_size))
     targets = jnp.asarray(bench.tokens(c.rows, c.length))

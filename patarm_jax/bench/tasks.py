@@ -13,25 +13,24 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from patarm_jax.arrays import GRPOBatch, SFTBatch
+from patarm_jax.arrays import Rollouts, SFTBatch
 from patarm_jax.bench.measure import Timing, clock, time_calls, timed
 from patarm_jax.bench.shapes import SHAPES, cache_bytes, forward_flops, layer_weights
-from patarm_jax.config import BenchConfig, GRPOConfig, ModelSection, OptimizerSection, SFTConfig
-from patarm_jax.model import kernels, weights
+from patarm_jax.config.recipes import BenchConfig, GRPOConfig, SFTConfig
+from patarm_jax.config.sections import ModelSection
+from patarm_jax.model import kernels
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Streams
 from patarm_jax.model.kernels import kernel_for
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, make_mesh, place_batch
 from patarm_jax.model.transformer import init_params, unstack_layers
-from patarm_jax.recipes.grpo import Programs, completion_width, make_programs
-from patarm_jax.recipes.sft import make_update
-from patarm_jax.rollout.engine import Engine, make_engine
-from patarm_jax.rollout.judging import network_of
+from patarm_jax.recipes.programs import RolloutPrograms, grpo_learner, make_rollout_programs, sft_learner
+from patarm_jax.rollout.batches import completion_width, rollouts_of
+from patarm_jax.rollout.engine import Engine, make_engine, network_of
 from patarm_jax.rollout.sampler import Settings
 from patarm_jax.rollout.schedule import Finished, Request, complete
-from patarm_jax.run.folder import state_shardings
-from patarm_jax.train.optimizer import make_optimizer
-from patarm_jax.train.steps import TrainState, init_state
+from patarm_jax.run.learner import Learner
+from patarm_jax.train.steps import TrainState
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Bench:
     """What every task starts from."""
 
     config: BenchConfig
-    network: Architecture
+    arch: Architecture
     mesh: Mesh
 
     @property
@@ -68,7 +67,7 @@ class Bench:
 
     def tokens(self, *shape: int) -> np.ndarray:
         """Made-up token ids."""
-        return self.rng.integers(0, self.network.vocab_size, shape, dtype=np.int32)
+        return self.rng.integers(0, self.arch.vocab_size, shape, dtype=np.int32)
 
 
 def open_bench(config: BenchConfig) -> Bench:
@@ -84,61 +83,54 @@ def sft(bench: Bench) -> Result:
     c = bench.config
     timing = time_calls(sft_update(bench), c.repeats)
     reads = c.rows * c.length * (c.length + 1) // 2
-    flops = 3 * forward_flops(bench.network, c.rows * c.length, reads, c.rows * (c.length - 1))
+    flops = 3 * forward_flops(bench.arch, c.rows * c.length, reads, c.rows * (c.length - 1))
     shape = f"{c.rows} × {c.length}, {'packed' if c.packing else 'plain'} rows"
     return Result("sft", shape, timing, c.rows * c.length, flops)
 
 
 def sft_update(bench: Bench) -> Callable[[], Any]:
     """A call that takes one SFT step."""
-    update, state, batch = _sft_case(bench)
-    holder = [state]
-
-    def step() -> Any:
-        with jax.set_mesh(bench.mesh):
-            holder[0], metrics = update(holder[0], batch)
-        return holder[0], metrics
-
-    return step
+    learner, batch = _sft_case(bench)
+    return _updates(learner, _state(bench, learner), batch)
 
 
 def policy_update(bench: Bench) -> Callable[[], Any]:
     """A call that takes one policy update on completions of full length."""
-    config, optimizer = _grpo_config(bench), make_optimizer(OptimizerSection(), 100)
-    programs = make_programs(config, bench.network, bench.mesh, optimizer)
-    holder, batch = [_state(bench, optimizer)], _learnt_from(bench, _requests(bench), _full_length(bench))
+    learner = grpo_learner(_grpo_config(bench), bench.arch, bench.mesh)
+    return _updates(learner, _state(bench, learner), _learnt_from(bench, _requests(bench), _full_length(bench)))
 
+
+def _updates(learner: Learner, state: TrainState, batch: Any) -> Callable[[], Any]:
     def step() -> Any:
-        with jax.set_mesh(bench.mesh):
-            holder[0], metrics = programs.update(holder[0], batch)
-        return holder[0], metrics
+        nonlocal state
+        state, metrics = learner.update(state, learner.frozen, batch)
+        return state, metrics
 
     return step
 
 
 def sampling(bench: Bench) -> Callable[[], Any]:
     """A call that samples G completions of every prompt, each time the same."""
-    run, params = _rollouts(bench), init_params(bench.network, jax.random.key(bench.config.seed), bench.mesh)
+    run, params = _rollouts(bench), init_params(bench.arch, jax.random.key(bench.config.seed), bench.mesh)
     params = unstack_layers(params)
     return lambda: run.sample(params, bench.config.seed)
 
 
 def _grpo_config(bench: Bench) -> GRPOConfig:
     c, default = bench.config, GRPOConfig()
-    policy = replace(default.policy, kl_coef=c.kl_coef)
-    return replace(default, model=bench.section, policy=policy, micro_batches=c.micro_batches)
+    update = replace(default.update, kl_coef=c.kl_coef)
+    return replace(default, model=bench.section, update=update, micro_batches=c.micro_batches)
 
 
-def _sft_case(bench: Bench) -> tuple[Any, TrainState, SFTBatch]:
+def _sft_case(bench: Bench) -> tuple[Learner, SFTBatch]:
     c = bench.config
     config = SFTConfig(model=bench.section, micro_batches=c.micro_batches, packing=c.packing)
-    optimizer = make_optimizer(config.optimizer, 100)
-    update = make_update(config, bench.network, bench.mesh, optimizer)
+    learner = sft_learner(config, bench.arch, bench.mesh)
     tokens, last = bench.tokens(c.rows, c.length), c.length - 1
     read = np.tile(np.arange(last, dtype=np.int32), (c.rows, 1))
     arrays = tokens, np.zeros_like(tokens), read, tokens[:, 1:], np.full(c.rows, last, np.int32)
     batch = place_batch(bench.mesh, SFTBatch(*cast(tuple[jax.Array, ...], arrays)))
-    return update, _state(bench, optimizer), batch
+    return learner, batch
 
 
 def grpo(bench: Bench) -> Result:
@@ -157,7 +149,8 @@ class GRPOStep:
 
     bench: Bench
     run: "_Rollouts"
-    programs: Programs
+    learner: Learner
+    programs: RolloutPrograms
     state: TrainState
     reference: Any  # params, or None
     finished: list[Finished] = field(default_factory=list)
@@ -168,11 +161,11 @@ class GRPOStep:
         policy, number = self.programs.to_rollout(self.state.params), len(self.finished)
         self.finished.append(self._timed("sample", lambda: self.run.sample(policy, number)))
         batch = _learnt_from(self.bench, self.run.requests, self.finished[-1])
-        with jax.set_mesh(self.bench.mesh):
-            if self.reference is not None:
-                score = partial(self.programs.logprobs, self.reference, batch)
-                batch = replace(batch, ref_logprobs=self._timed("logprobs", score))
-            self.state, metrics = self._timed("update", lambda: self.programs.update(self.state, batch))
+        if self.reference is not None:
+            score = partial(self.programs.logprobs, self.reference, None, batch)
+            batch = replace(batch, ref_logprobs=self._timed("logprobs", score))
+        update = partial(self.learner.update, self.state, self.learner.frozen, batch)
+        self.state, metrics = self._timed("update", update)
         return metrics
 
     def _timed(self, phase: str, call: Callable[[], Any]) -> Any:
@@ -183,26 +176,26 @@ class GRPOStep:
 
 def grpo_step(bench: Bench) -> GRPOStep:
     """A GRPO step with its programs and its state."""
-    optimizer = make_optimizer(OptimizerSection(), 100)
-    programs = make_programs(_grpo_config(bench), bench.network, bench.mesh, optimizer)
-    state = _state(bench, optimizer)
+    config = _grpo_config(bench)
+    learner = grpo_learner(config, bench.arch, bench.mesh)
+    programs = make_rollout_programs(config, bench.arch, bench.mesh)
+    state = _state(bench, learner)
     # A copy in any case: the update donates the state's own buffers.
     reference = jax.tree.map(jnp.copy, state.params) if bench.config.kl_coef else None
-    return GRPOStep(bench, _rollouts(bench), programs, state, reference)
+    return GRPOStep(bench, _rollouts(bench), learner, programs, state, reference)
 
 
 def logprobs(bench: Bench) -> Result:
     """Log-probs of G completions of each prompt, which is computed once for them."""
     c = bench.config
-    programs = make_programs(_grpo_config(bench), bench.network, bench.mesh, make_optimizer(OptimizerSection(), 100))
-    params = jax.tree.map(lambda x: x.astype(c.dtype), init_params(bench.network, jax.random.key(c.seed), bench.mesh))
+    programs = make_rollout_programs(_grpo_config(bench), bench.arch, bench.mesh)
+    params = jax.tree.map(lambda x: x.astype(c.dtype), init_params(bench.arch, jax.random.key(c.seed), bench.mesh))
     batch = _learnt_from(bench, _requests(bench), _full_length(bench))
-    with jax.set_mesh(bench.mesh):
-        timing = time_calls(lambda: programs.logprobs(params, batch), c.repeats)
+    timing = time_calls(lambda: programs.logprobs(params, None, batch), c.repeats)
     written = c.responses * c.group * c.new
     own = c.responses * c.group * c.new * (c.new + 1) // 2
     reads = c.responses * c.prompt * (c.prompt + 1) // 2 + written * c.prompt + own
-    flops = forward_flops(bench.network, c.responses * c.prompt + written, reads, written)
+    flops = forward_flops(bench.arch, c.responses * c.prompt + written, reads, written)
     return Result("logprobs", f"{c.responses} × {c.prompt}, G {c.group} × {c.new}", timing, written, flops)
 
 
@@ -214,7 +207,7 @@ def sample(bench: Bench) -> Result:
     c, run = bench.config, _rollouts(bench)
     rules = ROLLOUT_RULES if c.mesh.rollout == "tensor" else REPLICATED_RULES
     cast_down = jax.jit(lambda params: unstack_layers(jax.tree.map(lambda x: x.astype(c.dtype), params)))
-    params = cast_down(init_params(bench.network, jax.random.key(c.seed), bench.mesh, rules))
+    params = cast_down(init_params(bench.arch, jax.random.key(c.seed), bench.mesh, rules))
     finished: list[Finished] = []
 
     def call() -> None:
@@ -224,10 +217,10 @@ def sample(bench: Bench) -> Result:
     written = float(np.mean([each.lengths.sum() for each in finished[-c.repeats :]]))
     steps = float(np.mean([each.row_steps for each in finished[-c.repeats :]])) / run.rows
     item = jnp.dtype(c.dtype).itemsize
-    each = (layer_weights(bench.network) + bench.network.vocab_size * bench.network.hidden_size) * item
+    each = (layer_weights(bench.arch) + bench.arch.vocab_size * bench.arch.hidden_size) * item
     prompts = min(c.responses, -(-run.rows // c.group)) * c.prompt
     own = written / (c.responses * c.group) / 2 * run.rows
-    read = steps * (each + (prompts + own) * cache_bytes(bench.network, item))
+    read = steps * (each + (prompts + own) * cache_bytes(bench.arch, item))
     mean = written / (c.responses * c.group)
     shape = f"{c.responses} × {c.prompt}, G {c.group}, {mean:.0f} of {c.new}, {run.rows} rows"
     return Result("sample", shape, timing, int(written), read=read)
@@ -244,11 +237,11 @@ class _Rollouts:
 
 
 def _rollouts(bench: Bench) -> _Rollouts:
-    c, vocab = bench.config, bench.network.vocab_size
+    c, vocab = bench.config, bench.arch.vocab_size
     # Random weights give every token about the same chance: so many stop ids end a completion after mean_new tokens.
     stops = tuple(range(round(vocab / c.mean_new))) if c.mean_new else (-1,)
-    kernel = kernel_for(bench.section, bench.network, bench.mesh, "causal")
-    network, settings = network_of(bench.network, c.dtype, kernel), Settings(stops, c.new)
+    kernel = kernel_for(bench.section, bench.arch, bench.mesh, "causal")
+    network, settings = network_of(bench.arch, c.dtype, kernel), Settings(stops, c.new)
     engine = make_engine(network, bench.mesh, c.group, settings, c.decode_rows, c.halvings)
     return _Rollouts(engine, _requests(bench), min(c.decode_rows or c.responses * c.group, c.responses * c.group))
 
@@ -263,7 +256,7 @@ def _requests(bench: Bench) -> list[Request]:
 
 def causal_attention(bench: Bench) -> tuple[Any, Callable[..., jax.Array], str]:
     """Queries, keys and values of one layer, the attention that a run would use on them, and its name."""
-    c, n = bench.config, bench.network
+    c, n = bench.config, bench.arch
     heads = n.num_attention_heads, n.num_key_value_heads, n.num_key_value_heads
     shapes = [(c.rows, c.length, number, n.head_dim) for number in heads]
     arrays = tuple(jax.random.normal(jax.random.key(i), shape, c.dtype) for i, shape in enumerate(shapes))
@@ -274,7 +267,7 @@ def causal_attention(bench: Bench) -> tuple[Any, Callable[..., jax.Array], str]:
 
 def attend(bench: Bench) -> Result:
     """Causal attention of one layer, forward and backward, on `rows` sequences of `length` tokens."""
-    c, n = bench.config, bench.network
+    c, n = bench.config, bench.arch
     arrays, attention, name = causal_attention(bench)
 
     def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -289,11 +282,13 @@ def attend(bench: Bench) -> Result:
 
 def load(bench: Bench) -> Result:
     """Weights from a Hugging Face folder, in the disk's cache, onto the devices."""
+    from patarm_jax.model import weights  # the only task that needs the library of their files
+
     c = bench.config
     with tempfile.TemporaryDirectory() as folder:
-        params = init_params(bench.network, jax.random.key(c.seed), bench.mesh)
+        params = init_params(bench.arch, jax.random.key(c.seed), bench.mesh)
         size = sum(x.size for x in jax.tree.leaves(params))
-        weights.save(params, bench.network, Path(folder) / "model")
+        weights.save(params, bench.arch, Path(folder) / "model")
         del params
         timing = time_calls(lambda: weights.load(Path(folder) / "model", bench.mesh), c.repeats)
     return Result("load", f"{size / 1e6:,.0f}M weights, bfloat16", timing, read=2 * size)
@@ -301,19 +296,18 @@ def load(bench: Bench) -> Result:
 
 def compile_update(bench: Bench) -> Result:
     """Tracing and compiling the SFT step anew, and once more from the disk's cache where there is one."""
-    update, state, batch = _sft_case(bench)
+    learner, batch = _sft_case(bench)
 
     def anew() -> None:
         jax.clear_caches()
-        update.lower(state, batch).compile()
+        learner.update.lower(learner.shape, learner.frozen, batch).compile()
 
     kept = jax.config.values["jax_compilation_cache_dir"]
-    with jax.set_mesh(bench.mesh):
-        _keep_programs_in(None)
-        timing = time_calls(anew, max(1, bench.config.repeats // 3))
-        _keep_programs_in(kept)
-        clock(anew)
-        phases = {"from the disk": clock(anew)} if kept else {}
+    _keep_programs_in(None)
+    timing = time_calls(anew, max(1, bench.config.repeats // 3))
+    _keep_programs_in(kept)
+    clock(anew)
+    phases = {"from the disk": clock(anew)} if kept else {}
     return Result("compile", f"sft {bench.config.rows} × {bench.config.length}", timing, phases=phases)
 
 
@@ -333,10 +327,8 @@ TASKS: dict[str, Callable[[Bench], Result]] = {
 }
 
 
-def _state(bench: Bench, optimizer: Any) -> TrainState:
-    shardings = state_shardings(bench.network, bench.mesh, optimizer)
-    params = init_params(bench.network, jax.random.key(bench.config.seed), bench.mesh)
-    return jax.jit(partial(init_state, optimizer=optimizer), out_shardings=shardings, donate_argnums=0)(params)
+def _state(bench: Bench, learner: Learner) -> TrainState:
+    return learner.new_state(init_params(bench.arch, jax.random.key(bench.config.seed), bench.mesh))
 
 
 def _full_length(bench: Bench) -> Finished:
@@ -347,21 +339,12 @@ def _full_length(bench: Bench) -> Finished:
         np.full((c.responses, c.group), c.new, np.int32),
         np.zeros((c.responses, c.group, c.new), np.float32),
         np.ones((c.responses, c.group), bool),
-        0,
     )
 
 
-def _learnt_from(bench: Bench, requests: list[Request], finished: Finished) -> GRPOBatch:
-    c, pairs = bench.config, bench.config.responses // 2
+def _learnt_from(bench: Bench, requests: list[Request], finished: Finished) -> Rollouts:
+    """What was sampled, with made-up advantages."""
+    c = bench.config
     width = completion_width(int(finished.lengths.max()), c.new)
-    prompts = np.stack([np.asarray(request.tokens) for request in requests])
-    arrays = (
-        prompts.reshape(pairs, 2, -1),
-        np.full((pairs, 2), c.prompt, np.int32),
-        finished.tokens[:, :, :width].reshape(pairs, 2, c.group, width),
-        finished.lengths.reshape(pairs, 2, c.group),
-        finished.logprobs[:, :, :width].reshape(pairs, 2, c.group, width),
-        None,
-        bench.rng.normal(size=(pairs, 2, c.group)).astype(np.float32),
-    )
-    return place_batch(bench.mesh, GRPOBatch(*cast(tuple[jax.Array, ...], arrays)))
+    advantages = place_batch(bench.mesh, bench.rng.normal(size=finished.lengths.shape).astype(np.float32))
+    return replace(rollouts_of(bench.mesh, requests, finished, c.prompt, width), advantages=advantages)

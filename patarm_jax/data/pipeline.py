@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from patarm_jax.arrays import SFTBatch
-from patarm_jax.config import DataSection
+from patarm_jax.arrays import SFTBatch, SFTShape
+from patarm_jax.config.sections import DataSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.preferences import Report
 from patarm_jax.data.sft import JudgedPreference
@@ -206,15 +206,6 @@ def _global_batch(records: Sequence[EncodedPair]) -> PairBatch:
 
 
 # ---- Arrays ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, order=True)
-class SFTShape:
-    """Sizes of an SFT batch that all processes agree on."""
-
-    rows: int  # B, of one process
-    width: int  # T
-    targets: int  # M
 
 
 def sft_shape(batch: PairBatch, multiple: int, rows_multiple: int = 1, packed: bool = True) -> SFTShape:

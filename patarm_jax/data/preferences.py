@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, get_args
 
-from patarm_jax.config import DataSection
+from patarm_jax.config.sections import DataSection
 from patarm_jax.data import reasons
 from patarm_jax.data.cells import is_blank, joined, word
 from patarm_jax.data.pairs import laid_out, pair_key_and_order

@@ -3,17 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from patarm_jax.config import (
+from patarm_jax.config.recipes import GRPOConfig, JudgeConfig, SFTConfig
+from patarm_jax.config.sections import (
     DataSection,
-    GRPOConfig,
-    JudgeConfig,
     JudgingSection,
     ModelSection,
     OptimizerSection,
-    PolicySection,
     RunSection,
     SamplingSection,
-    SFTConfig,
+    UpdateSection,
 )
 from patarm_jax.model.architecture import Architecture
 
@@ -79,7 +77,7 @@ def demo_configs(folder: Path, seed: int, sizes: Sizes) -> tuple[SFTConfig, GRPO
         run=RunSection(folder=str(folder / "grpo"), seed=seed, steps=sizes.grpo_steps, checkpoint_every=20),
         sampling=_sampling(),
         # Without it, the first ten steps spoil one judgement in ten: what earns nothing drifts at this learning rate.
-        policy=PolicySection(kl_coef=0.02),
+        update=UpdateSection(kl_coef=0.02),
         pairs_per_step=16,
         group_size=8,
     )

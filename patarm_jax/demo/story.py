@@ -16,7 +16,7 @@ import rich.console
 import rich.panel
 import rich.table
 
-from patarm_jax.config import GRPOConfig, SFTConfig
+from patarm_jax.config.recipes import GRPOConfig, SFTConfig
 from patarm_jax.demo.picture import draw_curves
 from patarm_jax.demo.settings import Sizes, demo_configs, judge_config
 from patarm_jax.demo.tokenizer import write_untrained_model

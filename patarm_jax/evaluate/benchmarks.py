@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_args
 import msgspec
 import numpy as np
 
-from patarm_jax.config import DataSection
+from patarm_jax.config.sections import DataSection
 from patarm_jax.data.preferences import free_id, known_domain, read_preferences
 from patarm_jax.data.rows import Row, read_rows
 from patarm_jax.evaluate import domains

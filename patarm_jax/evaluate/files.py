@@ -21,7 +21,7 @@ import pyarrow.parquet
 
 from patarm_jax import __version__
 from patarm_jax.ask.answers import Answers
-from patarm_jax.config import EvalConfig
+from patarm_jax.config.recipes import EvalConfig
 from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.figures import draw
 from patarm_jax.evaluate.findings import Evaluation

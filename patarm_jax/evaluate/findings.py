@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from patarm_jax.ask.answers import Answer, Kind
-from patarm_jax.config import EvalConfig
+from patarm_jax.config.recipes import EvalConfig
 from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.outcomes import Choices, Rule, Scores, gaps, votes_curve
 from patarm_jax.evaluate.proportions import limits

@@ -9,28 +9,21 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from patarm_jax.config import GRPOConfig, HeldoutSection, SFTConfig
+from patarm_jax.config.recipes import TrainConfig
+from patarm_jax.config.sections import HeldoutSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.pairs import shared_between
 from patarm_jax.data.pipeline import EncodedPair, digest_of, encode_pairs
 from patarm_jax.data.preferences import read_preferences
-from patarm_jax.evaluate.accuracy import pairwise_accuracy
-from patarm_jax.model.sharding import batch_shards, fetch
-from patarm_jax.padding import bucket
-from patarm_jax.rollout.judging import (
-    Judge,
-    Sampled,
-    make_judge,
-    read_judgements,
-    requests_of,
-    sample_judgements,
-    score_arrays,
-)
+from patarm_jax.evaluate.accuracy import Accuracy, pairwise_accuracy
+from patarm_jax.model.sharding import batch_shards, gather
+from patarm_jax.rollout.judging import Judge, judge_all, make_judge, requests_of, score_arrays
 from patarm_jax.run.drawing import heldout_sampling
-from patarm_jax.run.open_model import Model, weight_sync
+from patarm_jax.run.learner import weight_sync
+from patarm_jax.run.open_model import Model
 from patarm_jax.run.peers import agree
 from patarm_jax.run.process import say
-from patarm_jax.types import Judgement, Preference, Status, UserError
+from patarm_jax.types import Preference, Status, UserError
 
 
 @dataclass(frozen=True)
@@ -42,19 +35,19 @@ class Heldout:
     to_rollout: Any  # params → their copy for sampling
     key: jax.Array  # the same at every step, so that a difference is the weights'
     records: Sequence[EncodedPair]
-    share: Sequence[
-        EncodedPair
-    ]  # this process's; of all, the first stand at the end again, so that devices share evenly
-    width: int  # of the longest prompt
+    # This process's part of them; behind the last the first ones follow again, so that devices share evenly.
+    share: Sequence[EncodedPair]
 
     def due(self, step: int, steps: int) -> bool:
         """Whether a step is followed by an evaluation; the last one always is."""
         return step % self.section.eval_every == 0 or step == steps
 
+    def __call__(self, params: Any) -> dict[str, float]:
+        """Judges all held-out responses; the metrics of that."""
+        return heldout_metrics(*judge_heldout(self, params))
 
-def open_heldout(
-    config: SFTConfig | GRPOConfig, model: Model, mesh: Mesh, training: Sequence[Preference]
-) -> Heldout | None:
+
+def open_heldout(config: TrainConfig, model: Model, mesh: Mesh, training: Sequence[Preference]) -> Heldout | None:
     """Reads the held-out pairs; None when there are none. Those that are trained on are refused."""
     section = config.heldout
     if not section.path:
@@ -80,13 +73,10 @@ def open_heldout(
         jax.random.fold_in(jax.random.key(config.run.seed), 0),  # training's begin at step 1
         records,
         padded[jax.process_index() * each :][:each],
-        bucket(max(record.longest_prompt for record in records)),
     )
 
 
-def _refuse_shared_pairs(
-    config: SFTConfig | GRPOConfig, training: Sequence[Preference], heldout: Sequence[Preference]
-) -> str:
+def _refuse_shared_pairs(config: TrainConfig, training: Sequence[Preference], heldout: Sequence[Preference]) -> str:
     """Refuses pairs that are trained on; a clause on prompts that are, with other responses."""
     shared = shared_between(training, heldout)
     if shared.example is not None:
@@ -103,28 +93,17 @@ def _refuse_shared_pairs(
     return f"; {shared.prompts:,} of these pairs have a prompt that training has with other responses"
 
 
-def judge_heldout(heldout: Heldout, params: Any) -> list[list[Judgement]]:
-    """[R][G] judgements of all held-out responses, on every process, pairs in order, chosen before rejected."""
-    return read_judgements(heldout.judge, _sampled(heldout, params))[: 2 * len(heldout.records)]
+def judge_heldout(heldout: Heldout, params: Any) -> tuple[Accuracy, float]:
+    """What the judge is worth on all held-out pairs, and the share of judgements that were cut off."""
+    finished, judgements = judge_all(heldout.judge, heldout.to_rollout(params), requests_of(heldout.share), heldout.key)
+    mine = (*score_arrays(judgements), finished.truncated)
+    scores, status, truncated = (x[: 2 * len(heldout.records)] for x in gather(heldout.judge.engine.mesh, mine))
+    pairs = (x.reshape(len(heldout.records), 2, -1) for x in (np.nan_to_num(scores), status == Status.OK))
+    return pairwise_accuracy(*pairs), float(truncated.mean())
 
 
-def evaluate_heldout(heldout: Heldout, params: Any) -> dict[str, float]:
-    """Judges all held-out responses; the metrics of that, with the share of judgements that were cut off."""
-    sampled, responses = _sampled(heldout, params), 2 * len(heldout.records)
-    cut_off = fetch(sampled.completions.truncated)[:responses]
-    found = heldout_metrics(read_judgements(heldout.judge, sampled)[:responses])
-    return found | {"eval/clipped_ratio": float(np.mean(cut_off))}
-
-
-def _sampled(heldout: Heldout, params: Any) -> Sampled:
-    requests = requests_of(heldout.share)
-    return sample_judgements(heldout.judge, heldout.to_rollout(params), requests, heldout.key, heldout.width)
-
-
-def heldout_metrics(judgements: Sequence[Sequence[Judgement]]) -> dict[str, float]:
-    """What the judge is worth, as metrics `eval/…`."""
-    scores, status = (x.reshape(len(judgements) // 2, 2, -1) for x in score_arrays(judgements))
-    found = pairwise_accuracy(np.nan_to_num(scores), status == Status.OK)
+def heldout_metrics(found: Accuracy, cut_off: float) -> dict[str, float]:
+    """The same as metrics `eval/…`."""
     return {
         "eval/accuracy_strict": found.accuracy_strict,
         "eval/accuracy_half": found.accuracy_half,
@@ -133,4 +112,5 @@ def heldout_metrics(judgements: Sequence[Sequence[Judgement]]) -> dict[str, floa
         "eval/score_gap": found.gap,
         "eval/valid": found.valid,
         "eval/ties": found.ties,
+        "eval/clipped_ratio": cut_off,
     }

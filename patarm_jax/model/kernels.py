@@ -23,7 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import Mesh, PartitionSpec
 
-from patarm_jax.config import ModelSection
+from patarm_jax.config.sections import ModelSection
 from patarm_jax.model import attention, flash
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Streams

@@ -4,7 +4,7 @@ Rules never change a result, only its placement.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from patarm_jax.config import MeshSection
+from patarm_jax.config.sections import MeshSection
 from patarm_jax.types import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -107,8 +107,29 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+class OnMesh:
+    """A jitted function that is always traced, compiled and called under its mesh, so that `constrain` has one."""
+
+    def __init__(self, mesh: Mesh, function: Callable[..., Any], **settings: Any) -> None:
+        self.mesh = mesh
+        self._jitted = jax.jit(function, **settings)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The function's result."""
+        with jax.set_mesh(self.mesh):
+            return self._jitted(*arguments)
+
+    def lower(self, *arguments: Any) -> Any:
+        """As of a jitted function; arguments may be abstract."""
+        with jax.set_mesh(self.mesh):
+            return self._jitted.lower(*arguments)
+
+
+Program = tuple[OnMesh, tuple[Any, ...]]  # a jitted function, and the abstract arguments that it is compiled for
+
+
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Pins an activation to mesh axes inside jit; outside a mesh it does nothing."""
+    """Pins an activation to mesh axes inside `OnMesh`; without a mesh there is nothing to pin it to."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
@@ -126,6 +147,13 @@ def local_part(x: jax.Array) -> np.ndarray:
         return np.asarray(x)
     parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+def gather(mesh: Mesh, tree: Any) -> Any:
+    """Host arrays, each process's part, put together along their leading axis on every process."""
+    if not mesh.is_multi_process:
+        return tree
+    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(np.asarray(x), tiled=True)), tree)
 
 
 def fetch(tree: Any) -> Any:

@@ -26,7 +26,9 @@ from patarm_jax.ask.endpoint import Remote, ask_endpoint, ask_name
 from patarm_jax.ask.estimate import estimate
 from patarm_jax.ask.local import Local, ask_local, ask_scalar, open_local
 from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
-from patarm_jax.config import EvalConfig, JudgingSection, SamplingSection, to_yaml
+from patarm_jax.config.load import to_yaml
+from patarm_jax.config.recipes import EvalConfig
+from patarm_jax.config.sections import JudgingSection, SamplingSection
 from patarm_jax.evaluate.benchmarks import SOURCES, Item, limited, read_benchmark
 from patarm_jax.evaluate.files import RESULTS, compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find

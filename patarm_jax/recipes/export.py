@@ -5,16 +5,17 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from patarm_jax.config import GRPOConfig, MeshSection, SFTConfig, load, read_yaml
+from patarm_jax.config.load import load_run
+from patarm_jax.config.recipes import TrainConfig
+from patarm_jax.config.sections import MeshSection
 from patarm_jax.files import check_writable, is_occupied, occupied_error
 from patarm_jax.locks import hold_output
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.model.transformer import abstract_params
 from patarm_jax.run.checkpoint import open_checkpoints
 from patarm_jax.run.checkpoint_files import best_of, metrics_of, steps_in
-from patarm_jax.run.drawing import exported_drawing, heldout_in_words
-from patarm_jax.run.export import ModelCardFacts, write_export
-from patarm_jax.run.folder import CHECKPOINTS
+from patarm_jax.run.claim import CHECKPOINTS
+from patarm_jax.run.export import card_of, write_export
 from patarm_jax.run.open_model import open_model
 from patarm_jax.run.process import say
 from patarm_jax.types import UsageError, UserError
@@ -34,7 +35,7 @@ def _export(checkpoint: Path, out: Path, best: bool) -> None:
     if is_occupied(out):  # by one that ended just now
         raise occupied_error(out)
     folder, step = _run_and_step(checkpoint.expanduser())
-    config = _config(folder / "config.yaml")
+    config = load_run(folder)
     if not (steps := steps_in(folder / CHECKPOINTS)) or step not in (None, *steps):
         which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise UserError(f"{folder} holds {which}. Let the run save one, or name another step.")
@@ -44,15 +45,8 @@ def _export(checkpoint: Path, out: Path, best: bool) -> None:
     mesh = make_mesh(MeshSection())
     checkpoints = open_checkpoints(folder / CHECKPOINTS, 1, {}, on_damaged=config.run.on_damaged, say=say)
     params, step = checkpoints.restore_params(abstract_params(model.arch, mesh, dtype=jnp.float32), step)
-    updates = checkpoints.updates(step)
-    reward = f"PAR with the {config.reward.margin} margin" if isinstance(config, GRPOConfig) else ""
-    card = ModelCardFacts(config.model.path, config.recipe, config.data.path, None, updates, reward, config.rubrics)
-    card = replace(
-        card,
-        drawing=exported_drawing(config, model),
-        measured_on=heldout_in_words(config, model),
-        measured=metrics_of(folder / CHECKPOINTS / str(step)),
-    )
+    updates, measured = checkpoints.updates(step), metrics_of(folder / CHECKPOINTS / str(step))
+    card = replace(card_of(config, model), steps=updates, measured=measured)
     write_export(out, params, model.arch, model.tokenizer, card, config.model.dtype)
     say(f"step {step} of {folder}: {out}")
 
@@ -65,7 +59,7 @@ def _run_and_step(path: Path) -> tuple[Path, int | None]:
     return path, None
 
 
-def _best(folder: Path, config: SFTConfig | GRPOConfig, step: int | None) -> int:
+def _best(folder: Path, config: TrainConfig, step: int | None) -> int:
     """The step that the held-out pairs chose."""
     if step is not None:
         raise UsageError(f"--best and the checkpoint of step {step} are both given. Give the run folder, or no --best.")
@@ -79,7 +73,3 @@ def _best(folder: Path, config: SFTConfig | GRPOConfig, step: int | None) -> int
     value = metrics_of(folder / CHECKPOINTS / str(found))[metric]
     say(f"best on the held-out pairs: step {found}, {metric} {value:.4g}")
     return found
-
-
-def _config(path: Path) -> SFTConfig | GRPOConfig:
-    return load(GRPOConfig, path) if read_yaml(path).get("recipe") == "grpo" else load(SFTConfig, path)

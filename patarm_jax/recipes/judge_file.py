@@ -20,7 +20,9 @@ from patarm_jax.ask.answers import Answer, Answers, Question, missing, read_answ
 from patarm_jax.ask.estimate import estimate
 from patarm_jax.ask.local import AGAIN, ask_local, open_local
 from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
-from patarm_jax.config import JudgeConfig, JudgingSection, to_yaml
+from patarm_jax.config.load import to_yaml
+from patarm_jax.config.recipes import JudgeConfig
+from patarm_jax.config.sections import JudgingSection
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import Accuracy, pairwise_accuracy
 from patarm_jax.evaluate.outcomes import mean_scores

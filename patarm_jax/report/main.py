@@ -23,7 +23,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from patarm_jax.config import GRPOConfig, SFTConfig, from_mapping, read_yaml
+from patarm_jax.config.load import from_mapping, read_yaml
+from patarm_jax.config.recipes import GRPOConfig, SFTConfig
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.files import check_writable, write_text, writing
 from patarm_jax.locks import hold_output

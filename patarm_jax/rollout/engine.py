@@ -8,8 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from patarm_jax.arrays import Prompts
-from patarm_jax.model.sharding import BATCH_AXES, batch_sharding, batch_shards, constrain
+from patarm_jax.arrays import Prompts, Seats
+from patarm_jax.model.architecture import Architecture
+from patarm_jax.model.cache import KVCache, PromptCache, init_cache, place_prompts, resize_cache
+from patarm_jax.model.kernels import PORTABLE, Kernel
+from patarm_jax.model.sharding import BATCH_AXES, OnMesh, Program, batch_sharding, batch_shards, constrain
+from patarm_jax.model.transformer import Params, decode, logits, prefill
 from patarm_jax.rollout import sampler
 from patarm_jax.rollout.sampler import Admission, Network, Settings, Slots
 
@@ -31,10 +35,10 @@ class Engine:
     settings: Settings
     rows: int  # that are written at a time, over all devices; 0: as many as there are
     halvings: int  # how often rows may be halved when nothing waits any more; each time is another compiled program
-    start: Any
-    bring_in: Any
-    advance: Any
-    resize: Any
+    start: OnMesh  # (prompts, width, rows) → Slots; all three static
+    bring_in: OnMesh  # (params, Slots, Prompts, place, key) → Slots; the slots are donated
+    advance: OnMesh  # (params, Slots, Admission, key, enough) → Slots; the slots are donated
+    resize: OnMesh  # (Slots, rows, prompts, seat, width) → Slots; the width is static
 
 
 def make_engine(
@@ -61,32 +65,58 @@ def make_engine(
         settings,
         rows,
         halvings,
-        start=jax.jit(start, static_argnums=(0, 1, 2)),
-        bring_in=jax.jit(bring_in, donate_argnums=1),
-        advance=jax.jit(advance, donate_argnums=1),
-        resize=jax.jit(resize, static_argnums=4),
+        start=OnMesh(mesh, start, static_argnums=(0, 1, 2)),
+        bring_in=OnMesh(mesh, bring_in, donate_argnums=1),
+        advance=OnMesh(mesh, advance, donate_argnums=1),
+        resize=OnMesh(mesh, resize, static_argnums=4),
     )
 
 
-def abstract_programs(engine: Engine, params: Any, requests: int, width: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def network_of(arch: Architecture, dtype: str, kernel: Kernel = PORTABLE) -> Network[KVCache]:
+    """Qwen3 as the sampler sees it: tokens to logits. The kernel is that of prompts."""
+
+    def read(params: Params, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, PromptCache]:
+        hidden, kept = prefill(params, arch, tokens, lengths, dtype=dtype, kernel=kernel)
+        return logits(params, arch, hidden, dtype), kept
+
+    def place(cache: KVCache, prompts: PromptCache, where: jax.Array) -> KVCache:
+        return replace(cache, prompt=place_prompts(cache.prompt, prompts, where))
+
+    def decode_step(params: Params, tokens: jax.Array, cache: KVCache, seats: Seats) -> tuple[jax.Array, KVCache]:
+        hidden, cache = decode(params, arch, tokens, cache, seats, dtype=dtype)
+        return logits(params, arch, hidden, dtype), cache
+
+    return Network(
+        init=lambda prompts, width, rows, most: init_cache(arch, prompts, width, rows, most, dtype),
+        prefill=read,
+        place=place,
+        decode=decode_step,
+        resize=resize_cache,
+    )
+
+
+def abstract_programs(engine: Engine, params: Any, requests: int, width: int) -> dict[str, Program]:
     """The largest programs of a run over so many requests, with abstract arguments, for compiling ahead of time."""
     shards, new = batch_shards(engine.mesh), partial(jax.ShapeDtypeStruct, sharding=batch_sharding(engine.mesh))
     prompts, rows = places_for(engine, -(-requests // shards))
     number = prompts_at_a_time(width, prompts, prompts)
-    with jax.set_mesh(engine.mesh):
-        slots = jax.tree.map(
-            lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like),
-            jax.eval_shape(engine.start, prompts, width, rows),
-            engine.start.lower(prompts, width, rows).compile().output_shardings,
-        )
+    started = engine.start.lower(prompts, width, rows)
+    slots = jax.tree.map(
+        lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like),
+        started.out_info,
+        started.compile().output_shardings,
+    )
     key = jax.eval_shape(lambda: jax.random.key(0))
     size = shards * number
     read = Prompts(*cast(Arrays, tuple(new(shape, jnp.int32) for shape in ((size, width), (size,), (size,)))))
     begins = Admission(*cast(Arrays, tuple(new((shards, rows), kind) for kind in (jnp.bool, jnp.int32, jnp.int32))))
     enough = jax.ShapeDtypeStruct((), jnp.int32)
+    half_rows, half_prompts = max(rows // 2, 1), max(prompts // 2, 1)
+    kept = tuple(new((shards, size), jnp.int32) for size in (half_rows, half_prompts, half_rows))
     return {
         "prefill": (engine.bring_in, (params, slots, read, new((shards, number), jnp.int32), key)),
         "decode": (engine.advance, (params, slots, begins, key, enough)),
+        "resize": (engine.resize, (slots, *kept, width)),
     }
 
 

@@ -7,26 +7,26 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from patarm_jax.config import ModelSection
+from patarm_jax.config.sections import ModelSection
 from patarm_jax.model import transformer
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import kernel_for
-from patarm_jax.model.sharding import batch_shards, fetch, place_batch
+from patarm_jax.model.sharding import OnMesh, batch_shards, fetch, place_batch
 from patarm_jax.padding import bucket
 from patarm_jax.rollout.engine import PREFILL_TOKENS
 
-Scorer = Callable[[Any, jax.Array, jax.Array], jax.Array]
+Scorer = Callable[[Any, jax.Array, jax.Array], jax.Array]  # (params, tokens [R, T], lengths [R]) → scores [R]
 
 
 def make_scorer(arch: Architecture, mesh: Mesh, section: ModelSection) -> Scorer:
-    """The jitted (params, tokens [R, T], lengths [R]) → scores [R]: the head on the last token's state."""
+    """The jitted scorer: the head on the last token's state."""
     kernel = kernel_for(section, arch, mesh, "causal")
 
     def score(params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         hidden, _ = transformer.prefill(params, arch, tokens, lengths, dtype=section.dtype, kernel=kernel)
         return transformer.scalar_scores(params, hidden, section.dtype)
 
-    return jax.jit(score)
+    return OnMesh(mesh, score)
 
 
 def scores(scorer: Scorer, params: Any, mesh: Mesh, conversations: Sequence[np.ndarray]) -> Iterator[tuple[int, float]]:
@@ -48,6 +48,5 @@ def scores(scorer: Scorer, params: Any, mesh: Mesh, conversations: Sequence[np.n
         for row, index in enumerate(now):
             lengths[row] = len(conversations[index])
             tokens[row, : lengths[row]] = conversations[index]
-        with jax.set_mesh(mesh):
-            found = fetch(scorer(params, *place_batch(mesh, (tokens, lengths))))
+        found = fetch(scorer(params, *place_batch(mesh, (tokens, lengths))))
         yield from ((index, float(found[row])) for row, index in enumerate(now))

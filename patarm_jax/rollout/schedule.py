@@ -7,7 +7,7 @@ schedule decides when a completion is drawn, never what is drawn.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import jax
@@ -58,7 +58,7 @@ class Finished:
     lengths: np.ndarray  # [n, G] int32, the end token included
     logprobs: np.ndarray  # [n, G, Tc] float32
     truncated: np.ndarray  # [n, G] bool
-    row_steps: int  # rows × steps that were computed, over all devices: what the lengths' sum is to be compared with
+    row_steps: int = 0  # rows × steps computed, over all devices, where it is known: to compare with the lengths' sum
 
 
 @dataclass
@@ -92,10 +92,15 @@ def complete(engine: Engine, params: Any, requests: Sequence[Request], key: jax.
     """
     schedule = _Schedule(engine, params, requests, key)
     groups = sorted(_groups(schedule), key=lambda group: group.index)
+    return replace(stacked(groups), row_steps=schedule.row_steps)
+
+
+def stacked(groups: Sequence[Group]) -> Finished:
+    """The completions of groups, in the order given."""
     tokens, lengths, logprobs, truncated = (
         np.stack([getattr(group, name) for group in groups]) for name in ("tokens", "lengths", "logprobs", "truncated")
     )
-    return Finished(tokens, lengths, logprobs, truncated, schedule.row_steps)
+    return Finished(tokens, lengths, logprobs, truncated)
 
 
 def completed_groups(engine: Engine, params: Any, requests: Sequence[Request], key: jax.Array) -> Iterator[Group]:
@@ -127,8 +132,7 @@ class _Schedule:
         self.devices = [_Device(deque(share), [None] * prompts, [None] * rows) for share in shares]
         self.width = bucket(int(self.lengths.max()))
         self.least = rows / 2**engine.halvings
-        with jax.set_mesh(engine.mesh):
-            self.slots = engine.start(prompts, self.width, rows)
+        self.slots = engine.start(prompts, self.width, rows)
         self.row_steps = self.steps = 0
         self.writing: dict[int, Group] = {}  # this process's requests whose prompts are in
         self.ended: list[Group] = []  # in this turn
@@ -147,10 +151,9 @@ class _Schedule:
     def turn(self) -> list[Group]:
         """Fills the places, writes for a while, and gives this process's groups that have ended."""
         self.ended = []
-        with jax.set_mesh(self.engine.mesh):
-            self._bring_in()
-            self._shrink()
-            self._advance()
+        self._bring_in()
+        self._shrink()
+        self._advance()
         return self.ended
 
     # ------------------------------------------------------------------------------------------------------ prompts

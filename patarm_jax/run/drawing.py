@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
-from patarm_jax.config import GRPOConfig, JudgingSection, SamplingSection, SFTConfig
+from patarm_jax.config.recipes import TrainConfig
+from patarm_jax.config.sections import JudgingSection, SamplingSection
 from patarm_jax.model.generation import FILE, Drawing, Generation, read_generation
 from patarm_jax.run.open_model import Model
 from patarm_jax.run.process import say
 
 _DRAWN = ("temperature", "top_k", "top_p")
-Training = TypeVar("Training", SFTConfig, GRPOConfig)
+Training = TypeVar("Training", bound=TrainConfig)
 
 
 @dataclass(frozen=True)
@@ -47,33 +48,33 @@ def with_heldout_sampling(config: Training, model: Model) -> Training:
     GRPO's are drawn as its rollouts are. SFT draws nothing else, so that the base model's generation_config.json holds.
     """
     sampling = heldout_sampling(config, model)
-    if isinstance(config, SFTConfig):
+    rollouts = config.rollout_sampling
+    if rollouts is None:
         generation = read_generation(model.folder)
         also = "the held-out pairs and for " if config.heldout.path else ""
         say(f"{_said(config.heldout.sampling, generation)}, for {also}whoever serves the export")
-    elif config.heldout.path and (measured := _drawing(sampling)) != (served := _drawing(config.sampling)):
+    elif config.heldout.path and (measured := _drawing(sampling)) != (served := _drawing(rollouts)):
         say(f"held-out pairs are judged at {measured}, and the export will be served at {served}")
     complete = JudgingSection(**asdict(sampling))
     return replace(config, heldout=replace(config.heldout, sampling=complete))
 
 
-def heldout_sampling(config: SFTConfig | GRPOConfig, model: Model) -> SamplingSection:
+def heldout_sampling(config: TrainConfig, model: Model) -> SamplingSection:
     """How the held-out pairs of a run are drawn."""
     section = config.heldout.sampling
-    if isinstance(config, GRPOConfig):
-        own = {name: getattr(config.sampling, name) for name in (*_DRAWN, "max_new_tokens")}
-        return _completed(section, own)
+    if rollouts := config.rollout_sampling:
+        return _completed(section, {name: getattr(rollouts, name) for name in (*_DRAWN, "max_new_tokens")})
     generation = read_generation(model.folder)
     own = {name: getattr(generation, name) for name in _DRAWN}
     return _completed(section, own | {"max_new_tokens": config.data.max_completion_tokens})
 
 
-def exported_drawing(config: SFTConfig | GRPOConfig, model: Model) -> Drawing:
+def exported_drawing(config: TrainConfig, model: Model) -> Drawing:
     """What a run's export says of its drawing: GRPO's rollouts', and of SFT that of its held-out pairs."""
-    return _drawing(config.sampling if isinstance(config, GRPOConfig) else heldout_sampling(config, model))
+    return _drawing(config.rollout_sampling or heldout_sampling(config, model))
 
 
-def heldout_in_words(config: SFTConfig | GRPOConfig, model: Model) -> str:
+def heldout_in_words(config: TrainConfig, model: Model) -> str:
     """What a run's held-out numbers were measured on and how, for its model card; empty where nothing is held out."""
     section, sampling = config.heldout, heldout_sampling(config, model)
     if not section.path:

@@ -6,18 +6,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import huggingface_hub
 import jax
 
+from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.data.tokenizer import Tokenizer, save_tokenizer
 from patarm_jax.files import appearing_whole
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.generation import Drawing
 from patarm_jax.model.transformer import Params
-from patarm_jax.run.open_model import name_of
+from patarm_jax.run.drawing import exported_drawing, heldout_in_words
+from patarm_jax.run.open_model import Model, name_of
 from patarm_jax.run.soundness import refuse_ruined
 from patarm_jax.types import RubricMode
 
@@ -35,7 +37,7 @@ class ModelCardFacts:
     """What a model card says about the run that made the model."""
 
     base_model: str  # a Hub id or a folder
-    stage: Literal["sft", "grpo"]
+    stage: str  # the recipe, a key of STAGES
     data_path: str  # a Hub id, a file or a folder
     pairs: int | None  # preference pairs that were trained on; None where they were not counted
     steps: int  # optimiser updates
@@ -44,6 +46,27 @@ class ModelCardFacts:
     drawing: Drawing = field(default_factory=Drawing)  # as it was trained, and as it is to be served
     measured_on: str = ""  # the held-out pairs, and how they were judged; empty where there are none
     measured: Mapping[str, float] = field(default_factory=dict)  # the metrics `eval/…` of these weights
+
+
+def card_of(config: TrainConfig, model: Model, pairs: int | None = None) -> ModelCardFacts:
+    """What the card of a run's model says, but for the updates it has had and what was measured of it.
+
+    Args:
+        config: of the run.
+        model: what training starts from.
+        pairs: preference pairs that were trained on; None where they were not counted.
+    """
+    return ModelCardFacts(
+        config.model.path,
+        config.recipe,
+        config.data.path,
+        pairs,
+        steps=0,
+        reward=config.reward_in_words,
+        rubrics=config.rubrics,
+        drawing=exported_drawing(config, model),
+        measured_on=heldout_in_words(config, model),
+    )
 
 
 def write_export(

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from patarm_jax.config import MeshSection
+from patarm_jax.config.sections import MeshSection
 from patarm_jax.run.coordinator import BYE, PORT_PATIENCE
 from patarm_jax.run.process import print_aside
 from patarm_jax.types import UsageError, UserError

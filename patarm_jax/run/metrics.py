@@ -1,12 +1,10 @@
-"""What a run writes and shows while it goes: metrics, judgements, and how long each phase took.
+"""Where the metrics of a run are written: metrics.jsonl, TensorBoard, Weights & Biases.
 
-Clocks are read here and nowhere below the recipes. Nothing here computes a metric. Of several processes the first one
-writes and shows.
+Nothing here computes a metric. Of several processes the first one writes.
 """
 
 import contextlib
 import errno
-import functools
 import io
 import json
 import math
@@ -16,27 +14,21 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
-import rich.console
-import rich.panel
-import rich.text
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from patarm_jax.files import whole_file, write_text, writing
-from patarm_jax.types import Status, UserError
+from patarm_jax.run.process import TO_RESUME
+from patarm_jax.types import UserError
 
 Scalar = float | int | np.generic | jax.Array
-
-# ------------------------------------------------------------------------------------------------------------ metrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +46,7 @@ class MetricsWriter:
         values = {name: np.asarray(metrics[name]).item() for name in sorted(metrics)}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         line = json.dumps({"step": step} | {name: finite.get(name) for name in values}, allow_nan=False) + "\n"
-        with _writing(Path(str(self.lines.name))):
+        with writing(Path(str(self.lines.name)), TO_RESUME):
             if self.lines.write(line.encode()) < len(line):  # the last bytes of a disk: the next line must not follow
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.tensorboard is not None:
@@ -88,7 +80,7 @@ def open_metrics(
     if jax.process_index() != 0:
         return MetricsWriter(None, None, None)
     path = run_folder / "metrics.jsonl"
-    with _writing(path):
+    with writing(path, TO_RESUME):
         run_folder.mkdir(parents=True, exist_ok=True)
         _cut_off_after(path, step)
         board = _open_tensorboard(run_folder / "tensorboard", step) if tensorboard else None
@@ -119,7 +111,7 @@ def _name_of_events(folder: Path) -> str:
 
 
 def _write_event(board: RecordWriter, step: int, **content: Any) -> None:
-    with _writing(Path(board.path)):
+    with writing(Path(board.path), TO_RESUME):
         board.write(event_pb2.Event(step=step, wall_time=time.time(), **content).SerializeToString())
         board.flush()
 
@@ -162,7 +154,7 @@ def _open_wandb(run_folder: Path, project: str, config: Mapping[str, Any]) -> An
         ) from error
     identity = run_folder / "wandb_id.txt"
     if not identity.exists():
-        with _writing(identity):
+        with writing(identity, TO_RESUME):
             write_text(identity, secrets.token_hex(4))
     try:
         with _no_one_to_ask():
@@ -193,144 +185,3 @@ def _no_one_to_ask() -> Iterator[None]:
             yield
         finally:
             sys.stdin = before
-
-
-def _writing(path: Path) -> contextlib.AbstractContextManager[None]:
-    return writing(path, "Then run the command again to resume from the last checkpoint.")
-
-
-# --------------------------------------------------------------------------------------------------------------- time
-
-
-@dataclass(frozen=True)
-class Timer:
-    """How long the phases of one step took.
-
-    >>> timer = Timer()
-    >>> with timer.phase("sample"):
-    ...     pass
-    >>> list(timer.seconds)
-    ['time/sample']
-    """
-
-    note: Callable[[str], object] = len  # is told when a phase begins: step and phase
-    step: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # "time/<phase>" → wall-clock seconds
-    begun: float = field(default_factory=lambda: time.perf_counter())
-
-    @property
-    def total(self) -> float:
-        """Wall-clock seconds since it was made."""
-        return time.perf_counter() - self.begun
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to a phase. Arrays are computed in the background: wait for them inside."""
-        self.note(f"step {self.step}: {name}")
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            key = f"time/{name}"
-            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
-
-
-class Compilations:
-    """Counts what JAX compiles in this process: one program per shape, so a count that grows on tells of a shape lost.
-
-    Of a resumed run's they differ from an uninterrupted one's, as times do; hence their names.
-    """
-
-    def __init__(self) -> None:
-        self.counts = {"time/compile": 0.0, "time/compiled_programs": 0.0, "time/programs_from_disk": 0.0}
-        jax.monitoring.register_event_duration_secs_listener(self._took)
-        jax.monitoring.register_event_listener(self._happened)
-
-    def since_last(self) -> dict[str, float]:
-        """Seconds and programs since the last call."""
-        counts = dict(self.counts)
-        self.counts.update(dict.fromkeys(counts, 0.0))
-        return counts
-
-    def _took(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.counts["time/compile"] += duration_secs
-            self.counts["time/compiled_programs"] += 1
-
-    def _happened(self, event: str, **kwargs: str | int) -> None:
-        if event == "/jax/compilation_cache/cache_hits":
-            self.counts["time/programs_from_disk"] += 1
-
-
-@functools.cache
-def compilations() -> Compilations:
-    """The one count of this process; JAX forgets no listener."""
-    return Compilations()
-
-
-# --------------------------------------------------------------------------------------------------------- judgements
-
-
-@dataclass(frozen=True)
-class RolloutRow:
-    """One sampled judgement and what became of it."""
-
-    pair_id: str
-    side: Literal["chosen", "rejected"]
-    text: str
-    status: Status
-    score: float | None  # None unless status is OK
-    reward: float
-    advantage: float
-
-
-SCHEMA = pa.schema(
-    [
-        ("pair_id", pa.string()),
-        ("side", pa.string()),
-        ("text", pa.string()),
-        ("status", pa.string()),  # the name of the Status
-        ("score", pa.float64()),
-        ("reward", pa.float64()),
-        ("advantage", pa.float64()),
-    ]
-)
-
-
-def write_rollouts(folder: Path, step: int, rows: Sequence[RolloutRow]) -> Path:
-    """Writes the judgements of a step, of all processes, as `step_000010.parquet`; the file appears whole."""
-    path = folder / f"step_{step:06}.parquet"
-    table = pa.Table.from_pylist([asdict(row) | {"status": row.status.name} for row in rows], schema=SCHEMA)
-    with _writing(path):
-        with whole_file(path) as part:
-            pyarrow.parquet.write_table(table, part)
-    return path
-
-
-def show_judgements(step: int, rows: Sequence[RolloutRow], characters: int = 600) -> None:
-    """Prints judgements on stdout, each in a frame that says whose it is, long texts without their middle."""
-    if jax.process_index() != 0:
-        return
-    console = rich.console.Console(file=sys.stdout)
-    console.print(f"judgements at step {step}")
-    for row in rows:
-        score = "" if row.score is None else f" · score {row.score:g}"
-        title = f"{row.pair_id} · {row.side} · {row.status.name}{score} · reward {row.reward:+.2f}"
-        # As Text: what stands in brackets is the model's, no markup of ours.
-        body = rich.text.Text(_printable(_shortened(row.text, characters)))
-        console.print(rich.panel.Panel(body, title=rich.text.Text(_printable(title)), title_align="left", width=100))
-
-
-def _shortened(text: str, characters: int) -> str:
-    """The beginning and the end, where the score is.
-
-    >>> _shortened("abcdefghijklmnop", 9)
-    'abcdef … nop'
-    """
-    tail = characters // 3
-    return text if len(text) <= characters else f"{text[: characters - tail]} … {text[len(text) - tail :]}"
-
-
-def _printable(text: str) -> str:
-    """No control character reaches the terminal, whatever the model wrote."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from patarm_jax.config import MeshSection, ModelSection
+from patarm_jax.config.sections import ModelSection
 from patarm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture, read_architecture
-from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, Rules
-from patarm_jax.model.transformer import Params, abstract_params, init_params, unstack_layers
+from patarm_jax.model.sharding import Rules
+from patarm_jax.model.transformer import Params, init_params, unstack_layers
 from patarm_jax.model.weight_files import Stored, digest, read_stored
 from patarm_jax.run.process import say
 from patarm_jax.run.soundness import refuse_ruined
@@ -94,8 +94,9 @@ def weights_digest(model: Model) -> str:
 def judge_digest(model: Model) -> str:
     """What a judge is known by: its weights, its network and its tokenizer."""
     tokenizer = model.tokenizer
-    about = (model.arch, tokenizer.stop_ids, sorted(tokenizer.files.items()), weights_digest(model))
-    return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+    about = repr((model.arch, tokenizer.stop_ids, sorted(tokenizer.files.items()), weights_digest(model)))
+    # Spelled as in the first version, so that the answers kept since then are still this judge's.
+    return hashlib.sha256(about.replace("(Architecture(", "(Qwen3Config(", 1).encode()).hexdigest()[:16]
 
 
 def load_params(
@@ -110,17 +111,3 @@ def load_params(
     if not unstacked:  # they are trained, or trained against: one that is no number would spoil every update
         refuse_ruined(params, f"the model {model.folder}", "Copy the model again, or give another one")
     return params
-
-
-def weight_sync(arch: Architecture, mesh: Mesh, placement: MeshSection, dtype: str) -> Any:
-    """The jitted program that makes the copy for sampling of trained parameters."""
-    rollout = abstract_params(arch, mesh, rollout_rules(placement), dtype, unstacked=True)
-    return jax.jit(
-        lambda params: unstack_layers(jax.tree.map(lambda x: x.astype(dtype), params)),
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, rollout),
-    )
-
-
-def rollout_rules(placement: MeshSection) -> Rules:
-    """How the copy for sampling is placed."""
-    return ROLLOUT_RULES if placement.rollout == "tensor" else REPLICATED_RULES

@@ -10,6 +10,9 @@ from typing import Any, cast
 
 import jax
 
+# What is said besides when a run cannot write.
+TO_RESUME = "Then run the command again to resume from the last checkpoint."
+
 
 def say(message: str) -> None:
     """One line for the person who watches, if anybody does, from the first process only."""

@@ -1,22 +1,38 @@
-"""What `--dry-run` tells before anything is trained: config, programs, memory per device, the first batch."""
+"""Programs before they run: compiled ahead of the first step, or described by `--dry-run`."""
 
 import contextlib
 import io
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from patarm_jax.data.pipeline import PairBatch
 from patarm_jax.data.tokenizer import Tokenizer, decode
+from patarm_jax.model.sharding import Program
+from patarm_jax.run.peers import COMPILING, arrive
+from patarm_jax.run.process import say
+from patarm_jax.run.timing import compilations
 
 GIB = 2**30
 
-# A jitted function and the abstract arguments it is compiled for: the widest bucket of the data.
-Program = tuple[Any, tuple[Any, ...]]
+
+def compile_ahead(programs: Mapping[str, Program]) -> None:
+    """Compiles jitted functions before they are called: it may take minutes, and says so beforehand."""
+    begun, before = time.perf_counter(), dict(compilations().counts)
+    say(f"compiling {', '.join(programs)} …")
+    arrive(f"{COMPILING} {', '.join(programs)}")
+    for program, arguments in programs.values():
+        program.lower(*arguments).compile()
+    after = compilations().counts
+    compiled, read = (after[name] - before[name] for name in ("time/compiled_programs", "time/programs_from_disk"))
+    from_disk = f", {read:.0f} of {compiled:.0f} from what was kept on disk" if read else ""
+    say(f"compiled in {time.perf_counter() - begun:.1f} s{from_disk}")
 
 
 def describe(
@@ -44,8 +60,7 @@ def _describe(
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     print(f"\nmesh: {shape} ({mesh.devices.size} × {mesh.devices.flat[0].device_kind}); {steps} steps")
     for name, (program, arguments) in programs.items():
-        with jax.set_mesh(mesh):
-            memory = program.lower(*arguments).compile().memory_analysis()
+        memory = program.lower(*arguments).compile().memory_analysis()
         needs = (
             "unknown memory"
             if memory is None
@@ -54,7 +69,7 @@ def _describe(
                 f"{memory.temp_size_in_bytes / GIB:.3f} GiB of temporary memory"
             )
         )
-        print(f"{name}: {summed_up(arguments[1])}; per device {needs}")
+        print(f"{name}: {summed_up(arguments[1:])}; per device {needs}")
     print("beside a program, what it takes no part in stays on the devices: state, reference, the rollout copy")
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     print(f"each device offers {limit / GIB:.1f} GiB" if limit else "this kind of device does not say what it offers")
@@ -67,7 +82,7 @@ def summed_up(batch: Any) -> str:
     >>> summed_up([jnp.zeros((4, 2, 64)), jnp.zeros((4, 2)), jnp.zeros((4, 2)), jnp.zeros(())])
     'arrays [4, 2, 64], 2 × [4, 2], a number'
     """
-    counts = Counter(leaf.shape for leaf in jax.tree.leaves(batch))
+    counts = Counter(np.shape(leaf) for leaf in jax.tree.leaves(batch))
     words = [
         (f"{count} × " if count > 1 else "") + (f"[{', '.join(map(str, shape))}]" if shape else "a number")
         for shape, count in counts.items()

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from patarm_jax.config import GRPOConfig, SFTConfig, read_yaml
+from patarm_jax.config.load import read_yaml
+from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.train.optimizer import make_schedule
 
 
-def schedule_change(config: SFTConfig | GRPOConfig, written: Path, done: int, steps: int, per_epoch: int) -> str:
+def schedule_change(config: TrainConfig, written: Path, done: int, steps: int, per_epoch: int) -> str:
     """Says that a run's learning rates are others than they were to be, as its length has changed; empty if not.
 
     Args:
@@ -23,7 +24,7 @@ def schedule_change(config: SFTConfig | GRPOConfig, written: Path, done: int, st
     planned = before.get("steps") or per_epoch * before.get("epochs", 0)
     if planned in (0, steps):
         return ""
-    each = config.policy.updates_per_rollout if isinstance(config, GRPOConfig) else 1
+    each = config.updates_per_step
     was, now = (float(make_schedule(section, length * each)(done * each)) for length in (planned, steps))
     return (
         f"the run was to have {planned:,} steps and is now to have {steps:,}: the {section.decay} decay of the "

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from patarm_jax.config import GRPOConfig, SFTConfig
+from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.run.health import Health, Told, after, reason_to_stop, untouched, verdict, warnings
-from patarm_jax.run.metrics import Timer, read_metrics
+from patarm_jax.run.metrics import read_metrics
 from patarm_jax.run.peers import arrive
 from patarm_jax.run.process import say
+from patarm_jax.run.timing import Timer
 
 
 @dataclass
@@ -65,21 +66,22 @@ class Watch:
         return untouched(self.health)
 
 
-def told_of(config: SFTConfig | GRPOConfig, folder: Path) -> Told:
+def told_of(config: TrainConfig, folder: Path) -> Told:
     """The settings of a run that sentences about it name."""
+    sampling = config.rollout_sampling
     return Told(
         folder=str(folder),
         learning_rate=config.optimizer.learning_rate,
         dtype=config.model.dtype,
-        max_new_tokens=config.sampling.max_new_tokens if isinstance(config, GRPOConfig) else 0,
+        max_new_tokens=sampling.max_new_tokens if sampling else 0,
         heldout_new_tokens=config.heldout.sampling.max_new_tokens or 0,
-        updates_per_step=config.policy.updates_per_rollout if isinstance(config, GRPOConfig) else 1,
+        updates_per_step=config.updates_per_step,
         on_nonfinite=config.run.on_nonfinite,
         max_skipped=config.run.max_skipped,
     )
 
 
-def open_watch(config: SFTConfig | GRPOConfig, folder: Path, done: int, per_epoch: int) -> Watch:
+def open_watch(config: TrainConfig, folder: Path, done: int, per_epoch: int) -> Watch:
     """The watch of a run that has done `done` steps; its metrics.jsonl must be open, and so end with that step."""
     told, before, health, tokens = told_of(config, folder), Health(), Health(), 0
     if done and jax.process_index() == 0:

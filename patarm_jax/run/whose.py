@@ -5,14 +5,58 @@ compared by value. The weights that a run begins with, and those that its KL is 
 and not by their path: under `WEIGHTS` stands, of each, {"path": …, "digest": …}.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from patarm_jax.config.load import lasting_settings
+from patarm_jax.config.recipes import TrainConfig
+from patarm_jax.data.pipeline import EncodedPair, digest_of
+from patarm_jax.run.open_model import Model, weights_digest
 from patarm_jax.types import UserError
 
 WEIGHTS = "weights"
 START, REFERENCE = "start", "reference"  # the weights under WEIGHTS
-_CALLED = {START: "model.path", REFERENCE: "policy.reference"}
+_CALLED = {START: "model.path", REFERENCE: "update.reference"}
+
+
+def fingerprint(
+    config: TrainConfig, model: Model, records: Sequence[EncodedPair], reference: Model | None = None
+) -> dict[str, Any]:
+    """What must not change between a checkpoint and its continuation; placement, logging and batching may.
+
+    Args:
+        config: of the run.
+        model: what training starts from.
+        records: the pairs that are trained on.
+        reference: what the KL is measured from; None where there is no KL.
+    """
+    network = dataclasses.asdict(model.arch)
+    del network["scalar_head"]  # nothing trains one
+    return {
+        "recipe": config.recipe,
+        "model": network | {"dtype": config.model.dtype},
+        "data": digest_of(records),
+        "seed": config.run.seed,
+        **lasting_settings(config),
+        WEIGHTS: _weights_of(config, model, reference),
+    }
+
+
+def _weights_of(config: TrainConfig, model: Model, reference: Model | None) -> dict[str, dict[str, str]]:
+    found = {START: {"path": config.model.path, "digest": weights_digest(model)}}
+    if reference is not None and config.kl_reference is not None:
+        digest = found[START]["digest"] if reference is model else weights_digest(reference)
+        found[REFERENCE] = {"path": config.kl_reference, "digest": digest}
+    return found
+
+
+def _as_written_now(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """The fingerprint that a run of an earlier version would have had from this one."""
+    found = dict(fingerprint)
+    if "policy" in found:  # `update` was called so, and knew one algorithm
+        found["update"] = {"algorithm": "grpo"} | found.pop("policy")
+    return found
 
 
 def refuse_another_run(
@@ -26,6 +70,7 @@ def refuse_another_run(
         got: the one that was found.
         what: the rest of the sentence, up to the setting.
     """
+    got = _as_written_now(got)
     stored = _flat(got)
     for key, value in _flat({name: value for name, value in expected.items() if name != WEIGHTS}).items():
         if key not in stored or stored[key] != value:

@@ -5,7 +5,7 @@ The vocabulary is met only here, in chunks of tokens: [tokens, V] never exists f
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,17 @@ import jax.numpy as jnp
 # Tokens whose logits exist at a time on a device: enough for the matmul to be bound by arithmetic, and 0.3 GB of
 # float32 at 151,936 tokens of vocabulary.
 HEAD_TOKENS = 512
+
+
+# A sum and what it is to be divided by, both [] float32.
+Mean = tuple[jax.Array, jax.Array]
+
+
+class Loss(NamedTuple):
+    """What a loss gives for a (micro-)batch, or for a chunk of its tokens; those of parts add up."""
+
+    loss: Mean  # what is minimised
+    metrics: dict[str, Mean]  # reported, by name
 
 
 def token_logprobs(
@@ -158,50 +169,3 @@ def _unchunked(x: jax.Array, shape: tuple[int, ...], shards: int) -> jax.Array:
 def mask_from_lengths(lengths: jax.Array, width: int) -> jax.Array:
     """True on the first `lengths` of `width` positions: [...] → [..., width]."""
     return jnp.arange(width) < lengths[..., None]
-
-
-def token_weights(
-    mask: jax.Array, aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-) -> tuple[jax.Array, jax.Array]:
-    """Weights of the tokens [..., T] of a mean, and what the weighted sum is to be divided by.
-
-    token_mean:     Σ over all tokens / number of tokens              (DAPO; verl's default)
-    sequence_mean:  Σ over sequences of each one's token mean / number of non-empty sequences     (GRPO's paper)
-    """
-    if aggregation == "token_mean":
-        return mask.astype(jnp.float32), mask.sum().astype(jnp.float32)
-    if aggregation != "sequence_mean":
-        raise ValueError(f"aggregation must be token_mean or sequence_mean, got {aggregation!r}")
-    count = mask.sum(axis=-1, keepdims=True)
-    return mask / jnp.maximum(count, 1), (count > 0).sum().astype(jnp.float32)
-
-
-def clipped_policy_loss(
-    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float
-) -> tuple[jax.Array, jax.Array]:
-    """The clipped surrogate, per token.
-
-        ρ = exp(logprob − old_logprob),   loss = −min(ρ·A, clip(ρ, 1 − ε_low, 1 + ε_high)·A)
-
-    Args:
-        logprobs: [..., T] under the policy being trained.
-        old_logprobs: [..., T] under the policy that sampled.
-        advantages: [..., T], or [..., 1] for one per sequence.
-        clip_low: ε_low.
-        clip_high: ε_high.
-
-    Returns:
-        loss [..., T] and whether clipping bit [..., T] bool.
-
-    Source: PPO (arXiv 1707.06347) eq. 7, with the two bounds of DAPO (arXiv 2503.14476).
-    """
-    ratio = jnp.exp(logprobs - old_logprobs)
-    free = ratio * advantages
-    bound = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages
-    return -jnp.minimum(free, bound), bound < free
-
-
-def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
-    """Schulman's k3 estimate of KL(policy ‖ reference) per token: expm1(d) − d ≥ 0 with d = ref − logprob."""
-    d = ref_logprobs - logprobs
-    return jnp.expm1(d) - d

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from patarm_jax.config import OptimizerSection
+from patarm_jax.config.sections import OptimizerSection
 from patarm_jax.types import UserError
 
 

@@ -1,12 +1,13 @@
-"""Steps as pure functions, (state, batch) → (state, metrics). The network comes in as `forward`; nothing is logged.
+"""Steps as pure functions, (state, frozen, batch) → (state, metrics); the network comes in as `forward`.
 
-A loss gives sums and denominators; gradients of the sums are added over micro-batches and divided once, so the number
-of micro-batches never changes a result.
+`state.params` is whatever is trained, `frozen` whatever is only read: both are trees of arrays, and `forward` puts them
+together. A loss gives sums and denominators; gradients of the sums are added over micro-batches and divided once, so
+the number of micro-batches never changes a result. The first axis of a batch is the unit that is never cut: prompts, or
+pairs where a loss couples the sides of a pair.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -14,23 +15,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from patarm_jax.arrays import GRPOBatch, SFTBatch
-from patarm_jax.config import PolicySection
-from patarm_jax.train.losses import (
-    clipped_policy_loss,
-    kl_k3,
-    mask_from_lengths,
-    sum_over_tokens,
-    token_logprobs,
-    token_weights,
-)
+from patarm_jax.arrays import Rollouts, SFTBatch
+from patarm_jax.train.algorithms import Aggregation, Algorithm, SampledTokens, sampled_tokens
+from patarm_jax.train.losses import Loss, Mean, mask_from_lengths, sum_over_tokens, token_logprobs
 
 Params = Any
 Batch = TypeVar("Batch")
-Forward = Callable[..., Any]  # (params, arrays …) → hidden states .prompt and .completion, and the .head
-
-# A sum and what it is to be divided by, both [] float32.
-Mean = tuple[jax.Array, jax.Array]
+Forward = Callable[..., Any]  # (params, frozen, arrays …) → hidden states .prompt and .completion, and the .head
 
 
 @jax.tree_util.register_dataclass
@@ -48,15 +39,8 @@ class TrainState:
 LARGEST_WEIGHT = 65504.0
 
 
-class Loss(NamedTuple):
-    """What a loss function gives for a (micro-)batch."""
-
-    loss: Mean  # what is minimised
-    metrics: dict[str, Mean]  # reported, by name
-
-
-LossFn = Callable[[Params, Batch], Loss]
-Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+LossFn = Callable[[Params, Params, Batch], Loss]  # of what is trained, what is only read, and a (micro-)batch
+Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 class _Sums(NamedTuple):
@@ -100,12 +84,12 @@ def sft_loss(forward: Forward, shards: int = 1) -> LossFn[SFTBatch]:
     """Mean cross-entropy of the judgements' tokens, end tokens included; prompts are only read.
 
     Args:
-        forward: (params, tokens [B, T], starts [B, T]) → Output.
+        forward: (params, frozen, tokens [B, T], starts [B, T]) → Output.
         shards: into how many parts the devices share the batch.
     """
 
-    def loss(params: Params, batch: SFTBatch) -> Loss:
-        out = forward(params, batch.tokens, batch.starts)
+    def loss(params: Params, frozen: Params, batch: SFTBatch) -> Loss:
+        out = forward(params, frozen, batch.tokens, batch.starts)
         states = jnp.take_along_axis(out.prompt, batch.read[..., None], axis=1)
         mask = mask_from_lengths(batch.counts, batch.read.shape[1])
         total, sums = sum_over_tokens(_cross_entropy, 1.0, shards, states, out.head, batch.targets, mask)
@@ -124,22 +108,22 @@ def _cross_entropy(
     }
 
 
-def completion_logprobs(
-    forward: Forward, params: Params, batch: GRPOBatch, temperature: float, shards: int = 1
+def rollout_logprobs(
+    forward: Forward, params: Params, frozen: Params, rollouts: Rollouts, temperature: float, shards: int = 1
 ) -> jax.Array:
-    """Log-probs of sampled tokens, [P, 2, G, Tc]; each prompt is computed once for its group. Has no gradient."""
-    states, head, targets = _predicting(forward, params, batch)
+    """Log-probs of sampled tokens, [R, G, Tc]; each prompt is computed once for its group. Has no gradient."""
+    states, head, targets = _predicting(forward, params, frozen, rollouts)
     logprobs, _ = token_logprobs(states, head, targets, temperature=temperature, shards=shards)
-    return logprobs.reshape(batch.completion_tokens.shape)
+    return logprobs.reshape(rollouts.completion_tokens.shape)
 
 
-def _predicting(forward: Forward, params: Params, batch: GRPOBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _predicting(
+    forward: Forward, params: Params, frozen: Params, rollouts: Rollouts
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The states [R, G·Tc, D] that predict the sampled tokens, the head, and those tokens [R, G·Tc]."""
-    pairs, sides, group, width = batch.completion_tokens.shape
-    rows = pairs * sides
-    completion = batch.completion_tokens.reshape(rows, group, width)
-    lengths = batch.prompt_lengths.reshape(rows)
-    out = forward(params, batch.prompt_tokens.reshape(rows, -1), lengths, completion)
+    completion, lengths = rollouts.completion_tokens, rollouts.prompt_lengths
+    rows, group, width = completion.shape
+    out = forward(params, frozen, rollouts.prompt_tokens, lengths, completion)
     # The first token is predicted by the prompt's last state, the others by the token before them.
     last = jnp.take_along_axis(out.prompt, (lengths - 1)[:, None, None], axis=1)[:, None]
     last = jnp.broadcast_to(last, (rows, group, 1, last.shape[-1]))
@@ -147,62 +131,88 @@ def _predicting(forward: Forward, params: Params, batch: GRPOBatch) -> tuple[jax
     return hidden.reshape(rows, group * width, -1), out.head, completion.reshape(rows, group * width)
 
 
-class _Known(NamedTuple):
-    """Of every sampled token, arrays of one shape."""
-
-    mask: jax.Array  # bool, False on padding
-    weights: jax.Array  # in the mean that is minimised
-    advantages: jax.Array
-    old_logprobs: jax.Array
-    ref_logprobs: jax.Array | None
-
-
-def grpo_loss(forward: Forward, policy: PolicySection, temperature: float, shards: int = 1) -> LossFn[GRPOBatch]:
-    """Clipped policy loss plus kl_coef times the k3 KL to the reference, over sampled tokens.
+def policy_loss(
+    forward: Forward, algorithm: Algorithm, aggregation: Aggregation, temperature: float, shards: int = 1
+) -> LossFn[Rollouts]:
+    """The loss of an algorithm over sampled tokens.
 
     Args:
-        forward: (params, prompt [R, Tp], prompt_lengths [R], completion [R, G, Tc]) → Output.
-        policy: clipping, KL, aggregation.
+        forward: (params, frozen, prompt [R, Tp], prompt_lengths [R], completion [R, G, Tc]) → Output.
+        algorithm: whose loss is minimised.
+        aggregation: how tokens are weighed against one another.
         temperature: of sampling.
         shards: into how many parts the devices share the batch.
     """
+    of_states = _fused if algorithm.adds_up else _exact
 
-    def loss(params: Params, batch: GRPOBatch) -> Loss:
-        mask = mask_from_lengths(batch.completion_lengths, batch.completion_tokens.shape[-1])
-        weights, denominator = token_weights(mask, policy.aggregation)
-        advantages = jnp.broadcast_to(batch.advantages[..., None], mask.shape)
-        states, head, targets = _predicting(forward, params, batch)
-        known = _Known(mask, weights, advantages, batch.old_logprobs, batch.ref_logprobs)
-        known = jax.tree.map(lambda x: x.reshape(targets.shape), known)
-        total, sums = sum_over_tokens(partial(_policy_loss, policy), temperature, shards, states, head, targets, known)
-        count = mask.sum().astype(jnp.float32)
-        metrics = {name: (value, count) for name, value in sums.items()}
-        return Loss(
-            (total, denominator),
-            metrics | {"loss": (total, denominator), "policy_loss": (sums["policy_loss"], denominator)},
-        )
+    def loss(params: Params, frozen: Params, rollouts: Rollouts) -> Loss:
+        states, head, targets = _predicting(forward, params, frozen, rollouts)
+        tokens = sampled_tokens(rollouts, aggregation)
+        return of_states(algorithm, temperature, shards, states, head, targets, tokens)
 
     return loss
 
 
-def _policy_loss(
-    policy: PolicySection, logprobs: jax.Array, entropy: jax.Array, _hit: jax.Array, known: _Known
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    mask, weights, advantages, old_logprobs, ref_logprobs = known
-    logprobs = jnp.where(mask, logprobs, 0.0)  # of padding, whose exponentials might not be finite
-    per_token, clipped = clipped_policy_loss(logprobs, old_logprobs, advantages, policy.clip_low, policy.clip_high)
-    total = (per_token * weights).sum()
-    sums = {
-        "policy_loss": total,
-        "entropy": (entropy * mask).sum(),
-        "clip_ratio/region_mean": (clipped & mask).sum().astype(jnp.float32),
-        "sampling/logprob_gap_mean": (jnp.abs(logprobs - old_logprobs) * mask).sum(),
-    }
-    if ref_logprobs is not None:
-        kl = kl_k3(logprobs, ref_logprobs)
-        total += policy.kl_coef * (kl * weights).sum()
-        sums["kl"] = (kl * mask).sum()
-    return total, sums
+def _fused(
+    algorithm: Algorithm,
+    temperature: float,
+    shards: int,
+    states: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    tokens: SampledTokens,
+) -> Loss:
+    """A loss that adds up over tokens, taken chunk by chunk while the chunk's logits are there: three head matmuls."""
+
+    def of_chunk(
+        logprobs: jax.Array, entropy: jax.Array, _hit: jax.Array, tokens: SampledTokens
+    ) -> tuple[jax.Array, tuple[jax.Array, dict[str, Mean]]]:
+        (total, denominator), metrics = algorithm.loss(logprobs, tokens)
+        return total, (denominator, metrics | {"entropy": _mean_entropy(entropy, tokens.mask)})
+
+    flat = jax.tree.map(lambda x: x.reshape(targets.shape), tokens)
+    total, (denominator, metrics) = sum_over_tokens(of_chunk, temperature, shards, states, head, targets, flat)
+    return Loss((total, denominator), metrics)
+
+
+def _exact(
+    algorithm: Algorithm,
+    temperature: float,
+    shards: int,
+    states: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    tokens: SampledTokens,
+) -> Loss:
+    """A loss of whole sequences or pairs, by way of its gradient g by the log-probs: four head matmuls.
+
+        L = f(logprobs),   g = ∂f/∂logprobs,   ∂L/∂weights = ∂/∂weights Σ g·logprob   with g held fixed
+
+    The log-probs are computed first, without a gradient; then Σ g·logprob adds up over tokens, and goes the fused way.
+    It is exact where f depends on the weights through the log-probs alone.
+    """
+    logprobs, entropy = token_logprobs(states, head, targets, temperature=temperature, shards=shards)
+
+    def value(logprobs: jax.Array) -> tuple[jax.Array, Loss]:
+        found = algorithm.loss(logprobs.reshape(tokens.mask.shape), tokens)
+        return found.loss[0], found
+
+    gradient, found = jax.grad(value, has_aux=True)(logprobs)
+    linear, _ = sum_over_tokens(_weighted, temperature, shards, states, head, targets, gradient)
+    total, denominator = found.loss
+    total = jax.lax.stop_gradient(total - linear) + linear
+    entropy_mean = _mean_entropy(entropy.reshape(tokens.mask.shape), tokens.mask)
+    return Loss((total, denominator), found.metrics | {"entropy": entropy_mean})
+
+
+def _weighted(
+    logprobs: jax.Array, _entropy: jax.Array, _hit: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, tuple[()]]:
+    return (logprobs * weights).sum(), ()
+
+
+def _mean_entropy(entropy: jax.Array, mask: jax.Array) -> Mean:
+    return (entropy * mask).sum(), mask.sum().astype(jnp.float32)
 
 
 # -------------------------------------------------------------------------------------------------------------- step
@@ -215,8 +225,8 @@ def make_step(loss_fn: LossFn[Batch], optimizer: optax.GradientTransformation, m
     weight that is not finite or beyond `LARGEST_WEIGHT`. So weights that were sound stay sound.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        sums = _accumulate(loss_fn, state.params, batch, micro_batches)
+    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        sums = _accumulate(loss_fn, state.params, frozen, batch, micro_batches)
         gradient = jax.tree.map(lambda g: g / jnp.maximum(sums.loss[1], 1.0), sums.gradient)
         norm = optax.tree.norm(gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -233,11 +243,11 @@ def make_step(loss_fn: LossFn[Batch], optimizer: optax.GradientTransformation, m
     return step
 
 
-def _accumulate(loss_fn: LossFn[Batch], params: Params, batch: Batch, micro_batches: int) -> _Sums:
+def _accumulate(loss_fn: LossFn[Batch], params: Params, frozen: Params, batch: Batch, micro_batches: int) -> _Sums:
     """Gradient of the loss's sum, and every sum, over all micro-batches."""
 
     def value(params: Params, micro: Batch) -> tuple[jax.Array, Loss]:
-        result = loss_fn(params, micro)
+        result = loss_fn(params, frozen, micro)
         return result.loss[0], result
 
     def one(micro: Batch) -> _Sums:
@@ -254,18 +264,18 @@ def _accumulate(loss_fn: LossFn[Batch], params: Params, batch: Batch, micro_batc
 
 
 def map_micro_batches(
-    fn: Callable[[Params, Batch], jax.Array], micro_batches: int
-) -> Callable[[Params, Batch], jax.Array]:
-    """The function [B, …] → [B, …] applied to micro-batches one after another, rows back in their places."""
+    fn: Callable[[Params, Params, Batch], jax.Array], micro_batches: int
+) -> Callable[[Params, Params, Batch], jax.Array]:
+    """The function [B, …] → [B, …] applied to micro-batches one after another, units back in their places."""
 
-    def mapped(params: Params, batch: Batch) -> jax.Array:
+    def mapped(params: Params, frozen: Params, batch: Batch) -> jax.Array:
         slices = jax.tree.map(lambda x: _interleaved(x, micro_batches), batch)
-        parts = jax.lax.map(lambda micro: fn(params, micro), slices)
+        parts = jax.lax.map(lambda micro: fn(params, frozen, micro), slices)
         return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
 
     return mapped
 
 
 def _interleaved(x: jax.Array, parts: int) -> jax.Array:
-    """[B, …] → [parts, B/parts, …] by taking every parts-th row, so that a batch split over devices stays in place."""
+    """[B, …] → [parts, B/parts, …] by taking every parts-th unit, so that a batch split over devices stays in place."""
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)

@@ -7,7 +7,7 @@ from case import Turns, read_case
 
 from patarm_jax.bench import tasks
 from patarm_jax.bench.tasks import open_bench
-from patarm_jax.config import BenchConfig
+from patarm_jax.config.recipes import BenchConfig
 
 case, turns = read_case(), Turns()
 size = case.folder.rsplit("/", 1)[-1]

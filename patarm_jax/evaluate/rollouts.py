@@ -1,45 +1,22 @@
-"""What the rollouts of a step say: their rewards, the metrics logged of them, and the rows written of them."""
+"""What the judgements of a training step say: the metrics logged of them, and the rows written of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
-import jax
 import numpy as np
 
-from patarm_jax.config import RewardSection
 from patarm_jax.evaluate.accuracy import pairwise_accuracy
-from patarm_jax.reward import constant, format_reward, graded, group_advantages, preference_aware_reward
-from patarm_jax.run.metrics import RolloutRow
+from patarm_jax.reward import Rewards
+from patarm_jax.run.rollouts import RolloutRow
 from patarm_jax.types import CHOSEN, REJECTED, Judgement, Status
-
-MARGINS = {"graded": graded, "constant": constant}
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Rewards:
-    """All [P, 2, G] float32."""
-
-    par: Any
-    format: Any
-    total: Any  # par + format
-    advantages: Any
-
-
-@partial(jax.jit, static_argnums=2)
-def rewards_of(scores: jax.Array, status: jax.Array, section: RewardSection) -> Rewards:
-    """PAR plus the format penalty, and the advantages, from scores and statuses [P, 2, G]."""
-    par = preference_aware_reward(scores, status == Status.OK, MARGINS[section.margin])
-    penalty = format_reward(status)
-    total = par + penalty
-    advantages = group_advantages(total, section.group_by, normalise_std=section.normalise_std)
-    return Rewards(par, penalty, total, advantages)
 
 
 def rollout_metrics(
-    scores: np.ndarray, status: np.ndarray, rewards: Rewards, lengths: np.ndarray, truncated: np.ndarray
+    scores: np.ndarray,
+    status: np.ndarray,
+    rewards: Rewards,
+    advantages: np.ndarray,
+    lengths: np.ndarray,
+    truncated: np.ndarray,
 ) -> dict[str, float]:
     """The vitals of a step; TRL's names where TRL has the metric.
 
@@ -47,6 +24,7 @@ def rollout_metrics(
         scores: [P, 2, G], NaN where not valid.
         status: [P, 2, G].
         rewards: on the host.
+        advantages: of any shape.
         lengths: [R, G] tokens of each completion.
         truncated: [R, G], whether it was cut off.
     """
@@ -67,7 +45,7 @@ def rollout_metrics(
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": truncated.mean(),
-        "advantages/abs_mean": np.abs(rewards.advantages).mean(),
+        "advantages/abs_mean": np.abs(advantages).mean(),
         "judge/valid": accuracy.valid,
         "judge/accuracy_strict": accuracy.accuracy_strict,
         "judge/accuracy_half": accuracy.accuracy_half,
@@ -77,9 +55,17 @@ def rollout_metrics(
     return {name: float(value) for name, value in metrics.items()}
 
 
-def rollout_rows(ids: Sequence[str], judgements: Sequence[Sequence[Judgement]], rewards: Rewards) -> list[RolloutRow]:
-    """One row per judgement, pairs in order, chosen before rejected."""
-    total, advantages = (x.reshape(len(judgements), -1) for x in (rewards.total, rewards.advantages))
+def rollout_rows(
+    ids: Sequence[str], judgements: Sequence[Sequence[Judgement]], rewards: np.ndarray, advantages: np.ndarray
+) -> list[RolloutRow]:
+    """One row per judgement, pairs in order, chosen before rejected.
+
+    Args:
+        ids: of the P pairs.
+        judgements: [R][G].
+        rewards: [R, G].
+        advantages: [R, G].
+    """
     return [
         RolloutRow(
             pair_id=ids[row // 2],
@@ -87,7 +73,7 @@ def rollout_rows(ids: Sequence[str], judgements: Sequence[Sequence[Judgement]], 
             text=one.text,
             status=one.status,
             score=one.score,
-            reward=float(total[row, g]),
+            reward=float(rewards[row, g]),
             advantage=float(advantages[row, g]),
         )
         for row, group in enumerate(judgements)

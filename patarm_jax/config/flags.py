@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from patarm_jax.types import UsageError
 
+RENAMED = {"policy": "update"}  # sections, before → now
 _BOOLEANS = {"true": True, "True": True, "false": False, "False": False}
 
 
@@ -130,6 +131,9 @@ def _example(flag: str) -> str:
 
 def _unknown(cls: type, flag: str) -> UsageError:
     every = dotted_keys(cls)
+    section, _, key = flag.partition(".")
+    if (now := RENAMED.get(section)) and f"{now}.{key}" in every:
+        return UsageError(f"the section {section} is called {now} now. Say --{now}.{key}.")
     known = [f"--{key}" for key in every]
     if (positive := flag.replace("no-", "", 1)) in every:
         return UsageError(f"unknown option --{flag}. Say --{positive} false.")

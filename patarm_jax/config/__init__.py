@@ -1,0 +1,1 @@
+"""The whole truth about a command: sections, the config of each verb, and how they are read."""

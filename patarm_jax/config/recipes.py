@@ -1,0 +1,187 @@
+"""The config of each verb: which sections it has, and what must hold between its settings."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from patarm_jax.config.sections import (
+    FREE,
+    PLACE,
+    DataSection,
+    EndpointSection,
+    HeldoutSection,
+    JudgingSection,
+    MeshSection,
+    ModelSection,
+    Natural,
+    NotNegative,
+    OptimizerSection,
+    Positive,
+    RewardSection,
+    RunSection,
+    SamplingSection,
+    Section,
+    Seed,
+    UpdateSection,
+    Votes,
+)
+from patarm_jax.types import Benchmark, JudgeKind, RubricMode, UsageError
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """What every training run has, whatever it trains."""
+
+    recipe: str = ""
+    # The model and the data are compared by what is in them when a run is resumed, not by their paths.
+    model: ModelSection = field(default_factory=ModelSection, metadata=FREE)
+    mesh: MeshSection = field(default_factory=MeshSection, metadata=FREE)
+    data: DataSection = field(default_factory=DataSection, metadata=FREE)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    run: RunSection = field(default_factory=RunSection, metadata=FREE)
+    heldout: HeldoutSection = field(default_factory=HeldoutSection, metadata=FREE)
+    rubrics: RubricMode = "adaptive"  # which rubrics the judge's prompt holds, or asks for
+    pairs_per_step: Positive = 32  # each gives two prompts, the chosen response's and the rejected one's
+    micro_batches: Positive = field(default=1, metadata=FREE)  # slices summed in one update; never changes the result
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimiser updates in a step."""
+        return 1
+
+    @property
+    def rollout_sampling(self) -> SamplingSection | None:
+        """How training draws judgements; None where it draws none."""
+        return None
+
+    @property
+    def kl_reference(self) -> str | None:
+        """The model folder that the KL is measured from; None where there is no KL."""
+        return None
+
+    @property
+    def reward_in_words(self) -> str:
+        """What is rewarded, for the model card; empty where nothing is."""
+        return ""
+
+
+@dataclass(frozen=True)
+class SFTConfig(TrainConfig):
+    """`patarm sft`: supervised fine-tuning on judgements."""
+
+    recipe: Literal["sft"] = "sft"
+    packing: bool = field(default=True, metadata=FREE)  # short sequences share a row; never changes the result
+
+
+@dataclass(frozen=True)
+class GRPOConfig(TrainConfig):
+    """`patarm grpo`: reinforcement learning on preference pairs."""
+
+    recipe: Literal["grpo"] = "grpo"
+    sampling: SamplingSection = field(default_factory=SamplingSection)
+    reward: RewardSection = field(default_factory=RewardSection)
+    update: UpdateSection = field(default_factory=UpdateSection)
+    group_size: Positive = 8  # G, judgements of each response
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimiser updates in a step."""
+        return self.update.updates_per_rollout
+
+    @property
+    def rollout_sampling(self) -> SamplingSection:
+        """How training draws judgements."""
+        return self.sampling
+
+    @property
+    def kl_reference(self) -> str | None:
+        """The model folder that the KL is measured from; None where there is no KL."""
+        return self.update.reference or self.model.path if self.update.kl_coef else None
+
+    @property
+    def reference_model(self) -> ModelSection:
+        """Where the KL's reference comes from: the weights that training starts from, unless others are named."""
+        if not self.update.reference:
+            return self.model
+        return replace(self.model, path=self.update.reference, weights="load")
+
+    @property
+    def reward_in_words(self) -> str:
+        """What is rewarded, for the model card."""
+        return f"PAR with the {self.reward.margin} margin, {self.group_size} judgements of each response"
+
+    def check(self) -> None:
+        """Refuses settings that are right one by one, and together leave every advantage at 0."""
+        if self.group_size == 1 and self.reward.group_by == "response":
+            raise UsageError(
+                "group_size is 1 where reward.group_by is response; allowed is 2 or more: a judgement that is "
+                "compared with itself teaches nothing. Raise group_size."
+            )
+        for always_the_same, got, allowed in (
+            (self.sampling.temperature == 0, "temperature is 0", "above 0, such as 1"),
+            (self.sampling.top_k == 1, "top_k is 1", "0, for all, or 2 or more"),
+        ):
+            if always_the_same:
+                raise UsageError(
+                    f"sampling.{got}; allowed for grpo is {allowed}: judgements of a response that are all the same "
+                    "teach nothing when they are compared."
+                )
+
+
+@dataclass(frozen=True)
+class JudgeConfig(Section):
+    """`patarm judge`: scoring the pairs of a file; MODEL, --input and --output come beside these settings."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    mesh: MeshSection = field(default_factory=MeshSection)
+    data: DataSection = field(default_factory=DataSection)
+    sampling: JudgingSection = field(default_factory=lambda: JudgingSection(max_new_tokens=1024))
+    rubrics: RubricMode = "adaptive"  # which rubrics the judge's prompt holds, or asks for
+    output: str = field(default="", metadata=PLACE)  # the same as --output
+    votes: Votes = 1  # judgements of each response; their mean is the score
+    seed: Seed = 0  # random seed for sampling
+
+
+@dataclass(frozen=True)
+class EvalConfig(Section):
+    """`patarm eval`: an evaluation; BENCHMARK, --model, --data and --output come beside these settings."""
+
+    benchmark: Benchmark = "rewardbench"  # the same as BENCHMARK
+    judge: JudgeKind = "pointwise"  # how the judge is asked
+    model: ModelSection = field(default_factory=ModelSection)
+    endpoint: EndpointSection = field(default_factory=EndpointSection)
+    mesh: MeshSection = field(default_factory=MeshSection)
+    data: DataSection = field(default_factory=lambda: DataSection(split="", max_prompt_tokens=16384))
+    sampling: JudgingSection = field(default_factory=lambda: JudgingSection(max_new_tokens=1024))
+    rubrics: RubricMode = "adaptive"  # which rubrics the judge's prompt holds, or asks for
+    output: str = field(default="", metadata=PLACE)  # the same as --output
+    name: str = ""  # of the judge, such as org/judge-8b, in results; empty: its folder's, or as the server calls it
+    votes: Votes = 1  # answers to each question
+    limit: Natural = 0  # about so many items, spread over the subsets; 0: all
+    seed: Seed = 0  # random seed for sampling, for the votes drawn and for p-values
+    # The folder of another evaluation of the same items, to compare with.
+    against: str = field(default="", metadata=PLACE)
+
+
+@dataclass(frozen=True)
+class BenchConfig(Section):
+    """`patarm bench`: what is measured, on random weights and made-up tokens."""
+
+    model: Literal["tiny", "small", "0.6b", "1.7b", "4b", "8b", "14b"] = "tiny"  # the network's size
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes
+    attention: Literal["auto", "portable", "cudnn", "pallas", "splash"] = "auto"  # the kernel that computes attention
+    mesh: MeshSection = field(default_factory=MeshSection)
+    rows: Positive = 8  # of sft and attention
+    length: Positive = 512  # tokens of each row
+    packing: bool = False  # sft by the program for packed rows, though each row holds one sequence
+    responses: Positive = 4  # of sample, logprobs and grpo: prompts, each completed by a group; an even number
+    prompt: Positive = 1024  # tokens of each prompt
+    group: Positive = 8  # G, completions of a prompt
+    new: Positive = 256  # tokens of a completion at most
+    mean_new: NotNegative = 0  # mean of their lengths, before the longest are cut off; 0: all of `new`
+    decode_rows: Natural = 0  # completions written at a time; 0: all
+    halvings: Natural = 3  # how often those rows may be halved when no completion waits any more
+    kl_coef: NotNegative = 0.0  # above 0: the reference's log-probs are computed too
+    micro_batches: Positive = 1  # slices summed in one update
+    repeats: Positive = 5  # timed runs of each task
+    seed: Seed = 0  # random seed for weights and tokens

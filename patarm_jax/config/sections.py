@@ -1,0 +1,258 @@
+"""The sections of a config: nested frozen dataclasses, each setting with its default, its limits and what it does.
+
+A comment beside a setting, or right above it, is its line of `--help`. Marks of a field:
+
+    PLACE    names a file or folder on this machine; addresses such as gs://… are refused
+    OWN      each process's own; all other settings but places must be the same in every process
+    FREE     may change when a run is resumed; all other settings must stay as they were
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, cast
+
+from patarm_jax.files import refuse_address
+from patarm_jax.types import OpensThinking
+
+PLACE = {"place": True}
+OWN = {"own": True}
+FREE = {"free": True}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers between two ends; an open end is not one of them.
+
+    >>> print(Range(0), Range(0, 1), Range(0, open_low=True), Range(0, 1, open_low=True), sep=" · ")
+    0 or more · 0 to 1 · above 0 · above 0 up to 1
+    >>> print(Range(0, 1, open_high=True), 0 in Range(0), 0 in Range(0, open_low=True), math.inf in Range(0))
+    0 to below 1 True False False
+    """
+
+    low: int
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+    or_all: bool = False  # -1 is allowed too
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low < value if self.open_low else self.low <= value
+        below = value < self.high if self.open_high or self.high == math.inf else value <= self.high
+        return (above and below) or (self.or_all and value == -1)  # a NaN is neither
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            more = f"above {self.low}" if self.open_low else f"{self.low} or more"
+            return f"{more}, or -1" if self.or_all else more
+        start, to = (f"above {self.low}", "up to") if self.open_low else (str(self.low), "to")
+        return f"{start} {to} {'below ' if self.open_high else ''}{self.high}"
+
+
+Positive = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+NotNegative = Annotated[float, Range(0)]
+AboveZero = Annotated[float, Range(0, open_low=True)]
+Share = Annotated[float, Range(0, 1)]
+Average = Annotated[float, Range(0, 1, open_high=True)]  # at 1 a moving average never moves
+Nucleus = Annotated[float, Range(0, 1, open_low=True)]
+Votes = Annotated[int, Range(1, 1024)]
+Seed = Annotated[int, Range(0, 2**32, open_high=True)]  # jax drops the bits above
+Axis = Annotated[int, Range(1, or_all=True)]
+
+
+class Section:
+    """What is checked of every section, wherever it comes from."""
+
+    def __post_init__(self) -> None:
+        kind = type(self).__name__
+        section = kind.removesuffix("Section").lower() + "." if kind.endswith("Section") else ""
+        for each in dataclasses.fields(cast(Any, self)):
+            if each.metadata.get("place"):
+                refuse_address(str(getattr(self, each.name)), section + each.name)
+
+    def check(self) -> None:
+        """Refuses settings that do not go together, by a UsageError."""
+
+
+@dataclass(frozen=True)
+class ModelSection(Section):
+    """Where the weights come from and in what precision they compute."""
+
+    path: str = field(default="", metadata=PLACE)  # a Hugging Face folder, or the folder of a finished run
+    weights: Literal["load", "random"] = "load"  # random: only config.json and the tokenizer are read from path
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; the trained master copy is float32
+    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes: nothing, all but matmuls, all
+    # Which kernel computes attention. NVIDIA: cudnn for rows of one sequence, pallas for all; TPU: splash. They differ
+    # in rounding.
+    attention: Literal["auto", "portable", "cudnn", "pallas", "splash"] = "auto"
+
+
+@dataclass(frozen=True)
+class MeshSection(Section):
+    """How many devices stand along each mesh axis; one of them may be -1, "all that are left"."""
+
+    data: Axis = 1  # devices that hold the same weights and take different rows
+    fsdp: Axis = -1  # devices that share each weight, and take different rows
+    tensor: Axis = 1  # devices that share heads, MLP and vocabulary, and take the same rows
+    rollout: Literal["tensor", "replicated"] = "tensor"  # how the sampling copy of the weights is placed
+    # Several processes find each other by jax.distributed.initialize. "auto": a TPU pod, Slurm, Open MPI or Kubernetes
+    # knows the three values below; elsewhere give them.
+    distributed: Literal["none", "auto"] = "none"
+    coordinator: str = field(default="", metadata=OWN)  # host:port of process 0
+    processes: Natural = 0  # how many there are
+    process_id: Annotated[int, Range(0, or_all=True)] = field(default=-1, metadata=OWN)  # which one this is; -1: unset
+    join_seconds: Positive = 600  # how long one waits for the others at the start: hosts of a pod start minutes apart
+    # Without a sign of life, after which a process is taken for dead and all end. Less than 5, and a pause of the
+    # network would end a run.
+    heartbeat_seconds: Annotated[int, Range(5)] = 10
+    stall_minutes: AboveZero = 20.0  # that a process may keep the others waiting, compiling apart, before all end
+
+
+@dataclass(frozen=True)
+class OptimizerSection(Section):
+    """AdamW with warm-up, decay and clipping by the global norm."""
+
+    learning_rate: NotNegative = 1e-6  # at its peak, after the warm-up
+    warmup_steps: Natural = 0  # updates over which it rises from 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"  # from the peak to final_fraction · peak
+    final_fraction: Share = 0.0  # of the peak, where the decay ends
+    beta1: Average = 0.9  # of the gradient's moving average
+    beta2: Average = 0.999  # of the squared gradient's
+    epsilon: AboveZero = 1e-8  # added to the root of the second moment
+    weight_decay: NotNegative = 0.0  # of matrices; norms are not decayed
+    clip_norm: AboveZero = 1.0  # the largest norm of the whole gradient
+
+
+@dataclass(frozen=True)
+class DataSection(Section):
+    """Which preferences are read, and how their columns are called."""
+
+    # A .jsonl, .json, .csv or .tsv file (each also packed: .gz, .zst, .bz2, .xz), a .parquet or .arrow file, a folder
+    # of them, a folder that datasets wrote with save_to_disk, or a Hub id.
+    path: str = field(default="", metadata=PLACE)
+    # Of a Hub id, and of a folder whose files or folders are named by their splits, as the Hub has it: train, training;
+    # validation, valid, dev, val; test, testing, eval, evaluation.
+    split: str = "train"
+    # Ours → theirs, where they differ; several columns are joined without a space. Ours are: prompt, chosen, rejected,
+    # id, source, domain, chosen_judgement, rejected_judgement.
+    columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    domain: str = ""  # of every row that names none, or one by a word that is unknown
+    domains: dict[str, str] = field(default_factory=dict)  # a row's own word → domain, such as stem: math
+    # Source → domain, before `domain`; of a benchmark, subset → domain, before its own table.
+    source_domains: dict[str, str] = field(default_factory=dict)
+    drop_sources: tuple[str, ...] = ()  # sources whose rows are left out
+    # Of the whole encoded judge prompt. Training drops longer preferences and counts them, `judge` and `eval` record
+    # them as too long; so they do with prompts that leave no room, within the model's max_position_embeddings, for all
+    # the tokens that may be written behind them.
+    max_prompt_tokens: Positive = 2048
+    # Of an SFT judgement with its end token; longer ones are dropped and counted.
+    max_completion_tokens: Positive = 1024
+    # What SFT does with a preference that carries no judgements: refuse, leave it out, or write one that has the form
+    # and a score on the right side of the middle, and nothing to learn but the form.
+    missing_judgements: Literal["error", "drop", "template"] = "error"
+
+
+@dataclass(frozen=True)
+class RunSection(Section):
+    """The run folder and what is written into it when."""
+
+    folder: str = field(default="", metadata=PLACE)  # that the run writes; the same command resumes it
+    seed: Seed = 0  # random seed for the order of the data, for random weights and for sampling
+    epochs: Positive = 1  # passes over the data
+    steps: Natural = 0  # so many steps instead of whole epochs; 0: `epochs`
+    checkpoint_every: Positive = 100  # steps
+    keep_checkpoints: Positive = 2  # so many last ones, besides the best on held-out pairs
+    # What resuming and export do where a file of the newest checkpoint is cut or missing: stop, or take the checkpoint
+    # before it and put the damaged one aside.
+    on_damaged: Literal["stop", "previous"] = "stop"
+    # An update whose gradient is not finite, or that would ruin a weight, changes none. skip: the run goes on, unless
+    # so many of them come in a row; stop: the first one ends it. What is saved is sound in either case.
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    max_skipped: Positive = 10  # updates in a row
+    show_every: Natural = 10  # print a sample of judgements every so many steps; 0: never
+    tensorboard: bool = True  # whether event files are written
+    wandb_project: str = ""  # needs the wandb extra; empty: not used
+
+
+@dataclass(frozen=True)
+class SamplingSection(Section):
+    """How judgements are drawn."""
+
+    temperature: NotNegative = 1.0  # 0: greedy
+    top_k: Natural = 0  # 0: all
+    top_p: Nucleus = 1.0  # the likeliest tokens whose probabilities reach it; 1: all
+    max_new_tokens: Positive = 1024  # of a judgement, its end token included
+    # Completions written at a time, over all devices; those that wait take the places of those that end; 0: all at
+    # once. Never changes what is drawn, save for rounding in bfloat16; fewer need less memory, and waste less where
+    # lengths differ.
+    rows: Natural = field(default=0, metadata=FREE)
+
+
+@dataclass(frozen=True)
+class JudgingSection(Section):
+    """How the judgements of a model that is not being trained are drawn."""
+
+    # null: as the model's generation_config.json has it, which transformers and vLLM take for their defaults too; of a
+    # held-out pair as the run draws; behind an endpoint nothing is sent, so that the server's default holds.
+    temperature: NotNegative | None = None  # 0: greedy
+    top_k: Natural | None = None  # 0: all
+    top_p: Nucleus | None = None  # the likeliest tokens whose probabilities reach it; 1: all
+    max_new_tokens: Positive | None = None  # null: of held-out pairs as the run has it, else 1024
+    rows: Natural = 256  # as sampling.rows of a run
+
+
+@dataclass(frozen=True)
+class RewardSection(Section):
+    """Preference-Aware Reward and how rewards become advantages."""
+
+    margin: Literal["graded", "constant"] = "graded"  # f of PAR: 1.2, above a margin of 2 1.4; or 1.3 throughout
+    group_by: Literal["response", "pair"] = "response"  # whose judgements are compared with one another
+    normalise_std: bool = True  # whether advantages are divided by their group's standard deviation
+
+
+@dataclass(frozen=True)
+class UpdateSection(Section):
+    """How rollouts become an update."""
+
+    algorithm: Literal["grpo", "gspo"] = "grpo"  # gspo: one ratio for each sequence; clip it at some 3e-4 and 4e-4
+    clip_low: Share = 0.2  # how far a ratio may fall below 1
+    clip_high: NotNegative = 0.2  # how far it may rise above 1
+    kl_coef: NotNegative = 0.001  # of the k3 KL to the reference; 0: no reference is loaded
+    # The model that the KL is measured from; empty: model.path. It is known by its weights when a run is resumed.
+    reference: str = field(default="", metadata=PLACE | FREE)
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"  # how tokens are weighed against one another
+    updates_per_rollout: Positive = 1  # optimiser updates on the rollouts of a step
+
+
+@dataclass(frozen=True)
+class HeldoutSection(Section):
+    """Pairs that are judged now and then while the run trains, and never learnt from."""
+
+    # As data.path, whose other settings hold here too; empty: nothing is held out.
+    path: str = field(default="", metadata=PLACE)
+    split: str = "test"  # as data.split; of train.jsonl and eval.jsonl, the latter
+    eval_every: Positive = 50  # steps; the last step is evaluated too
+    votes: Votes = 1  # judgements of each response
+    limit: Natural = 0  # so many of the pairs, the first ones; 0: all
+    # The metric that selects the best checkpoint, which is kept besides the last ones.
+    best: Literal["accuracy_strict", "accuracy_half", "score_gap", "valid"] = "accuracy_strict"
+    sampling: JudgingSection = field(default_factory=JudgingSection)
+
+
+@dataclass(frozen=True)
+class EndpointSection(Section):
+    """An OpenAI-compatible server, such as vLLM's or SGLang's, that judges instead of a model here."""
+
+    url: str = ""  # http://host:8000/v1; empty: the model judges here
+    model: str = ""  # as the server calls it; empty: the first one it lists
+    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; unset: none is sent
+    concurrency: Positive = 32  # requests under way at a time
+    timeout: AboveZero = 600.0  # seconds for one answer
+    tries: Positive = 6  # of one request, with growing pauses, before it is recorded as failed
+    busy: AboveZero = 1800.0  # seconds a request waits for a server that answers 429, before it is recorded as failed
+    thinking: Literal["server", "on", "off"] = "server"  # chat_template_kwargs.enable_thinking; server: not sent
+    # Whether the server's chat template writes `<think>` itself, so that answers begin inside the thinking. auto: yes
+    # once an answer held `</think>` alone; then a text that was cut off before it has no score.
+    opens_thinking: OpensThinking = "auto"
+    max_requests: Natural = 0  # that one command may send, those that are tried again included; 0: any number

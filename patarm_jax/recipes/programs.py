@@ -1,0 +1,183 @@
+"""The jitted programs of each recipe, which can be compiled without data, weights or their hardware.
+
+Nothing here reads a file or a text, so that benchmarks and compilation ahead of time need neither.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from patarm_jax.arrays import Rollouts, SFTBatch, SFTShape
+from patarm_jax.config.recipes import GRPOConfig, SFTConfig, TrainConfig
+from patarm_jax.model.architecture import Architecture
+from patarm_jax.model.kernels import Form, kernel_for
+from patarm_jax.model.sharding import OnMesh, Program, batch_sharding, batch_shards
+from patarm_jax.model.transformer import abstract_params, forward
+from patarm_jax.padding import bucket
+from patarm_jax.rollout.engine import Engine, abstract_programs, make_engine, network_of
+from patarm_jax.rollout.sampler import Settings
+from patarm_jax.run.learner import Learner, make_learner, rollout_rules, weight_sync
+from patarm_jax.train.algorithms import ALGORITHMS, Algorithm
+from patarm_jax.train.steps import Forward, map_micro_batches, policy_loss, rollout_logprobs, sft_loss
+
+
+def programs(config: TrainConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
+    """Every jitted program of a recipe with abstract arguments, at the largest shapes that its settings allow."""
+    if isinstance(config, SFTConfig):
+        width = bucket(config.data.max_prompt_tokens + config.data.max_completion_tokens)
+        shape = SFTShape(2 * config.pairs_per_step, width, bucket(config.data.max_completion_tokens))
+        return sft_programs(sft_learner(config, arch, mesh), shape)
+    if isinstance(config, GRPOConfig):
+        engine = make_engine(
+            network_of(arch, config.model.dtype, kernel_for(config.model, arch, mesh, "causal")),
+            mesh,
+            config.group_size,
+            Settings((arch.eos_token_id or 0,), config.sampling.max_new_tokens),
+            config.sampling.rows,
+        )
+        width = bucket(config.data.max_prompt_tokens)
+        return grpo_programs(
+            config, arch, grpo_learner(config, arch, mesh), make_rollout_programs(config, arch, mesh), engine, width
+        )
+    raise TypeError(f"{type(config).__name__} has no programs of its own here")
+
+
+# ---------------------------------------------------------------------------------------------------------------- sft
+
+
+def sft_learner(config: SFTConfig, arch: Architecture, mesh: Mesh, updates: int = 1) -> Learner:
+    """All weights, by the cross-entropy of judgements."""
+    kernel = kernel_for(config.model, arch, mesh, sft_form(config))
+    run = partial(forward, arch=arch, dtype=config.model.dtype, remat=config.model.remat, kernel=kernel)
+
+    def read(params: Any, _frozen: Any, tokens: jax.Array, starts: jax.Array) -> Any:
+        return run(params, prompt=tokens, starts=starts if config.packing else None)
+
+    return make_learner(config, abstract_params(arch, mesh), mesh, sft_loss(read, batch_shards(mesh)), updates)
+
+
+def sft_form(config: SFTConfig) -> Form:
+    """What rows look like to attention."""
+    return "packed" if config.packing else "causal"
+
+
+def sft_programs(learner: Learner, shape: SFTShape) -> dict[str, Program]:
+    """The update on a batch of a shape that every process has."""
+    rows, sharding = shape.rows * jax.process_count(), batch_sharding(learner.mesh)
+    wide, judged = (rows, shape.width), (rows, shape.targets)
+    leaves = (
+        jax.ShapeDtypeStruct(each, jnp.int32, sharding=sharding) for each in (wide, wide, judged, judged, (rows,))
+    )
+    batch = SFTBatch(*cast(tuple[jax.Array, ...], tuple(leaves)))
+    return {"update": (learner.update, (learner.shape, learner.frozen, batch))}
+
+
+# --------------------------------------------------------------------------------------------------------------- grpo
+
+
+@dataclass(frozen=True)
+class RolloutPrograms:
+    """What reinforcement learning computes beside sampling and updating."""
+
+    to_rollout: OnMesh  # parameters → their copy for sampling
+    logprobs: OnMesh  # (parameters, None, Rollouts) → log-probs [R, G, Tc]
+    advantages: OnMesh  # (rewards [R, G], valid [R, G], Rollouts) → advantages [R, G] or [R, G, Tc]
+
+
+def grpo_learner(config: GRPOConfig, arch: Architecture, mesh: Mesh, updates: int = 1) -> Learner:
+    """All weights, by the loss of the config's algorithm."""
+    loss = policy_loss(
+        _two_streams(config, arch, mesh),
+        algorithm_of(config),
+        config.update.aggregation,
+        config.sampling.temperature,
+        batch_shards(mesh),
+    )
+    return make_learner(config, abstract_params(arch, mesh), mesh, loss, updates)
+
+
+def algorithm_of(config: GRPOConfig) -> Algorithm:
+    """The algorithm with the settings of a config."""
+    update, reward = config.update, config.reward
+    return ALGORITHMS[update.algorithm](
+        clip_low=update.clip_low,
+        clip_high=update.clip_high,
+        kl_coef=update.kl_coef,
+        prompts_per_group={"response": 1, "pair": 2}[reward.group_by],
+        normalise_std=reward.normalise_std,
+    )
+
+
+def make_rollout_programs(config: GRPOConfig, arch: Architecture, mesh: Mesh) -> RolloutPrograms:
+    """Jits the weight sync, log-probs and advantages."""
+    run, temperature, shards = _two_streams(config, arch, mesh), config.sampling.temperature, batch_shards(mesh)
+
+    def logprobs(params: Any, frozen: Any, rollouts: Rollouts) -> jax.Array:
+        return rollout_logprobs(run, params, frozen, rollouts, temperature, shards)
+
+    return RolloutPrograms(
+        to_rollout=weight_sync(arch, mesh, config.mesh, config.model.dtype),
+        logprobs=OnMesh(mesh, map_micro_batches(logprobs, config.micro_batches)),
+        advantages=OnMesh(mesh, algorithm_of(config).advantages, out_shardings=batch_sharding(mesh)),
+    )
+
+
+def _two_streams(config: GRPOConfig, arch: Architecture, mesh: Mesh) -> Forward:
+    kernel = kernel_for(config.model, arch, mesh, "shared")
+    run = partial(forward, arch=arch, dtype=config.model.dtype, remat=config.model.remat, kernel=kernel)
+
+    def two_streams(params: Any, _frozen: Any, prompt: jax.Array, lengths: jax.Array, completion: jax.Array) -> Any:
+        return run(params, prompt=prompt, prompt_lengths=lengths, completion=completion)
+
+    return two_streams
+
+
+def grpo_programs(
+    config: GRPOConfig, arch: Architecture, learner: Learner, rollout: RolloutPrograms, engine: Engine, width: int
+) -> dict[str, Program]:
+    """Every program of a step with abstract arguments: prompts of a width, completions at their limit."""
+    mesh, dtype = learner.mesh, config.model.dtype
+    sampled = abstract_params(arch, mesh, rollout_rules(config.mesh), dtype, unstacked=True)
+    rollouts = _abstract_rollouts(config, mesh, width)
+    bare, earned = replace(rollouts, ref_logprobs=None), cast(jax.ShapeDtypeStruct, rollouts.advantages)
+    shown: dict[str, Program] = {
+        "copy for sampling": (rollout.to_rollout, (learner.shape.params,)),
+        **abstract_programs(engine, sampled, 2 * config.pairs_per_step, width),
+        "advantages": (rollout.advantages, (earned, earned.update(dtype=jnp.bool), bare)),
+        "update": (learner.update, (learner.shape, learner.frozen, rollouts)),
+    }
+    if config.update.kl_coef:
+        reference = abstract_params(arch, mesh, dtype=dtype)
+        shown["reference log-probs"] = (rollout.logprobs, (reference, None, bare))
+    return shown
+
+
+def _abstract_rollouts(config: GRPOConfig, mesh: Mesh, width: int) -> Rollouts:
+    prompts, group, new = 2 * config.pairs_per_step, config.group_size, config.sampling.max_new_tokens
+
+    def leaf(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+    logprobs = leaf(jnp.float32, prompts, group, new)
+    return Rollouts(
+        leaf(jnp.int32, prompts, width),
+        leaf(jnp.int32, prompts),
+        leaf(jnp.int32, prompts, group, new),
+        leaf(jnp.int32, prompts, group),
+        logprobs,
+        logprobs if config.update.kl_coef else None,
+        leaf(jnp.float32, prompts, group),
+    )
+
+
+LARGE = ("prefill", "decode", "reference log-probs", "update")  # what is compiled ahead of a run's first step
+
+
+def large(every: Mapping[str, Program]) -> dict[str, Program]:
+    """Of a step's programs those that take long to compile, and have one shape throughout."""
+    return {name: every[name] for name in LARGE if name in every}

@@ -1,0 +1,97 @@
+"""A learner: what is trained, its optimizer and its jitted update. A recipe has one for each model that it trains."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from patarm_jax.config.recipes import TrainConfig
+from patarm_jax.config.sections import MeshSection
+from patarm_jax.model.architecture import Architecture
+from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, OnMesh, Rules, batch_sharding, batch_shards
+from patarm_jax.model.transformer import Params, abstract_params, unstack_layers
+from patarm_jax.train.optimizer import make_optimizer, make_schedule
+from patarm_jax.train.steps import LossFn, TrainState, abstract_state, init_state, make_step
+from patarm_jax.types import UsageError
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One jitted update with the state that it changes and what it only reads."""
+
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule  # updates that changed the weights → learning rate of the next one
+    shape: TrainState  # shapes and shardings of the state
+    update: OnMesh  # (state, frozen, batch) → (state, metrics); the state is donated
+    frozen: Any = None  # a tree of arrays that is only read, such as base weights under adapters
+
+    def new_state(self, params: Params) -> TrainState:
+        """The state before the first update: the parameters as they are given, moments of 0, each in its place."""
+        create = OnMesh(
+            self.mesh, partial(init_state, optimizer=self.optimizer), out_shardings=shardings_of(self.shape)
+        )
+        state: TrainState = create(params)
+        return state
+
+
+def make_learner(
+    config: TrainConfig, trained: Params, mesh: Mesh, loss: LossFn[Batch], updates: int, frozen: Any = None
+) -> Learner:
+    """A learner of any parameters.
+
+    Args:
+        config: whose optimizer and micro_batches it has.
+        trained: the parameters, as abstract arrays with their shardings.
+        mesh: where they lie.
+        loss: of (parameters, frozen, batch).
+        updates: of the whole run, by which the learning rate decays.
+        frozen: see `Learner`.
+    """
+    optimizer = make_optimizer(config.optimizer, updates)
+    shape = abstract_state(trained, optimizer, mesh)
+    shardings = shardings_of(shape)
+    update = OnMesh(
+        mesh,
+        make_step(loss, optimizer, config.micro_batches),
+        in_shardings=(shardings, None, batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
+    return Learner(mesh, optimizer, make_schedule(config.optimizer, updates), shape, update, frozen)
+
+
+def shardings_of(shape: Any) -> Any:
+    """Where each part of an abstract tree lies."""
+    return jax.tree.map(lambda leaf: leaf.sharding, shape)
+
+
+def check_batch(mesh: Mesh, units: int, micro_batches: int, what: str) -> None:
+    """Refuses a batch that the mesh or the micro-batches cannot share evenly."""
+    shards = batch_shards(mesh)
+    if units % micro_batches or units // micro_batches % shards:
+        raise UsageError(
+            f"{what} gives {units} rows, which micro_batches {micro_batches} × {shards} devices (mesh.data × "
+            f"mesh.fsdp) cannot share evenly. Make it a multiple of {micro_batches * shards}, or change the mesh."
+        )
+
+
+def weight_sync(arch: Architecture, mesh: Mesh, placement: MeshSection, dtype: str) -> OnMesh:
+    """The jitted program that makes the copy for sampling of trained parameters."""
+    rollout = abstract_params(arch, mesh, rollout_rules(placement), dtype, unstacked=True)
+    return OnMesh(
+        mesh,
+        lambda params: unstack_layers(jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)),
+        out_shardings=shardings_of(rollout),
+    )
+
+
+def rollout_rules(placement: MeshSection) -> Rules:
+    """How the copy for sampling is placed."""
+    return ROLLOUT_RULES if placement.rollout == "tensor" else REPLICATED_RULES
