@@ -15,16 +15,16 @@ from typing import Any, TypeAlias, get_args
 import jax
 
 from patarm_jax import __version__
-from patarm_jax.config.flags import listed
+from patarm_jax.config.help import settings_in_words
 from patarm_jax.config.load import TRAINING, Config, from_mapping, load, override, read_yaml
-from patarm_jax.config.recipes import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, SFTConfig
+from patarm_jax.config.recipes import BenchConfig, EvalConfig, JudgeConfig, SFTConfig
+from patarm_jax.config.sections import Section
 from patarm_jax.files import refuse_address
 from patarm_jax.run.joining import tell_why_absent
 from patarm_jax.run.peers import end_all, end_together
 from patarm_jax.run.process import say
 from patarm_jax.types import Benchmark, JudgeKind, LearntNothing, UsageError, UserError
 
-_NULL = "null: as the model's generation_config.json has it, or a server"
 _BENCHMARKS, _JUDGES = get_args(Benchmark), get_args(JudgeKind)
 
 # Recipes are imported when their verb is called, so that `--help` and a typo answer at once.
@@ -95,6 +95,14 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.register("action", None, _Once)  # in place of `store`
+        self.settings: type[Section] | None = None  # the config whose settings can follow
+
+    def format_help(self) -> str:
+        """Argparse's, and behind it every setting that can follow."""
+        shown = super().format_help()
+        if self.settings is None:
+            return shown
+        return f"{shown}\nsettings that can follow, each with its default:\n{settings_in_words(self.settings())}\n"
 
     def error(self, message: str) -> None:  # type: ignore[override]  # it does not return here either
         raise UsageError(f"{message}. `{self.prog} --help` shows how it is used.")
@@ -123,7 +131,9 @@ def _add_demo(verbs: _Verbs) -> None:
         verbs, "demo", _demo, "everything end to end in minutes, no downloads", ["patarm demo --out runs/demo"]
     )
     demo.add_argument("--out", type=_path, default=Path("runs/demo"), help="folder it writes (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of data, weights and sampling (default: %(default)s)")
+    demo.add_argument(
+        "--seed", type=int, default=0, help="random seed (default: %(default)s)"
+    )
     demo.add_argument("--short", action="store_true", help="a few steps of everything: minutes become seconds")
 
 
@@ -137,8 +147,7 @@ def _add_training(verbs: _Verbs) -> None:
         train = _verb(verbs, name, _train, what, examples)
         train.add_argument("config", type=_path, metavar="CONFIG.yaml")
         train.add_argument("--dry-run", action="store_true", help="show config, batch and memory, train nothing")
-        settings = listed(SFTConfig() if name == "sft" else GRPOConfig())
-        train.epilog = f"{train.epilog}\n\nany setting of the config can follow, with its default:\n{settings}"
+        train.settings = TRAINING[name]
 
 
 def _add_judge(verbs: _Verbs) -> None:
@@ -154,9 +163,7 @@ def _add_judge(verbs: _Verbs) -> None:
     judge.add_argument("--output", type=_place, required=True, help="scores, one JSON line per pair")
     judge.add_argument("--votes", type=int, default=1, help="judgements of each response (default: %(default)s)")
     judge.add_argument("--dry-run", action="store_true", help="say what it will cost, judge nothing")
-    judge.epilog = (
-        f"{judge.epilog}\n\nfurther settings can follow, with their defaults ({_NULL}):\n{listed(JudgeConfig())}"
-    )
+    judge.settings = JudgeConfig
 
 
 def _add_eval(verbs: _Verbs) -> None:
@@ -190,9 +197,7 @@ def _add_eval(verbs: _Verbs) -> None:
         "--against", type=_place, default="", help="folder of another judge's evaluation, to compare with"
     )
     evaluate.add_argument("--dry-run", action="store_true", help="say what it will cost, ask nothing")
-    evaluate.epilog = (
-        f"{evaluate.epilog}\n\nfurther settings can follow, with their defaults ({_NULL}):\n{listed(EvalConfig())}"
-    )
+    evaluate.settings = EvalConfig
 
 
 def _add_report(verbs: _Verbs) -> None:
@@ -214,10 +219,10 @@ def _add_bench(verbs: _Verbs) -> None:
     bench.usage = "patarm bench [TASK …] [--quick] [--json FILE] [--setting value …]"
     bench.add_argument("--quick", action="store_true", help="compare with plain implementations, in two minutes")
     bench.add_argument("--json", type=_path, metavar="FILE", help="write the numbers there too")
-    bench.epilog = (
-        "tasks: sft, sample, logprobs, grpo, attention, load, compile; all when none is named\n\n"
-        f"{bench.epilog}\n\nfurther settings follow as --model, --rows, --prompt, --group, …"
+    bench.epilog = "tasks: sft, sample, logprobs, grpo, attention, load, compile; all when none is named\n\n" + (
+        bench.epilog or ""
     )
+    bench.settings = BenchConfig
 
 
 def _add_export(verbs: _Verbs) -> None:
@@ -235,7 +240,7 @@ def _verb(
     run: Callable[[argparse.Namespace, list[str]], int],
     what: str,
     examples: Sequence[str],
-) -> argparse.ArgumentParser:
+) -> _Parser:
     shown = "examples:\n" + "\n".join(f"  {example}" for example in examples)
     parser = verbs.add_parser(
         name,

@@ -8,8 +8,10 @@ import pytest
 import yaml
 
 from patarm_jax.config.flags import dotted_keys
-from patarm_jax.config.load import from_mapping, limits_of, load, load_run, override, read_yaml, to_yaml
-from patarm_jax.config.recipes import EvalConfig, GRPOConfig, JudgeConfig, SFTConfig
+from patarm_jax.config.help import comments_of, settings_in_words
+from patarm_jax.config.load import from_mapping, load, load_run, override, read_yaml, to_yaml
+from patarm_jax.config.recipes import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, SFTConfig
+from patarm_jax.config.sections import limits_of
 from patarm_jax.types import UsageError, UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -238,6 +240,30 @@ def test_a_section_of_another_name_is_said_and_a_run_of_an_earlier_version_is_re
     (tmp_path / "config.yaml").write_text("recipe: other")
     with pytest.raises(UserError, match="is of the recipe 'other'; known are sft, grpo"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize("cls", [SFTConfig, GRPOConfig, JudgeConfig, EvalConfig, BenchConfig])
+def test_help_says_every_setting_with_its_default_its_limits_and_what_it_does(cls):
+    said = settings_in_words(cls())
+    names = [line.split()[0].removeprefix("--").removesuffix(".NAME") for line in said.splitlines() if "  --" in line]
+    assert sorted(names) == sorted(dotted_keys(cls))
+
+    def silent(cls, prefix=""):
+        for name, kind in get_type_hints(cls).items():
+            if dataclasses.is_dataclass(kind):
+                yield from silent(kind, f"{prefix}{name}.")
+            elif not comments_of(cls)[name]:
+                yield prefix + name
+
+    assert set(silent(cls)) <= {"recipe"}
+    assert max(map(len, said.splitlines())) <= 120
+
+
+def test_help_reads_comments_beside_a_setting_and_above_it():
+    said = settings_in_words(GRPOConfig())
+    assert "  --update.clip_low 0.2\n      how far a ratio may fall below 1 (0 to 1)\n" in said
+    assert "  --run.on_damaged stop\n      What resuming and export do where a file" in said
+    assert "update: How rollouts become an update.\n  --update.algorithm grpo\n" in said
 
 
 def test_dotted_keys_name_every_setting():

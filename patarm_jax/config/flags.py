@@ -63,25 +63,6 @@ def dotted_keys(cls: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def listed(config: Any) -> str:
-    """Every setting with its value, a line each, as `--help` shows them."""
-    lines = []
-    for key in dotted_keys(type(config)):
-        value: Any = config
-        for part in key.split("."):
-            value = getattr(value, part)
-        lines.append(f"  --{key}{'.NAME' * isinstance(value, dict)} {_shown(value)}".rstrip())
-    return "\n".join(lines)
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "" if value in ((), {}) else str(value)
-
-
 def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
     """A sentence on what was meant, to stand behind another."""
     close = difflib.get_close_matches(name, known, n=1)

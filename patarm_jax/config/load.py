@@ -16,7 +16,7 @@ import yaml
 
 from patarm_jax.config.flags import RENAMED, merged, nearest, settings_of
 from patarm_jax.config.recipes import GRPOConfig, SFTConfig, TrainConfig
-from patarm_jax.config.sections import Range, Section
+from patarm_jax.config.sections import Section, limits_of
 from patarm_jax.files import one_line
 from patarm_jax.types import UsageError, UserError
 
@@ -137,17 +137,6 @@ def _refuse_out_of_range(config: Any, where: str, prefix: str = "") -> None:
         elif (limits := limits_of(kinds[name])) is not None and value is not None and value not in limits:
             finite = "" if -math.inf < value < math.inf else ", and finite"
             raise UsageError(f"{where}{prefix}{name} is {value}; allowed is {limits}{finite}.")
-
-
-def limits_of(kind: Any) -> Range | None:
-    """The limits in the type of a setting, None where it has none.
-
-    >>> print(limits_of(Annotated[int, Range(1)] | None))
-    1 or more
-    """
-    if limits := [each for each in getattr(kind, "__metadata__", ()) if isinstance(each, Range)]:
-        return limits[0]
-    return next((found for part in get_args(kind) if (found := limits_of(part)) is not None), None)
 
 
 class _Loader(yaml.SafeLoader):

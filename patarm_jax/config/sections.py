@@ -10,7 +10,7 @@ A comment beside a setting, or right above it, is its line of `--help`. Marks of
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 from patarm_jax.files import refuse_address
 from patarm_jax.types import OpensThinking
@@ -47,6 +47,17 @@ class Range:
             return f"{more}, or -1" if self.or_all else more
         start, to = (f"above {self.low}", "up to") if self.open_low else (str(self.low), "to")
         return f"{start} {to} {'below ' if self.open_high else ''}{self.high}"
+
+
+def limits_of(kind: Any) -> Range | None:
+    """The limits in the type of a setting, None where it has none.
+
+    >>> print(limits_of(Annotated[int, Range(1)] | None))
+    1 or more
+    """
+    if limits := [each for each in getattr(kind, "__metadata__", ()) if isinstance(each, Range)]:
+        return limits[0]
+    return next((found for part in get_args(kind) if (found := limits_of(part)) is not None), None)
 
 
 Positive = Annotated[int, Range(1)]
