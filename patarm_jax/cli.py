@@ -131,9 +131,7 @@ def _add_demo(verbs: _Verbs) -> None:
         verbs, "demo", _demo, "everything end to end in minutes, no downloads", ["patarm demo --out runs/demo"]
     )
     demo.add_argument("--out", type=_path, default=Path("runs/demo"), help="folder it writes (default: %(default)s)")
-    demo.add_argument(
-        "--seed", type=int, default=0, help="random seed (default: %(default)s)"
-    )
+    demo.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     demo.add_argument("--short", action="store_true", help="a few steps of everything: minutes become seconds")
 
 

@@ -13,9 +13,8 @@ import httpx2 as httpx
 from patarm_jax.ask.answers import Answer, Answers, Kind, Question, missing, no_answer
 from patarm_jax.ask.client import LOOK, Stopped, complete, connect, served_model
 from patarm_jax.ask.dialect import Dialect
-from patarm_jax.ask.replies import Refused, Reply, Unavailable, as_answer, read_again
+from patarm_jax.ask.replies import Parse, Refused, Reply, Unavailable, as_answer, read_again
 from patarm_jax.config.sections import EndpointSection, JudgingSection
-from patarm_jax.rollout.judging import Parse
 from patarm_jax.run.process import say
 from patarm_jax.run.progress import Report, progress
 from patarm_jax.run.stopping import stop_requests

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from patarm_jax.ask.shared import my_share
 from patarm_jax.config.sections import JudgingSection, MeshSection, ModelSection, SamplingSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.tokenizer import encode_chat, encode_dialogue
+from patarm_jax.judge.forms import Form
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.model.transformer import Params
-from patarm_jax.rollout.judging import Parse, judge, make_judge
+from patarm_jax.rollout.judging import judge, make_judge
 from patarm_jax.rollout.scalar import make_scorer, scores
 from patarm_jax.rollout.schedule import Request
 from patarm_jax.run.drawing import as_the_model_says
@@ -122,39 +124,37 @@ def encode_questions(local: Local, lacking: Sequence[tuple[Question, list[int]]]
     ]
 
 
-def ask_local(local: Local, answers: Answers, questions: Sequence[Question], parse: Parse) -> bool:
+def ask_local(local: Local, answers: Answers, questions: Sequence[Question], form: Form) -> bool:
     """Answers what is not answered yet; False when it was asked to stop before the end."""
+    ask = _score if local.model.arch.scalar_head else _judge
+    return _ask(local, answers, questions, partial(ask, local, form))
+
+
+def _judge(local: Local, form: Form, params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:
+    """The answers of a judge that writes."""
     arch, tokenizer, key = local.model.arch, local.model.tokenizer, jax.random.key(local.seed)
-
-    def judged_groups(params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:
-        for first in sorted({one.first for one in encoded}):  # unlike where votes were raised and that was stopped
-            group = local.votes - first
-            judging = make_judge(
-                arch, tokenizer, local.mesh, local.section, local.sampling, group, vote_stride=_VOTE_STRIDE
-            )
-            alike = [one for one in encoded if one.first == first]
-            requests = [Request(one.tokens, one.question.sample_id + first * _VOTE_STRIDE) for one in alike]
-            for judged in judge(judging, params, requests, key, parse):
-                written, question = judged.group, alike[judged.group.index].question
-                each = zip(judged.judgements, written.lengths.tolist(), written.truncated.tolist(), strict=True)
-                yield [answer_of(question, vote, *one) for vote, one in enumerate(each, first)]
-
-    return _ask(local, answers, questions, judged_groups)
+    for first in sorted({one.first for one in encoded}):  # unlike where votes were raised and that was stopped
+        group = local.votes - first
+        judging = make_judge(
+            arch, tokenizer, local.mesh, local.section, local.sampling, group, form, vote_stride=_VOTE_STRIDE
+        )
+        alike = [one for one in encoded if one.first == first]
+        requests = [Request(one.tokens, one.question.sample_id + first * _VOTE_STRIDE) for one in alike]
+        for judged in judge(judging, params, requests, key):
+            written, question = judged.group, alike[judged.group.index].question
+            each = zip(judged.judgements, written.lengths.tolist(), written.truncated.tolist(), strict=True)
+            yield [answer_of(question, vote, *one) for vote, one in enumerate(each, first)]
 
 
-def ask_scalar(local: Local, answers: Answers, questions: Sequence[Question]) -> bool:
-    """The same of a scalar reward model, whose answer is a score."""
-
-    def scored(params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:
-        scorer = make_scorer(local.model.arch, local.mesh, local.section)
-        for index, score in scores(scorer, params, local.mesh, [one.tokens for one in encoded]):
-            key = encoded[index].question.key
-            if math.isfinite(score):
-                yield [Answer(key, 0, "OK", Kind.ANSWER, score=score)]
-            else:
-                yield [Answer(key, 0, "BAD_SCORE", Kind.ANSWER, reason=f"the head gives {score}")]
-
-    return _ask(local, answers, questions, scored)
+def _score(local: Local, _form: Form, params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:
+    """The answers of a scalar reward model, which are scores."""
+    scorer = make_scorer(local.model.arch, local.mesh, local.section)
+    for index, score in scores(scorer, params, local.mesh, [one.tokens for one in encoded]):
+        key = encoded[index].question.key
+        if math.isfinite(score):
+            yield [Answer(key, 0, "OK", Kind.ANSWER, score=score)]
+        else:
+            yield [Answer(key, 0, "BAD_SCORE", Kind.ANSWER, reason=f"the head gives {score}")]
 
 
 def _ask(

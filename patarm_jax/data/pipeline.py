@@ -9,6 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import grain
@@ -22,7 +23,7 @@ from patarm_jax.data.limits import Room
 from patarm_jax.data.preferences import Report
 from patarm_jax.data.sft import JudgedPreference
 from patarm_jax.data.tokenizer import Tokenizer, encode_chat, encode_judgement
-from patarm_jax.judge.prompts import pointwise
+from patarm_jax.judge.forms import POINTWISE, Form
 from patarm_jax.padding import bucket, pack
 from patarm_jax.types import Preference, RubricMode, UsageError, UserError
 
@@ -84,6 +85,7 @@ def encode_pairs(
     rubrics: RubricMode,
     section: DataSection,
     room: Room,
+    form: Form = POINTWISE,
 ) -> tuple[list[EncodedPair], Report]:
     """Encodes each preference, with its judgements where it has them; drops and counts what exceeds the limits.
 
@@ -93,6 +95,7 @@ def encode_pairs(
         rubrics: which the prompts hold.
         section: the limits of the config.
         room: what the network has positions for.
+        form: how the judge is asked about one response.
 
     Raises:
         UserError: when none is short enough.
@@ -103,7 +106,7 @@ def encode_pairs(
     shortest: dict[str, int] = {}  # reason → the smallest limit that would have kept a preference
     # disable=None: no bar where nobody watches.
     for index, preference in enumerate(tqdm(preferences, desc="encode", unit="pair", disable=None)):
-        pair = _encode(tokenizer, index, preference, rubrics)
+        pair = _encode(tokenizer, index, preference, rubrics, form)
         excess = _excess(pair, section, room)
         if excess is None:
             kept.append(pair)
@@ -126,13 +129,17 @@ def encode_pairs(
     return kept, Report(len(kept), dict(dropped.most_common()))
 
 
-def _encode(tokenizer: Tokenizer, index: int, given: Preference | JudgedPreference, rubrics: RubricMode) -> EncodedPair:
+def _encode(
+    tokenizer: Tokenizer, index: int, given: Preference | JudgedPreference, rubrics: RubricMode, form: Form
+) -> EncodedPair:
     if isinstance(given, JudgedPreference):
         judgements = (given.chosen_judgement, given.rejected_judgement)
         chosen, rejected = (np.asarray(encode_judgement(tokenizer, text), np.int32) for text in judgements)
-        return replace(_encode(tokenizer, index, given.preference, rubrics), completion_tokens=(chosen, rejected))
-    messages = (pointwise(given.prompt, text, given.domain, rubrics) for text in (given.chosen, given.rejected))
-    chosen, rejected = (np.asarray(encode_chat(tokenizer, each), np.int32) for each in messages)
+        return replace(_encode(tokenizer, index, given.preference, rubrics, form), completion_tokens=(chosen, rejected))
+    ask = partial(form.ask, given.prompt, domain=given.domain, rubrics=rubrics)
+    chosen, rejected = (
+        np.asarray(encode_chat(tokenizer, ask(text)), np.int32) for text in (given.chosen, given.rejected)
+    )
     return EncodedPair(index, given, (chosen, rejected))
 
 

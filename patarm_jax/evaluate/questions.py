@@ -1,4 +1,4 @@
-"""Ways to ask a judge about the items of a benchmark, and how its answers become scores or choices."""
+"""What a judge is asked about the items of a benchmark, and how its answers become scores or choices."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -10,9 +10,8 @@ import numpy as np
 from patarm_jax.ask.answers import Answer, Answers, Question
 from patarm_jax.evaluate.benchmarks import Item
 from patarm_jax.evaluate.outcomes import Choices, Scores
-from patarm_jax.judge.parse import parse_baseline, parse_pairwise, parse_pointwise
-from patarm_jax.judge.prompts import baseline, pairwise, pointwise
-from patarm_jax.types import JudgeKind, Judgement, Message, RubricMode
+from patarm_jax.judge.forms import Form
+from patarm_jax.types import Message, RubricMode
 
 _Ask = Callable[[str, list[Message]], Question]  # name and messages → the question, which may be an earlier item's
 SIDES = ("chosen", "rejected")
@@ -32,23 +31,16 @@ class Asked:
         return [*self.of_sides[0], *self.of_sides[1], *(question for *_, question in self.of_pairs)]
 
 
-# How an answer is read; a scalar head writes nothing that could be.
-PARSERS: dict[JudgeKind, Callable[[str], Judgement]] = {
-    "pointwise": parse_pointwise,
-    "pairwise": parse_pairwise,
-    "baseline": parse_baseline,
-}
-
-
-def ask_about(items: Sequence[Item], kind: JudgeKind, rubrics: RubricMode) -> list[Asked]:
-    """The questions about every item; what would be asked in the same words is asked once, for all items alike."""
+def ask_about(items: Sequence[Item], form: Form, rubrics: RubricMode) -> list[Asked]:
+    """The questions about every item; identical questions are asked once, whatever items they are about."""
     asked_before: dict[str, Question] = {}
 
     def ask(name: str, messages: list[Message]) -> Question:
         text = json.dumps(messages)
         return asked_before.setdefault(text, Question(name, len(asked_before), messages))
 
-    return [_pairs(item, rubrics, ask) if kind == "pairwise" else _sides(item, kind, rubrics, ask) for item in items]
+    about = _pairs if form.responses == 2 else _sides
+    return [about(item, form, rubrics, ask) for item in items]
 
 
 def questions_of(asked: Sequence[Asked]) -> list[Question]:
@@ -56,13 +48,9 @@ def questions_of(asked: Sequence[Asked]) -> list[Question]:
     return list({question.sample_id: question for one in asked for question in one.questions}.values())
 
 
-def _sides(item: Item, kind: JudgeKind, rubrics: RubricMode, ask: _Ask) -> Asked:
+def _sides(item: Item, form: Form, rubrics: RubricMode, ask: _Ask) -> Asked:
     def messages(response: str) -> list[Message]:
-        if kind == "pointwise":
-            return pointwise(item.prompt, response, item.domain, rubrics)
-        if kind == "baseline":
-            return baseline(item.prompt, response)
-        return [*item.prompt, Message(role="assistant", content=response)]
+        return form.ask(item.prompt, response, domain=item.domain, rubrics=rubrics)
 
     chosen, rejected = (
         [ask(f"{item.id}/{side}/{number}", messages(response)) for number, response in enumerate(responses)]
@@ -71,12 +59,12 @@ def _sides(item: Item, kind: JudgeKind, rubrics: RubricMode, ask: _Ask) -> Asked
     return Asked(of_sides=(chosen, rejected))
 
 
-def _pairs(item: Item, rubrics: RubricMode, ask: _Ask) -> Asked:
+def _pairs(item: Item, form: Form, rubrics: RubricMode, ask: _Ask) -> Asked:
     pairs = []
     for i, j, order in product(range(len(item.chosen)), range(len(item.rejected)), range(2)):
         responses = (item.chosen[i], item.rejected[j])
         first, second = responses if order == 0 else responses[::-1]
-        messages = pairwise(item.prompt, first, second, item.domain, rubrics)
+        messages = form.ask(item.prompt, first, second, domain=item.domain, rubrics=rubrics)
         pairs.append((i, j, order, ask(f"{item.id}/{i}:{j}/{ORDERS[order]}", messages)))
     return Asked(of_pairs=tuple(pairs))
 

@@ -24,7 +24,7 @@ from patarm_jax.ask.answers import (
 )
 from patarm_jax.ask.endpoint import Remote, ask_endpoint, ask_name
 from patarm_jax.ask.estimate import estimate
-from patarm_jax.ask.local import Local, ask_local, ask_scalar, open_local
+from patarm_jax.ask.local import Local, ask_local, open_local
 from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import EvalConfig
@@ -32,15 +32,16 @@ from patarm_jax.config.sections import JudgingSection, SamplingSection
 from patarm_jax.evaluate.benchmarks import SOURCES, Item, limited, read_benchmark
 from patarm_jax.evaluate.files import RESULTS, compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find
-from patarm_jax.evaluate.questions import PARSERS, ask_about, judged, questions_of
+from patarm_jax.evaluate.questions import ask_about, judged, questions_of
 from patarm_jax.evaluate.scoring import plan
 from patarm_jax.evaluate.summary import show, verdict
 from patarm_jax.files import check_writable, write_text, writing
+from patarm_jax.judge.forms import FORMS, Form
 from patarm_jax.locks import hold_folder
 from patarm_jax.run.drawing import as_the_server_says
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
-from patarm_jax.types import JudgeKind, UsageError, UserError
+from patarm_jax.types import UsageError, UserError
 
 ANSWERS = "answers.jsonl"
 
@@ -70,7 +71,8 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
     say(f"{config.data.path or SOURCES[config.benchmark].hub}: {read}{left_out}")
     if not items:
         raise UserError(f"nothing is left to ask of {config.benchmark}{left_out}. Give the whole benchmark.")
-    everything = dict(zip([item.id for item in items], ask_about(items, config.judge, config.rubrics), strict=True))
+    form = FORMS[config.judge]
+    everything = dict(zip([item.id for item in items], ask_about(items, form, config.rubrics), strict=True))
     whole, items = items, limited(items, config.limit)
     asked = [everything[item.id] for item in items]
     questions = questions_of(asked)
@@ -94,7 +96,7 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
         if first:
             with writing(folder, KEPT):
                 write_text(folder / "config.yaml", to_yaml(config))
-        finished = _ask(judge, config.judge, answers, questions)
+        finished = _ask(judge, form, answers, questions)
     if not done_by_all(finished):
         return None
 
@@ -146,12 +148,10 @@ def _open_judge(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remo
     return Remote(config.endpoint, name, sampling, config.votes, config.seed)
 
 
-def _ask(judge: Local | Remote, kind: JudgeKind, answers: Answers, questions: Sequence[Question]) -> bool:
+def _ask(judge: Local | Remote, form: Form, answers: Answers, questions: Sequence[Question]) -> bool:
     if isinstance(judge, Remote):
-        return ask_endpoint(judge, answers, questions, PARSERS[kind])
-    if kind == "scalar":
-        return ask_scalar(judge, answers, questions)
-    return ask_local(judge, answers, questions, PARSERS[kind])
+        return ask_endpoint(judge, answers, questions, form.read)
+    return ask_local(judge, answers, questions, form)
 
 
 def _output(config: EvalConfig) -> Path:

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,7 @@ from patarm_jax.evaluate.outcomes import mean_scores
 from patarm_jax.evaluate.questions import SIDES
 from patarm_jax.evaluate.summary import hardly_readable
 from patarm_jax.files import check_writable, write_text, writing
-from patarm_jax.judge.parse import parse_pointwise
-from patarm_jax.judge.prompts import pointwise
+from patarm_jax.judge.forms import POINTWISE
 from patarm_jax.locks import hold_output
 from patarm_jax.run.peers import start_processes, told
 from patarm_jax.run.process import say
@@ -64,8 +64,9 @@ def _judge(config: JudgeConfig, output: Path, dry_run: bool) -> Accuracy | None:
     # ------------------------------------------------------------------------------------------------------ questions
     preferences, read = read_preferences(config.data)
     say(f"{config.data.path}: {read}")
+    ask = partial(POINTWISE.ask, rubrics=config.rubrics)
     questions = [
-        Question(f"{one.id}/{name}", 2 * index + side, pointwise(one.prompt, response, one.domain, config.rubrics))
+        Question(f"{one.id}/{name}", 2 * index + side, ask(one.prompt, response, domain=one.domain))
         for index, one in enumerate(preferences)
         for side, (name, response) in enumerate(zip(SIDES, (one.chosen, one.rejected), strict=True))
     ]
@@ -92,7 +93,7 @@ def _judge(config: JudgeConfig, output: Path, dry_run: bool) -> Accuracy | None:
         return _tell(output, before, "these scores were there already")
     agree_on_questions(identity, questions)
     with shared_answers(part, identity) as answers:
-        finished = ask_local(local, answers, questions, parse_pointwise)
+        finished = ask_local(local, answers, questions, POINTWISE)
     if not done_by_all(finished):
         return None
     rows = [

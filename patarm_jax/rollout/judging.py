@@ -5,7 +5,7 @@ weight or writes a file.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from patarm_jax.config.sections import ModelSection, SamplingSection
 from patarm_jax.data.pipeline import EncodedPair
 from patarm_jax.data.tokenizer import Tokenizer, written
-from patarm_jax.judge.parse import parse_pointwise
+from patarm_jax.judge.forms import POINTWISE, Form
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import kernel_for
 from patarm_jax.model.transformer import Params
@@ -24,8 +24,6 @@ from patarm_jax.rollout.sampler import Settings
 from patarm_jax.rollout.schedule import Finished, Group, Request, completed_groups, stacked
 from patarm_jax.types import Judgement
 
-Parse = Callable[[str], Judgement]
-
 
 @dataclass(frozen=True)
 class Judge:
@@ -33,6 +31,7 @@ class Judge:
 
     tokenizer: Tokenizer
     engine: Engine
+    form: Form  # that its prompts ask for
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,15 @@ def make_judge(
     section: ModelSection,
     sampling: SamplingSection,
     group: int,
+    form: Form = POINTWISE,
     vote_stride: int = 0,
 ) -> Judge:
-    """A judge for a network of this shape that gives G = `group` judgements; see `Settings` for vote_stride."""
+    """A judge for a network of this shape that gives `group` judgements; see `Settings` for vote_stride."""
     settings = Settings(
         tokenizer.stop_ids, sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, vote_stride
     )
     network = network_of(arch, section.dtype, kernel_for(section, arch, mesh, "causal"))
-    return Judge(tokenizer, make_engine(network, mesh, group, settings, sampling.rows))
+    return Judge(tokenizer, make_engine(network, mesh, group, settings, sampling.rows), form)
 
 
 def requests_of(records: Sequence[EncodedPair]) -> list[Request]:
@@ -69,9 +69,7 @@ def requests_of(records: Sequence[EncodedPair]) -> list[Request]:
     ]
 
 
-def judge(
-    judging: Judge, params: Params, requests: Sequence[Request], key: jax.Array, parse: Parse = parse_pointwise
-) -> Iterator[Judged]:
+def judge(judging: Judge, params: Params, requests: Sequence[Request], key: jax.Array) -> Iterator[Judged]:
     """The G judgements of each request, as soon as they are written, the longest prompts first.
 
     Args:
@@ -79,10 +77,9 @@ def judge(
         params: its weights.
         requests: this process's; all processes have equally many.
         key: the same key, sample id and weights give the same judgements, in whatever company.
-        parse: how an answer is read; the prompt says which form it is to have.
     """
     for group in completed_groups(judging.engine, params, requests, key):
-        yield Judged(group, read_judgements(judging.tokenizer, group, parse))
+        yield Judged(group, read_judgements(judging.tokenizer, group, judging.form))
 
 
 def judge_all(
@@ -93,10 +90,12 @@ def judge_all(
     return stacked([judged.group for judged in every]), [judged.judgements for judged in every]
 
 
-def read_judgements(tokenizer: Tokenizer, group: Group, parse: Parse = parse_pointwise) -> list[Judgement]:
+def read_judgements(tokenizer: Tokenizer, group: Group, form: Form = POINTWISE) -> list[Judgement]:
     """What the completions of a request say: the judge's turn, without the end token of one that has it."""
     ends = np.where(group.truncated, group.lengths, np.maximum(group.lengths - 1, 0))
-    return [parse(written(tokenizer, tokens[:end].tolist())) for tokens, end in zip(group.tokens, ends, strict=True)]
+    return [
+        form.read(written(tokenizer, tokens[:end].tolist())) for tokens, end in zip(group.tokens, ends, strict=True)
+    ]
 
 
 def score_arrays(judgements: Sequence[Sequence[Judgement]]) -> tuple[np.ndarray, np.ndarray]:

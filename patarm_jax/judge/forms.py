@@ -1,0 +1,61 @@
+"""How a judge is asked, and how its answer is read. No other file tells the kinds of judge apart."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from patarm_jax.judge.parse import parse_baseline, parse_pairwise, parse_pointwise
+from patarm_jax.judge.prompts import baseline, pairwise, pointwise
+from patarm_jax.types import Judgement, Message, RubricMode
+
+
+class Ask(Protocol):
+    """What a judge reads about one response, or two."""
+
+    def __call__(
+        self, prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode
+    ) -> list[Message]:
+        """Messages; `domain` says which primary rubrics there are."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How to ask, and how to read."""
+
+    name: str
+    responses: int  # that one question shows
+    ask: Ask
+    read: Callable[[str], Judgement]
+
+
+def _pointwise(prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode) -> list[Message]:
+    (response,) = responses
+    return pointwise(prompt, response, domain, rubrics)
+
+
+def _pairwise(prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode) -> list[Message]:
+    first, second = responses
+    return pairwise(prompt, first, second, domain, rubrics)
+
+
+def _baseline(prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode) -> list[Message]:
+    (response,) = responses
+    return baseline(prompt, response)
+
+
+def _dialogue(prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode) -> list[Message]:
+    (response,) = responses
+    turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
+    return [*turns, Message(role="assistant", content=response)]
+
+
+def _writes_nothing(text: str) -> Judgement:
+    raise TypeError("a scalar reward model gives a number and writes nothing that could be read")
+
+
+POINTWISE = Form("pointwise", 1, _pointwise, parse_pointwise)  # one response, a score from 0 to 10
+PAIRWISE = Form("pairwise", 2, _pairwise, parse_pairwise)  # two responses, a choice
+BASELINE = Form("baseline", 1, _baseline, parse_baseline)  # a general model, asked for a score without rubrics
+SCALAR = Form("scalar", 1, _dialogue, _writes_nothing)  # a reward model with a head that gives one number
+
+FORMS = {form.name: form for form in (POINTWISE, PAIRWISE, BASELINE, SCALAR)}
