@@ -66,7 +66,7 @@ def test_the_plain_way_and_ours_give_the_same(case):
     [
         (["load", *SMALL, "--json", "/dev/null/bench.json"], 1, "/dev/null is a file. Name a place inside a folder"),
         (["speed"], 2, "there is no task speed. The tasks are sft, sample"),
-        (["sft", "--responses", "3"], 2, "allowed is an even number"),
+        (["sft", "--responses", "0"], 2, "responses is 0; allowed is 1 or more"),
         (["sft", "--rows", "9"], 2, "rows 9 gives 9 rows, which micro_batches 1 × 8 devices"),
         (["sft", "--modle", "tiny"], 2, "--model"),
         (["--quick", "sft"], 2, "unknown arguments sft"),

@@ -132,3 +132,25 @@ print(parse_pointwise(text).score)
     environment = {"PYTHONPATH": str(PACKAGE.parent), "PATH": os.environ["PATH"]}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert ran.stdout == "9.0\n", ran.stderr
+
+
+def test_the_benches_run_on_a_bare_accelerator_image():
+    """With jax, flax, optax, numpy and the config's parser; of the rest of our dependencies none is imported."""
+    absent = (
+        "transformers", "tokenizers", "datasets", "grain", "orbax", "safetensors", "pyarrow", "tqdm", "tensorboardX", "scipy",
+        "matplotlib", "huggingface_hub",
+    )  # fmt: skip
+    code = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {absent!r}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+from patarm_jax.cli import main
+from patarm_jax.bench import quick, tasks
+sys.exit(main(["bench", "attention", "--rows", "1", "--length", "16", "--repeats", "1"]))
+"""
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "XLA_FLAGS": ""}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0 and "attention  1 × 16" in ran.stdout, ran.stderr

@@ -47,7 +47,7 @@ def run(tmp_path_factory):
     for step in range(1, 7):
         values = {"judge/score_gap": 0.5 * step, "entropy": float("nan") if step == 3 else 1 / step, "reward": 0.1}
         values |= {"judge/valid": 1.0, "judge/accuracy_strict": 0.75}
-        values |= {"time/sample": 100.0 if step == 1 else 1.0, "time/parse": 0.01}
+        values |= {"time/sample": 100.0 if step == 1 else 1.0, "time/reward": 0.01}
         writer.write(step, values | ({"eval/score_gap": 2.0, "eval/accuracy_strict": 0.7} if step % 3 == 0 else {}))
         write_rollouts(folder / "rollouts", step, list(judged(step)))
     writer.close()

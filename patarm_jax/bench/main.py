@@ -27,8 +27,6 @@ def main(tasks: Sequence[str], config: BenchConfig, output: Path | None = None) 
     """Measures the tasks named, all when none is, prints a table and writes JSON."""
     if unknown := [task for task in tasks if task not in TASKS]:
         raise UsageError(f"there is no task {unknown[0]}. The tasks are {', '.join(TASKS)}.")
-    if config.responses % 2:
-        raise UsageError(f"responses is {config.responses}; allowed is an even number: they are compared in pairs.")
     about = {"config": dataclasses.asdict(config), "tasks": list(tasks or TASKS)}
     _check(output, about)
     bench = open_bench(config)

@@ -174,7 +174,7 @@ class BenchConfig(Section):
     rows: Positive = 8  # of sft and attention
     length: Positive = 512  # tokens of each row
     packing: bool = False  # sft by the program for packed rows, though each row holds one sequence
-    responses: Positive = 4  # of sample, logprobs and grpo: prompts, each completed by a group; an even number
+    responses: Positive = 4  # of sample, logprobs and grpo: prompts, each completed by a group
     prompt: Positive = 1024  # tokens of each prompt
     group: Positive = 8  # G, completions of a prompt
     new: Positive = 256  # tokens of a completion at most
