@@ -23,11 +23,8 @@ from patarm_jax.run.export import ModelCardFacts, model_card, write_export
 from patarm_jax.types import UserError
 from tests.toys import tiny_tokenizer_folder
 
-FACTS = ModelCardFacts("Qwen/Qwen3-8B", "grpo", "org/pairs", 12_345, 400, "PAR, graded margin, G 8", "primary")
-CONFIG = Architecture(
-    vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
-)  # fmt: skip
+STAGE = "reinforcement learning (GRPO) on preference pairs"
+FACTS = ModelCardFacts("Qwen/Qwen3-8B", "grpo", STAGE, "org/pairs", 12_345, 400, "PAR, graded margin, G 8", "primary")
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +142,7 @@ def test_the_cards_code_runs_as_it_is_printed(tokenizer, params, tmp_path, facts
     "name", ["data/pairs.jsonl", "/models/Qwen3-8B", "./runs/sft", "models", "a/b/c", "x/y.parquet"]
 )
 def test_what_is_no_hub_id_stays_out_of_the_front_matter(name):
-    facts = ModelCardFacts(name, "sft", name, 1, 1, "", "adaptive")
+    facts = ModelCardFacts(name, "sft", "fine-tuning", name, 1, 1, "", "adaptive")
     card = model_card(facts, "judge")
     assert not {"base_model", "datasets"} & card.data.to_dict().keys()
     assert f"| base model | `{name}` |" in card.text and "| reward |" not in card.text
@@ -154,7 +151,7 @@ def test_what_is_no_hub_id_stays_out_of_the_front_matter(name):
 def test_a_folder_that_looks_like_a_hub_id_is_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "judge").mkdir(parents=True)
-    facts = ModelCardFacts("models/judge", "sft", "org/pairs", 1, 1, "", "adaptive")
+    facts = ModelCardFacts("models/judge", "sft", "fine-tuning", "org/pairs", 1, 1, "", "adaptive")
     assert model_card(facts, "judge").data.to_dict().keys() & {"base_model", "datasets"} == {"datasets"}
 
 

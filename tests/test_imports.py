@@ -137,8 +137,8 @@ print(parse_pointwise(text).score)
 def test_the_benches_run_on_a_bare_accelerator_image():
     """With jax, flax, optax, numpy and the config's parser; of the rest of our dependencies none is imported."""
     absent = (
-        "transformers", "tokenizers", "datasets", "grain", "orbax", "safetensors", "pyarrow", "tqdm", "tensorboardX", "scipy",
-        "matplotlib", "huggingface_hub",
+        "transformers", "tokenizers", "datasets", "grain", "orbax", "safetensors", "pyarrow", "tqdm", "tensorboardX",
+        "scipy", "matplotlib", "huggingface_hub",
     )  # fmt: skip
     code = f"""
 import sys

@@ -44,6 +44,11 @@ class TrainConfig(Section):
     micro_batches: Positive = field(default=1, metadata=FREE)  # slices summed in one update; never changes the result
 
     @property
+    def stage_in_words(self) -> str:
+        """What the recipe is, for the model card."""
+        return self.recipe
+
+    @property
     def updates_per_step(self) -> int:
         """Optimiser updates in a step."""
         return 1
@@ -71,6 +76,11 @@ class SFTConfig(TrainConfig):
     recipe: Literal["sft"] = "sft"
     packing: bool = field(default=True, metadata=FREE)  # short sequences share a row; never changes the result
 
+    @property
+    def stage_in_words(self) -> str:
+        """What the recipe is, for the model card."""
+        return "supervised fine-tuning on judgements"
+
 
 @dataclass(frozen=True)
 class GRPOConfig(TrainConfig):
@@ -81,6 +91,13 @@ class GRPOConfig(TrainConfig):
     reward: RewardSection = field(default_factory=RewardSection)
     update: UpdateSection = field(default_factory=UpdateSection)
     group_size: Positive = 8  # G, judgements of each response
+
+    @property
+    def stage_in_words(self) -> str:
+        """What the recipe is, for the model card."""
+        return (
+            f"reinforcement learning ({self.update.algorithm.upper()}) on preference pairs with Preference-Aware Reward"
+        )
 
     @property
     def updates_per_step(self) -> int:

@@ -26,18 +26,14 @@ from patarm_jax.types import RubricMode
 # What a name on the Hub looks like. `data/pairs.jsonl` and `./runs/sft` are files and folders.
 HUB_ID = re.compile(r"[A-Za-z0-9]\w*[\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.parquet)", re.ASCII)
 
-STAGES = {
-    "sft": "supervised fine-tuning on judgements",
-    "grpo": "reinforcement learning (GRPO) on preference pairs with Preference-Aware Reward",
-}
-
 
 @dataclass(frozen=True)
 class ModelCardFacts:
     """What a model card says about the run that made the model."""
 
     base_model: str  # a Hub id or a folder
-    stage: str  # the recipe, a key of STAGES
+    recipe: str
+    stage: str  # what the recipe is, in words
     data_path: str  # a Hub id, a file or a folder
     pairs: int | None  # preference pairs that were trained on; None where they were not counted
     steps: int  # optimiser updates
@@ -59,6 +55,7 @@ def card_of(config: TrainConfig, model: Model, pairs: int | None = None) -> Mode
     return ModelCardFacts(
         config.model.path,
         config.recipe,
+        config.stage_in_words,
         config.data.path,
         pairs,
         steps=0,
@@ -118,11 +115,11 @@ def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingfa
         datasets=_if_on_hub(facts.data_path),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["reward-model", "generative-reward-model", "judge", "patarm", facts.stage],
+        tags=["reward-model", "generative-reward-model", "judge", "patarm", facts.recipe],
     )
     rows = [
         ("base model", f"`{facts.base_model}`"),
-        ("trained by", STAGES[facts.stage]),
+        ("trained by", facts.stage),
         ("training data", f"`{facts.data_path}`" + (f", {facts.pairs:,} preference pairs" if facts.pairs else "")),
         ("optimiser updates", f"{facts.steps:,}"),
         *([("reward", facts.reward)] if facts.reward else []),
