@@ -25,6 +25,10 @@ from tests.toys import tiny_tokenizer_folder
 
 STAGE = "reinforcement learning (GRPO) on preference pairs"
 FACTS = ModelCardFacts("Qwen/Qwen3-8B", "grpo", STAGE, "org/pairs", 12_345, 400, "PAR, graded margin, G 8", "primary")
+CONFIG = Architecture(
+    vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
