@@ -21,7 +21,7 @@ OpensThinking = Literal["auto", "yes", "no"]
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what was got, what is allowed and what to do."""
+    """Something the user can fix. The message says what was got, what is allowed and what to do."""
 
     exit_code = 1
 

@@ -60,7 +60,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(world, started, recipe):
     stopped = started(recipe, config)
     stopped.until(lambda: len(lines_of(folder)) >= 5)
     stopped.process.send_signal(signal.SIGTERM)
-    assert "the same command goes on from there" in stopped.end()
+    assert "run the command again to resume" in stopped.end()
     assert not (folder / "export").exists()
     started(recipe, config).end(VAIN[recipe])
 
@@ -186,7 +186,7 @@ def test_judge_scores_a_file_and_goes_on_where_it_stopped(world, started, capsys
     answers = world / ".parted.jsonl.patarm-answers"
     process.until(lambda: answers.exists() and len(answers.read_text().splitlines()) > 2)
     process.process.send_signal(signal.SIGTERM)
-    assert "of 24 questions; the same command goes on" in process.end(1)
+    assert "of 24 questions; run the command again to resume" in process.end(1)
     assert not parted.exists()
     assert main([*command, "--output", str(parted), "--sampling.rows", "2"]) == 0
     assert parted.read_text() == whole.read_text()

@@ -192,7 +192,7 @@ def _ask(
             report(done, {"cut off": percent(cut / count)} if written else {}, written)  # a scalar head writes nothing
             if asked() and done < total:
                 share = "" if total == len(questions) else " of the first process"
-                say(f"stopped after {done} of {total} questions{share}; the same command goes on from there")
+                say(f"stopped after {done} of {total} questions{share}; run the command again to resume")
                 return False
     return True
 

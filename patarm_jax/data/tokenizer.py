@@ -204,7 +204,7 @@ def _render(fast: PreTrainedTokenizerFast, messages: Sequence[Message], answerin
     except Exception as error:  # a template is a program and may raise anything
         raise UserError(
             f"the chat template in {fast.name_or_path} does not render a conversation of the roles "
-            f"{', '.join(message['role'] for message in messages)}: {one_line(error)}. Mend its chat_template.jinja, "
+            f"{', '.join(message['role'] for message in messages)}: {one_line(error)}. Fix its chat_template.jinja, "
             "or take the template of an instruction-tuned model."
         ) from error
     return str(text)

@@ -54,7 +54,7 @@ def _note(number: int, _frame: Any) -> None:
         raise KeyboardInterrupt
     _received.append(number)
     with contextlib.suppress(OSError):  # print is not reentrant
-        os.write(2, b"\nstopping when what is under way is done; the same command goes on from there\n")
+        os.write(2, b"\nstopping when the current work is done; run the command again to resume\n")
 
 
 @contextlib.contextmanager
