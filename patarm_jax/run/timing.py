@@ -43,7 +43,7 @@ class Timer:
 
 
 class Compilations:
-    """Counts what JAX compiles in this process: one program per shape, so a growing count means a shape keeps recompiling.
+    """Counts what JAX compiles in this process, one program per shape: a growing count means a shape keeps recompiling.
 
     Of a resumed run's they differ from an uninterrupted one's, as times do; hence their names.
     """
