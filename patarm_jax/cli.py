@@ -23,9 +23,9 @@ from patarm_jax.files import refuse_address
 from patarm_jax.run.joining import tell_why_absent
 from patarm_jax.run.peers import end_all, end_together
 from patarm_jax.run.process import say
-from patarm_jax.types import Benchmark, JudgeKind, LearntNothing, UsageError, UserError
+from patarm_jax.types import BenchmarkName, JudgeKind, LearntNothing, UsageError, UserError
 
-_BENCHMARKS, _JUDGES = get_args(Benchmark), get_args(JudgeKind)
+_BENCHMARKS, _JUDGES = get_args(BenchmarkName), get_args(JudgeKind)
 
 # Recipes are imported when their verb is called, so that `--help` and a typo answer at once.
 

@@ -12,7 +12,7 @@ CHOSEN, REJECTED = 0, 1
 
 Domain = Literal["chat", "math", "code", "safety", "instruction_following"]
 RubricMode = Literal["adaptive", "primary", "generated"]
-Benchmark = Literal["rewardbench", "rewardbench2", "rm-bench", "judgebench", "llmbar", "rmb", "ppe", "pairs"]
+BenchmarkName = Literal["rewardbench", "rewardbench2", "rm-bench", "judgebench", "llmbar", "rmb", "ppe", "pairs"]
 # How a judge is asked: for a score of each response, which of two is better, for a score without rubrics (what a
 # general model is asked as a baseline); scalar: a Bradley-Terry head gives the score, and nothing is written.
 JudgeKind = Literal["pointwise", "pairwise", "baseline", "scalar"]

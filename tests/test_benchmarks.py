@@ -8,8 +8,9 @@ import datasets
 import pytest
 
 from patarm_jax.config.sections import DataSection
-from patarm_jax.evaluate.benchmarks import limited, read_benchmark
-from patarm_jax.evaluate.scoring import plan
+from patarm_jax.evaluate.catalogue import BENCHMARKS, read_benchmark
+from patarm_jax.evaluate.items import limited
+from patarm_jax.evaluate.scoring import strata_of
 from patarm_jax.types import UserError
 
 # One row of each official format, in which the good response is the right one.
@@ -73,10 +74,10 @@ def test_pairs_of_one_prompt_are_one_unit(tmp_path):
     rows = [ROWS["rmb"] | {"pair_uid": n, "chosen": {"answer": f"{GOOD} {n}"}} for n in range(3)]
     other = [{"role": "user", "content": "Ho"}]
     items, _ = read_benchmark("rmb", write_rows(tmp_path / "x.jsonl", *rows, rows[0] | {"conversation_input": other}))
-    assert plan("rmb", items).units == ((0, 1, 2), (3,))
+    assert strata_of(BENCHMARKS["rmb"].layout, items).units == ((0, 1, 2), (3,))
     pairs = [ROWS["pairs"] | {"chosen": f"{GOOD} {n}"} for n in range(3)]
     items, _ = read_benchmark("pairs", write_rows(tmp_path / "y.jsonl", *pairs, ROWS["pairs"] | {"prompt": "Ho"}))
-    assert plan("pairs", items).units == ((0, 1, 2), (3,))
+    assert strata_of(BENCHMARKS["pairs"].layout, items).units == ((0, 1, 2), (3,))
     assert len(limited(items, 1)) == 3  # a prompt comes whole
 
 

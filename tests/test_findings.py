@@ -11,14 +11,16 @@ import pytest
 from patarm_jax.ask.answers import Answer, Kind, open_answers
 from patarm_jax.config.recipes import EvalConfig
 from patarm_jax.config.sections import JudgingSection
-from patarm_jax.evaluate.benchmarks import Item
+from patarm_jax.evaluate.catalogue import BENCHMARKS
 from patarm_jax.evaluate.files import compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find
+from patarm_jax.evaluate.items import Item
 from patarm_jax.evaluate.outcomes import Choices
 from patarm_jax.evaluate.proportions import clopper_pearson
 from patarm_jax.evaluate.questions import ask_about
-from patarm_jax.evaluate.scoring import LAYOUTS, measure, numbers, plan
+from patarm_jax.evaluate.scoring import measure, numbers, strata_of
 from patarm_jax.evaluate.summary import markdown
+from patarm_jax.judge.forms import POINTWISE
 from patarm_jax.types import Message
 from tests.toys import scores_of
 
@@ -48,7 +50,7 @@ FINE = ANSWERS[:1]
 
 @pytest.fixture(scope="module")
 def found():
-    groups = plan("pairs", ITEMS)
+    groups = strata_of(BENCHMARKS["pairs"].layout, ITEMS)
     return find(groups, ITEMS, SCORES, ANSWERS, seed=0)[0]
 
 
@@ -95,7 +97,7 @@ def test_pairs_of_one_prompt_tell_of_a_gap_together():
     items = [Item(f"{n}", "chat", "chat", PROMPT, ("c",) * 3, ("r",) * 3, f"{n}", {}) for n in range(20)]
     chosen, rejected = np.full((20, 3, 1), 5.0), np.full((20, 3, 1), 3.5)
     chosen[:4], rejected[:4] = 3.5, 5.0
-    found = find(plan("rm-bench", items), items, scores_of(chosen, rejected), FINE, seed=0)[0]
+    found = find(strata_of(BENCHMARKS["rm-bench"].layout, items), items, scores_of(chosen, rejected), FINE, seed=0)[0]
     (one,) = found.calibration
     assert (one["pairs"], one["right"]) == (180, 0.8)
     low, high = clopper_pearson(np.array(16), np.array(20))
@@ -113,14 +115,17 @@ def test_the_histogram_of_single_scores(found):
 
 def test_scores_of_a_scalar_head_have_a_histogram_of_their_own():
     judged = scores([[-3.0]], [[12.0]])
-    histogram = find(plan("pairs", ITEMS[:1]), ITEMS[:1], judged, FINE, seed=0)[0].histogram
+    histogram = find(strata_of(BENCHMARKS["pairs"].layout, ITEMS[:1]), ITEMS[:1], judged, FINE, seed=0)[0].histogram
     assert (histogram["edges"][0], histogram["edges"][-1]) == (-3, 12)
     assert (histogram["chosen"][0], histogram["rejected"][-1]) == (1, 1)
 
 
 def test_votes_beyond_32():
     judged = scores([[1] * 70], [[0] * 70])
-    votes = [point["votes"] for point in find(plan("pairs", ITEMS[:1]), ITEMS[:1], judged, FINE, seed=0)[0].votes]
+    votes = [
+        point["votes"]
+        for point in find(strata_of(BENCHMARKS["pairs"].layout, ITEMS[:1]), ITEMS[:1], judged, FINE, seed=0)[0].votes
+    ]
     assert votes[::2] == [*range(1, 33), 64, 70]
 
 
@@ -128,7 +133,7 @@ def test_the_position_of_two_responses():
     """Two pairs, two votes; the first is always answered A, the second rightly but for one that cannot be read."""
     choices = np.array([[[1, 1], [-1, -1]], [[1, nan], [1, 1]]], float)[:, None, None]
     judged = Choices(choices, np.ones((2, 1, 1), bool))
-    found = find(plan("pairs", ITEMS[:2]), ITEMS[:2], judged, FINE, seed=0)[0]
+    found = find(strata_of(BENCHMARKS["pairs"].layout, ITEMS[:2]), ITEMS[:2], judged, FINE, seed=0)[0]
     assert found.position == {
         "chose the first": pytest.approx(5 / 7),
         "same in both orders": pytest.approx(1 / 3),
@@ -144,7 +149,7 @@ def test_a_majority_is_of_all_votes():
     """The first vote of each order says otherwise."""
     choices = np.array([-1, 1, 1, -1, 1, 1], float).reshape(1, 1, 1, 2, 3)
     judged = Choices(choices, np.ones((1, 1, 1), bool))
-    found = find(plan("pairs", ITEMS[:1]), ITEMS[:1], judged, FINE, seed=0)[0]
+    found = find(strata_of(BENCHMARKS["pairs"].layout, ITEMS[:1]), ITEMS[:1], judged, FINE, seed=0)[0]
     assert found.scores["strict/overall/accuracy"][0] == 1.0
     assert [(point["votes"], point["strict"]) for point in found.votes] == [
         (1, pytest.approx(2 / 3)), (2, pytest.approx(1 / 3)), (3, 1.0),
@@ -154,7 +159,7 @@ def test_a_majority_is_of_all_votes():
 def test_a_subset_of_one_has_no_interval_and_takes_none_away():
     items = [item(f"{n}", subset="hep-go" if n else "hep-js") for n in range(20)]
     judged = scores([[n % 3] for n in range(20)], [[1]] * 20)
-    found = find(plan("rewardbench", items), items, judged, FINE, seed=0)[0].scores
+    found = find(strata_of(BENCHMARKS["rewardbench"].layout, items), items, judged, FINE, seed=0)[0].scores
     assert np.isnan(found["strict/subset hep-js/accuracy"][1:]).all()
     for name in ("subset hep-go", "Reasoning", "overall"):
         value, low, high = found[f"strict/{name}/accuracy"]
@@ -167,7 +172,7 @@ def test_a_subset_of_one_has_no_interval_and_takes_none_away():
 def evaluation(benchmark, judge="pointwise", items=None, judged=None, **config):
     items = items or [item("a")]
     judged = judged or scores([[9]] * len(items), [[2]] * len(items))
-    groups = plan(benchmark, items)
+    groups = strata_of(BENCHMARKS[benchmark].layout, items)
     findings, measured = find(groups, items, judged, FINE, seed=0)
     return Evaluation(EvalConfig(benchmark=benchmark, judge=judge, **config), "m", items, groups, findings, measured)
 
@@ -189,7 +194,7 @@ def evaluation(benchmark, judge="pointwise", items=None, judged=None, **config):
 )
 def test_the_official_rule(benchmark, judge, rule, own):
     """Which rule of ties is the benchmark's, and whether it makes our number its own."""
-    subset = next(iter(LAYOUTS[benchmark].sections.values()))[0]
+    subset = next(iter(BENCHMARKS[benchmark].layout.sections.values()))[0]
     subset = {"rewardbench": "donotanswer", "rm-bench": "chat"}.get(benchmark, subset)
     one = item("a", subset=subset)
     if benchmark == "rm-bench":
@@ -208,11 +213,11 @@ def test_sections_of_rmb_and_ppe_weigh_alike():
     for benchmark, big, small in (("rmb", "Helpfulness/Code", "Harmlessness/S1"), ("ppe", "math", "gpqa")):
         items = [item(f"{n}", subset=big) for n in range(6)] + [item("x", subset=small)]
         judged = scores(*zip(*([right] * 6 + [wrong]), strict=True))
-        groups = plan(benchmark, items)
+        groups = strata_of(BENCHMARKS[benchmark].layout, items)
         assert numbers(groups, measure(groups, items, judged))["strict/overall/accuracy"] == 0.5
     pooled = [item(f"{n}", subset="livebench-math" if n else "livecodebench") for n in range(7)]
     judged = scores(*zip(wrong, *([right] * 6), strict=True))
-    groups = plan("judgebench", pooled)
+    groups = strata_of(BENCHMARKS["judgebench"].layout, pooled)
     assert numbers(groups, measure(groups, pooled, judged))["strict/overall/accuracy"] == pytest.approx(6 / 7)
 
 
@@ -223,7 +228,7 @@ def test_rewardbench2_of_a_judge_of_pairs():
     choices = np.array([[[[x, x], [x, x]] if x else [[1, 1], [-1, -1]] for x in row] for row in won], float)
     judged = Choices(choices[:, None], np.ones((3, 1, 3), bool))
     items = [replace(four, id=name, group=name) for name in "abc"]
-    groups = plan("rewardbench2", items)
+    groups = strata_of(BENCHMARKS["rewardbench2"].layout, items)
     values = measure(groups, items, judged).values
     assert values == pytest.approx(np.array([[1, 1], [0, 0], [0, 1 / 3]]))
 
@@ -254,7 +259,7 @@ def test_the_summary_says_how_the_judge_was_asked():
 
 def write(folder, result, judged):
     """With the answers that the scores would have come from."""
-    asked = ask_about(result.items, "pointwise", "adaptive")
+    asked = ask_about(result.items, POINTWISE, "adaptive")
     with open_answers(folder / "answers.jsonl", {"who": "me"}) as answers:
         for index, one in enumerate(asked):
             for side, said in zip(one.of_sides, (judged.chosen, judged.rejected), strict=True):
@@ -308,7 +313,7 @@ def test_a_comparison_of_prompts_with_many_items(tmp_path):
     theirs = evaluation("pairs", items=items, judged=theirs_judged)
     write(tmp_path, theirs, theirs_judged)
     ours = evaluation("pairs", items=items, judged=scores([[1], [9], [9], [9], [9]], [[3]] * 5))
-    loaded = load_measured(tmp_path, ours.plan, items)
+    loaded = load_measured(tmp_path, ours.strata, items)
     assert (loaded.values.tolist(), loaded.size.tolist()) == (theirs.measured.values.tolist(), [3, 1, 1])
     found = compared(ours, loaded)
     assert found["strict/overall/accuracy"].value == pytest.approx(4 / 5 - 3 / 5)
@@ -331,7 +336,7 @@ def test_judges_that_differ(tmp_path):
     theirs = evaluation("pairs", items=many[::-1], judged=scores(bad[::-1], [[3]] * 40))
     write(tmp_path, theirs, scores(bad[::-1], [[3]] * 40))
     ours = evaluation("pairs", items=many, judged=scores(good, [[3]] * 40))
-    loaded = load_measured(tmp_path, ours.plan, many)
+    loaded = load_measured(tmp_path, ours.strata, many)
     assert loaded.values[:, 0].tolist() == [float(n % 4 > 0) for n in range(40)]
     one = compared(ours, loaded)["strict/overall/accuracy"]
     assert one.value == pytest.approx(0.25) and one.interval == pytest.approx((0.0986, 0.4120), abs=1e-4)

@@ -35,7 +35,7 @@ PURE = [
     "judge",
     "data.limits",
     "evaluate.accuracy",
-    "evaluate.domains",
+    "evaluate.items",
     "evaluate.findings",
     "evaluate.questions",
     "evaluate.outcomes",

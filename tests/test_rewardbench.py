@@ -18,7 +18,7 @@ import pytest
 
 from patarm_jax.cli import main
 from patarm_jax.config.sections import DataSection
-from patarm_jax.evaluate.benchmarks import read_benchmark
+from patarm_jax.evaluate.catalogue import read_benchmark
 from tests.chat_server import FORM, completion, served
 
 # Subsets as RewardBench's own code counts them: rows of the filtered split, save math-prm, which counts 984.

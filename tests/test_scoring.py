@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from patarm_jax.config.sections import DataSection
-from patarm_jax.evaluate.benchmarks import Item, read_benchmark
+from patarm_jax.evaluate.catalogue import BENCHMARKS, read_benchmark
+from patarm_jax.evaluate.items import Item
 from patarm_jax.evaluate.outcomes import Choices, outcomes, votes_curve
-from patarm_jax.evaluate.scoring import measure, numbers, plan, who_won
+from patarm_jax.evaluate.scoring import measure, numbers, strata_of, who_won
 from patarm_jax.evaluate.statistics import intervals
 from tests.toys import scores_of
 
@@ -49,8 +50,8 @@ def scored(chosen, rejected):
 
 
 def found(benchmark, items, judged, rule="mean"):
-    plan_ = plan(benchmark, items)
-    return numbers(plan_, measure(plan_, items, judged, rule))
+    strata = strata_of(BENCHMARKS[benchmark].layout, items)
+    return numbers(strata, measure(strata, items, judged, rule))
 
 
 # ---- RewardBench ----------------------------------------------------------------------------------------------------
@@ -70,9 +71,9 @@ def test_rewardbench_sections(case):
     """Any subset accuracies give the official sections; math-prm weighs 984 however many rows it has."""
     subsets = list(case["subset_accuracy"])
     items = [item(name, name) for name in subsets]
-    plan_ = plan("rewardbench", items)
+    strata = strata_of(BENCHMARKS["rewardbench"].layout, items)
     accuracy = np.array([case["subset_accuracy"][name] for name in subsets])
-    got = {name: float(value) for name, value in plan_.formulas.of(np.stack([accuracy, accuracy], axis=-1)).items()}
+    got = {name: float(value) for name, value in strata.formulas.of(np.stack([accuracy, accuracy], axis=-1)).items()}
     for section, value in case["sections"].items():
         name = f"strict/{section}/accuracy"
         assert got[name] == pytest.approx(value, abs=1e-12) if name in got else value == 0
@@ -84,19 +85,19 @@ def test_a_part_weighs_as_the_whole():
     """A quick look takes as many of every subset, and pools them as the whole would."""
     whole = [item(f"{n}", "mmlu-pro-math" if n < 30 else "livebench-math") for n in range(40)]
     some = [whole[0], whole[1], whole[30], whole[31]]
-    plan_ = plan("judgebench", some, whole)
+    strata = strata_of(BENCHMARKS["judgebench"].layout, some, whole)
     judged = scored([[1], [1], [9], [9]], [[5], [5], [5], [5]])
-    assert numbers(plan_, measure(plan_, some, judged))["strict/overall/accuracy"] == pytest.approx(10 / 40)
+    assert numbers(strata, measure(strata, some, judged))["strict/overall/accuracy"] == pytest.approx(10 / 40)
 
 
 def test_sources_of_which_one_row_was_judged_count_for_all_of_theirs():
     """A quick look at a file of many sources: what has no spread by itself is one stratum, and weighs as the whole."""
     whole = [item(f"{n}", ("a", "b", "c", "c")[n % 4]) for n in range(40)]
     some = [whole[0], whole[1], whole[2], whole[3]]  # one of a, one of b, two of c
-    plan_ = plan("pairs", some, whole)
-    assert dict(zip(plan_.subsets, plan_.counts, strict=True)) == {"other": 20, "c": 20}
+    strata = strata_of(BENCHMARKS["pairs"].layout, some, whole)
+    assert dict(zip(strata.subsets, strata.counts, strict=True)) == {"other": 20, "c": 20}
     judged = scored([[9], [1], [9], [9]], [[5], [5], [5], [5]])
-    assert numbers(plan_, measure(plan_, some, judged))["strict/overall/accuracy"] == pytest.approx(0.75)
+    assert numbers(strata, measure(strata, some, judged))["strict/overall/accuracy"] == pytest.approx(0.75)
 
 
 # ---- RewardBench 2 --------------------------------------------------------------------------------------------------
@@ -107,11 +108,11 @@ def test_rewardbench2_best_of_four():
     ratings = [[None if x == -1 else x for x in one["ratings"]] for one in given["items"]]
     items = [item(f"{one['subset']}/{one['id']}", one["subset"], 1, 3) for one in given["items"]]
     judged = scored([x[:1] for x in ratings], [x[1:] for x in ratings])
-    plan_ = plan("rewardbench2", items)
-    measured = measure(plan_, items, judged)
+    strata = strata_of(BENCHMARKS["rewardbench2"].layout, items)
+    measured = measure(strata, items, judged)
     assert measured.values[:, 1] == pytest.approx([one["result"] for one in given["items"]], abs=1e-12)
     assert (measured.values[:, 0] == (measured.values[:, 1] == 1)).all()
-    got = numbers(plan_, measured)
+    got = numbers(strata, measured)
     for subset, accuracy in given["subset_accuracy"].items():
         assert got[f"half/{subset}/accuracy"] == pytest.approx(accuracy, abs=1e-12)
     assert got["half/overall/accuracy"] == pytest.approx(np.mean(list(given["subset_accuracy"].values())), abs=1e-12)
@@ -121,21 +122,21 @@ def test_a_failed_response_wins_against_no_score_however_low():
     """A scalar head's scores lie below the -1 that a failed rating is."""
     items = [item("Math/0", "Math", 1, 3), item("Math/1", "Math", 1, 3)]
     judged = scored([[-5.0], [None]], [[None, -7.0, -8.0], [-9.0, -9.0, -9.0]])
-    plan_ = plan("rewardbench2", items)
-    assert measure(plan_, items, judged).values.tolist() == [[1.0, 1.0], [0.0, 0.0]]
+    strata = strata_of(BENCHMARKS["rewardbench2"].layout, items)
+    assert measure(strata, items, judged).values.tolist() == [[1.0, 1.0], [0.0, 0.0]]
 
 
 def test_an_answer_that_never_came_is_nobodys_luck():
     """Unreadable answers are rated lowest, as officially; a response to which none came ties with all others."""
     four = scored([[9], [9], [None], [2]], [[5, None, 5], [5, None, 5], [5, 5, 5], [9, 5, None]])
     items = [item(name, "Math", 1, 3) for name in "abcd"]
-    plan_ = plan("rewardbench2", items)
-    assert measure(plan_, items, four).values.tolist() == [[1, 1], [1, 1], [0, 0], [0, 0]]
+    strata = strata_of(BENCHMARKS["rewardbench2"].layout, items)
+    assert measure(strata, items, four).values.tolist() == [[1, 1], [1, 1], [0, 0], [0, 0]]
     chosen, rejected = np.zeros((4, 1, 1), bool), np.zeros((4, 3, 1), bool)
     rejected[1, 1], chosen[2, 0], rejected[3, 2] = True, True, True
     lost = replace(four, lost_chosen=chosen, lost_rejected=rejected)
-    assert who_won(plan_, lost)[:, 0].tolist() == [[1, 1, 1], [1, 0.5, 1], [0.5] * 3, [0, 0, 0.5]]
-    assert measure(plan_, items, lost).values.tolist() == [[1, 1], [0, 0.5], [0, 0.25], [0, 0]]  # a loss stays one
+    assert who_won(strata, lost)[:, 0].tolist() == [[1, 1, 1], [1, 0.5, 1], [0.5] * 3, [0, 0, 0.5]]
+    assert measure(strata, items, lost).values.tolist() == [[1, 1], [0, 0.5], [0, 0.25], [0, 0]]  # a loss stays one
 
 
 def test_a_response_is_unknown_where_no_vote_is_valid_and_one_never_came():
@@ -146,18 +147,18 @@ def test_a_response_is_unknown_where_no_vote_is_valid_and_one_never_came():
     chosen[0, 0, 1], rejected[0, :, 0], rejected[1, 0, 1] = True, True, True
     items = [item(name, "Math", 1, 3) for name in "ab"]
     judged = replace(two, lost_chosen=chosen, lost_rejected=rejected)
-    plan_ = plan("rewardbench2", items)
-    assert who_won(plan_, judged)[:, 0].tolist() == [[1, 1, 1], [0.5, 1, 1]]
+    strata = strata_of(BENCHMARKS["rewardbench2"].layout, items)
+    assert who_won(strata, judged)[:, 0].tolist() == [[1, 1, 1], [0.5, 1, 1]]
     assert judged.some(np.array([1])).unknown()[0].tolist() == [[True], [False]]
 
 
 def test_ties_with_an_answer_that_never_came_are_not_won():
     ties = [item("ref", "Ties", 1, 1, "1", "ref"), item("tied", "Ties", 2, 1, "1", "tied")]
     judged = scored([[9], [9, 9]], [[2], [None]])
-    plan_ = plan("rewardbench2", ties)
-    assert measure(plan_, ties, judged).values.tolist() == [[1.01, 1.01]]
+    strata = strata_of(BENCHMARKS["rewardbench2"].layout, ties)
+    assert measure(strata, ties, judged).values.tolist() == [[1.01, 1.01]]
     judged = replace(judged, lost_rejected=np.array([[[False]], [[True]]]))
-    assert measure(plan_, ties, judged).values.tolist() == [[0, 0]]
+    assert measure(strata, ties, judged).values.tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("case", official("rewardbench2")["ties"], ids=lambda case: case["name"])
@@ -399,8 +400,8 @@ def test_a_random_judge_lands_on_the_expectation(benchmark, votes):
         rng.integers(0, 11, (len(items), size[1], votes)).astype(float),
         *present(items, size),
     )
-    plan_ = plan(benchmark, items)
-    spread = intervals(measure(plan_, items, judged), plan_.formulas, seed=0)
+    strata = strata_of(BENCHMARKS[benchmark].layout, items)
+    spread = intervals(measure(strata, items, judged), strata.formulas, seed=0)
     tie = (chance_of_sum(votes) ** 2).sum()
     for rule, expected in (("half", 0.5), ("strict", 0.5 - tie / 2)):
         low, high = spread[f"{rule}/overall/accuracy"]

@@ -24,7 +24,7 @@ from patarm_jax.config.sections import (
     UpdateSection,
     Votes,
 )
-from patarm_jax.types import Benchmark, JudgeKind, RubricMode, UsageError
+from patarm_jax.types import BenchmarkName, JudgeKind, RubricMode, UsageError
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class JudgeConfig(Section):
 class EvalConfig(Section):
     """`patarm eval`: an evaluation; BENCHMARK, --model, --data and --output come beside these settings."""
 
-    benchmark: Benchmark = "rewardbench"  # the same as BENCHMARK
+    benchmark: BenchmarkName = "rewardbench"  # the same as BENCHMARK
     judge: JudgeKind = "pointwise"  # how the judge is asked
     model: ModelSection = field(default_factory=ModelSection)
     endpoint: EndpointSection = field(default_factory=EndpointSection)

@@ -11,10 +11,10 @@ import numpy as np
 
 from patarm_jax.ask.answers import Answer, Kind
 from patarm_jax.config.recipes import EvalConfig
-from patarm_jax.evaluate.benchmarks import Item
+from patarm_jax.evaluate.items import Item
 from patarm_jax.evaluate.outcomes import Choices, Rule, Scores, gaps, votes_curve
 from patarm_jax.evaluate.proportions import limits
-from patarm_jax.evaluate.scoring import TIE_RULES, Plan, measure, numbers, who_won
+from patarm_jax.evaluate.scoring import TIE_RULES, Strata, measure, numbers, who_won
 from patarm_jax.evaluate.statistics import Difference, Measured, intervals
 
 # Edges of the bins of |score gap| in the calibration.
@@ -54,7 +54,7 @@ class Evaluation:
     config: EvalConfig
     model: str  # its name
     items: Sequence[Item]
-    plan: Plan
+    strata: Strata
     findings: Findings
     measured: Measured
     against: Mapping[str, Difference] | None = None  # another judge's, by name of the number
@@ -62,13 +62,13 @@ class Evaluation:
     @property
     def official(self) -> str:
         """The tie rule of the benchmark; a scalar head's ties are wrong on RewardBench too."""
-        scalar = self.config.judge == "scalar" and self.config.benchmark == "rewardbench"
-        return "strict" if scalar else self.plan.layout.official
+        layout = self.strata.layout
+        return (self.config.judge == "scalar" and layout.official_of_scalar) or layout.official
 
     @property
     def is_official(self) -> bool:
         """Whether that rule makes our number the benchmark's own; some count a pairwise judge's orders one by one."""
-        return self.config.judge != "pairwise" or self.config.benchmark not in ("rewardbench", "llmbar")
+        return self.config.judge != "pairwise" or not self.strata.layout.of_pairwise_judges
 
     @property
     def is_complete(self) -> bool:
@@ -78,14 +78,14 @@ class Evaluation:
     @property
     def missing_sections(self) -> list[str]:
         """Sections of the benchmark that were not judged; the overall number is without them."""
-        return [name for name in self.plan.layout.sections if f"strict/{name}/accuracy" not in self.findings.scores]
+        return [name for name in self.strata.layout.sections if f"strict/{name}/accuracy" not in self.findings.scores]
 
     @property
     def missing_parts(self) -> dict[str, list[str]]:
         """Of sections that were judged, what the data do not hold: beginnings of subsets' names, without the dash."""
         parts = {
-            name: [each.rstrip("-") for each in beginnings if not any(s.startswith(each) for s in self.plan.subsets)]
-            for name, beginnings in self.plan.layout.sections.items()
+            name: [each.rstrip("-") for each in beginnings if not any(s.startswith(each) for s in self.strata.subsets)]
+            for name, beginnings in self.strata.layout.sections.items()
             if name not in self.missing_sections
         }
         return {name: lacking for name, lacking in parts.items() if lacking}
@@ -96,17 +96,17 @@ class Evaluation:
 
 
 def find(
-    plan: Plan, items: Sequence[Item], judged: Scores | Choices, answers: Sequence[Answer], seed: int
+    strata: Strata, items: Sequence[Item], judged: Scores | Choices, answers: Sequence[Answer], seed: int
 ) -> tuple[Findings, Measured]:
     """Everything there is to say, and what was measured of each unit, for comparing with another judge."""
-    measured = measure(plan, items, judged)
+    measured = measure(strata, items, judged)
     both = isinstance(judged, Scores) and judged.votes > 1
-    won = who_won(plan, judged)
+    won = who_won(strata, judged)
     longer, pairs = _length_difference(items, won.shape), won[~np.isnan(won)]
     findings = Findings(
-        scores=_with_intervals(plan, measured, seed),
-        majority=numbers(plan, measure(plan, items, judged, "majority")) if both else {},
-        votes=_votes(plan, items, judged, seed),
+        scores=_with_intervals(strata, measured, seed),
+        majority=numbers(strata, measure(strata, items, judged, "majority")) if both else {},
+        votes=_votes(strata, items, judged, seed),
         answers=len(answers),
         valid=sum(answer.status == "OK" for answer in answers) / len(answers),
         cut=sum(answer.cut for answer in answers) / len(answers),
@@ -117,7 +117,7 @@ def find(
         ties=float((pairs == 0.5).mean()),
         length=_by_length(won, longer),
         position=_position(judged) if isinstance(judged, Choices) else None,
-        calibration=_calibration(plan, judged) if isinstance(judged, Scores) else [],
+        calibration=_calibration(strata, judged) if isinstance(judged, Scores) else [],
         histogram=_histogram(judged) if isinstance(judged, Scores) else None,
     )
     return findings, measured
@@ -141,20 +141,20 @@ def _sent(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     return [{**json.loads(request), "answers": count} for request, count in requests.most_common()]
 
 
-def _with_intervals(plan: Plan, measured: Measured, seed: int) -> dict[str, tuple[float, float, float]]:
+def _with_intervals(strata: Strata, measured: Measured, seed: int) -> dict[str, tuple[float, float, float]]:
     """(value, low, high) of every number; low and high are NaN of a number of one unit, which tells nothing of them."""
-    value, spread = numbers(plan, measured), intervals(measured, plan.formulas, seed)
+    value, spread = numbers(strata, measured), intervals(measured, strata.formulas, seed)
     return {name: (value[name], *spread[name]) for name in value}
 
 
-def _votes(plan: Plan, items: Sequence[Item], judged: Scores | Choices, seed: int) -> list[dict[str, Any]]:
+def _votes(strata: Strata, items: Sequence[Item], judged: Scores | Choices, seed: int) -> list[dict[str, Any]]:
     """Each number of votes is taken many times out of the N that there are, and averaged."""
     rules: tuple[Rule, ...] = ("mean", "majority") if isinstance(judged, Scores) else ("majority",)
     curve: list[dict[str, Any]] = []
     for size, subsets in votes_curve(judged, seed).items():
         some = [judged.some(subset) for subset in subsets]
         for rule in rules:
-            drawn = [numbers(plan, measure(plan, items, each, rule)) for each in some]
+            drawn = [numbers(strata, measure(strata, items, each, rule)) for each in some]
             point: dict[str, Any] = {"votes": size, "rule": rule}
             for name in TIE_RULES:
                 point[name] = float(np.mean([each[f"{name}/overall/accuracy"] for each in drawn]))
@@ -197,9 +197,9 @@ def _position(judged: Choices) -> dict[str, float]:
     }
 
 
-def _calibration(plan: Plan, judged: Scores) -> list[dict[str, float]]:
+def _calibration(strata: Strata, judged: Scores) -> list[dict[str, float]]:
     gap = gaps(judged)
-    unit = np.broadcast_to(plan.unit_of[:, None, None], gap.shape)
+    unit = np.broadcast_to(strata.unit_of[:, None, None], gap.shape)
     bins = []
     for low, high in itertools.pairwise(GAPS):
         some = (np.abs(gap) > low) & (np.abs(gap) <= high)  # NaN is in none

@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 
 from patarm_jax.ask.answers import Answer, Answers, Question
-from patarm_jax.evaluate.benchmarks import Item
+from patarm_jax.evaluate.items import Item
 from patarm_jax.evaluate.outcomes import Choices, Scores
 from patarm_jax.judge.forms import Form
 from patarm_jax.types import Message, RubricMode

@@ -29,11 +29,13 @@ from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answer
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import EvalConfig
 from patarm_jax.config.sections import JudgingSection, SamplingSection
-from patarm_jax.evaluate.benchmarks import SOURCES, Item, limited, read_benchmark
+from patarm_jax.evaluate.benchmark import Benchmark
+from patarm_jax.evaluate.catalogue import BENCHMARKS, read_benchmark
 from patarm_jax.evaluate.files import RESULTS, compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find
+from patarm_jax.evaluate.items import Item, limited
 from patarm_jax.evaluate.questions import ask_about, judged, questions_of
-from patarm_jax.evaluate.scoring import plan
+from patarm_jax.evaluate.scoring import strata_of
 from patarm_jax.evaluate.summary import show, verdict
 from patarm_jax.files import check_writable, write_text, writing
 from patarm_jax.judge.forms import FORMS, Form
@@ -67,16 +69,16 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
 
     # ------------------------------------------------------------------------------------------------------ questions
     items, read = read_benchmark(config.benchmark, config.data)
-    items, left_out = _that_can_be_asked(items, config)
-    say(f"{config.data.path or SOURCES[config.benchmark].hub}: {read}{left_out}")
+    form, benchmark = FORMS[config.judge], BENCHMARKS[config.benchmark]
+    items, left_out = _that_can_be_asked(items, benchmark, form)
+    say(f"{config.data.path or benchmark.hub}: {read}{left_out}")
     if not items:
         raise UserError(f"nothing is left to ask of {config.benchmark}{left_out}. Give the whole benchmark.")
-    form = FORMS[config.judge]
     everything = dict(zip([item.id for item in items], ask_about(items, form, config.rubrics), strict=True))
     whole, items = items, limited(items, config.limit)
     asked = [everything[item.id] for item in items]
     questions = questions_of(asked)
-    groups = plan(config.benchmark, items, whole)
+    groups = strata_of(benchmark.layout, items, whole)
     # Before anything is asked: another evaluation that cannot be compared with costs nothing.
     theirs = load_measured(Path(config.against).expanduser(), groups, items) if config.against else None
     if dry_run:
@@ -188,12 +190,13 @@ def _refuse_other_data(folder: Path, answers: Answers, questions: Sequence[Quest
         say(f"{folder} has answers to {others:,} questions that are not asked of these data; they are left out")
 
 
-def _that_can_be_asked(items: Sequence[Item], config: EvalConfig) -> tuple[list[Item], str]:
-    """Ties of RewardBench 2 are scored by margins between scores, which a judge of pairs does not give."""
-    if config.benchmark != "rewardbench2" or config.judge != "pairwise":
-        return list(items), ""
-    kept = [item for item in items if item.subset != "Ties"]
-    return kept, f"; {len(items) - len(kept)} of Ties are left out: a pairwise judge gives no scores"
+def _that_can_be_asked(items: Sequence[Item], benchmark: Benchmark, form: Form) -> tuple[list[Item], str]:
+    """Some subsets are scored by margins between scores, which a judge of pairs does not give."""
+    without = benchmark.no_scores_of_pairs if form.responses == 2 else ()
+    kept = [item for item in items if item.subset not in without]
+    if len(kept) == len(items):
+        return kept, ""
+    return kept, f"; {len(items) - len(kept)} of {', '.join(without)} are left out: a pairwise judge gives no scores"
 
 
 def _identity(config: EvalConfig, judge: Local | Remote) -> dict[str, Any]:
