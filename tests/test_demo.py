@@ -49,7 +49,7 @@ def test_the_demo_writes_what_it_should(demo):
         low, high = summary[stage]["interval"]
         assert 0 <= low <= summary[stage]["accuracy_half"] <= high <= 1
     assert summary["untrained"]["valid"] == 0
-    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert all((out / stage / "report.html").read_text().startswith("<!doctype html>") for stage in ("sft", "grpo"))
     assert (out / "grpo" / "export" / "model.safetensors").exists()
     assert "tie = wrong" in shown and shown.count("╭─ heldout-") == 5
     assert len(list((out / "grpo" / "rollouts").iterdir())) == Sizes.short().grpo_steps

@@ -19,10 +19,11 @@ FLOORS = [
     ["data", "train", "rollout.sampler"],
     ["rollout"],
     ["run"],
+    ["report"],
     ["ask"],
     ["evaluate"],
     ["recipes"],
-    ["demo", "bench", "report"],
+    ["demo", "bench"],
     ["cli"],
     ["__main__"],
 ]

@@ -17,7 +17,6 @@ import rich.panel
 import rich.table
 
 from patarm_jax.config.recipes import GRPOConfig, SFTConfig
-from patarm_jax.demo.picture import draw_curves
 from patarm_jax.demo.settings import Sizes, demo_configs, judge_config
 from patarm_jax.demo.tokenizer import write_untrained_model
 from patarm_jax.demo.world import deal_to_other_prompts, make_world, teacher_judgement, write_pairs
@@ -25,6 +24,7 @@ from patarm_jax.evaluate.accuracy import Accuracy
 from patarm_jax.files import LOCK, check_writable, writing
 from patarm_jax.locks import hold_folder
 from patarm_jax.recipes import grpo, judge_file, sft
+from patarm_jax.report.main import main as report
 from patarm_jax.types import CHOSEN, REJECTED, LearntNothing, UserError
 
 MARK = "demo.json"  # whose folder it is
@@ -71,7 +71,8 @@ def _demo(out: Path, seed: int, short: bool) -> dict[str, Accuracy]:
     summary["run"] = {"seed": seed, "seconds": round(time.monotonic() - begun), "heldout_pairs": sizes.heldout_pairs}
     with writing(out):
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        draw_curves(out / "sft" / "metrics.jsonl", out / "grpo" / "metrics.jsonl", summary, out / "curves.png")
+    report(out / "sft")
+    report(out / "grpo")
     _show(out, results)
     return results
 
@@ -153,7 +154,7 @@ def _show(out: Path, results: Mapping[str, Accuracy]) -> None:
         read = f"[{side}] {pair['prompt'][-1]['content']}\n→ {pair[side][-1]['content']}"
         text = rich.text.Text(f"{read}\n\n{row['judgements'][side][0]['text']}")
         console.print(rich.panel.Panel(text, title=f"{row['id']} · {row['domain']}", title_align="left", width=100))
-    for what, path in {"judge": "grpo/export", "curves": "curves.png", "numbers": "summary.json"}.items():
+    for what, path in {"judge": "grpo/export", "report": "grpo/report.html", "numbers": "summary.json"}.items():
         console.print(f"{what + ':':9}{out / path}", highlight=False, soft_wrap=True)
 
 

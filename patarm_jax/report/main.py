@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from patarm_jax.config.load import from_mapping, read_yaml
-from patarm_jax.config.recipes import GRPOConfig, SFTConfig
+from patarm_jax.config.load import load_run, read_yaml
+from patarm_jax.config.recipes import GRPOConfig, TrainConfig
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.files import check_writable, write_text, writing
 from patarm_jax.locks import hold_output
@@ -99,7 +99,7 @@ def main(run: Path, out: Path | None = None, megabytes: int = 25) -> tuple[Path,
         return _write(run, config, out, megabytes, mark)
 
 
-def _write(run: Path, config: SFTConfig | GRPOConfig, out: Path, megabytes: int, mark: str) -> tuple[Path, str]:
+def _write(run: Path, config: TrainConfig, out: Path, megabytes: int, mark: str) -> tuple[Path, str]:
     metrics = _metrics(run / "metrics.jsonl")
     steps = sorted(p for p in (run / "rollouts").glob("step_*") if re.fullmatch(r"step_\d+\.parquet", p.name))
     packed = functools.cache(_step)
@@ -167,18 +167,15 @@ def _packed(value: Any) -> str:
 # ---- What a run folder holds ----------------------------------------------------------------------------------------
 
 
-def _config(run: Path) -> SFTConfig | GRPOConfig:
+def _config(run: Path) -> TrainConfig:
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(
             f"{run} is no run folder: it holds no config.yaml. Give a folder that `patarm grpo` or sft wrote."
         )
-    mapping = read_yaml(path)
-    if "benchmark" in mapping:
+    if "benchmark" in read_yaml(path):
         raise UserError(f"{run} is an evaluation and has no steps. Read {run / 'summary.md'}, or give a run's folder.")
-    if mapping.get("recipe") == "grpo":
-        return from_mapping(GRPOConfig, mapping, str(path))
-    return from_mapping(SFTConfig, mapping, str(path))
+    return load_run(run)
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
@@ -242,7 +239,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _preferences(config: SFTConfig | GRPOConfig, ids: Iterable[str]) -> tuple[dict[str, Any], str]:
+def _preferences(config: TrainConfig, ids: Iterable[str]) -> tuple[dict[str, Any], str]:
     """What was judged, by id, as far as the data can still be read; and why not."""
     wanted = set(ids)
     if not wanted:
@@ -272,7 +269,7 @@ def _shortened(text: str) -> str:
 # ---- What is shown of it --------------------------------------------------------------------------------------------
 
 
-def _facts(config: SFTConfig | GRPOConfig, metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _facts(config: TrainConfig, metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     last = metrics[-1]
     facts = [
         ("recipe", config.recipe),
@@ -300,7 +297,7 @@ def _facts(config: SFTConfig | GRPOConfig, metrics: Sequence[Mapping[str, Any]])
     return facts
 
 
-def _troubles(config: SFTConfig | GRPOConfig, metrics: Sequence[Mapping[str, Any]], run: Path) -> list[tuple[str, str]]:
+def _troubles(config: TrainConfig, metrics: Sequence[Mapping[str, Any]], run: Path) -> list[tuple[str, str]]:
     """What went wrong, as far as the metrics tell."""
     told, health = told_of(config, run), Health()
     for line in metrics:
