@@ -3,7 +3,7 @@
 Nothing here reads a file or a text, so that benchmarks and compilation ahead of time need neither.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -27,24 +27,32 @@ from patarm_jax.train.steps import Forward, map_micro_batches, policy_loss, roll
 
 
 def programs(config: TrainConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
-    """Every jitted program of a recipe with abstract arguments, at the largest shapes that its settings allow."""
-    if isinstance(config, SFTConfig):
-        width = bucket(config.data.max_prompt_tokens + config.data.max_completion_tokens)
-        shape = SFTShape(2 * config.pairs_per_step, width, bucket(config.data.max_completion_tokens))
-        return sft_programs(sft_learner(config, arch, mesh), shape)
-    if isinstance(config, GRPOConfig):
-        engine = make_engine(
-            network_of(arch, config.model.dtype, kernel_for(config.model, arch, mesh, "causal")),
-            mesh,
-            config.group_size,
-            Settings((arch.eos_token_id or 0,), config.sampling.max_new_tokens),
-            config.sampling.rows,
-        )
-        width = bucket(config.data.max_prompt_tokens)
-        return grpo_programs(
-            config, arch, grpo_learner(config, arch, mesh), make_rollout_programs(config, arch, mesh), engine, width
-        )
-    raise TypeError(f"{type(config).__name__} has no programs of its own here")
+    """Every jitted program of a recipe with abstract arguments, at the largest shapes that its settings allow.
+
+    Args:
+        config: of a recipe of this package.
+        arch: of the network that is trained.
+        mesh: its devices may be absent, as those of `jax.experimental.topologies` are.
+    """
+    return _OF_RECIPE[config.recipe](config, arch, mesh)
+
+
+def _sft(config: SFTConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
+    width = bucket(config.data.max_prompt_tokens + config.data.max_completion_tokens)
+    shape = SFTShape(2 * config.pairs_per_step, width, bucket(config.data.max_completion_tokens))
+    return sft_programs(sft_learner(config, arch, mesh), shape)
+
+
+def _grpo(config: GRPOConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
+    network = network_of(arch, config.model.dtype, kernel_for(config.model, arch, mesh, "causal"))
+    # Which token ends a judgement changes no shape.
+    settings = Settings((arch.eos_token_id or 0,), config.sampling.max_new_tokens)
+    engine = make_engine(network, mesh, config.group_size, settings, config.sampling.rows)
+    learner, rollout = grpo_learner(config, arch, mesh), make_rollout_programs(config, arch, mesh)
+    return grpo_programs(config, arch, learner, rollout, engine, bucket(config.data.max_prompt_tokens))
+
+
+_OF_RECIPE: dict[str, Callable[..., dict[str, Program]]] = {"sft": _sft, "grpo": _grpo}
 
 
 # ---------------------------------------------------------------------------------------------------------------- sft

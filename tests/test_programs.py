@@ -1,0 +1,52 @@
+"""What a recipe compiles, without data or weights, on a mesh of eight devices."""
+
+from dataclasses import replace
+
+import jax
+import pytest
+
+from patarm_jax.config.recipes import GRPOConfig, SFTConfig
+from patarm_jax.config.sections import DataSection, MeshSection, ModelSection, SamplingSection
+from patarm_jax.model.architecture import Architecture
+from patarm_jax.model.sharding import make_mesh
+from patarm_jax.recipes.programs import programs
+from tests.toys import TINY
+
+MODEL = ModelSection(dtype="float32")
+CONFIGS = {
+    "sft": SFTConfig(model=MODEL, data=DataSection(max_prompt_tokens=100, max_completion_tokens=20), pairs_per_step=8),
+    "grpo": GRPOConfig(
+        model=MODEL,
+        data=DataSection(max_prompt_tokens=100),
+        sampling=SamplingSection(max_new_tokens=8),
+        pairs_per_step=8,
+    ),
+}
+NAMES = {
+    "sft": {"update"},
+    "grpo": {
+        "copy for sampling", "prefill", "decode", "resize", "reference log-probs", "advantages", "update",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", CONFIGS)
+def test_every_program_of_a_recipe_is_there_and_takes_its_arguments(recipe):
+    mesh = make_mesh(MeshSection(data=2, fsdp=2, tensor=2))
+    found = programs(CONFIGS[recipe], Architecture(**TINY), mesh)
+    assert found.keys() == NAMES[recipe]
+    for name, (program, arguments) in found.items():
+        lowered = program.lower(*arguments)
+        assert lowered.out_info is not None, name
+    update, (state, _, batch) = found["update"]
+    new, metrics = update.lower(state, None, batch).out_info
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state.params, new.params)]
+    assert shapes[0] == shapes[1] and {"loss", "grad_norm", "entropy"} <= metrics.keys()
+
+
+def test_without_a_kl_there_is_no_reference():
+    config = replace(CONFIGS["grpo"], update=replace(CONFIGS["grpo"].update, kl_coef=0.0, algorithm="gspo"))
+    found = programs(config, Architecture(**TINY), make_mesh(MeshSection()))
+    assert found.keys() == NAMES["grpo"] - {"reference log-probs"}
+    update, arguments = found["update"]
+    assert "kl" not in update.lower(*arguments).out_info[1]
