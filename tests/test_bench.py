@@ -54,7 +54,7 @@ def test_the_published_shapes_have_the_published_sizes():
         assert round(size / 1e9, 1) == billions
 
 
-@pytest.mark.parametrize("case", [quick._attention, quick._head])
+@pytest.mark.parametrize("case", [quick.attention_case, quick.head_case])
 def test_the_plain_way_and_ours_give_the_same(case):
     plain, ours = case(open_bench(BenchConfig(rows=8, length=40)))
     for one, other in zip(jax.tree.leaves(plain()), jax.tree.leaves(ours()), strict=True):

@@ -149,7 +149,7 @@ def test_blocks_are_visited_if_and_only_if_they_are_read(data):
     rows = [CASES["packed"], CASES["shared"], CASES["causal"], shared([9], 60, 8, 5)]
     streams, length = data.draw(st.sampled_from(rows))
     queries, keys = data.draw(st.sampled_from([(4, 4), (8, 4), (4, 8)]))
-    position, begins = kernels._layout(length, streams)
+    position, begins = kernels.layout_of(length, streams)
     start = np.broadcast_to(begins if streams.starts is None else streams.starts, (len(streams.lengths), length))
     prefix = np.where(position >= streams.width, streams.lengths[:, None], 0)
     stop = np.broadcast_to(position + 1, start.shape)
@@ -159,11 +159,11 @@ def test_blocks_are_visited_if_and_only_if_they_are_read(data):
     read = (key < reads[0][..., None]) | ((reads[1][..., None] <= key) & (key < reads[2][..., None]))
     needed = read.reshape(len(read), whole // queries, queries, whole // keys, keys).any(axis=(2, 4))
 
-    visits = flash._visits(flash.Reads(*map(jnp.asarray, reads)), queries, keys)
+    visits = flash.visits_of(flash.Reads(*map(jnp.asarray, reads)), queries, keys)
     head, first, last = (np.asarray(x)[..., None] for x in visits)
     block = np.arange(whole // keys)
     np.testing.assert_array_equal((block < head) | ((first <= block) & (block < last)), needed)
-    first, last = (np.asarray(x)[:, None] for x in flash._readers(visits, whole // keys))
+    first, last = (np.asarray(x)[:, None] for x in flash.readers_of(visits, whole // keys))
     block = np.arange(whole // queries)[:, None]
     assert not (needed & ~((first <= block) & (block < last))).any()
 

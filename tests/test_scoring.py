@@ -278,7 +278,7 @@ def test_llmbar_ratings():
 
 
 def test_llmbar_pairwise_is_the_mean_over_orders():
-    from patarm_jax.evaluate.findings import _position
+    from patarm_jax.evaluate.findings import position_bias
 
     given = official("llmbar")["pairwise"]
 
@@ -288,7 +288,7 @@ def test_llmbar_pairwise_is_the_mean_over_orders():
 
     # Ours calls the first order the one in which the right response stands first, theirs the one of the file.
     decisions = [[chosen(row, (row["label"] == 2) ^ bool(order)) for order in range(2)] for row in given["rows"]]
-    position = _position(choices_of(decisions))
+    position = position_bias(choices_of(decisions))
     assert 100 * position["right per answer"] == pytest.approx(given["official"]["correct_average_pct"], abs=1e-9)
 
 

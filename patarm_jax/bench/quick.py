@@ -45,8 +45,8 @@ def ratios(config: BenchConfig) -> list[Ratio]:
             ("a group's prompt once, in the update", 3.0, _shared_update),
             ("rows that are refilled", 1.6, _refill),
             ("short sequences share a row", 2.5, _packing),
-            ("attention in blocks", 1.3, _attention),
-            ("the head in chunks", 1.5, _head),
+            ("attention in blocks", 1.3, attention_case),
+            ("the head in chunks", 1.5, head_case),
         )
     ]
 
@@ -89,7 +89,8 @@ def _packing(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
     return sft_update(_with(bench, rows=rows)), sft_update(_with(bench, rows=packed, packing=True))
 
 
-def _attention(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def attention_case(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The gradient of attention by JAX's own function, and by ours."""
     arrays, ours, _ = causal_attention(bench)
 
     def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -102,7 +103,8 @@ def _attention(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
     return gradient(plain), gradient(ours)
 
 
-def _head(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def head_case(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The gradient of log-probs and entropies over all logits at once, and in chunks."""
     c, n = bench.config, bench.arch
     hidden = jax.random.normal(jax.random.key(0), (c.rows, c.length, n.hidden_size))
     head = 0.05 * jax.random.normal(jax.random.key(1), (n.vocab_size, n.hidden_size))

@@ -116,7 +116,7 @@ def find(
         reasons=Counter(answer.reason for answer in answers if answer.came and answer.reason).most_common(10),
         ties=float((pairs == 0.5).mean()),
         length=_by_length(won, longer),
-        position=_position(judged) if isinstance(judged, Choices) else None,
+        position=position_bias(judged) if isinstance(judged, Choices) else None,
         calibration=_calibration(strata, judged) if isinstance(judged, Scores) else [],
         histogram=_histogram(judged) if isinstance(judged, Scores) else None,
     )
@@ -181,7 +181,7 @@ def _by_length(won: np.ndarray, longer: np.ndarray) -> dict[str, dict[str, float
     return result
 
 
-def _position(judged: Choices) -> dict[str, float]:
+def position_bias(judged: Choices) -> dict[str, float]:
     """What the order of the two responses does to a pairwise judge."""
     first, second = judged.choices[..., 0, :], judged.choices[..., 1, :]
     chose_first = np.concatenate([first[~np.isnan(first)] == 1.0, second[~np.isnan(second)] == -1.0])

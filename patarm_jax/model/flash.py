@@ -66,7 +66,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, reads: Reads, interpret: b
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, reads: Reads, interpret: bool) -> tuple[jax.Array, Any]:
     (rows, length, heads, width), kv_heads = q.shape, k.shape[2]
     queries, keys = FORWARD_BLOCKS
-    visits = _visits(reads, queries, keys)
+    visits = visits_of(reads, queries, keys)
     of_queries, of_keys, per_query, per_head, per_block = _specs(q, kv_heads, queries)
     call = pl.pallas_call(
         partial(_forward_kernel, keys=keys),
@@ -89,7 +89,7 @@ def _backward(interpret: bool, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
     q, k, v, reads, out, lse = saved
     (rows, length, heads, width), kv_heads = q.shape, k.shape[2]
     queries, keys = BACKWARD_BLOCKS
-    visits = _visits(reads, queries, keys)
+    visits = visits_of(reads, queries, keys)
     # Σ_s weight_s·d_weight_s, which the softmax takes off.
     delta = jnp.einsum("rsnh,rsnh->rns", out, d_out, preferred_element_type=jnp.float32)
     given = (q, k, v, d_out, lse, delta, *reads)
@@ -120,7 +120,7 @@ def _backward(interpret: bool, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
         out_specs=[of_keys, of_keys],
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         name="shared_prompt_attention_d_keys",
-    )(*given, *_readers(visits, length // keys))
+    )(*given, *readers_of(visits, length // keys))
     return d_q, d_k, d_v, None
 
 
@@ -142,7 +142,7 @@ def _specs(q: jax.Array, kv_heads: int, queries: int) -> tuple[pl.BlockSpec, ...
 # ------------------------------------------------------------------------------------------------------------ ranges
 
 
-def _visits(reads: Reads, queries: int, keys: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def visits_of(reads: Reads, queries: int, keys: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Blocks of keys that a block of queries visits: the first `shared`, and first ≤ j < last. Each [R, S/queries]."""
     prefix, start, stop = (x.reshape(x.shape[0], -1, queries) for x in reads)
     has_own = stop > start
@@ -152,7 +152,7 @@ def _visits(reads: Reads, queries: int, keys: int) -> tuple[jax.Array, jax.Array
     return shared, jnp.minimum(jnp.maximum(first, shared), last), last
 
 
-def _readers(visits: tuple[jax.Array, ...], key_blocks: int) -> tuple[jax.Array, jax.Array]:
+def readers_of(visits: tuple[jax.Array, ...], key_blocks: int) -> tuple[jax.Array, jax.Array]:
     """Blocks of queries first ≤ i < last that visit a block of keys; each [R, S/keys]."""
     shared, first, last = (x[..., None] for x in visits)
     block = jnp.arange(key_blocks)

@@ -151,14 +151,14 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, streams: Streams) -> jax.Ar
 
 def _pallas(q: jax.Array, k: jax.Array, v: jax.Array, streams: Streams, interpret: bool = False) -> jax.Array:
     length = q.shape[1]
-    position, begins = _layout(length, streams)
+    position, begins = layout_of(length, streams)
     start = jnp.asarray(begins)[None] if streams.starts is None else streams.starts
     prefix = jnp.where(position >= streams.width, streams.lengths[:, None], 0)
     stop = jnp.asarray(position + 1)[None]
     return flash.attend(q, k, v, flash.Reads(prefix, start, stop), interpret)
 
 
-def _layout(length: int, streams: Streams) -> tuple[np.ndarray, np.ndarray]:
+def layout_of(length: int, streams: Streams) -> tuple[np.ndarray, np.ndarray]:
     """Of every token [S]: its place in the row, and where the prompt or completion it belongs to begins there."""
     position = np.arange(length, dtype=np.int32)
     each = max(1, (length - streams.width) // max(1, streams.group))
@@ -197,7 +197,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, streams: Streams, interpre
     block = min(SPLASH_BLOCK, length + -length % SPLASH_LANES)
     padding = -length % block
     whole = length + padding
-    _, begins = _layout(length, streams)
+    _, begins = layout_of(length, streams)
     mask = _StreamsMask(whole, (*begins.tolist(), *range(length, whole)), streams.width if streams.group else whole)
     splash = make_splash_mha(
         MultiHeadMask([mask] * q.shape[2]),
