@@ -307,7 +307,9 @@ def test_a_mistake_gets_one_sentence(world, capsys, arguments, code, words):
     names["empty"].write_text("")
     names["broken"].write_text((world / "pairs.jsonl").read_text().splitlines()[0] + '\n{"prompt": \n')
     names["unfinished"].mkdir(exist_ok=True)
-    (names["unfinished"] / "config.yaml").write_text(yaml.safe_dump({"model": {"path": str(world / "model")}}))
+    (names["unfinished"] / "config.yaml").write_text(
+        yaml.safe_dump({"recipe": "sft", "model": {"path": str(world / "model")}})
+    )
     tiny_model_folder(names["other"], num_hidden_layers=1)
     assert main([argument.format(**names) for argument in arguments]) == code
     said = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("patarm: ")]
