@@ -168,5 +168,5 @@ def test_layers_that_lie_the_wrong_way_are_refused():
     params, tokens = init_params(config, jax.random.key(0)), jnp.ones((1, 4), jnp.int32)
     with pytest.raises(ValueError, match=r"are stacked.*unstack_layers"):
         prefill(params, config, tokens, jnp.array([4]))
-    with pytest.raises(ValueError, match=r"are apart.*unstack_layers"):
+    with pytest.raises(ValueError, match=r"are unstacked.*unstack_layers"):
         forward(unstack_layers(params), config, tokens)

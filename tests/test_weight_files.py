@@ -127,9 +127,9 @@ def test_the_head_is_compared_piece_by_piece(torch, tmp_path):
     edit(tmp_path / "hf", lambda tensors: {HEAD: tensors[EMBEDDING]})
     raw = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
-    assert read_stored(tmp_path / "hf").config.tie_word_embeddings
+    assert read_stored(tmp_path / "hf").arch.tie_word_embeddings
     edit(tmp_path / "hf", lambda tensors: {HEAD: nearly(tensors)})
-    assert not read_stored(tmp_path / "hf").config.tie_word_embeddings
+    assert not read_stored(tmp_path / "hf").arch.tie_word_embeddings
 
 
 def test_a_head_of_another_shape_is_refused(torch, tmp_path):

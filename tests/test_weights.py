@@ -105,14 +105,14 @@ def test_a_narrow_dtype_may_be_asked_for(dtype, untied):
     jax.tree.map(lambda n, w: np.testing.assert_array_equal(n, np.asarray(w).astype(n.dtype)), narrow, wide)
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("unstacked", [False, True])
 @pytest.mark.parametrize("rules", [TRAIN_RULES, ROLLOUT_RULES, REPLICATED_RULES], ids=["train", "rollout", "whole"])
-def test_eight_devices_hold_their_parts_of_what_one_device_holds(rules, apart, sharded):
+def test_eight_devices_hold_their_parts_of_what_one_device_holds(rules, unstacked, sharded):
     whole, config = weights.load(sharded)
-    whole = unstack_layers(whole) if apart else whole
+    whole = unstack_layers(whole) if unstacked else whole
     mesh = make_mesh(MeshSection(data=2, fsdp=2, tensor=2))
-    parts, _ = weights.load(sharded, mesh, rules, vote_stride=apart)
-    abstract = abstract_params(config, mesh, rules, vote_stride=apart)
+    parts, _ = weights.load(sharded, mesh, rules, unstacked=unstacked)
+    abstract = abstract_params(config, mesh, rules, unstacked=unstacked)
     assert jax.tree.structure(parts) == jax.tree.structure(abstract) == jax.tree.structure(whole)
     for path, leaf in jax.tree_util.tree_leaves_with_path(parts):
         expected = dict(jax.tree_util.tree_leaves_with_path(whole))[path]

@@ -304,11 +304,13 @@ def open_run(
     Raises:
         UserError: when the folder holds another run, or a checkpoint is damaged.
     """
+    shares = (jax.process_index(), jax.process_count())
+    iterator = batches(records, config.pairs_per_step, length.epochs, config.run.seed, *shares)
     identity = fingerprint(config, model, records, reference)
     if is_complete(config.run, identity, length.steps):
         yield None
-        return
-    yield _begin_or_resume(config, model, records, length, learner, evaluation, identity)
+    else:
+        yield _begin_or_resume(config, model, records, length, learner, evaluation, identity, iterator)
 
 
 def _begin_or_resume(
@@ -319,6 +321,7 @@ def _begin_or_resume(
     learner: Learner,
     evaluation: Evaluation | None,
     identity: Mapping[str, Any],
+    iterator: Any,
 ) -> Run:
     folder = folder_of(config.run)
     best = f"eval/{config.heldout.best}" if config.heldout.path else ""
@@ -336,8 +339,6 @@ def _begin_or_resume(
     refuse_another_begun(folder, whose)
     keep, on_damaged = config.run.keep_checkpoints, config.run.on_damaged
     checkpoints = open_checkpoints(folder / CHECKPOINTS, keep, whose, best, on_damaged, say)
-    shares = (jax.process_index(), jax.process_count())
-    iterator = batches(records, config.pairs_per_step, length.epochs, config.run.seed, *shares)
     done = 0
     if checkpoints.latest() is None:
         params = load_params(config.model, model, learner.mesh, config.run.seed, TRAIN_RULES, np.float32)
