@@ -19,6 +19,7 @@ from patarm_jax.evaluate.outcomes import Choices
 from patarm_jax.evaluate.proportions import clopper_pearson
 from patarm_jax.evaluate.questions import ask_about
 from patarm_jax.evaluate.scoring import measure, numbers, strata_of
+from patarm_jax.evaluate.statistics import Name
 from patarm_jax.evaluate.summary import markdown
 from patarm_jax.judge.forms import POINTWISE
 from patarm_jax.types import Message
@@ -56,10 +57,10 @@ def found():
 
 def test_by_mean_and_by_majority(found):
     """A is won by both; b lost by the mean and won by three votes of four; c a tie: equal means, and one win each."""
-    assert found.scores["strict/overall/accuracy"][0] == pytest.approx(1 / 3)
-    assert found.scores["half/overall/accuracy"][0] == pytest.approx(1 / 2)
-    assert found.majority["strict/overall/accuracy"] == pytest.approx(2 / 3)
-    assert found.majority["half/overall/accuracy"] == pytest.approx(5 / 6)
+    assert found.scores[Name("strict", "overall")][0] == pytest.approx(1 / 3)
+    assert found.scores[Name("half", "overall")][0] == pytest.approx(1 / 2)
+    assert found.majority[Name("strict", "overall")] == pytest.approx(2 / 3)
+    assert found.majority[Name("half", "overall")] == pytest.approx(5 / 6)
     assert found.ties == pytest.approx(1 / 3)
     assert (found.answers, found.valid, found.cut, found.failed) == (24, 21 / 24, 2 / 24, 1)
 
@@ -141,7 +142,7 @@ def test_the_position_of_two_responses():
         "right with rejected first": 2 / 4,
         "right per answer": 5 / 8,
     }
-    assert found.scores["half/overall/accuracy"][0] == 0.75  # a tie, and a win by three votes
+    assert found.scores[Name("half", "overall")][0] == 0.75  # a tie, and a win by three votes
     assert (found.majority, found.calibration, found.histogram) == ({}, [], None)
 
 
@@ -150,7 +151,7 @@ def test_a_majority_is_of_all_votes():
     choices = np.array([-1, 1, 1, -1, 1, 1], float).reshape(1, 1, 1, 2, 3)
     judged = Choices(choices, np.ones((1, 1, 1), bool))
     found = find(strata_of(BENCHMARKS["pairs"].layout, ITEMS[:1]), ITEMS[:1], judged, FINE, seed=0)[0]
-    assert found.scores["strict/overall/accuracy"][0] == 1.0
+    assert found.scores[Name("strict", "overall")][0] == 1.0
     assert [(point["votes"], point["strict"]) for point in found.votes] == [
         (1, pytest.approx(2 / 3)), (2, pytest.approx(1 / 3)), (3, 1.0),
     ]  # fmt: skip
@@ -160,9 +161,9 @@ def test_a_subset_of_one_has_no_interval_and_takes_none_away():
     items = [item(f"{n}", subset="hep-go" if n else "hep-js") for n in range(20)]
     judged = scores([[n % 3] for n in range(20)], [[1]] * 20)
     found = find(strata_of(BENCHMARKS["rewardbench"].layout, items), items, judged, FINE, seed=0)[0].scores
-    assert np.isnan(found["strict/subset hep-js/accuracy"][1:]).all()
+    assert np.isnan(found[Name("strict", "subset hep-js")][1:]).all()
     for name in ("subset hep-go", "Reasoning", "overall"):
-        value, low, high = found[f"strict/{name}/accuracy"]
+        value, low, high = found[Name("strict", name)]
         assert low < value < high
 
 
@@ -214,11 +215,11 @@ def test_sections_of_rmb_and_ppe_weigh_alike():
         items = [item(f"{n}", subset=big) for n in range(6)] + [item("x", subset=small)]
         judged = scores(*zip(*([right] * 6 + [wrong]), strict=True))
         groups = strata_of(BENCHMARKS[benchmark].layout, items)
-        assert numbers(groups, measure(groups, items, judged))["strict/overall/accuracy"] == 0.5
+        assert numbers(groups, measure(groups, items, judged))[Name("strict", "overall")] == 0.5
     pooled = [item(f"{n}", subset="livebench-math" if n else "livecodebench") for n in range(7)]
     judged = scores(*zip(wrong, *([right] * 6), strict=True))
     groups = strata_of(BENCHMARKS["judgebench"].layout, pooled)
-    assert numbers(groups, measure(groups, pooled, judged))["strict/overall/accuracy"] == pytest.approx(6 / 7)
+    assert numbers(groups, measure(groups, pooled, judged))[Name("strict", "overall")] == pytest.approx(6 / 7)
 
 
 def test_rewardbench2_of_a_judge_of_pairs():
@@ -316,7 +317,7 @@ def test_a_comparison_of_prompts_with_many_items(tmp_path):
     loaded = load_measured(tmp_path, ours.strata, items)
     assert (loaded.values.tolist(), loaded.size.tolist()) == (theirs.measured.values.tolist(), [3, 1, 1])
     found = compared(ours, loaded)
-    assert found["strict/overall/accuracy"].value == pytest.approx(4 / 5 - 3 / 5)
+    assert found[Name("strict", "overall")].value == pytest.approx(4 / 5 - 3 / 5)
 
 
 def test_the_difference_on_a_subset_of_one_has_no_interval(tmp_path):
@@ -324,8 +325,8 @@ def test_the_difference_on_a_subset_of_one_has_no_interval(tmp_path):
     judged = scores([[n % 3] for n in range(20)], [[1]] * 20)
     one = evaluation("rewardbench", items=items, judged=judged)
     found = compared(one, one.measured)
-    assert np.isnan(found["strict/subset hep-js/accuracy"].interval).all()
-    low, high = found["strict/overall/accuracy"].interval
+    assert np.isnan(found[Name("strict", "subset hep-js")].interval).all()
+    low, high = found[Name("strict", "overall")].interval
     assert low < 0 < high < 0.7
 
 
@@ -338,11 +339,11 @@ def test_judges_that_differ(tmp_path):
     ours = evaluation("pairs", items=many, judged=scores(good, [[3]] * 40))
     loaded = load_measured(tmp_path, ours.strata, many)
     assert loaded.values[:, 0].tolist() == [float(n % 4 > 0) for n in range(40)]
-    one = compared(ours, loaded)["strict/overall/accuracy"]
+    one = compared(ours, loaded)[Name("strict", "overall")]
     assert one.value == pytest.approx(0.25) and one.interval == pytest.approx((0.0986, 0.4120), abs=1e-4)
     assert 1 / 10_001 <= one.p_value < 0.01
-    result = replace(ours, config=replace(ours.config, against="them"), against={"strict/overall/accuracy": one} | {
-        "half/overall/accuracy": one})  # fmt: skip
+    result = replace(ours, config=replace(ours.config, against="them"), against={Name("strict", "overall"): one} | {
+        Name("half", "overall"): one})  # fmt: skip
     assert "| overall | tie = wrong | +25.0 |" in markdown(result)
 
 

@@ -18,7 +18,7 @@ from patarm_jax.evaluate.catalogue import BENCHMARKS, read_benchmark
 from patarm_jax.evaluate.items import Item
 from patarm_jax.evaluate.outcomes import Choices, outcomes, votes_curve
 from patarm_jax.evaluate.scoring import measure, numbers, strata_of, who_won
-from patarm_jax.evaluate.statistics import intervals
+from patarm_jax.evaluate.statistics import Name, intervals
 from tests.toys import scores_of
 
 GOLDENS = Path(__file__).parent / "goldens" / "benchmarks"
@@ -75,10 +75,10 @@ def test_rewardbench_sections(case):
     accuracy = np.array([case["subset_accuracy"][name] for name in subsets])
     got = {name: float(value) for name, value in strata.formulas.of(np.stack([accuracy, accuracy], axis=-1)).items()}
     for section, value in case["sections"].items():
-        name = f"strict/{section}/accuracy"
+        name = Name("strict", section)
         assert got[name] == pytest.approx(value, abs=1e-12) if name in got else value == 0
     if "score_mean_of_sections" in case and 0 not in case["sections"].values():
-        assert got["half/overall/accuracy"] == pytest.approx(case["score_mean_of_sections"], abs=1e-12)
+        assert got[Name("half", "overall")] == pytest.approx(case["score_mean_of_sections"], abs=1e-12)
 
 
 def test_a_part_weighs_as_the_whole():
@@ -87,7 +87,7 @@ def test_a_part_weighs_as_the_whole():
     some = [whole[0], whole[1], whole[30], whole[31]]
     strata = strata_of(BENCHMARKS["judgebench"].layout, some, whole)
     judged = scored([[1], [1], [9], [9]], [[5], [5], [5], [5]])
-    assert numbers(strata, measure(strata, some, judged))["strict/overall/accuracy"] == pytest.approx(10 / 40)
+    assert numbers(strata, measure(strata, some, judged))[Name("strict", "overall")] == pytest.approx(10 / 40)
 
 
 def test_sources_of_which_one_row_was_judged_count_for_all_of_theirs():
@@ -97,7 +97,7 @@ def test_sources_of_which_one_row_was_judged_count_for_all_of_theirs():
     strata = strata_of(BENCHMARKS["pairs"].layout, some, whole)
     assert dict(zip(strata.subsets, strata.counts, strict=True)) == {"other": 20, "c": 20}
     judged = scored([[9], [1], [9], [9]], [[5], [5], [5], [5]])
-    assert numbers(strata, measure(strata, some, judged))["strict/overall/accuracy"] == pytest.approx(0.75)
+    assert numbers(strata, measure(strata, some, judged))[Name("strict", "overall")] == pytest.approx(0.75)
 
 
 # ---- RewardBench 2 --------------------------------------------------------------------------------------------------
@@ -114,8 +114,8 @@ def test_rewardbench2_best_of_four():
     assert (measured.values[:, 0] == (measured.values[:, 1] == 1)).all()
     got = numbers(strata, measured)
     for subset, accuracy in given["subset_accuracy"].items():
-        assert got[f"half/{subset}/accuracy"] == pytest.approx(accuracy, abs=1e-12)
-    assert got["half/overall/accuracy"] == pytest.approx(np.mean(list(given["subset_accuracy"].values())), abs=1e-12)
+        assert got[Name("half", subset)] == pytest.approx(accuracy, abs=1e-12)
+    assert got[Name("half", "overall")] == pytest.approx(np.mean(list(given["subset_accuracy"].values())), abs=1e-12)
 
 
 def test_a_failed_response_wins_against_no_score_however_low():
@@ -174,8 +174,8 @@ def test_rewardbench2_ties(case):
     scores = [[None if failed and x == -1 else x for x in row["scores"]] for row in rows]
     judged = scored(*zip(*((x[:n], x[n:]) for x, n in zip(scores, right, strict=True)), strict=True))
     got = found("rewardbench2", items, judged)
-    assert got["half/Ties/accuracy"] == pytest.approx(case["official"]["overall_score"], abs=1e-9)
-    assert got["strict/Ties/accuracy"] == got["half/Ties/accuracy"]
+    assert got[Name("half", "Ties")] == pytest.approx(case["official"]["overall_score"], abs=1e-9)
+    assert got[Name("strict", "Ties")] == got[Name("half", "Ties")]
 
 
 # ---- RM-Bench -------------------------------------------------------------------------------------------------------
@@ -192,11 +192,11 @@ def same(got, want):
     """Their eight keys."""
     for domain in ("chat", "math", "code", "safety"):
         if domain in want:
-            assert got[f"strict/{domain.capitalize()}/accuracy"] == pytest.approx(want[domain], abs=1e-12)
+            assert got[Name("strict", domain.capitalize())] == pytest.approx(want[domain], abs=1e-12)
     for column in ("hard", "normal", "easy"):
-        assert got[f"strict/overall/{column}"] == pytest.approx(want[f"{column}_acc"], abs=1e-12)
+        assert got[Name("strict", "overall", column)] == pytest.approx(want[f"{column}_acc"], abs=1e-12)
     if "total_avg_acc" in want:
-        assert got["strict/overall/accuracy"] == pytest.approx(want["total_avg_acc"], abs=1e-12)
+        assert got[Name("strict", "overall")] == pytest.approx(want["total_avg_acc"], abs=1e-12)
 
 
 def test_rm_bench_in_full():
@@ -209,7 +209,7 @@ def test_rm_bench_by_hand():
     given = official("rm_bench")["handmade"]
     got = matrix_of(given["rows"], lambda row: "chat")
     same(got, given["official"])
-    cells = [[got[f"strict/overall/cell_{i}{j}"] for j in range(3)] for i in range(3)]
+    cells = [[got[Name("strict", "overall", f"cell_{i}{j}")] for j in range(3)] for i in range(3)]
     assert cells == [[0, 0.5, 0], [1, 1, 0.5], [0.5, 0.5, 0]]
 
 
@@ -228,7 +228,7 @@ def test_rm_bench_on_the_real_files(real_inputs):
     for subset, want in given["per_file"].items():
         assert sum(one.subset == subset for one in items) == want["n"]
         for column in ("hard", "normal", "easy"):
-            assert got[f"strict/subset {subset}/{column}"] == pytest.approx(want[f"{column}_acc"], abs=1e-12)
+            assert got[Name("strict", f"subset {subset}", column)] == pytest.approx(want[f"{column}_acc"], abs=1e-12)
 
 
 # ---- Judges of pairs ------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_judgebench_in_both_orders():
         "overall": "overall",
     }
     for theirs, ours in (*names.items(), ("livecodebench", "Coding")):
-        assert 100 * got[f"strict/{ours}/accuracy"] == pytest.approx(given["both_orders"][theirs], abs=1e-9)
+        assert 100 * got[Name("strict", ours)] == pytest.approx(given["both_orders"][theirs], abs=1e-9)
 
 
 def test_llmbar_ratings():
@@ -274,7 +274,7 @@ def test_llmbar_ratings():
     rows = [[x if isinstance(x, int) else None for x in row] for row in rows]
     items = [item(str(n), "Natural") for n in range(len(rows))]
     got = found("llmbar", items, scored([[row[0]] for row in rows], [[row[1]] for row in rows]))
-    assert 100 * got["half/overall/accuracy"] == pytest.approx(given["official"]["correct_average_pct"], abs=1e-9)
+    assert 100 * got[Name("half", "overall")] == pytest.approx(given["official"]["correct_average_pct"], abs=1e-9)
 
 
 def test_llmbar_pairwise_is_the_mean_over_orders():
@@ -312,10 +312,10 @@ def test_llmbar_averages_subsets_whatever_their_sizes(name):
         scores += [[9]] * (points // 2) + [[5]] * (points % 2) + [[1]] * (count - points // 2 - points % 2)
     got = found("llmbar", items, scored(scores, [[5]] * len(items)))
     for subset, accuracy in zip(LLMBAR_SUBSETS, accuracies, strict=True):
-        assert 100 * got[f"half/subset {subset}/accuracy"] == pytest.approx(accuracy, abs=0.05)
-    assert 100 * got["half/Natural/accuracy"] == pytest.approx(accuracies[0])
-    assert round(100 * got["half/Adversarial/accuracy"], 1) == adversarial
-    assert round(100 * got["half/overall/accuracy"], 1) == average
+        assert 100 * got[Name("half", f"subset {subset}")] == pytest.approx(accuracy, abs=0.05)
+    assert 100 * got[Name("half", "Natural")] == pytest.approx(accuracies[0])
+    assert round(100 * got[Name("half", "Adversarial")], 1) == adversarial
+    assert round(100 * got[Name("half", "overall")], 1) == average
 
 
 def test_llmbars_real_rows_are_averaged_by_subset(real_inputs):
@@ -333,10 +333,10 @@ def test_llmbars_real_rows_are_averaged_by_subset(real_inputs):
         assert len(rows) == count
         longer = [len(row[f"output_{row['label']}"]) - len(row[f"output_{3 - row['label']}"]) for row in rows]
         each[subset] = np.mean([(x > 0) + (x == 0) / 2 for x in longer])
-        assert got[f"half/subset {subset}/accuracy"] == pytest.approx(each[subset], abs=1e-12)
-    assert got["half/overall/accuracy"] == pytest.approx(np.mean(list(each.values())), abs=1e-12)
+        assert got[Name("half", f"subset {subset}")] == pytest.approx(each[subset], abs=1e-12)
+    assert got[Name("half", "overall")] == pytest.approx(np.mean(list(each.values())), abs=1e-12)
     del each["Natural"]
-    assert got["half/Adversarial/accuracy"] == pytest.approx(np.mean(list(each.values())), abs=1e-12)
+    assert got[Name("half", "Adversarial")] == pytest.approx(np.mean(list(each.values())), abs=1e-12)
 
 
 def test_rmb_pairs():
@@ -347,9 +347,9 @@ def test_rmb_pairs():
     got = found("rmb", items, judged)
     for goal in ("Helpfulness", "Harmlessness"):
         right = [x for x, one in zip(given["results"], items, strict=True) if one.subset.startswith(goal)]
-        assert got[f"strict/{goal}/accuracy"] == pytest.approx(np.mean(right), abs=1e-12)
-    both = [got[f"strict/{goal}/accuracy"] for goal in ("Helpfulness", "Harmlessness")]
-    assert got["strict/overall/accuracy"] == pytest.approx(np.mean(both), abs=1e-12)
+        assert got[Name("strict", goal)] == pytest.approx(np.mean(right), abs=1e-12)
+    both = [got[Name("strict", goal)] for goal in ("Helpfulness", "Harmlessness")]
+    assert got[Name("strict", "overall")] == pytest.approx(np.mean(both), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_how_subsets_make_an_overall(benchmark, rows, overall):
     right = np.concatenate([np.arange(count) < right for count, right in rows.values()])
     chosen = np.where(right, 9.0, 1.0)[:, None, None] * np.ones((1, size[0], 1))
     got = found(benchmark, items, scores_of(chosen, np.full((len(items), size[1], 1), 5.0)))
-    assert got["strict/overall/accuracy"] == got["half/overall/accuracy"] == pytest.approx(overall, abs=1e-12)
+    assert got[Name("strict", "overall")] == got[Name("half", "overall")] == pytest.approx(overall, abs=1e-12)
 
 
 # ---- Judges whose numbers are known beforehand ----------------------------------------------------------------------
@@ -404,7 +404,7 @@ def test_a_random_judge_lands_on_the_expectation(benchmark, votes):
     spread = intervals(measure(strata, items, judged), strata.formulas, seed=0)
     tie = (chance_of_sum(votes) ** 2).sum()
     for rule, expected in (("half", 0.5), ("strict", 0.5 - tie / 2)):
-        low, high = spread[f"{rule}/overall/accuracy"]
+        low, high = spread[Name(rule, "overall")]
         assert low <= expected <= high and high - low < 0.12
 
 

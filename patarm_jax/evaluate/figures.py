@@ -9,11 +9,12 @@ import matplotlib
 import matplotlib.figure
 
 from patarm_jax.evaluate.findings import Findings
+from patarm_jax.evaluate.statistics import Name, TieRule
 
 INK, ACCENT, MUTED, WARM = "#1f2430", "#2f6fde", "#9aa4b2", "#d9822b"
 
 
-def draw(folder: Path, findings: Findings, official: str, sections: Sequence[str], chance: float) -> None:
+def draw(folder: Path, findings: Findings, official: TieRule, sections: Sequence[str], chance: float) -> None:
     """Draws what there is to draw; `chance` is what a judge has right that knows nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("sections", "votes", "scores", "calibration"):  # of an evaluation with more votes, perhaps
@@ -45,16 +46,18 @@ def _figure(title: str, width: float = 7.0) -> tuple[matplotlib.figure.Figure, A
     return figure, axes
 
 
-def _sections(findings: Findings, official: str, sections: Sequence[str], chance: float) -> matplotlib.figure.Figure:
-    names = [name for name in ("overall", *sections) if f"{official}/{name}/accuracy" in findings.scores]
+def _sections(
+    findings: Findings, official: TieRule, sections: Sequence[str], chance: float
+) -> matplotlib.figure.Figure:
+    names = [name for name in ("overall", *sections) if Name(official, name) in findings.scores]
     figure, axes = _figure("Accuracy with 95 % interval (%)", max(5.0, 1.1 * len(names)))
     for index, name in enumerate(names):
-        value, low, high = findings.scores[f"{official}/{name}/accuracy"]
+        value, low, high = findings.scores[Name(official, name)]
         _bar(axes, index, (value, low, high), f"{100 * value:.1f}", ACCENT if index == 0 else MUTED)
     axes.set_xticks(range(len(names)), names)
     axes.set_xlim(-0.8, max(len(names), 3) - 0.2)
     axes.axhline(100 * chance, color=INK, linewidth=0.8, linestyle=":")
-    most = max(100 * findings.scores[f"{official}/{name}/accuracy"][0] for name in names)
+    most = max(100 * findings.scores[Name(official, name)][0] for name in names)
     axes.set_ylim(0, max(100.0, most))  # Ties of RewardBench 2 go to 101
     return figure
 
@@ -69,7 +72,7 @@ def _bar(axes: Any, index: int, shares: tuple[float, float, float], text: str, c
     axes.text(index, 3 if inside else value + 2, text, ha="center", color="white" if inside else INK, fontsize=9)
 
 
-def _votes(findings: Findings, official: str) -> matplotlib.figure.Figure:
+def _votes(findings: Findings, official: TieRule) -> matplotlib.figure.Figure:
     figure, axes = _figure("Overall accuracy by number of votes (%)")
     for rule, colour in (("mean", ACCENT), ("majority", WARM)):
         points = [(point["votes"], 100 * point[official]) for point in findings.votes if point["rule"] == rule]

@@ -29,7 +29,7 @@ from patarm_jax.evaluate.official import ready, write_json
 from patarm_jax.evaluate.outcomes import Choices, Scores
 from patarm_jax.evaluate.questions import ORDERS, SIDES, Asked
 from patarm_jax.evaluate.scoring import TIE_RULES, Strata
-from patarm_jax.evaluate.statistics import Difference, Measured, compare
+from patarm_jax.evaluate.statistics import Difference, Measured, Name, compare
 from patarm_jax.evaluate.summary import markdown
 from patarm_jax.files import one_line
 from patarm_jax.types import UserError
@@ -58,8 +58,8 @@ def _results(result: Evaluation) -> dict[str, Any]:
     findings, config = result.findings, result.config
     scores: dict[str, Any] = {}
     for name, (value, low, high) in findings.scores.items():
-        rule, section, column = name.split("/", 1)[0], *name.split("/", 1)[1].rsplit("/", 1)
-        scores.setdefault(rule, {}).setdefault(section, {})[column] = {"value": value, "low": low, "high": high}
+        section = scores.setdefault(name.rule, {}).setdefault(name.place, {})
+        section[name.column] = {"value": value, "low": low, "high": high}
     return ready(
         {
             "benchmark": config.benchmark,
@@ -75,7 +75,8 @@ def _results(result: Evaluation) -> dict[str, Any]:
             "rules": result.strata.layout.paper,
             "scores": scores,
             **{name: value for name, value in asdict(findings).items() if name != "scores"},
-            "against": None if result.against is None else {k: asdict(v) for k, v in result.against.items()},
+            "majority": {str(name): value for name, value in findings.majority.items()},
+            "against": None if result.against is None else {str(k): asdict(v) for k, v in result.against.items()},
             "version": __version__,
         }
     )
@@ -182,6 +183,6 @@ def load_measured(folder: Path, strata: Strata, items: Sequence[Item]) -> Measur
     return Measured(values[[where[unit] for unit in units]], size, strata.stratum)
 
 
-def compared(ours: Evaluation, theirs: Measured) -> dict[str, Difference]:
+def compared(ours: Evaluation, theirs: Measured) -> dict[Name, Difference]:
     """Every number of ours minus theirs, with interval and p-value."""
     return compare(ours.measured, theirs, ours.strata.formulas, ours.config.seed)

@@ -15,7 +15,7 @@ from patarm_jax.evaluate.items import Item
 from patarm_jax.evaluate.outcomes import Choices, Rule, Scores, gaps, votes_curve
 from patarm_jax.evaluate.proportions import limits
 from patarm_jax.evaluate.scoring import TIE_RULES, Strata, measure, numbers, who_won
-from patarm_jax.evaluate.statistics import Difference, Measured, intervals
+from patarm_jax.evaluate.statistics import Difference, Measured, Name, TieRule, intervals
 
 # Edges of the bins of |score gap| in the calibration.
 GAPS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, np.inf)
@@ -25,10 +25,10 @@ GAPS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, np.inf)
 class Findings:
     """What the answers of a judge say; shares are from 0 to 1, None where there is nothing to take a share of."""
 
-    scores: dict[str, tuple[float, float, float]]  # "strict/overall/accuracy" → (value, low, high)
+    scores: dict[Name, tuple[float, float, float]]  # (value, low, high)
     # The same names, by majority of votes instead of their mean; empty where the two cannot differ: of one vote, and
     # of a pairwise judge.
-    majority: dict[str, float]
+    majority: dict[Name, float]
     votes: list[dict[str, Any]]  # per number of votes and rule: the overall accuracy under both tie rules
     answers: int  # to all questions, each once
     valid: float  # of all answers
@@ -57,10 +57,10 @@ class Evaluation:
     strata: Strata
     findings: Findings
     measured: Measured
-    against: Mapping[str, Difference] | None = None  # another judge's, by name of the number
+    against: Mapping[Name, Difference] | None = None  # another judge's, by name of the number
 
     @property
-    def official(self) -> str:
+    def official(self) -> TieRule:
         """The tie rule of the benchmark; a scalar head's ties are wrong on RewardBench too."""
         layout = self.strata.layout
         return (self.config.judge == "scalar" and layout.official_of_scalar) or layout.official
@@ -78,7 +78,7 @@ class Evaluation:
     @property
     def missing_sections(self) -> list[str]:
         """Sections of the benchmark that were not judged; the overall number is without them."""
-        return [name for name in self.strata.layout.sections if f"strict/{name}/accuracy" not in self.findings.scores]
+        return [name for name in self.strata.layout.sections if Name("strict", name) not in self.findings.scores]
 
     @property
     def missing_parts(self) -> dict[str, list[str]]:
@@ -90,7 +90,7 @@ class Evaluation:
         }
         return {name: lacking for name, lacking in parts.items() if lacking}
 
-    def value(self, name: str) -> tuple[float, float, float] | None:
+    def value(self, name: Name) -> tuple[float, float, float] | None:
         """(value, low, high) of a number, as `findings.scores` names it."""
         return self.findings.scores.get(name)
 
@@ -141,7 +141,7 @@ def _sent(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     return [{**json.loads(request), "answers": count} for request, count in requests.most_common()]
 
 
-def _with_intervals(strata: Strata, measured: Measured, seed: int) -> dict[str, tuple[float, float, float]]:
+def _with_intervals(strata: Strata, measured: Measured, seed: int) -> dict[Name, tuple[float, float, float]]:
     """(value, low, high) of every number; low and high are NaN of a number of one unit, which tells nothing of them."""
     value, spread = numbers(strata, measured), intervals(measured, strata.formulas, seed)
     return {name: (value[name], *spread[name]) for name in value}
@@ -156,8 +156,8 @@ def _votes(strata: Strata, items: Sequence[Item], judged: Scores | Choices, seed
         for rule in rules:
             drawn = [numbers(strata, measure(strata, items, each, rule)) for each in some]
             point: dict[str, Any] = {"votes": size, "rule": rule}
-            for name in TIE_RULES:
-                point[name] = float(np.mean([each[f"{name}/overall/accuracy"] for each in drawn]))
+            for tie_rule in TIE_RULES:
+                point[tie_rule] = float(np.mean([each[Name(tie_rule, "overall")] for each in drawn]))
             curve.append(point)
     return curve
 

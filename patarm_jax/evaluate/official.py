@@ -10,6 +10,7 @@ import numpy as np
 
 from patarm_jax.evaluate.findings import Evaluation
 from patarm_jax.evaluate.outcomes import Choices, Scores, mean_scores, outcomes
+from patarm_jax.evaluate.statistics import Name
 
 
 def write_eval_set(folder: Path, result: Evaluation, _said: Scores | Choices) -> None:
@@ -53,8 +54,7 @@ def _place(result: Evaluation) -> Path:
 
 def _subsets(result: Evaluation) -> dict[str, float]:
     return {
-        subset: result.findings.scores[f"{result.official}/subset {subset}/accuracy"][0]
-        for subset in result.strata.subsets
+        subset: result.findings.scores[Name(result.official, f"subset {subset}")][0] for subset in result.strata.subsets
     }
 
 

@@ -16,9 +16,8 @@ import numpy as np
 
 from patarm_jax.evaluate.items import Item
 from patarm_jax.evaluate.outcomes import Choices, Rule, Scores, outcomes
-from patarm_jax.evaluate.statistics import Formulas, Measured, Number, means
+from patarm_jax.evaluate.statistics import Formulas, Measured, Name, Number, TieRule, means
 
-TieRule = Literal["strict", "half"]
 TIE_RULES: tuple[TieRule, ...] = ("strict", "half")
 
 WhoWon = Callable[[Scores | Choices, Rule], np.ndarray]  # [I, M, K] in {0, ½, 1}, NaN where there is no such pair
@@ -74,10 +73,10 @@ class Strata:
 
     @cached_property
     def formulas(self) -> Formulas:
-        """Numbers by name, "strict/overall/accuracy" and the like, of 2·columns measures."""
+        """The benchmark's numbers, of 2·columns measures."""
         columns = self.layout.columns
         numbers = {
-            f"{rule}/{place}/{column}": Number(r * len(columns) + c, weights)
+            Name(rule, place, column): Number(r * len(columns) + c, weights)
             for r, rule in enumerate(TIE_RULES)
             for c, column in enumerate(columns)
             for place, weights in _weights(self).items()
@@ -126,7 +125,7 @@ def measure(strata: Strata, items: Sequence[Item], judged: Scores | Choices, rul
     return Measured(grouped / size[:, None], size, strata.stratum)
 
 
-def numbers(strata: Strata, measured: Measured) -> dict[str, float]:
+def numbers(strata: Strata, measured: Measured) -> dict[Name, float]:
     """The benchmark's numbers by name."""
     return {name: float(value) for name, value in strata.formulas.of(means(measured)).items()}
 

@@ -7,6 +7,7 @@ Ties, whose margins may exceed 1) is resampled instead.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -34,15 +35,29 @@ class Number:
     weights: np.ndarray  # [S], those of an average sum to 1
 
 
+TieRule = Literal["strict", "half"]
+
+
+class Name(NamedTuple):
+    """Which of a benchmark's numbers: under a tie rule, of a place, by what is measured there."""
+
+    rule: TieRule
+    place: str  # "overall", a section, or "subset NAME"
+    column: str = "accuracy"
+
+    def __str__(self) -> str:
+        return "/".join(self)
+
+
 @dataclass(frozen=True)
 class Formulas:
     """How a benchmark's numbers follow from its measures."""
 
-    numbers: Mapping[str, Number]
+    numbers: Mapping[Name, Number]
     trials: np.ndarray  # [k], of how many comparisons of an item a measure is the mean
     proportion: np.ndarray  # [S] bool, whether measures lie from 0 to 1 there
 
-    def of(self, means: np.ndarray) -> dict[str, np.ndarray]:
+    def of(self, means: np.ndarray) -> dict[Name, np.ndarray]:
         """Every number, [...], of means [..., S, k]."""
         return {name: means[..., one.measure] @ one.weights for name, one in self.numbers.items()}
 
@@ -61,7 +76,7 @@ def means(measured: Measured) -> np.ndarray:
     return np.stack([_mean(measured, rows) for rows in _strata(measured)])
 
 
-def intervals(measured: Measured, formulas: Formulas, seed: int) -> dict[str, tuple[float, float]]:
+def intervals(measured: Measured, formulas: Formulas, seed: int) -> dict[Name, tuple[float, float]]:
     """95 % intervals of every number, as `proportions` has them.
 
     Strata whose items weigh the same in a number are one sample of it, and are taken as one stratum; the others are put
@@ -86,7 +101,7 @@ def intervals(measured: Measured, formulas: Formulas, seed: int) -> dict[str, tu
     return _of_every_number(measured, formulas, means(measured), of_stratum, bounds)
 
 
-def compare(ours: Measured, theirs: Measured, formulas: Formulas, seed: int) -> dict[str, Difference]:
+def compare(ours: Measured, theirs: Measured, formulas: Formulas, seed: int) -> dict[Name, Difference]:
     """Two judges on the same units.
 
     Interval: Newcombe's for paired proportions, of each stratum, put together as `intervals` does. p-value: if the
@@ -133,7 +148,7 @@ def _of_every_number(
     means_: np.ndarray,
     of_stratum: Callable[[np.ndarray, int, bool], Limits],
     bounds: Callable[[np.ndarray, int], tuple[float, float]],
-) -> dict[str, tuple[float, float]]:
+) -> dict[Name, tuple[float, float]]:
     """The interval of every number.
 
     Args:

@@ -10,9 +10,10 @@ import rich.text
 from patarm_jax.ask.replies import ALL_APART
 from patarm_jax.evaluate.catalogue import BENCHMARKS
 from patarm_jax.evaluate.findings import Evaluation
+from patarm_jax.evaluate.statistics import Name, TieRule
 
-_TIES = {"strict": "wrong", "half": "½"}  # what a tie counts as
-_WORDS = {rule: f"tie = {said}" for rule, said in _TIES.items()}
+_TIES: dict[TieRule, str] = {"strict": "wrong", "half": "½"}  # what a tie counts as
+_WORDS: dict[TieRule, str] = {rule: f"tie = {said}" for rule, said in _TIES.items()}
 _INTERVALS = (
     "Intervals are Clopper and Pearson's on the effective number of comparisons (Korn and Graubard), where the items "
     "of a prompt are one unit; parts that weigh otherwise than by their size are put together by their weights."
@@ -33,7 +34,7 @@ def show(result: Evaluation) -> None:
         mark = " (official)" if _official(result, rule) else ""
         table.add_column(words + mark, justify="right", no_wrap=True)
     for section in ("overall", *_sections(result)):
-        table.add_row(section, *(_with_interval(result, f"{rule}/{section}/accuracy") for rule in _WORDS))
+        table.add_row(section, *(_with_interval(result, Name(rule, section)) for rule in _WORDS))
     console = rich.console.Console()
     console.print(table)
     console.print(_reading(result), highlight=False)
@@ -65,10 +66,10 @@ def _official(result: Evaluation, rule: str) -> bool:
 
 
 def _sections(result: Evaluation) -> list[str]:
-    return [name for name in result.strata.layout.sections if f"strict/{name}/accuracy" in result.findings.scores]
+    return [name for name in result.strata.layout.sections if Name("strict", name) in result.findings.scores]
 
 
-def _with_interval(result: Evaluation, name: str) -> str:
+def _with_interval(result: Evaluation, name: Name) -> str:
     value, low, high = (100 * x for x in result.findings.scores[name])
     return f"{value:.1f} ({low:.1f} … {high:.1f})" if low == low else f"{value:.1f}"  # one unit has no interval
 
@@ -82,11 +83,11 @@ def _table_1(result: Evaluation) -> str:
     header = ["system", "kind", *(_COLUMNS.get(name, name) for name in columns), "ties", "source"]
     rows = []
     for rule, ties in _TIES.items():
-        names = [f"{rule}/overall/{c}" if c in _COLUMNS else f"{rule}/{c}/accuracy" for c in columns]
+        names = [Name(rule, "overall", c) if c in _COLUMNS else Name(rule, c) for c in columns]
         values = [found and 100 * found[0] for found in map(result.value, names)]
         mark = ", official" if _official(result, rule) else ""
         if result.missing_sections:  # published rows are means over all sections
-            values = [None if "/overall/" in name else value for name, value in zip(names, values, strict=True)]
+            values = [None if name.place == "overall" else value for name, value in zip(names, values, strict=True)]
         cells = [f"**{result.model}**", result.config.judge, *map(_cell, values), ties + mark, "this evaluation"]
         rows.append(cells)
     for row in benchmark.published:
@@ -169,7 +170,7 @@ def _sections_table(result: Evaluation) -> str:
     names = ["overall", *_sections(result), *(f"subset {subset}" for subset in result.strata.subsets)]
     for name in dict.fromkeys(names):
         shown = name.removeprefix("subset ") if name.startswith("subset ") else f"**{name}**"
-        rows.append([shown, *(_with_interval(result, f"{rule}/{name}/accuracy") for rule in _WORDS)])
+        rows.append([shown, *(_with_interval(result, Name(rule, name)) for rule in _WORDS)])
     head = ["", *(words + (", official" if _official(result, rule) else "") for rule, words in _WORDS.items())]
     return f"## Accuracy in %, with 95 % intervals over prompts\n\n{_INTERVALS}\n\n" + _markdown_table(head, rows)
 
@@ -205,7 +206,7 @@ def _against(result: Evaluation) -> str:
     rows = []
     for section in ("overall", *_sections(result)):
         for rule, words in _WORDS.items():
-            one = result.against[f"{rule}/{section}/accuracy"]
+            one = result.against[Name(rule, section)]
             low, high = (100 * x for x in one.interval)
             rows.append([section, words, f"{100 * one.value:+.1f}", f"{low:+.1f} … {high:+.1f}", f"{one.p_value:.4f}"])
     head = ["", "ties", "difference", "95 % interval", "p"]

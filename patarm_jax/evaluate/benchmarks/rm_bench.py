@@ -18,6 +18,7 @@ from patarm_jax.evaluate.items import Item, Prompt, known, make_item, wrong
 from patarm_jax.evaluate.official import file_name, write_json
 from patarm_jax.evaluate.outcomes import Choices, Scores, mean_scores
 from patarm_jax.evaluate.scoring import Layout
+from patarm_jax.evaluate.statistics import Name
 from patarm_jax.types import Domain
 
 DOMAINS: Mapping[str, Domain] = {
@@ -86,11 +87,11 @@ def _write_official(folder: Path, result: Evaluation, said: Scores | Choices) ->
         ]
         # With NaN, which RM-Bench's scripts read, and count as wrong.
         write_json(folder / f"total_dataset_{file_name(result)}.json", rows, allow_nan=True)
-    names = {domain.lower(): f"{domain}/accuracy" for domain in ("Chat", "Math", "Code", "Safety")}
+    names = {domain.lower(): Name("strict", domain) for domain in ("Chat", "Math", "Code", "Safety")}
     if not result.missing_sections:  # a mean of some domains is another number
-        names |= {f"{column}_acc": f"overall/{column}" for column in ("hard", "normal", "easy")}
-        names["total_avg_acc"] = "overall/accuracy"
-    found = {key: result.value(f"strict/{name}") for key, name in names.items()}
+        names |= {f"{column}_acc": Name("strict", "overall", column) for column in ("hard", "normal", "easy")}
+        names["total_avg_acc"] = Name("strict", "overall")
+    found = {key: result.value(name) for key, name in names.items()}
     write_json(folder / "final_result.json", {key: value[0] for key, value in found.items() if value})
 
 
