@@ -4,6 +4,8 @@ It couples the two sides of a pair, so its batch has the pair as its unit: [P, 2
 """
 
 import json
+import signal
+import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +44,7 @@ class LikelihoodConfig(TrainConfig):
         return "likelihoods that follow preferences"
 
 
-def train(config):
+def train(config, trouble=None):
     start_processes(config)
     with claimed(config.run):
         # ---- model and data
@@ -87,6 +89,8 @@ def train(config):
                 lambda batch: {"update": (learner.update, (run.state, learner.frozen, batch))},
                 lambda values: {"loss": values["loss"]},
             ):
+                if trouble:
+                    raise trouble
                 step.update(step.batch)
                 step.tokens = int(step.batch[1].sum())
             return run.finish(card_of(config, model, len(records)))
@@ -116,3 +120,12 @@ def test_it_learns_and_resumes_like_any_other(config):
     assert train(stopped)
     resumed = replace(stopped, run=replace(stopped.run, steps=4))
     assert train(resumed) and weights_of(resumed) == weights_of(config)
+
+
+def test_after_an_error_in_a_step_signals_and_streams_are_as_they_were(config):
+    folder = f"{config.run.folder}-failed"
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sys.stdout, sys.stderr
+    with pytest.raises(ZeroDivisionError) as error:
+        train(replace(config, run=replace(config.run, folder=folder)), trouble=ZeroDivisionError())
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sys.stdout, sys.stderr) == before
+    assert error.tb  # whose frames still hold the iteration over the steps

@@ -225,3 +225,17 @@ def test_a_run_that_has_a_checkpoint_needs_its_first_weights_no_more(models, tmp
     assert main([*command, "2", "--model.path", str(models / "start")]) == 0
     assert "did not note which weights it had; they are assumed to be the same" in capsys.readouterr().err
     assert json.loads(mark.read_text())["weights"]["start"]["digest"] == weights_of["start"]["digest"]
+
+
+def test_a_run_begun_when_the_update_was_called_policy_goes_on(models):
+    now = whose(models)
+    then = {name: value for name, value in now.items() if name != "update"}
+    then["policy"] = {name: value for name, value in now["update"].items() if name != "algorithm"}
+    refuse_another_run("it", now, then)
+    changed = then | {"policy": then["policy"] | {"clip_low": 0.1}}
+    with pytest.raises(
+        UserError, match=r"it is a checkpoint of another run: update.clip_low is 0.1 there and 0.2 here"
+    ):
+        refuse_another_run("it", now, changed)
+    with pytest.raises(UserError, match=r"update.algorithm is 'grpo' there and 'gspo' here"):
+        refuse_another_run("it", now | {"update": now["update"] | {"algorithm": "gspo"}}, then)

@@ -14,7 +14,7 @@ to stop. All processes go through it together.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -136,6 +136,7 @@ class Run:
     watch: Watch
     evaluation: Evaluation | None
     began_at: int  # steps that were done when this process began
+    under_way: Generator[Step, None, None] | None = None
 
     def steps(
         self,
@@ -143,7 +144,7 @@ class Run:
         programs: Callable[[Any], Mapping[str, Program]],
         shown: Callable[[Mapping[str, float]], Shown],
     ) -> Iterator[Step]:
-        """The steps that are left, one after another, until the run is done or asked to stop.
+        """The steps that are left, one after another, until the run is done or asked to stop; taken once.
 
         Args:
             prepare: what becomes of the pairs of a step before it is taken; those of the next step are prepared while
@@ -151,6 +152,15 @@ class Run:
             programs: what is compiled before the first step, by what was prepared for it.
             shown: what of a step's metrics is printed.
         """
+        self.under_way = self._steps(prepare, programs, shown)
+        return self.under_way
+
+    def _steps(
+        self,
+        prepare: Callable[[PairBatch], Any],
+        programs: Callable[[Any], Mapping[str, Program]],
+        shown: Callable[[Mapping[str, float]], Shown],
+    ) -> Generator[Step, None, None]:
         with stop_after_steps() as stop_asked, progress(self.length.steps, self.done) as report:
             batch = None if self.pairs is None else prepare(self.pairs)
             if batch is not None:
@@ -309,8 +319,14 @@ def open_run(
     identity = fingerprint(config, model, records, reference)
     if is_complete(config.run, identity, length.steps):
         yield None
-    else:
-        yield _begin_or_resume(config, model, records, length, learner, evaluation, identity, iterator)
+        return
+    run = _begin_or_resume(config, model, records, length, learner, evaluation, identity, iterator)
+    try:
+        yield run
+    finally:  # after an error too: signals, streams and files are as they were before
+        if run.under_way is not None:
+            run.under_way.close()
+        run.writer.close_files()
 
 
 def _begin_or_resume(

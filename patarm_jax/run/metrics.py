@@ -55,12 +55,16 @@ class MetricsWriter:
         if self.wandb is not None:
             self.wandb.log(finite, step=step)
 
-    def close(self) -> None:
-        """Everything written so far is on disk, or on its way to Weights & Biases."""
+    def close_files(self) -> None:
+        """Everything written so far is on disk."""
         if self.lines is not None:
             self.lines.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
+
+    def close(self) -> None:
+        """Everything written so far is on disk, or on its way to Weights & Biases."""
+        self.close_files()
         if self.wandb is not None:
             self.wandb.finish()
 
