@@ -212,7 +212,7 @@ def test_a_template_that_raises_is_one_sentence(tiny_folder, tmp_path):
     with pytest.raises(UserError) as error:
         encode_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}])
     message = str(error.value)
-    assert "does not render a conversation of the roles user, tool: no tools. Mend its chat_template.jinja" in message
+    assert "does not render a conversation of the roles user, tool: no tools. Fix its chat_template.jinja" in message
     assert str(tmp_path) in message and "\n" not in message
 
 
