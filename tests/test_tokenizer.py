@@ -399,7 +399,7 @@ def _break(name):
         ("template syntax", ["chat template", "does not render", "chat_template.jinja"]),
         ("template filter", ["chat template", "does not render", "nonsense"]),
         ("template type", ["chat template", "does not render", "chat_template.jinja"]),
-        ("template roles", ["does not render", "system, user: System role not supported. Mend"]),
+        ("template roles", ["does not render", "system, user: System role not supported. Fix"]),
         ("generation", ["generation_config.json is not valid JSON", "Copy the file again"]),
         ("generation encoding", ["generation_config.json is not valid JSON", "Copy the file again"]),
         ("generation list", ["generation_config.json is a JSON list, not an object", "Copy the file again"]),
