@@ -122,6 +122,7 @@ def test_it_learns_and_resumes_like_any_other(config):
     assert train(resumed) and weights_of(resumed) == weights_of(config)
 
 
+@pytest.mark.long
 def test_after_an_error_in_a_step_signals_and_streams_are_as_they_were(config):
     folder = f"{config.run.folder}-failed"
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sys.stdout, sys.stderr

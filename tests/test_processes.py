@@ -288,9 +288,8 @@ def test_a_process_that_is_lost_ends_all_and_the_restart_ends_alike(
 STOPS = list(itertools.product(("sft", "grpo"), (signal.SIGTERM, signal.SIGINT), ([1], [0], [0, 1])))
 
 
-@pytest.mark.parametrize(
-    ("recipe", "which", "who"), [STOPS[0], *(pytest.param(*one, marks=pytest.mark.long) for one in STOPS[1:])]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("recipe", "which", "who"), STOPS)
 def test_a_stop_request_to_any_saves_and_ends_all(world, environment, uninterrupted, recipe, which, who):
     name = f"stop-{recipe}-{which.name}-{len(who)}{who[0]}"
     config = pod_config(world, name, recipe)
