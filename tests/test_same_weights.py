@@ -20,6 +20,7 @@ from patarm_jax.model.weight_files import HEAD, digest, read_stored
 from patarm_jax.run.open_model import judge_digest, open_model, weights_digest
 from patarm_jax.run.whose import fingerprint, refuse_another_run, with_known_start
 from patarm_jax.types import UserError
+from tests.runs import VAIN
 from tests.toys import tiny_model_folder, write_preferences
 
 
@@ -184,7 +185,7 @@ def test_weights_that_changed_at_their_path_stop_a_resumed_run(models, tmp_path,
         capsys.readouterr()
         return main(["grpo", str(tmp_path / "grpo.yaml"), *map(str, more)])
 
-    assert grpo() == 0
+    assert grpo() == VAIN["grpo"]
     shutil.copytree(tmp_path / "model", tmp_path / "moved")
     shutil.copy(models / "other" / "model.safetensors", tmp_path / "model")
     assert grpo("--run.steps", 2) == 1
@@ -194,7 +195,8 @@ def test_weights_that_changed_at_their_path_stop_a_resumed_run(models, tmp_path,
     # The remedy that was named.
     assert grpo("--run.steps", 2, "--update.reference", tmp_path / "moved") == 1
     assert "it began with other weights" in capsys.readouterr().err
-    assert grpo("--run.steps", 2, "--model.path", f"{tmp_path}/./moved") == 0
+    assert grpo("--run.steps", 2, "--model.path", f"{tmp_path}/./moved") == VAIN["grpo"]
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
 @pytest.mark.long
