@@ -8,6 +8,7 @@ import fcntl
 import itertools
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -17,8 +18,11 @@ import time
 
 import pytest
 
+from patarm_jax.config.load import override
+from patarm_jax.config.recipes import SFTConfig
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.run.joining import Place, find_place
+from patarm_jax.run.peers import start_processes
 from patarm_jax.types import UsageError
 from tests.runs import FLAGS, VAIN, Started, config_file, exported, judgements, lines_of, timeless
 
@@ -176,6 +180,23 @@ def test_a_place_that_cannot_be_is_refused(settings, sentence):
     with pytest.raises(UsageError) as refused:
         find_place(MeshSection(distributed="auto", **settings))
     assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"coordinator": "a:1"}, "--mesh.coordinator ''"),
+        ({"processes": 2}, "--mesh.processes 0"),
+        ({"process_id": 0}, "--mesh.process_id -1"),
+    ],
+)
+def test_processes_that_were_not_told_to_join_are_refused(settings, remedy):
+    """Each would run alone, all in one folder."""
+    config = SFTConfig(mesh=MeshSection(**settings))
+    with pytest.raises(UsageError) as refused:
+        start_processes(config)
+    assert "mesh.distributed is none" in str(refused.value) and remedy in str(refused.value)
+    start_processes(override(config, shlex.split(remedy)))
 
 
 def test_who_does_not_come_is_named(world, environment):
@@ -353,13 +374,14 @@ def test_an_error_in_one_ends_all_and_says_whose(world, environment, arguments, 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_value_that_one_cannot_read_ends_all(world, environment, number):
-    """It is refused before that process joins; the others, which would wait for it, hear why it does not come."""
+    """It is refused before that process joins; the others, which come seconds later, hear why it does not come."""
     config = pod_config(world, "unread", "sft")
-    unread = [["--optimizer.learning_rate", "fast"] if one == number else [] for one in range(2)]
-    codes = [2 if one == number else 1 for one in range(2)]
-    said = Pod(environment, "sft", config, more=unread).end(*codes)
-    assert "learning_rate" in said[number] and len(sentences(said[number])) == 1
-    assert "learning_rate" in sentences(said[1 - number])[0] and f"process {number}" in said[1 - number]
+    unread = Pod(environment, "sft", config, "--optimizer.learning_rate", "fast", numbers=[number])
+    time.sleep(8)
+    other = Pod(environment, "sft", config, numbers=[1 - number], port=unread.port)
+    (said,), (heard,) = unread.end(2), other.end(1)
+    assert "learning_rate" in said and len(sentences(said)) == 1
+    assert "learning_rate" in sentences(heard)[0] and f"process {number}" in heard
 
 
 @pytest.mark.long
@@ -455,6 +477,6 @@ def test_a_dry_run_of_two_prints_once(world, environment):
     assert said[0].count("learning_rate: 0.01") == 1
     (update,) = (line for line in said[0].splitlines() if line.startswith("update: "))
     shapes = re.findall(r"\[[^]]*\]", update)
-    assert re.match(r"update: arrays \[4, 2, \d+\], ", update) and len(set(shapes)) == len(shapes) > 1
+    assert re.match(r"update: arrays \[8, \d+\], ", update) and len(set(shapes)) == len(shapes) > 1
     assert "learning_rate" not in said[1] and "GiB" not in said[1]
     assert not (world / "dry").exists()

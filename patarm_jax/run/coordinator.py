@@ -16,14 +16,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 BYE = "bye"  # from process 0, when all have ended well; without it, it died
 LINGERS = 10.0  # seconds beyond the heartbeat that it stays for the others, which by then have heard of the end
-LATE = 5.0  # seconds for which a refusal is told to those that come after it
-PORT_PATIENCE = 40.0  # seconds: as long as the coordinator of a run that has just failed may hold the port
+# Seconds for which a refusal is told to those that come after it, and for which a process that cannot take part looks
+# for the others: hosts that are started together come a few apart.
+LATE = 20.0
+PORT_PATIENCE = 40.0  # as long as the coordinator of a run that has just failed may hold the port
 
 
 @dataclass
@@ -76,6 +78,13 @@ async def gather(listening: socket.socket, lobby: Lobby, parent: asyncio.Future[
         parent: is done with the last words of process 0, should that end.
     """
     complete: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    told: set[int] = set()  # who has heard of a refusal
+    all_told = asyncio.Event()
+
+    def tell(numbers: Iterable[int]) -> None:
+        told.update(numbers)
+        if told.issuperset(range(lobby.processes)):
+            all_told.set()
 
     def decide(refusal: str) -> None:
         if not complete.done():
@@ -90,6 +99,7 @@ async def gather(listening: socket.socket, lobby: Lobby, parent: asyncio.Future[
             return
         if refusal:
             _send(writer, {"refused": refusal})
+            tell([hello["process"]])
             decide(refusal)
             return
         lobby.here[hello["process"]] = writer, hello["who"]
@@ -109,7 +119,9 @@ async def gather(listening: socket.socket, lobby: Lobby, parent: asyncio.Future[
     refusal = await complete
     if refusal:
         lobby.tell_all({"refused": refusal})
-        await asyncio.sleep(LATE)  # for those that come only now
+        tell([0, *lobby.here])
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(all_told.wait(), LATE)  # for those that come only now
     server.close()
     return not refusal
 

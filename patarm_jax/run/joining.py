@@ -16,12 +16,12 @@ from typing import Any
 import jax
 
 from patarm_jax.config.sections import MeshSection
-from patarm_jax.run.coordinator import BYE, PORT_PATIENCE
+from patarm_jax.run.coordinator import BYE, LATE, PORT_PATIENCE
 from patarm_jax.run.process import print_aside
 from patarm_jax.types import UsageError, UserError
 
 _SAID_EVERY = 30.0  # seconds between two lines on who is missing
-_SAYING = 5.0  # seconds for which one that ends looks for the others
+_SAYING = 5.0  # seconds that one word to process 0, and its answer, may take
 _REACHED_AGAIN = 1.0  # seconds between two attempts to reach process 0
 
 
@@ -109,14 +109,14 @@ def join(place: Place, join_seconds: float, heartbeat: int) -> subprocess.Popen[
 
 
 def tell_why_absent(section: MeshSection, sentence: str) -> None:
-    """Tells those that wait for this process why it does not come, as far as they can be found in a few seconds."""
+    """Tells those that wait for this process why it does not come, as far as they can be found in LATE seconds."""
     with contextlib.suppress(UserError, OSError):
         place = find_place(section)
         if place.process == 0:
             dismiss(_start_coordinator(place, section.heartbeat_seconds), sentence)
             return
-        until = time.monotonic() + 2 * _SAYING
-        while time.monotonic() < until:
+        began, is_said = time.monotonic(), False
+        while time.monotonic() < began + LATE:
             with (
                 contextlib.suppress(OSError),
                 socket.create_connection((place.host, place.port), timeout=5) as connection,
@@ -125,6 +125,9 @@ def tell_why_absent(section: MeshSection, sentence: str) -> None:
                 connection.settimeout(_SAYING)
                 connection.recv(4096)  # the same words, which all hear now
                 return
+            if not is_said and time.monotonic() > began + _SAYING:
+                print_aside(f"process {place.process} cannot take part; it looks for process 0, to say so: {sentence}")
+                is_said = True
             time.sleep(_REACHED_AGAIN)
 
 

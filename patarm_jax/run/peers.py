@@ -339,7 +339,10 @@ def start_processes(config: Any, **more: Any) -> None:
         UserError: when they are not found, do not come, or were started otherwise than this one.
     """
     section: MeshSection = config.mesh
-    if section.distributed == "none" or _peers:
+    if section.distributed == "none":
+        _refuse_unused(section)
+        return
+    if _peers:
         return
     from jax._src import distributed  # for the client of the coordination service: there is no public way to it
 
@@ -364,6 +367,17 @@ def start_processes(config: Any, **more: Any) -> None:
     device = jax.local_devices()[0]
     peers.agree("their devices", {"number": jax.local_device_count(), "kind": device.device_kind})
     arrive("reading the model and the data")
+
+
+def _refuse_unused(section: MeshSection) -> None:
+    """Processes that were to join, and were not told to, would each run alone, all in one folder."""
+    unset = MeshSection()
+    for name, none in (("coordinator", "''"), ("processes", "0"), ("process_id", "-1")):
+        if (value := getattr(section, name)) != getattr(unset, name):
+            raise UsageError(
+                f"mesh.{name} is {value}, and mesh.distributed is none, so this process would run alone. Add "
+                f"--mesh.distributed auto, or --mesh.{name} {none}."
+            )
 
 
 def _sources() -> str:
