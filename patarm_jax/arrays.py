@@ -6,8 +6,12 @@ The axis letters are
 """
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import jax
+import numpy as np
+
+Array: TypeAlias = jax.Array | np.ndarray  # on devices, or numpy's on the host before it travels there
 
 
 @jax.tree_util.register_dataclass

@@ -4,6 +4,7 @@ The lock is the operating system's (flock), on an open file. The file's text onl
 process leaves of it is no lock. Programs that are started meanwhile, and forked children, do not inherit it.
 """
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -250,6 +251,14 @@ def _forget() -> None:
         with contextlib.suppress(OSError):
             os.close(handle)
     _open.clear()
+    _kept.clear()
+
+
+def _release_kept() -> None:
+    """At the end of the process, when what was saved in the background is written."""
+    while _kept:
+        release(*_kept.popitem())
 
 
 os.register_at_fork(after_in_child=_forget)
+atexit.register(_release_kept)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -69,11 +70,12 @@ def test_the_readmes_commands_on_a_judge_work(demo):
     folder, _ = demo
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("patarm")]
     judge, export = (next(line for line in commands if f"patarm {verb}" in line) for verb in ("judge", "export"))
-    patarm(folder, *judge.split()[1:], "--sampling.max_new_tokens", "8")
+    patarm(folder, *shlex.split(judge, comments=True)[1:], "--sampling.max_new_tokens", "8")
     assert len((folder / "scores.jsonl").read_text().splitlines()) == Sizes.short().heldout_pairs
     steps = str(Sizes().grpo_steps)
     assert f"checkpoints/{steps}" in export
-    patarm(folder, *export.replace(steps, str(Sizes.short().grpo_steps)).split()[1:])
+    export = export.replace(steps, str(Sizes.short().grpo_steps))
+    patarm(folder, *shlex.split(export, comments=True)[1:])
     assert (folder / "judge" / "config.json").exists()
 
 

@@ -220,6 +220,18 @@ def test_two_runs_in_one_folder(world, tmp_path):
     assert not (run / LOCK).exists()
 
 
+def test_a_process_that_failed_holds_a_folder_until_it_ends_and_leaves_nothing(tmp_path):
+    (tmp_path / "weights").touch()
+    meanwhile = (
+        "break_off = (Path(sys.argv[2]) / 'break off')\n    while not break_off.exists(): time.sleep(0.01)\n    oops"
+    )
+    process, _ = started("hold_folder", tmp_path, meanwhile)
+    assert (tmp_path / LOCK).exists()
+    (tmp_path / "break off").touch()
+    assert process.wait() == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["break off", "weights"]
+
+
 @pytest.mark.long
 def test_a_dry_run_takes_no_lock(world, tmp_path, capsys):
     process, _ = started("hold_folder", tmp_path)

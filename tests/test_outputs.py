@@ -13,6 +13,7 @@ import yaml
 from patarm_jax.cli import main
 from patarm_jax.config.recipes import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, SFTConfig
 from patarm_jax.config.sections import RunSection
+from patarm_jax.files import LOCK
 from patarm_jax.types import UsageError
 from tests.toys import small_world, tiny_model_folder, write_recipes, write_run
 
@@ -33,6 +34,12 @@ def refused(capsys, code, *arguments):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("patarm: ")]
     assert len(lines) == 1, lines
     return lines[0].removeprefix("patarm: ")
+
+
+def contents(folder):
+    """Of all files, but for the lock, which a process that failed keeps until it ends."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+    return {path: path.read_bytes() for path in files}
 
 
 # ----------------------------------------------------------------------------------------------------------- addresses
@@ -220,10 +227,10 @@ def test_an_evaluation_is_of_its_own_data(world, capsys, tmp_path):
         return [str(each) for each in arguments]
 
     assert main(evaluate(world / "pairs.jsonl")) in (0, 1)
-    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    before = contents(tmp_path / "out")
     said = refused(capsys, 1, *evaluate(world / "others.jsonl"))
     assert "holds an evaluation on other data: none of its 16 questions is asked here" in said
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert contents(tmp_path / "out") == before
     lines = (world / "pairs.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "fewer.jsonl").write_text("".join(lines[:6]))
     capsys.readouterr()
@@ -257,10 +264,10 @@ def test_a_run_that_has_saved_nothing_has_its_folder_too(world, capsys, tmp_path
     assert main(sft()) == 0
     run = tmp_path / "run"
     subprocess.run(["rm", "-r", str(run / "checkpoints"), str(run / "export")], check=True)  # killed before it saved
-    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    before = contents(run)
     said = refused(capsys, 1, *sft("--optimizer.learning_rate", "0.5"))
     assert f"{run}, where no checkpoint is saved yet, holds another run: optimizer.learning_rate is 1e-06 there" in said
-    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    assert contents(run) == before
     assert main(sft()) == 0  # the same command begins anew
     assert (run / "export").is_dir()
 

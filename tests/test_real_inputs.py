@@ -111,4 +111,4 @@ def test_the_8b_config_compiles_on_its_mesh(folder, real_inputs, recipe, devices
     said = patarm(recipe, config, *settings, flags=f"--xla_force_host_platform_device_count={devices}")
     programs = {"sft": ["update"], "grpo": ["prefill", "decode", "update", "reference log-probs"]}[recipe]
     for program in programs:
-        assert re.search(rf"^{program}: batch .* per device \d+\.\d+ GiB of arguments and \d+\.\d+ GiB", said, re.M)
+        assert re.search(rf"^{program}: arrays .* per device \d+\.\d+ GiB of arguments and \d+\.\d+ GiB", said, re.M)

@@ -20,8 +20,9 @@ from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, TRAIN_RULES, batch_sharding, make_mesh
 from patarm_jax.model.transformer import abstract_params, forward, init_params, unstack_layers
+from patarm_jax.rollout.draw import SamplingParams, choices_of, draw, kept, needs_of, pick
 from patarm_jax.rollout.engine import abstract_programs, make_engine, network_of
-from patarm_jax.rollout.sampler import Network, Settings, draw, keep_top_k, keep_top_p, pick
+from patarm_jax.rollout.sampler import Network
 from patarm_jax.rollout.schedule import Request, complete
 from patarm_jax.train.steps import rollout_logprobs
 from tests.toys import TINY, hf_model
@@ -72,7 +73,7 @@ def test_greedy_equals_transformers_generate(changes, tmp_path):
     params, config = weights.load(tmp_path / "hf")
     requests = requests_for(np.random.default_rng(1), 5, 9)
     stops = (11, 12, 13, 14, 15, 16, 17, 18, 19, 20)  # a tenth of the vocabulary, so that rows end at different times
-    got = generate(params, requests, 1, Settings(stops, 24, temperature=0.0), config)
+    got = generate(params, requests, 1, SamplingParams(stops, 24, temperature=0.0), config)
     ended = 0
     for row, request in enumerate(requests):
         ids = torch.tensor(request.tokens)[None].long()
@@ -88,7 +89,7 @@ def test_greedy_equals_transformers_generate(changes, tmp_path):
 def test_sampled_logprobs_equal_teacher_forced_ones(temperature, top_k, top_p):
     params = lively()
     requests = requests_for(np.random.default_rng(2), 6, 11)
-    got = generate(params, requests, 4, Settings((5, 6, 7, 8), 12, temperature, top_k, top_p))
+    got = generate(params, requests, 4, SamplingParams((5, 6, 7, 8), 12, temperature, top_k, top_p))
     prompts = np.stack([np.pad(request.tokens, (0, 11 - len(request.tokens))) for request in requests])
     lengths = np.array([len(request.tokens) for request in requests])
     batch = Rollouts(prompts, lengths, got.tokens, got.lengths, got.logprobs, None, jnp.zeros((6, 4)))
@@ -118,7 +119,7 @@ def assert_same(one, other):
     ids=["2x2x2", "2x2x2, training's rules, refilled", "8, refilled", "8, training's rules"],
 )
 def test_the_same_draws_on_one_and_on_eight_devices(section, rules, rows):
-    params, choice = lively(), Settings((5, 6), 10)
+    params, choice = lively(), SamplingParams((5, 6), 10)
     requests = requests_for(np.random.default_rng(3), 12, 10, ids=[4, 9, 1, 0, 77, 5, 6, 2, 30, 31, 32, 33])
     alone = generate(params, requests, 4, choice)
     mesh = make_mesh(section)
@@ -144,7 +145,7 @@ def test_rows_that_are_taken_over_draw_what_they_would_have_drawn_alone(count, g
     """Few rows with refill equal all rows at once; so do rows of which some, or none, or all, are cut off."""
     stop_ids = {"often": tuple(range(3, 15)), "never": (), "at once": tuple(range(96))}[stops]
     requests = requests_for(np.random.default_rng(seed), count, longest)
-    params, choice = lively(), Settings(stop_ids, 11)
+    params, choice = lively(), SamplingParams(stop_ids, 11)
     whole = generate(params, requests, group, choice)
     assert_same(whole, generate(params, requests, group, choice, rows=rows))
     if stops == "never":
@@ -162,7 +163,7 @@ def test_the_loop_does_not_talk_to_the_host():
 
         return run
 
-    choice = Settings((5, 6), 10)
+    choice = SamplingParams((5, 6), 10)
     free = engine(2, choice)
     closed = replace(free, bring_in=guarded(free.bring_in), advance=guarded(free.advance))
     requests, params = requests_for(np.random.default_rng(8), 5, 10), unstack_layers(lively())
@@ -170,7 +171,7 @@ def test_the_loop_does_not_talk_to_the_host():
 
 
 def test_a_completion_is_the_same_in_any_company():
-    params, choice = lively(), Settings((5, 6), 10)
+    params, choice = lively(), SamplingParams((5, 6), 10)
     requests = requests_for(np.random.default_rng(4), 6, 10, ids=[3, 8, 1, 0, 5, 9])
     whole = generate(params, requests, 2, choice)
     order = [4, 1]
@@ -178,11 +179,91 @@ def test_a_completion_is_the_same_in_any_company():
     np.testing.assert_array_equal(part.tokens, whole.tokens[order])
 
 
+MANNERS = [
+    SamplingParams((5, 6), 10),
+    SamplingParams((5, 6), 10, temperature=0.0),
+    SamplingParams((), 4, temperature=0.7, top_k=5),
+    SamplingParams(tuple(range(3, 12)), 10, temperature=1.3, top_p=0.8, named_ids=(7, 3)),
+    SamplingParams((50,), 7, temperature=0.6, top_k=20, top_p=0.95, named_ids=tuple(range(32))),
+]
+
+
+@pytest.mark.parametrize(
+    ("section", "rows"), [(None, 0), (None, 3), (MeshSection(data=2, fsdp=2, tensor=2), 8)], ids=["", "3", "2x2x2"]
+)
+def test_each_request_is_drawn_in_its_own_manner(section, rows):
+    """Beside others, refilled and on eight devices as in a sampler of its own."""
+    params = lively()
+    manners = [*MANNERS, None, *MANNERS[::-1], None]
+    requests = [
+        replace(request, params=manner)
+        for request, manner in zip(requests_for(np.random.default_rng(9), 12, 10), manners, strict=True)
+    ]
+    mesh = ALONE if section is None else make_mesh(section)
+    got = generate(params, requests, 2, MANNERS[0], mesh=mesh, rows=rows)
+    for index, request in enumerate(requests):
+        manner = request.params or MANNERS[0]
+        alone = generate(params, [replace(request, params=None)], 2, manner)
+        most = manner.max_new_tokens
+        assert (got.lengths[index] == alone.lengths[0]).all() and (got.truncated[index] == alone.truncated[0]).all()
+        np.testing.assert_array_equal(got.tokens[index][:, :most], alone.tokens[0])
+        np.testing.assert_allclose(got.logprobs[index][:, :most], alone.logprobs[0], atol=1e-5)
+        np.testing.assert_allclose(got.named[index][:, :most], alone.named[0], atol=1e-5)
+        assert got.named[index].shape == (2, 10, len(manner.named_ids)) and not got.tokens[index][:, most:].any()
+
+
+def test_log_probs_of_named_tokens_are_those_that_tokens_are_drawn_by():
+    """Of all 96 tokens, 32 at a time: together they are a softmax, and what was drawn has the log-prob it was given."""
+    requests, params = requests_for(np.random.default_rng(10), 3, 8), lively()
+    manner = SamplingParams((5, 6, 7), 9, temperature=0.8, top_p=0.9)
+    plain = generate(params, requests, 2, manner)
+    parts = [
+        generate(params, requests, 2, replace(manner, named_ids=tuple(range(first, first + 32))))
+        for first in (0, 32, 64)
+    ]
+    for part in parts:
+        assert_same(part, plain)
+    every = np.concatenate([np.stack(part.named) for part in parts], axis=-1)
+    written = np.arange(9) < plain.lengths[..., None]
+    np.testing.assert_allclose(np.exp(every).sum(axis=-1)[written], 1, atol=1e-5)
+    drawn = np.take_along_axis(every, plain.tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_array_equal(drawn[written], plain.logprobs[written])
+    assert not every[~written].any()
+
+
+def test_other_manners_need_no_other_program():
+    traced = []
+
+    def logits_of(count, rows):
+        traced.append(rows)
+        return jnp.zeros((rows, 64))
+
+    sampler = make_engine(fake_network(2, logits_of), ALONE, 2, SamplingParams((5,), 10))
+    requests = requests_for(np.random.default_rng(11), 4, 5)
+    complete(sampler, {}, requests, KEY)
+    first = len(traced)
+    for manner in (MANNERS[1], MANNERS[2], SamplingParams((9,), 3, 0.5, 3, 0.5)):
+        got = complete(sampler, {}, [replace(one, params=replace(manner, stop_ids=(9,))) for one in requests], KEY)
+        assert got.lengths.max() <= manner.max_new_tokens
+    assert len(traced) == first > 0
+
+
+def test_what_no_row_can_do_is_refused():
+    request = Request([3, 4], 0, SamplingParams((5,), 11))
+    with pytest.raises(ValueError, match="may have 11 new tokens, and a row holds 10"):
+        generate(lively(), [request], 2, SamplingParams((5,), 10))
+    with pytest.raises(ValueError, match="33 tokens are named; allowed is 32 at most"):
+        SamplingParams((5,), 10, named_ids=tuple(range(33)))
+    for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}):
+        with pytest.raises(ValueError, match="allowed are max_new_tokens ≥ 1"):
+            replace(SamplingParams((5,), 10), **wrong)
+
+
 @pytest.mark.long
 def test_rows_do_not_wait_for_the_longest():
     """With lengths that differ, refilled rows compute far fewer steps than all rows until the longest ends."""
     requests = requests_for(np.random.default_rng(5), 24, 6)
-    got = generate(lively(), requests, 2, Settings(tuple(range(3, 12)), 64), rows=8)
+    got = generate(lively(), requests, 2, SamplingParams(tuple(range(3, 12)), 64), rows=8)
     useful, waiting = got.lengths.sum(), got.lengths.size * got.lengths.max()
     assert got.row_steps < 1.7 * useful < 0.5 * waiting
 
@@ -194,7 +275,7 @@ def test_long_prompts_are_narrowed_away():
     requests = [
         Request(rng.integers(3, 96, n).astype(np.int32), i) for i, n in enumerate((5, 190, 60, 70, 3, 130, 9, 64))
     ]
-    params, choice = lively(), Settings((5, 6, 7), 9)
+    params, choice = lively(), SamplingParams((5, 6, 7), 9)
     whole = generate(params, requests, 3, choice)
     assert_same(whole, generate(params, requests, 3, choice, rows=4))
     for index in (1, 4):
@@ -217,7 +298,7 @@ def test_draws_of_rows_positions_and_steps_are_independent():
     """All logits equal: any two draws agree once in V times. A reused key would make them agree always."""
     vocab, rows, group, width = 64, 20, 5, 12
     network = fake_network(group, lambda count, rows: jnp.zeros((rows, vocab)))
-    uniform = make_engine(network, ALONE, group, Settings((-1,), width))
+    uniform = make_engine(network, ALONE, group, SamplingParams((-1,), width))
     requests = requests_for(np.random.default_rng(5), rows, 4)
     steps = np.stack([complete(uniform, {}, requests, jax.random.fold_in(KEY, s)).tokens for s in range(4)])
     flat = {
@@ -254,9 +335,12 @@ def exact_distribution(logits, temperature, top_k, top_p):
 def test_frequencies_equal_the_exact_distribution(temperature, top_k, top_p):
     logits = np.random.default_rng(6).normal(size=12).astype(np.float32) * 1.5
     number = 40_000
-    choice = Settings((), 1, temperature, top_k, top_p)
+    choice = SamplingParams((), 1, temperature, top_k, top_p)
     keys = jax.random.split(KEY, number)
-    tokens, logprobs = jax.jit(lambda k: draw(jnp.broadcast_to(logits, (number, 12)), k, choice))(keys)
+    choices = choices_of([choice], 0, 0)
+    tokens, logprobs, _ = jax.jit(
+        lambda k, choices: draw(jnp.broadcast_to(logits, (number, 12)), k, choices, needs_of(choices))
+    )(keys, choices)
     expected = exact_distribution(logits.astype(float), temperature, top_k, top_p)
     counts = np.bincount(np.asarray(tokens), minlength=12)
     assert counts[expected == 0].sum() == 0
@@ -268,10 +352,10 @@ def test_frequencies_equal_the_exact_distribution(temperature, top_k, top_p):
 
 
 def test_top_k_and_top_p_keep_the_right_tokens():
-    logits = jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3]))
-    assert (keep_top_k(logits, 2) > -jnp.inf).tolist() == [False, True, False, True]
-    assert (keep_top_p(logits, 0.5) > -jnp.inf).tolist() == [False, True, False, True]
-    assert (keep_top_p(logits, 0.39) > -jnp.inf).tolist() == [False, True, False, False]
+    logits = jnp.broadcast_to(jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3])), (6, 4))
+    top_k, top_p = jnp.array([2, 0, 0, 2, 9, 3]), jnp.array([1.0, 0.5, 0.39, 0.39, 1.0, 0.7])
+    found = ["".join("ABCD"[i] for i in np.flatnonzero(row)) for row in kept(logits, top_k, top_p)]
+    assert found == ["BD", "BD", "B", "B", "ABCD", "BD"]  # the last: of 0.9 that three have, 0.7 is reached by two
 
 
 @settings(derandomize=True, deadline=None)
@@ -296,7 +380,7 @@ def test_the_loop_ends_when_every_row_has_ended():
         3, lambda count, rows: jnp.broadcast_to(jnp.where(count == 2, jnp.eye(8)[5], jnp.eye(8)[3]) * 50, (rows, 8))
     )
     got = complete(
-        make_engine(network, ALONE, 3, Settings((5,), 100)), {}, requests_for(np.random.default_rng(0), 2, 3), KEY
+        make_engine(network, ALONE, 3, SamplingParams((5,), 100)), {}, requests_for(np.random.default_rng(0), 2, 3), KEY
     )
     assert got.lengths.tolist() == [[3, 3, 3]] * 2
     assert got.row_steps == 2 * 6
@@ -306,7 +390,7 @@ def test_the_loop_ends_when_every_row_has_ended():
 def test_caches_stay_on_their_devices(program):
     """No program of the sampler sends keys or values to another part of the batch."""
     mesh = make_mesh(MeshSection(data=2, fsdp=2, tensor=2))
-    engine = make_engine(network_of(CONFIG, "float32"), mesh, 4, Settings((5,), 200))
+    engine = make_engine(network_of(CONFIG, "float32"), mesh, 4, SamplingParams((5,), 200))
     programs = abstract_programs(engine, abstract_params(CONFIG, mesh, ROLLOUT_RULES, unstacked=True), 16, 512)
     function, arguments = programs["prefill" if program == "bring_in" else "decode"]
     if program == "resize":
@@ -326,7 +410,7 @@ def test_caches_stay_on_their_devices(program):
 
 def test_decoding_reads_weights_and_caches_where_they_lie():
     """A step makes no copy of a layer's weight or cache: it would read, write and read again."""
-    engine = make_engine(network_of(CONFIG, "float32"), ALONE, 4, Settings((5,), 200))
+    engine = make_engine(network_of(CONFIG, "float32"), ALONE, 4, SamplingParams((5,), 200))
     function, arguments = abstract_programs(engine, abstract_params(CONFIG, ALONE, unstacked=True), 16, 512)["decode"]
     with jax.set_mesh(ALONE):
         text = function.lower(*arguments).compile().as_text()

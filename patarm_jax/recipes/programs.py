@@ -19,8 +19,8 @@ from patarm_jax.model.kernels import Form, kernel_for
 from patarm_jax.model.sharding import OnMesh, Program, batch_sharding, batch_shards
 from patarm_jax.model.transformer import abstract_params, forward
 from patarm_jax.padding import bucket
+from patarm_jax.rollout.draw import SamplingParams
 from patarm_jax.rollout.engine import Engine, abstract_programs, make_engine, network_of
-from patarm_jax.rollout.sampler import Settings
 from patarm_jax.run.learner import Learner, make_learner, rollout_rules, weight_sync
 from patarm_jax.train.algorithms import ALGORITHMS, Algorithm
 from patarm_jax.train.steps import Forward, map_micro_batches, policy_loss, rollout_logprobs, sft_loss
@@ -46,8 +46,8 @@ def _sft(config: SFTConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program
 def _grpo(config: GRPOConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
     network = network_of(arch, config.model.dtype, kernel_for(config.model, arch, mesh, "causal"))
     # Which token ends a judgement changes no shape.
-    settings = Settings((arch.eos_token_id or 0,), config.sampling.max_new_tokens)
-    engine = make_engine(network, mesh, config.group_size, settings, config.sampling.rows)
+    params = SamplingParams((arch.eos_token_id or 0,), config.sampling.max_new_tokens)
+    engine = make_engine(network, mesh, config.group_size, params, config.sampling.rows)
     learner, rollout = grpo_learner(config, arch, mesh), make_rollout_programs(config, arch, mesh)
     return grpo_programs(config, arch, learner, rollout, engine, bucket(config.data.max_prompt_tokens))
 

@@ -15,7 +15,8 @@ from patarm_jax.model.kernels import PORTABLE, Kernel
 from patarm_jax.model.sharding import BATCH_AXES, OnMesh, Program, batch_sharding, batch_shards, constrain
 from patarm_jax.model.transformer import Params, decode, logits, prefill
 from patarm_jax.rollout import sampler
-from patarm_jax.rollout.sampler import Admission, Network, Settings, Slots
+from patarm_jax.rollout.draw import Choices, SamplingParams, choices_of
+from patarm_jax.rollout.sampler import Admission, Network, Sizes, Slots
 
 # Host arrays, or shapes, where a type speaks of the arrays they become on the devices.
 Arrays = tuple[jax.Array, ...]
@@ -32,29 +33,38 @@ class Engine:
 
     mesh: Mesh
     group: int  # G
-    settings: Settings
+    params: SamplingParams  # how requests are drawn that do not say it; the limit is also the largest of all
+    vote_stride: int  # see `sampler.completion_id`
     rows: int  # that are written at a time, over all devices; 0: as many as there are
     halvings: int  # how often rows may be halved when nothing waits any more; each time is another compiled program
-    start: OnMesh  # (prompts, width, rows) → Slots; all three static
-    bring_in: OnMesh  # (params, Slots, Prompts, place, key) → Slots; the slots are donated
+    start: OnMesh  # (Sizes) → Slots; static
+    bring_in: OnMesh  # (params, Slots, Prompts, Choices, place, key) → Slots; the slots are donated
     advance: OnMesh  # (params, Slots, Admission, key, enough) → Slots; the slots are donated
     resize: OnMesh  # (Slots, rows, prompts, seat, width) → Slots; the width is static
 
 
 def make_engine(
-    network: Network[Any], mesh: Mesh, group: int, settings: Settings, rows: int = 0, halvings: int = HALVINGS
+    network: Network[Any],
+    mesh: Mesh,
+    group: int,
+    params: SamplingParams,
+    rows: int = 0,
+    halvings: int = HALVINGS,
+    vote_stride: int = 0,
 ) -> Engine:
-    """Jits the sampler for a network; programs are compiled once per size of places."""
+    """Jits the sampler for a network; programs are compiled once per size of places. Arguments as of `Engine`."""
     shards = batch_shards(mesh)
 
-    def start(prompts: int, width: int, rows: int) -> Slots[Any]:
-        return _pinned(sampler.empty_slots(network, shards, prompts, width, rows, group, settings))
+    def start(sizes: Sizes) -> Slots[Any]:
+        return _pinned(sampler.empty_slots(network, shards, group, sizes))
 
-    def bring_in(params: Any, slots: Slots[Any], prompts: Prompts, place: jax.Array, key: jax.Array) -> Slots[Any]:
-        return _pinned(sampler.bring_in(network, params, slots, prompts, place, key, group, settings))
+    def bring_in(
+        weights: Any, slots: Slots[Any], prompts: Prompts, choices: Choices, place: jax.Array, key: jax.Array
+    ) -> Slots[Any]:
+        return _pinned(sampler.bring_in(network, weights, slots, prompts, choices, place, key, group, vote_stride))
 
-    def advance(params: Any, slots: Slots[Any], begins: Admission, key: jax.Array, enough: jax.Array) -> Slots[Any]:
-        return _pinned(sampler.advance(network, params, slots, begins, key, enough, settings))
+    def advance(weights: Any, slots: Slots[Any], begins: Admission, key: jax.Array, enough: jax.Array) -> Slots[Any]:
+        return _pinned(sampler.advance(network, weights, slots, begins, key, enough, group))
 
     def resize(slots: Slots[Any], rows: jax.Array, prompts: jax.Array, seat: jax.Array, width: int) -> Slots[Any]:
         return _pinned(sampler.resize(network, slots, rows, prompts, seat, width, group))
@@ -62,10 +72,11 @@ def make_engine(
     return Engine(
         mesh,
         group,
-        settings,
+        params,
+        vote_stride,
         rows,
         halvings,
-        start=OnMesh(mesh, start, static_argnums=(0, 1, 2)),
+        start=OnMesh(mesh, start, static_argnums=0),
         bring_in=OnMesh(mesh, bring_in, donate_argnums=1),
         advance=OnMesh(mesh, advance, donate_argnums=1),
         resize=OnMesh(mesh, resize, static_argnums=4),
@@ -100,7 +111,8 @@ def abstract_programs(engine: Engine, params: Any, requests: int, width: int) ->
     shards, new = batch_shards(engine.mesh), partial(jax.ShapeDtypeStruct, sharding=batch_sharding(engine.mesh))
     prompts, rows = places_for(engine, -(-requests // shards))
     number = prompts_at_a_time(width, prompts, prompts)
-    started = engine.start.lower(prompts, width, rows)
+    sizes = sizes_for(engine, prompts, width, rows)
+    started = engine.start.lower(sizes)
     slots = jax.tree.map(
         lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like),
         started.out_info,
@@ -109,12 +121,15 @@ def abstract_programs(engine: Engine, params: Any, requests: int, width: int) ->
     key = jax.eval_shape(lambda: jax.random.key(0))
     size = shards * number
     read = Prompts(*cast(Arrays, tuple(new(shape, jnp.int32) for shape in ((size, width), (size,), (size,)))))
+    choices = jax.tree.map(
+        lambda x: new(x.shape, x.dtype), choices_of([engine.params] * size, sizes.stops, sizes.named)
+    )
     begins = Admission(*cast(Arrays, tuple(new((shards, rows), kind) for kind in (jnp.bool, jnp.int32, jnp.int32))))
     enough = jax.ShapeDtypeStruct((), jnp.int32)
     half_rows, half_prompts = max(rows // 2, 1), max(prompts // 2, 1)
     kept = tuple(new((shards, size), jnp.int32) for size in (half_rows, half_prompts, half_rows))
     return {
-        "prefill": (engine.bring_in, (params, slots, read, new((shards, number), jnp.int32), key)),
+        "prefill": (engine.bring_in, (params, slots, read, choices, new((shards, number), jnp.int32), key)),
         "decode": (engine.advance, (params, slots, begins, key, enough)),
         "resize": (engine.resize, (slots, *kept, width)),
     }
@@ -128,6 +143,14 @@ def places_for(engine: Engine, requests: int) -> tuple[int, int]:
     return min(requests, -(-rows // engine.group) * (1 if engine.group == 1 else 2)), rows
 
 
+def sizes_for(engine: Engine, prompts: int, width: int, rows: int, stops: int = 0, named: int = 0) -> Sizes:
+    """Of so many places; the lists of ids hold the engine's own and are so wide at least."""
+    own = engine.params
+    return Sizes(
+        prompts, width, rows, own.max_new_tokens, max(stops, len(own.stop_ids)), max(named, len(own.named_ids))
+    )
+
+
 def prompts_at_a_time(width: int, places: int, wanted: int) -> int:
     """A power of two, so that few sizes are compiled."""
     limit = 1 << max(PREFILL_TOKENS // width, 1).bit_length() - 1
@@ -137,4 +160,4 @@ def prompts_at_a_time(width: int, places: int, wanted: int) -> int:
 def _pinned(slots: Slots[Any]) -> Slots[Any]:
     """The arrays of rows and seats, [W, …], each part on its device; the cache's are the network's to place."""
     own = {name: value for name, value in vars(slots).items() if name not in ("cache", "steps")}
-    return replace(slots, **{name: constrain(value, BATCH_AXES) for name, value in own.items()})
+    return replace(slots, **jax.tree.map(lambda x: constrain(x, BATCH_AXES), own))

@@ -19,8 +19,8 @@ from patarm_jax.judge.forms import POINTWISE, Form
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import kernel_for
 from patarm_jax.model.transformer import Params
+from patarm_jax.rollout.draw import SamplingParams
 from patarm_jax.rollout.engine import Engine, make_engine, network_of
-from patarm_jax.rollout.sampler import Settings
 from patarm_jax.rollout.schedule import Finished, Group, Request, completed_groups, stacked
 from patarm_jax.types import Judgement
 
@@ -52,12 +52,13 @@ def make_judge(
     form: Form = POINTWISE,
     vote_stride: int = 0,
 ) -> Judge:
-    """A judge for a network of this shape that gives `group` judgements; see `Settings` for vote_stride."""
-    settings = Settings(
-        tokenizer.stop_ids, sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, vote_stride
+    """A judge for a network of this shape that gives `group` judgements; for vote_stride see `completion_id`."""
+    params = SamplingParams(
+        tokenizer.stop_ids, sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p
     )
     network = network_of(arch, section.dtype, kernel_for(section, arch, mesh, "causal"))
-    return Judge(tokenizer, make_engine(network, mesh, group, settings, sampling.rows), form)
+    engine = make_engine(network, mesh, group, params, sampling.rows, vote_stride=vote_stride)
+    return Judge(tokenizer, engine, form)
 
 
 def requests_of(records: Sequence[EncodedPair]) -> list[Request]:

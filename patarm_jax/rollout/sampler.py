@@ -1,39 +1,25 @@
 """Draws completions on a fixed number of rows, which finished completions leave and waiting ones take.
 
 Pure functions over arrays: knows tokens and logits, no text, no network and no schedule. Prompts lie in places, each
-shared by the G rows that may sit with it; rows are written token by token in one compiled loop; between two runs of the
-loop the caller moves prompts and rows in and out. Randomness belongs to the row: the key of a token is
-`fold_in(fold_in(key, id), position)`, where the id is that of its completion, so neither the rows beside it nor the
-devices it runs on change it.
+shared by the G rows that may sit with it, which are drawn as the prompt's request says; rows are written token by token
+in one compiled loop; between two runs of the loop the caller moves prompts and rows in and out. Randomness belongs to
+the row: the key of a token is `fold_in(fold_in(key, id), position)`, where the id is that of its completion, so neither
+the rows beside it nor the devices it runs on change it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from patarm_jax.arrays import Prompts, Seats
+from patarm_jax.rollout.draw import Choices, draw, needs_of
 
 Cache = TypeVar("Cache")
 Params = Any
-
-# Weights whose sum is looked at before they are looked at one by one.
-PICK_BLOCK = 128
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How tokens are chosen; static under jit."""
-
-    stop_ids: tuple[int, ...]
-    max_new_tokens: int
-    temperature: float = 1.0  # 0: the likeliest token
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    # The ids of a prompt's G completions: 0, sample_id·G + g; else sample_id + g·vote_stride, the same for any G.
-    vote_stride: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +42,8 @@ class Slots(Generic[Cache]):
     steps: jax.Array  # [] int32, tokens that every row could have drawn since the beginning
     first_token: jax.Array  # [W, r·G] int32, drawn for every seat when its prompt came in
     first_logprob: jax.Array  # [W, r·G] float32
+    first_named: jax.Array  # [W, r·G, N] float32
+    choices: Choices  # [W, r], how the rows that sit with a prompt are drawn
     seat: jax.Array  # [W, b] int32, prompt·G + rollout
     ids: jax.Array  # [W, b] int32, `completion_id`, which keys are folded from
     token: jax.Array  # [W, b] int32, drawn last
@@ -64,6 +52,7 @@ class Slots(Generic[Cache]):
     stopped: jax.Array  # [W, b] bool, ended by a stop token
     tokens: jax.Array  # [W, b, Tc] int32, 0 past the end
     logprobs: jax.Array  # [W, b, Tc] float32, 0 past the end
+    named: jax.Array  # [W, b, Tc, N] float32, the log-probs of the tokens that the request names; 0 past the end
 
 
 @jax.tree_util.register_dataclass
@@ -76,35 +65,58 @@ class Admission:
     ids: jax.Array  # [W, b] int32
 
 
-def empty_slots(
-    network: Network[Cache], shards: int, prompts: int, prompt_width: int, rows: int, group: int, settings: Settings
-) -> Slots[Cache]:
-    """Places for so many prompts and rows per device, all free."""
+@dataclass(frozen=True)
+class Sizes:
+    """Of the places of a run."""
+
+    prompts: int  # r, on each device
+    prompt_width: int  # Tp
+    rows: int  # b, on each device
+    width: int  # Tc, the largest limit
+    stops: int  # S, the longest list of stop ids
+    named: int  # N, the longest list of named tokens
+
+
+def empty_slots(network: Network[Cache], shards: int, group: int, sizes: Sizes) -> Slots[Cache]:
+    """Places of these sizes on so many devices, all free."""
+    prompts, rows = sizes.prompts, sizes.rows
     # The last token drawn is never read, but one place less would not be the round number that hardware reads fast.
-    width = settings.max_new_tokens
-    cache = network.init(shards * prompts, prompt_width, shards * rows, width)
-    zero = jnp.zeros((shards, rows), jnp.int32)
+    cache = network.init(shards * prompts, sizes.prompt_width, shards * rows, sizes.width)
+    zero, unset = jnp.zeros((shards, rows), jnp.int32), jnp.zeros((shards, prompts), jnp.int32)
+    seats = shards, prompts * group
     return Slots(
         cache,
         steps=jnp.int32(0),
-        first_token=jnp.zeros((shards, prompts * group), jnp.int32),
-        first_logprob=jnp.zeros((shards, prompts * group), jnp.float32),
+        first_token=jnp.zeros(seats, jnp.int32),
+        first_logprob=jnp.zeros(seats, jnp.float32),
+        first_named=jnp.zeros((*seats, sizes.named), jnp.float32),
+        choices=Choices(
+            scale=1.0 + unset,
+            greedy=unset > 0,
+            top_k=unset,
+            top_p=1.0 + unset,
+            limit=unset,
+            stop_ids=jnp.zeros((*unset.shape, sizes.stops), jnp.int32),
+            named_ids=jnp.zeros((*unset.shape, sizes.named), jnp.int32),
+        ),
         seat=zero,
         ids=zero,
         token=zero,
         drawn=zero,
         done=zero == 0,
         stopped=zero > 0,
-        tokens=jnp.zeros((shards, rows, width), jnp.int32),
-        logprobs=jnp.zeros((shards, rows, width), jnp.float32),
+        tokens=jnp.zeros((shards, rows, sizes.width), jnp.int32),
+        logprobs=jnp.zeros((shards, rows, sizes.width), jnp.float32),
+        named=jnp.zeros((shards, rows, sizes.width, sizes.named), jnp.float32),
     )
 
 
-def completion_id(sample_id: Any, rollout: Any, group: int, settings: Settings) -> Any:
-    """What the keys of a completion are folded from, of ints or arrays; see `Settings.vote_stride`."""
-    if settings.vote_stride:
-        return sample_id + rollout * settings.vote_stride
-    return sample_id * group + rollout
+def completion_id(sample_id: Any, rollout: Any, group: int, vote_stride: int) -> Any:
+    """What the keys of a prompt's G completions are folded from, of ints or arrays.
+
+    sample_id·G + g; with a vote_stride, sample_id + g·vote_stride, which is the same for any G.
+    """
+    return sample_id + rollout * vote_stride if vote_stride else sample_id * group + rollout
 
 
 def bring_in(
@@ -112,10 +124,11 @@ def bring_in(
     params: Params,
     slots: Slots[Cache],
     prompts: Prompts,
+    choices: Choices,
     place: jax.Array,
     key: jax.Array,
     group: int,
-    settings: Settings,
+    vote_stride: int,
 ) -> Slots[Cache]:
     """Reads prompts, once for their whole group, and draws the first token of each of their G completions.
 
@@ -124,25 +137,30 @@ def bring_in(
         params: its weights.
         slots: whose places are filled.
         prompts: n per device.
+        choices: [W·n], how their completions are drawn.
         place: [W, n] where each is to lie; r for a filler that is to lie nowhere.
         key: of this run.
         group: G.
-        settings: see `Settings`.
+        vote_stride: see `completion_id`.
     """
     logits, fresh = network.prefill(params, prompts.tokens, prompts.lengths)
-    ids = completion_id(prompts.sample_ids[:, None], jnp.arange(group), group, settings)
+    ids = completion_id(prompts.sample_ids[:, None], jnp.arange(group), group, vote_stride)
     logits = jnp.broadcast_to(logits[:, None], (*ids.shape, logits.shape[-1]))
-    token, logprob = draw(logits, _keys(key, ids, jnp.zeros_like(ids)), settings)
+    of_group = jax.tree.map(lambda x: x[:, None], choices)
+    token, logprob, named = draw(logits, _keys(key, ids, jnp.zeros_like(ids)), of_group, needs_of(choices))
 
-    def put(into: jax.Array, seat: jax.Array, new: jax.Array) -> jax.Array:
-        return into.at[seat].set(new, mode="drop")
+    def put(into: jax.Array, where: jax.Array, new: jax.Array) -> jax.Array:
+        new = new.reshape(*where.shape, *into.shape[2:])
+        return jax.vmap(lambda into, where, new: into.at[where].set(new, mode="drop"))(into, where, new)
 
     seats = (place[..., None] * group + jnp.arange(group)).reshape(place.shape[0], -1)
     return replace(
         slots,
         cache=network.place(slots.cache, fresh, place),
-        first_token=jax.vmap(put)(slots.first_token, seats, token.reshape(seats.shape)),
-        first_logprob=jax.vmap(put)(slots.first_logprob, seats, logprob.reshape(seats.shape)),
+        first_token=put(slots.first_token, seats, token),
+        first_logprob=put(slots.first_logprob, seats, logprob),
+        first_named=put(slots.first_named, seats, named),
+        choices=jax.tree.map(lambda into, new: put(into, place, new), slots.choices, choices),
     )
 
 
@@ -153,14 +171,11 @@ def advance(
     admission: Admission,
     key: jax.Array,
     enough: jax.Array,
-    settings: Settings,
+    group: int,
 ) -> Slots[Cache]:
-    """Lets rows begin, then draws until `enough` rows of all devices are done, or all.
-
-    Log-probs are of the softmax at `temperature` (at 1 when it is 0) before top-k and top-p, which is what training
-    compares them with.
-    """
-    slots = _admit(slots, admission, settings)
+    """Lets rows begin, then draws until `enough` rows of all devices are done, or all."""
+    slots, choices = _admit(slots, admission, group)
+    needs = needs_of(choices)  # here, not in the loop, where devices would tell each other at every step
     shards, rows = slots.seat.shape
     seats = slots.first_token.shape[1]
     # Who is done has left its seat, and another may sit there.
@@ -171,8 +186,8 @@ def advance(
     def step(slots: Slots[Cache]) -> Slots[Cache]:
         where = Seats(slots.seat, row, jnp.maximum(slots.drawn - 1, 0))
         logits, cache = network.decode(params, slots.token.reshape(-1), slots.cache, where)
-        token, logprob = draw(logits.reshape(shards, rows, -1), _keys(key, slots.ids, slots.drawn), settings)
-        return _record(replace(slots, cache=cache, steps=slots.steps + 1), ~slots.done, token, logprob, settings)
+        drawn = draw(logits.reshape(shards, rows, -1), _keys(key, slots.ids, slots.drawn), choices, needs)
+        return _record(replace(slots, cache=cache, steps=slots.steps + 1), ~slots.done, choices, *drawn)
 
     end = jnp.minimum(enough, slots.done.size)
     return jax.lax.while_loop(lambda slots: slots.done.sum() < end, step, slots)
@@ -199,16 +214,15 @@ def resize(
         group: G.
     """
     free = rows >= slots.seat.shape[1]
-
-    def take(x: jax.Array) -> jax.Array:
-        return jax.vmap(lambda x, index: jnp.take(x, index, axis=0, mode="clip"))(x, rows)
-
+    take = partial(_taken, index=rows)
     seats = (prompts[..., None] * group + jnp.arange(group)).reshape(prompts.shape[0], -1)
     return Slots(
         network.resize(slots.cache, rows, prompts, width),
         steps=slots.steps,
-        first_token=jnp.take_along_axis(slots.first_token, seats, axis=1),
-        first_logprob=jnp.take_along_axis(slots.first_logprob, seats, axis=1),
+        first_token=_taken(slots.first_token, seats),
+        first_logprob=_taken(slots.first_logprob, seats),
+        first_named=_taken(slots.first_named, seats),
+        choices=jax.tree.map(lambda x: _taken(x, prompts), slots.choices),
         seat=seat,
         ids=take(slots.ids),
         token=take(slots.token),
@@ -217,14 +231,24 @@ def resize(
         stopped=take(slots.stopped),
         tokens=take(slots.tokens),
         logprobs=take(slots.logprobs),
+        named=take(slots.named),
     )
 
 
-def _admit(slots: Slots[Cache], admission: Admission, settings: Settings) -> Slots[Cache]:
-    """Forgets what the rows that begin wrote before, and gives them the first token of their seat."""
+def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
+    """[W, n, …] at [W, m], of each device its own; past the end, the last."""
+    return jax.vmap(lambda x, index: jnp.take(x, index, axis=0, mode="clip"))(x, index)
+
+
+def _admit(slots: Slots[Cache], admission: Admission, group: int) -> tuple[Slots[Cache], Choices]:
+    """Forgets what the rows that begin wrote before, and gives them the first token of their seat.
+
+    Also how each row is drawn: like its prompt.
+    """
     begins = admission.begins
     seat, ids = (jnp.where(begins, new, old) for new, old in ((admission.seat, slots.seat), (admission.ids, slots.ids)))
-    token, logprob = (jnp.take_along_axis(x, seat, axis=1) for x in (slots.first_token, slots.first_logprob))
+    drawn = (_taken(x, seat) for x in (slots.first_token, slots.first_logprob, slots.first_named))
+    choices = jax.tree.map(lambda x: _taken(x, seat // group), slots.choices)
     fresh = replace(
         slots,
         seat=seat,
@@ -234,25 +258,27 @@ def _admit(slots: Slots[Cache], admission: Admission, settings: Settings) -> Slo
         stopped=slots.stopped & ~begins,
         tokens=jnp.where(begins[..., None], 0, slots.tokens),
         logprobs=jnp.where(begins[..., None], 0.0, slots.logprobs),
+        named=jnp.where(begins[..., None, None], 0.0, slots.named),
     )
-    return _record(fresh, begins, token, logprob, settings)
+    return _record(fresh, begins, choices, *drawn), choices
 
 
 def _record(
-    slots: Slots[Cache], who: jax.Array, token: jax.Array, logprob: jax.Array, settings: Settings
+    slots: Slots[Cache], who: jax.Array, choices: Choices, token: jax.Array, logprob: jax.Array, named: jax.Array
 ) -> Slots[Cache]:
     """Writes down what was drawn for some rows [W, b]."""
-    here = who[..., None] & (jnp.arange(settings.max_new_tokens) == slots.drawn[..., None])
-    stopped = who & jnp.isin(token, jnp.array(settings.stop_ids, jnp.int32))
+    here = who[..., None] & (jnp.arange(slots.tokens.shape[-1]) == slots.drawn[..., None])
+    stopped = who & (token[..., None] == choices.stop_ids).any(axis=-1)
     drawn = slots.drawn + who
     return replace(
         slots,
         token=jnp.where(who, token, slots.token),
         drawn=drawn,
-        done=slots.done | stopped | (who & (drawn >= settings.max_new_tokens)),
+        done=slots.done | stopped | (who & (drawn >= choices.limit)),
         stopped=slots.stopped | stopped,
         tokens=jnp.where(here, token[..., None], slots.tokens),
         logprobs=jnp.where(here, logprob[..., None], slots.logprobs),
+        named=jnp.where(here[..., None], named[..., None, :], slots.named),
     )
 
 
@@ -260,75 +286,3 @@ def _keys(key: jax.Array, ids: jax.Array, position: jax.Array) -> jax.Array:
     """fold_in(fold_in(key, id), position) for every row."""
     rows = jax.vmap(lambda id, position: jax.random.fold_in(jax.random.fold_in(key, id), position))
     return rows(ids.reshape(-1), position.reshape(-1)).reshape(ids.shape)
-
-
-def draw(logits: jax.Array, keys: jax.Array, settings: Settings) -> tuple[jax.Array, jax.Array]:
-    """One token per row and its log-prob.
-
-    A token is where a uniform number falls on the line of all probabilities laid end to end: one number per row, where
-    adding noise to every logit would cost one per token of the vocabulary.
-
-    Args:
-        logits: [..., V].
-        keys: [...] PRNG keys.
-        settings: temperature, top-k, top-p.
-
-    Returns:
-        token [...] int32 and its log-prob [...] float32 before top-k and top-p.
-    """
-    logits = logits.astype(jnp.float32)
-    if settings.temperature > 0:
-        logits = logits / settings.temperature
-    above = logits - logits.max(axis=-1, keepdims=True)
-    weights = jnp.exp(above)
-    if settings.temperature > 0:
-        kept = keep_top_p(keep_top_k(logits, settings.top_k), settings.top_p)
-        uniform = jax.vmap(jax.random.uniform)(keys.reshape(-1)).reshape(keys.shape)
-        token = pick(weights if kept is logits else jnp.where(kept > -jnp.inf, weights, 0.0), uniform)
-    else:
-        token = logits.argmax(axis=-1)
-    logprob = jnp.take_along_axis(above, token[..., None], axis=-1)[..., 0] - jnp.log(weights.sum(axis=-1))
-    return token.astype(jnp.int32), logprob
-
-
-def pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The first index whose cumulative weight exceeds `uniform` [...] in [0, 1) of the total: weights [..., V] ≥ 0.
-
-    Found in two steps, a block of weights and then an index in it, since a cumulative sum over V is slow.
-    """
-    blocks = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -weights.shape[-1] % PICK_BLOCK)])
-    blocks = blocks.reshape(*weights.shape[:-1], -1, PICK_BLOCK)
-    masses = blocks.sum(axis=-1)
-    cumulative = jnp.cumsum(masses, axis=-1)
-    goal = uniform[..., None] * cumulative[..., -1:]
-    block = _first_above(masses, cumulative, goal)
-    before = jnp.where(block > 0, jnp.take_along_axis(cumulative, jnp.maximum(block - 1, 0), axis=-1), 0.0)
-    inside = jnp.take_along_axis(blocks, block[..., None], axis=-2)[..., 0, :]
-    return (block * PICK_BLOCK + _first_above(inside, before + jnp.cumsum(inside, axis=-1), goal))[..., 0]
-
-
-def _first_above(masses: jax.Array, cumulative: jax.Array, goal: jax.Array) -> jax.Array:
-    """[..., n] → [..., 1]: the first index past the goal, or the last, of those with a mass, whatever is rounded."""
-    real = masses > 0
-    past = real & (cumulative > goal)
-    last = masses.shape[-1] - 1 - jnp.flip(real, axis=-1).argmax(axis=-1, keepdims=True)
-    return jnp.where(past.any(axis=-1, keepdims=True), past.argmax(axis=-1, keepdims=True), last)
-
-
-def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
-    """−∞ for all but the k largest logits [..., V]; tokens equal to the k-th stay. k = 0 keeps all."""
-    if k == 0 or k >= logits.shape[-1]:
-        return logits
-    least = jax.lax.top_k(logits, k)[0][..., -1:]
-    return jnp.where(logits >= least, logits, -jnp.inf)
-
-
-def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """−∞ for all but the smallest set of likeliest tokens [..., V] whose probabilities reach p; p = 1 keeps all."""
-    if p >= 1.0:
-        return logits
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the likeliest token always stays: 0 < p
-    least = jnp.where(before < p, ordered, jnp.inf).min(axis=-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)

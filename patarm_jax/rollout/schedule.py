@@ -24,7 +24,8 @@ from patarm_jax.model.sharding import (
 )
 from patarm_jax.padding import bucket
 from patarm_jax.rollout import sampler
-from patarm_jax.rollout.engine import Arrays, Engine, places_for, prompts_at_a_time
+from patarm_jax.rollout.draw import SamplingParams, choices_of
+from patarm_jax.rollout.engine import Arrays, Engine, places_for, prompts_at_a_time, sizes_for
 from patarm_jax.rollout.sampler import Admission
 
 # The share of the rows, one in so many, that must have ended before waiting ones take their places.
@@ -37,6 +38,7 @@ class Request:
 
     tokens: Sequence[int] | np.ndarray
     sample_id: int  # sampling keys are folded from it, so it must not depend on the batch
+    params: SamplingParams | None = None  # how its completions are drawn; None: as the engine draws
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Group:
     lengths: np.ndarray  # [G] int32, the end token included
     logprobs: np.ndarray  # [G, Tc] float32
     truncated: np.ndarray  # [G] bool
+    named: np.ndarray  # [G, Tc, n] float32, the log-probs of the n tokens that the request names
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Finished:
     lengths: np.ndarray  # [n, G] int32, the end token included
     logprobs: np.ndarray  # [n, G, Tc] float32
     truncated: np.ndarray  # [n, G] bool
+    # Of each request [G, Tc, its number of named tokens] float32, the log-probs of those at every step; 0 past the end.
+    named: tuple[np.ndarray, ...] = ()
     row_steps: int = 0  # rows × steps computed, over all devices, where it is known: to compare with the lengths' sum
 
 
@@ -100,7 +105,7 @@ def stacked(groups: Sequence[Group]) -> Finished:
     tokens, lengths, logprobs, truncated = (
         np.stack([getattr(group, name) for group in groups]) for name in ("tokens", "lengths", "logprobs", "truncated")
     )
-    return Finished(tokens, lengths, logprobs, truncated)
+    return Finished(tokens, lengths, logprobs, truncated, tuple(group.named for group in groups))
 
 
 def completed_groups(engine: Engine, params: Any, requests: Sequence[Request], key: jax.Array) -> Iterator[Group]:
@@ -125,6 +130,9 @@ class _Schedule:
         process, processes = process_in(engine.mesh)
         self.first = len(requests) * process  # a request's number, over all processes
         self.lengths = _everyones([len(request.tokens) for request in requests], processes)
+        self.params_of = [_allowed(request.params or engine.params, engine.params) for request in requests]
+        longest = [max(len(ids(one)) for one in self.params_of) for ids in _LISTS]
+        stops, named = _everyones(longest, processes).reshape(-1, len(_LISTS)).max(axis=0).tolist()
         each = self.shards // processes
         self.mine = range(process * each, (process + 1) * each)
         shares = [self._share(shard, each) for shard in range(self.shards)]
@@ -132,7 +140,8 @@ class _Schedule:
         self.devices = [_Device(deque(share), [None] * prompts, [None] * rows) for share in shares]
         self.width = bucket(int(self.lengths.max()))
         self.least = rows / 2**engine.halvings
-        self.slots = engine.start(prompts, self.width, rows)
+        self.sizes = sizes_for(engine, prompts, self.width, rows, stops, named)
+        self.slots = engine.start(self.sizes)
         self.row_steps = self.steps = 0
         self.writing: dict[int, Group] = {}  # this process's requests whose prompts are in
         self.ended: list[Group] = []  # in this turn
@@ -173,6 +182,7 @@ class _Schedule:
         tokens = np.zeros((len(self.mine), number, width), np.int32)
         lengths, ids = np.ones(tokens.shape[:2], np.int32), np.zeros(tokens.shape[:2], np.int32)
         place = np.full(tokens.shape[:2], len(self.devices[0].prompts), np.int32)
+        params = [self.engine.params] * lengths.size
         for shard, device in enumerate(self.devices):
             for n, free in zip(range(number), device.free_places(), strict=False):
                 if not device.waiting:
@@ -186,11 +196,11 @@ class _Schedule:
                     given, index = self.requests[request - self.first], shard - self.mine.start
                     tokens[index, n, : len(given.tokens)] = given.tokens
                     lengths[index, n], ids[index, n], place[index, n] = len(given.tokens), given.sample_id, free
+                    params[index * number + n] = self.params_of[request - self.first]
         flat = tuple(x.reshape(-1, *x.shape[2:]) for x in (tokens, lengths, ids))
-        prompts = place_batch(self.engine.mesh, Prompts(*cast(Arrays, flat)))
-        self.slots = self.engine.bring_in(
-            self.params, self.slots, prompts, place_batch(self.engine.mesh, place), self.key
-        )
+        choices = choices_of(params, self.sizes.stops, self.sizes.named)
+        read = place_batch(self.engine.mesh, (Prompts(*cast(Arrays, flat)), choices, place))
+        self.slots = self.engine.bring_in(self.params, self.slots, *read, self.key)
 
     # --------------------------------------------------------------------------------------------------------- rows
 
@@ -209,7 +219,7 @@ class _Schedule:
                     begins[index, row] = True
                     seat[index, row] = device.prompts.index(request) * engine.group + rollout
                     sample_id = self.requests[request - self.first].sample_id
-                    ids[index, row] = sampler.completion_id(sample_id, rollout, engine.group, engine.settings)
+                    ids[index, row] = sampler.completion_id(sample_id, rollout, engine.group, engine.vote_stride)
         admission = place_batch(engine.mesh, Admission(*cast(Arrays, (begins, seat, ids))))
         self.slots = engine.advance(self.params, self.slots, admission, self.key, np.int32(self._enough(size)))
         done, drawn, steps = fetch((self.slots.done, self.slots.drawn, self.slots.steps))
@@ -227,8 +237,8 @@ class _Schedule:
         return everything if size // 2 < self.least or size == 1 else max(half, idle + 1)
 
     def _take(self, done: np.ndarray, drawn: np.ndarray) -> None:
-        tokens, logprobs, stopped = (
-            local_part(x) for x in (self.slots.tokens, self.slots.logprobs, self.slots.stopped)
+        tokens, logprobs, named, stopped = (
+            local_part(x) for x in (self.slots.tokens, self.slots.logprobs, self.slots.named, self.slots.stopped)
         )
         for shard, device in enumerate(self.devices):
             for row, work in enumerate(device.rows):
@@ -241,6 +251,7 @@ class _Schedule:
                     index, group = shard - self.mine.start, self.writing[request]
                     group.tokens[rollout] = tokens[index, row]
                     group.logprobs[rollout] = logprobs[index, row]
+                    group.named[rollout] = named[index, row, :, : group.named.shape[-1]]
                     group.lengths[rollout] = drawn[shard, row]
                     group.truncated[rollout] = not stopped[index, row]
                 if not device.left[request]:
@@ -250,13 +261,14 @@ class _Schedule:
                         self.ended.append(self.writing.pop(request))
 
     def _unwritten(self, index: int) -> Group:
-        size, most = self.engine.group, self.engine.settings.max_new_tokens
+        size, most, named = self.engine.group, self.sizes.width, len(self.params_of[index].named_ids)
         return Group(
             index,
             tokens=np.zeros((size, most), np.int32),
             lengths=np.zeros(size, np.int32),
             logprobs=np.zeros((size, most), np.float32),
             truncated=np.zeros(size, bool),
+            named=np.zeros((size, most, named), np.float32),
         )
 
     # ------------------------------------------------------------------------------------------------------- places
@@ -294,6 +306,19 @@ class _Schedule:
         mine = slice(self.mine.start, self.mine.stop)
         arrays = place_batch(self.engine.mesh, (rows[mine], places[mine], seat[mine]))
         self.slots, self.width = self.engine.resize(self.slots, *arrays, width), width
+
+
+# The lists of tokens whose longest decides about the width of arrays.
+_LISTS = (lambda params: params.stop_ids, lambda params: params.named_ids)
+
+
+def _allowed(params: SamplingParams, engine: SamplingParams) -> SamplingParams:
+    """Raises ValueError for a limit that rows have no room for."""
+    if params.max_new_tokens > engine.max_new_tokens:
+        raise ValueError(
+            f"a request may have {params.max_new_tokens} new tokens, and a row holds {engine.max_new_tokens}"
+        )
+    return params
 
 
 def _everyones(numbers: list[int], processes: int) -> np.ndarray:

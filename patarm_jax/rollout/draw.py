@@ -1,0 +1,165 @@
+"""One token per row out of logits: how each row wants it drawn, and the draw.
+
+Pure functions over arrays. What a row wants is data, not part of the compiled program: rows of one program may differ
+in temperature, top-k, top-p, stop ids and limit, and may name tokens whose log-probs they want at every step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from patarm_jax.arrays import Array
+
+# Weights whose sum is looked at before they are looked at one by one.
+PICK_BLOCK = 128
+# Tokens that a request may name.
+MOST_NAMED = 32
+# Fills lists of token ids up to their width; no token has it.
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the completions of a request are drawn."""
+
+    stop_ids: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float = 1.0  # 0: the likeliest token
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    named_ids: tuple[int, ...] = ()  # tokens whose log-probs are returned at every step
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no row can do."""
+        if len(self.named_ids) > MOST_NAMED:
+            raise ValueError(f"{len(self.named_ids)} tokens are named; allowed is {MOST_NAMED} at most")
+        if self.max_new_tokens < 1 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"{self}: allowed are max_new_tokens ≥ 1, temperature ≥ 0, top_k ≥ 0 and 0 < top_p ≤ 1")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Choices:
+    """`SamplingParams` of many rows or prompts, as arrays of one shape […]."""
+
+    scale: Array  # […] float32, 1 / temperature, by which logits are multiplied; 1 where temperature is 0
+    greedy: Array  # […] bool, temperature 0
+    top_k: Array  # […] int32, 0: all
+    top_p: Array  # […] float32
+    limit: Array  # […] int32, max_new_tokens
+    stop_ids: Array  # […, S] int32, filled up with NO_TOKEN
+    named_ids: Array  # […, N] int32, filled up with NO_TOKEN
+
+
+def choices_of(params: Sequence[SamplingParams], stops: int, named: int) -> Choices:
+    """Arrays [n] of the params of n prompts; `stops` and `named` are the widths of the lists of ids."""
+
+    def ids(lists: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
+        filled = np.full((len(lists), width), NO_TOKEN, np.int32)
+        for row, given in zip(filled, lists, strict=True):
+            row[: len(given)] = given
+        return filled
+
+    def of(kind: type, values: Sequence[float]) -> np.ndarray:
+        return np.asarray(values, kind).reshape(len(params))
+
+    # Computed as the compiler would for a temperature that it knows: 1 / T in float32, then a multiplication.
+    temperature = of(np.float32, [one.temperature or 1.0 for one in params])
+    return Choices(
+        scale=np.float32(1) / temperature,
+        greedy=of(np.bool_, [one.temperature == 0 for one in params]),
+        top_k=of(np.int32, [one.top_k for one in params]),
+        top_p=of(np.float32, [one.top_p for one in params]),
+        limit=of(np.int32, [one.max_new_tokens for one in params]),
+        stop_ids=ids([one.stop_ids for one in params], stops),
+        named_ids=ids([one.named_ids for one in params], named),
+    )
+
+
+class Needs(NamedTuple):
+    """What any row at all wants; scalars."""
+
+    cut: jax.Array  # [] bool, top-k or top-p
+    greedy: jax.Array  # [] bool
+
+
+def needs_of(choices: Choices) -> Needs:
+    """What is not needed by any row is not computed."""
+    return Needs(jnp.any((choices.top_k > 0) | (choices.top_p < 1)), jnp.any(choices.greedy))
+
+
+def draw(logits: jax.Array, keys: jax.Array, choices: Choices, needs: Needs) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One token per row, its log-prob, and those of the tokens that the row names.
+
+    A token is where a uniform number falls on the line of all probabilities laid end to end: one number per row, where
+    adding noise to every logit would cost one per token of the vocabulary. Sorting, and the search for the likeliest
+    token, are left out when no row wants them.
+
+    Args:
+        logits: [..., V].
+        keys: [...] PRNG keys.
+        choices: [...], or of a shape that spreads to it.
+        needs: from `needs_of`.
+
+    Returns:
+        token [...] int32, its log-prob [...] and those of the named tokens [..., N], float32: of the softmax at the
+        row's temperature (at 1 when it is 0), before top-k and top-p, which is what training compares them with.
+    """
+    scaled = logits.astype(jnp.float32) * choices.scale[..., None]
+    above = scaled - scaled.max(axis=-1, keepdims=True)
+    weights = jnp.exp(above)
+    uniform = jax.vmap(jax.random.uniform)(keys.reshape(-1)).reshape(keys.shape)
+    token = jax.lax.cond(
+        needs.cut,
+        lambda: pick(jnp.where(kept(scaled, choices.top_k, choices.top_p), weights, 0.0), uniform),
+        lambda: pick(weights, uniform),
+    )
+    token = jax.lax.cond(needs.greedy, lambda: jnp.where(choices.greedy, scaled.argmax(axis=-1), token), lambda: token)
+    total = jnp.log(weights.sum(axis=-1, keepdims=True))
+    named = jnp.broadcast_to(jnp.maximum(choices.named_ids, 0), (*token.shape, choices.named_ids.shape[-1]))
+    of_token, of_named = (jnp.take_along_axis(above, ids, axis=-1) - total for ids in (token[..., None], named))
+    return token.astype(jnp.int32), of_token[..., 0], of_named
+
+
+def pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The first index whose cumulative weight exceeds `uniform` [...] in [0, 1) of the total: weights [..., V] ≥ 0.
+
+    Found in two steps, a block of weights and then an index in it, since a cumulative sum over V is slow.
+    """
+    blocks = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -weights.shape[-1] % PICK_BLOCK)])
+    blocks = blocks.reshape(*weights.shape[:-1], -1, PICK_BLOCK)
+    masses = blocks.sum(axis=-1)
+    cumulative = jnp.cumsum(masses, axis=-1)
+    goal = uniform[..., None] * cumulative[..., -1:]
+    block = _first_above(masses, cumulative, goal)
+    before = jnp.where(block > 0, jnp.take_along_axis(cumulative, jnp.maximum(block - 1, 0), axis=-1), 0.0)
+    inside = jnp.take_along_axis(blocks, block[..., None], axis=-2)[..., 0, :]
+    return (block * PICK_BLOCK + _first_above(inside, before + jnp.cumsum(inside, axis=-1), goal))[..., 0]
+
+
+def _first_above(masses: jax.Array, cumulative: jax.Array, goal: jax.Array) -> jax.Array:
+    """[..., n] → [..., 1]: the first index past the goal, or the last, of those with a mass, whatever is rounded."""
+    real = masses > 0
+    past = real & (cumulative > goal)
+    last = masses.shape[-1] - 1 - jnp.flip(real, axis=-1).argmax(axis=-1, keepdims=True)
+    return jnp.where(past.any(axis=-1, keepdims=True), past.argmax(axis=-1, keepdims=True), last)
+
+
+def kept(logits: jax.Array, top_k: Array, top_p: Array) -> jax.Array:
+    """Which logits [..., V] are among the k largest and in the smallest set of these whose probabilities reach p.
+
+    Tokens equal to the last that is kept stay too. top_k [...]: 0 keeps all; top_p [...]: 1 keeps all.
+    """
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    last = jnp.where(top_k > 0, jnp.minimum(top_k, logits.shape[-1]), logits.shape[-1]) - 1
+    least_of_k = jnp.take_along_axis(ordered, jnp.broadcast_to(last, logits.shape[:-1])[..., None], axis=-1)
+    ordered = jnp.where(ordered >= least_of_k, ordered, -jnp.inf)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the likeliest token always stays: 0 < p
+    is_reached = (before >= top_p[..., None]) & (top_p[..., None] < 1)
+    least_of_p = jnp.where(is_reached, jnp.inf, ordered).min(axis=-1, keepdims=True)
+    return (logits >= least_of_k) & (logits >= least_of_p)
