@@ -228,7 +228,8 @@ def test_a_process_that_failed_holds_a_folder_until_it_ends_and_leaves_nothing(t
     process, _ = started("hold_folder", tmp_path, meanwhile)
     assert (tmp_path / LOCK).exists()
     (tmp_path / "break off").touch()
-    assert process.wait() == 1
+    process.communicate()
+    assert process.returncode == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["break off", "weights"]
 
 

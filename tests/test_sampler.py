@@ -111,9 +111,9 @@ def assert_same(one, other):
 @pytest.mark.parametrize(
     ("section", "rules", "rows"),
     [
-        (MeshSection(data=2, fsdp=2, tensor=2), ROLLOUT_RULES, 0),
+        pytest.param(MeshSection(data=2, fsdp=2, tensor=2), ROLLOUT_RULES, 0, marks=pytest.mark.long),
         (MeshSection(data=2, fsdp=2, tensor=2), TRAIN_RULES, 8),
-        (MeshSection(data=1, fsdp=8, tensor=1), ROLLOUT_RULES, 8),
+        pytest.param(MeshSection(data=1, fsdp=8, tensor=1), ROLLOUT_RULES, 8, marks=pytest.mark.long),
         (MeshSection(data=1, fsdp=8, tensor=1), TRAIN_RULES, 0),
     ],
     ids=["2x2x2", "2x2x2, training's rules, refilled", "8, refilled", "8, training's rules"],
@@ -189,7 +189,9 @@ MANNERS = [
 
 
 @pytest.mark.parametrize(
-    ("section", "rows"), [(None, 0), (None, 3), (MeshSection(data=2, fsdp=2, tensor=2), 8)], ids=["", "3", "2x2x2"]
+    ("section", "rows"),
+    [pytest.param(None, 3, marks=pytest.mark.long), (MeshSection(data=2, fsdp=2, tensor=2), 8)],
+    ids=["refilled", "2x2x2, refilled"],
 )
 def test_each_request_is_drawn_in_its_own_manner(section, rows):
     """Beside others, refilled and on eight devices as in a sampler of its own."""
@@ -216,12 +218,12 @@ def test_log_probs_of_named_tokens_are_those_that_tokens_are_drawn_by():
     """Of all 96 tokens, 32 at a time: together they are a softmax, and what was drawn has the log-prob it was given."""
     requests, params = requests_for(np.random.default_rng(10), 3, 8), lively()
     manner = SamplingParams((5, 6, 7), 9, temperature=0.8, top_p=0.9)
-    plain = generate(params, requests, 2, manner)
     parts = [
         generate(params, requests, 2, replace(manner, named_ids=tuple(range(first, first + 32))))
         for first in (0, 32, 64)
     ]
-    for part in parts:
+    plain = parts[0]
+    for part in parts[1:]:
         assert_same(part, plain)
     every = np.concatenate([np.stack(part.named) for part in parts], axis=-1)
     written = np.arange(9) < plain.lengths[..., None]
