@@ -198,14 +198,14 @@ def test_each_request_is_drawn_in_its_own_manner(section, rows):
     params = lively()
     manners = [*MANNERS, None, *MANNERS[::-1], None]
     requests = [
-        replace(request, params=manner)
+        replace(request, sampling=manner)
         for request, manner in zip(requests_for(np.random.default_rng(9), 12, 10), manners, strict=True)
     ]
     mesh = ALONE if section is None else make_mesh(section)
     got = generate(params, requests, 2, MANNERS[0], mesh=mesh, rows=rows)
     for index, request in enumerate(requests):
-        manner = request.params or MANNERS[0]
-        alone = generate(params, [replace(request, params=None)], 2, manner)
+        manner = request.sampling or MANNERS[0]
+        alone = generate(params, [replace(request, sampling=None)], 2, manner)
         most = manner.max_new_tokens
         assert (got.lengths[index] == alone.lengths[0]).all() and (got.truncated[index] == alone.truncated[0]).all()
         np.testing.assert_array_equal(got.tokens[index][:, :most], alone.tokens[0])
@@ -218,12 +218,12 @@ def test_log_probs_of_named_tokens_are_those_that_tokens_are_drawn_by():
     """Of all 96 tokens, 32 at a time: together they are a softmax, and what was drawn has the log-prob it was given."""
     requests, params = requests_for(np.random.default_rng(10), 3, 8), lively()
     manner = SamplingParams((5, 6, 7), 9, temperature=0.8, top_p=0.9)
+    plain = generate(params, requests, 2, manner)
     parts = [
         generate(params, requests, 2, replace(manner, named_ids=tuple(range(first, first + 32))))
         for first in (0, 32, 64)
     ]
-    plain = parts[0]
-    for part in parts[1:]:
+    for part in parts:
         assert_same(part, plain)
     every = np.concatenate([np.stack(part.named) for part in parts], axis=-1)
     written = np.arange(9) < plain.lengths[..., None]
@@ -245,7 +245,7 @@ def test_other_manners_need_no_other_program():
     complete(sampler, {}, requests, KEY)
     first = len(traced)
     for manner in (MANNERS[1], MANNERS[2], SamplingParams((9,), 3, 0.5, 3, 0.5)):
-        got = complete(sampler, {}, [replace(one, params=replace(manner, stop_ids=(9,))) for one in requests], KEY)
+        got = complete(sampler, {}, [replace(one, sampling=replace(manner, stop_ids=(9,))) for one in requests], KEY)
         assert got.lengths.max() <= manner.max_new_tokens
     assert len(traced) == first > 0
 

@@ -33,7 +33,7 @@ class Engine:
 
     mesh: Mesh
     group: int  # G
-    params: SamplingParams  # how requests are drawn that do not say it; the limit is also the largest of all
+    sampling: SamplingParams  # how requests are drawn that do not say it; the limit is also the largest of all
     vote_stride: int  # see `sampler.completion_id`
     rows: int  # that are written at a time, over all devices; 0: as many as there are
     halvings: int  # how often rows may be halved when nothing waits any more; each time is another compiled program
@@ -47,7 +47,7 @@ def make_engine(
     network: Network[Any],
     mesh: Mesh,
     group: int,
-    params: SamplingParams,
+    sampling: SamplingParams,
     rows: int = 0,
     halvings: int = HALVINGS,
     vote_stride: int = 0,
@@ -72,7 +72,7 @@ def make_engine(
     return Engine(
         mesh,
         group,
-        params,
+        sampling,
         vote_stride,
         rows,
         halvings,
@@ -122,7 +122,7 @@ def abstract_programs(engine: Engine, params: Any, requests: int, width: int) ->
     size = shards * number
     read = Prompts(*cast(Arrays, tuple(new(shape, jnp.int32) for shape in ((size, width), (size,), (size,)))))
     choices = jax.tree.map(
-        lambda x: new(x.shape, x.dtype), choices_of([engine.params] * size, sizes.stops, sizes.named)
+        lambda x: new(x.shape, x.dtype), choices_of([engine.sampling] * size, sizes.stops, sizes.named)
     )
     begins = Admission(*cast(Arrays, tuple(new((shards, rows), kind) for kind in (jnp.bool, jnp.int32, jnp.int32))))
     enough = jax.ShapeDtypeStruct((), jnp.int32)
@@ -145,7 +145,7 @@ def places_for(engine: Engine, requests: int) -> tuple[int, int]:
 
 def sizes_for(engine: Engine, prompts: int, width: int, rows: int, stops: int = 0, named: int = 0) -> Sizes:
     """Of so many places; the lists of ids hold the engine's own and are so wide at least."""
-    own = engine.params
+    own = engine.sampling
     return Sizes(
         prompts, width, rows, own.max_new_tokens, max(stops, len(own.stop_ids)), max(named, len(own.named_ids))
     )

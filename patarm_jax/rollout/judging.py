@@ -53,11 +53,11 @@ def make_judge(
     vote_stride: int = 0,
 ) -> Judge:
     """A judge for a network of this shape that gives `group` judgements; for vote_stride see `completion_id`."""
-    params = SamplingParams(
+    drawn = SamplingParams(
         tokenizer.stop_ids, sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p
     )
     network = network_of(arch, section.dtype, kernel_for(section, arch, mesh, "causal"))
-    engine = make_engine(network, mesh, group, params, sampling.rows, vote_stride=vote_stride)
+    engine = make_engine(network, mesh, group, drawn, sampling.rows, vote_stride=vote_stride)
     return Judge(tokenizer, engine, form)
 
 

@@ -38,7 +38,7 @@ class Request:
 
     tokens: Sequence[int] | np.ndarray
     sample_id: int  # sampling keys are folded from it, so it must not depend on the batch
-    params: SamplingParams | None = None  # how its completions are drawn; None: as the engine draws
+    sampling: SamplingParams | None = None  # how its completions are drawn; None: as the engine draws
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,9 @@ class _Schedule:
         process, processes = process_in(engine.mesh)
         self.first = len(requests) * process  # a request's number, over all processes
         self.lengths = _everyones([len(request.tokens) for request in requests], processes)
-        self.params_of = [_allowed(request.params or engine.params, engine.params) for request in requests]
-        longest = [max(len(ids(one)) for one in self.params_of) for ids in _LISTS]
-        stops, named = _everyones(longest, processes).reshape(-1, len(_LISTS)).max(axis=0).tolist()
+        self.sampling = [_allowed(request.sampling or engine.sampling, engine.sampling) for request in requests]
+        longest = [max(len(one.stop_ids) for one in self.sampling), max(len(one.named_ids) for one in self.sampling)]
+        stops, named = _everyones(longest, processes).reshape(-1, 2).max(axis=0).tolist()
         each = self.shards // processes
         self.mine = range(process * each, (process + 1) * each)
         shares = [self._share(shard, each) for shard in range(self.shards)]
@@ -182,7 +182,7 @@ class _Schedule:
         tokens = np.zeros((len(self.mine), number, width), np.int32)
         lengths, ids = np.ones(tokens.shape[:2], np.int32), np.zeros(tokens.shape[:2], np.int32)
         place = np.full(tokens.shape[:2], len(self.devices[0].prompts), np.int32)
-        params = [self.engine.params] * lengths.size
+        sampling = [self.engine.sampling] * lengths.size
         for shard, device in enumerate(self.devices):
             for n, free in zip(range(number), device.free_places(), strict=False):
                 if not device.waiting:
@@ -196,9 +196,9 @@ class _Schedule:
                     given, index = self.requests[request - self.first], shard - self.mine.start
                     tokens[index, n, : len(given.tokens)] = given.tokens
                     lengths[index, n], ids[index, n], place[index, n] = len(given.tokens), given.sample_id, free
-                    params[index * number + n] = self.params_of[request - self.first]
+                    sampling[index * number + n] = self.sampling[request - self.first]
         flat = tuple(x.reshape(-1, *x.shape[2:]) for x in (tokens, lengths, ids))
-        choices = choices_of(params, self.sizes.stops, self.sizes.named)
+        choices = choices_of(sampling, self.sizes.stops, self.sizes.named)
         read = place_batch(self.engine.mesh, (Prompts(*cast(Arrays, flat)), choices, place))
         self.slots = self.engine.bring_in(self.params, self.slots, *read, self.key)
 
@@ -261,7 +261,7 @@ class _Schedule:
                         self.ended.append(self.writing.pop(request))
 
     def _unwritten(self, index: int) -> Group:
-        size, most, named = self.engine.group, self.sizes.width, len(self.params_of[index].named_ids)
+        size, most, named = self.engine.group, self.sizes.width, len(self.sampling[index].named_ids)
         return Group(
             index,
             tokens=np.zeros((size, most), np.int32),
@@ -308,17 +308,13 @@ class _Schedule:
         self.slots, self.width = self.engine.resize(self.slots, *arrays, width), width
 
 
-# The lists of tokens whose longest decides about the width of arrays.
-_LISTS = (lambda params: params.stop_ids, lambda params: params.named_ids)
-
-
-def _allowed(params: SamplingParams, engine: SamplingParams) -> SamplingParams:
-    """Raises ValueError for a limit that rows have no room for."""
-    if params.max_new_tokens > engine.max_new_tokens:
+def _allowed(asked: SamplingParams, engine: SamplingParams) -> SamplingParams:
+    """What is asked; ValueError for a limit that rows have no room for."""
+    if asked.max_new_tokens > engine.max_new_tokens:
         raise ValueError(
-            f"a request may have {params.max_new_tokens} new tokens, and a row holds {engine.max_new_tokens}"
+            f"a request may have {asked.max_new_tokens} new tokens, and a row holds {engine.max_new_tokens}"
         )
-    return params
+    return asked
 
 
 def _everyones(numbers: list[int], processes: int) -> np.ndarray:
