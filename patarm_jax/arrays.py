@@ -6,12 +6,21 @@ The axis letters are
 """
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 Array: TypeAlias = jax.Array | np.ndarray  # on devices, or numpy's on the host before it travels there
+Tree: TypeAlias = Any  # arrays in tuples, dicts and dataclasses within one another: what JAX calls a pytree
+Params: TypeAlias = Tree  # the weights of a network
+
+
+def abstract(shape: tuple[int, ...], dtype: DTypeLike, sharding: jax.sharding.Sharding) -> jax.Array:
+    """What stands for an array until there is one: programs are compiled for it. It has a shape and no values."""
+    stands_for: Tree = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return stands_for
 
 
 @jax.tree_util.register_dataclass
@@ -51,11 +60,11 @@ class SFTShape:
 class SFTBatch:
     """Prompts with their judgements, one sequence or several behind one another in a row, right-padded."""
 
-    tokens: jax.Array  # [B, T] int32
-    starts: jax.Array  # [B, T] int32, where in its row the sequence of a token begins
-    read: jax.Array  # [B, M] int32, the places of the tokens whose states predict a judgement's token
-    targets: jax.Array  # [B, M] int32, the tokens they predict: those of all judgements in the row, end tokens included
-    counts: jax.Array  # [B] int32, how many of the M are there
+    tokens: Array  # [B, T] int32
+    starts: Array  # [B, T] int32, where in its row the sequence of a token begins
+    read: Array  # [B, M] int32, the places of the tokens whose states predict a judgement's token
+    targets: Array  # [B, M] int32, the tokens they predict: those of all judgements in the row, end tokens included
+    counts: Array  # [B] int32, how many of the M are there
 
 
 @jax.tree_util.register_dataclass
@@ -63,10 +72,10 @@ class SFTBatch:
 class Rollouts:
     """R prompts with G rollouts each, and what an update needs to know of them. The first axis is never cut apart."""
 
-    prompt_tokens: jax.Array  # [R, Tp] int32
-    prompt_lengths: jax.Array  # [R] int32
-    completion_tokens: jax.Array  # [R, G, Tc] int32
-    completion_lengths: jax.Array  # [R, G] int32, the end token included
-    old_logprobs: jax.Array  # [R, G, Tc] float32, under the policy that sampled
-    ref_logprobs: jax.Array | None  # [R, G, Tc] float32, under the reference; None where nothing is measured from one
-    advantages: jax.Array  # [R, G] float32, or [R, G, Tc] where tokens have their own
+    prompt_tokens: Array  # [R, Tp] int32
+    prompt_lengths: Array  # [R] int32
+    completion_tokens: Array  # [R, G, Tc] int32
+    completion_lengths: Array  # [R, G] int32, the end token included
+    old_logprobs: Array  # [R, G, Tc] float32, under the policy that sampled
+    ref_logprobs: Array | None  # [R, G, Tc] float32, under the reference; None where nothing is measured from one
+    advantages: Array  # [R, G] float32, or [R, G, Tc] where tokens have their own

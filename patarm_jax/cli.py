@@ -32,7 +32,7 @@ _BENCHMARKS, _JUDGES = get_args(BenchmarkName), get_args(JudgeKind)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; 0 done, 1 failed, 2 wrong use."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that there is no torch
     _keep_compiled_programs()
     try:
         options, rest = _parser().parse_known_args(arguments)
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         end_all(error, "what reads its output has ended", 1)
         sys.stderr.close()
         return 1
-    except LearntNothing as error:  # of all processes alike
+    except LearntNothing as error:  # every process comes here alike
         say(f"patarm: {error}")
         end_together(error.exit_code)
         return error.exit_code
@@ -81,7 +81,7 @@ def _keep_compiled_programs() -> None:
 class _Once(argparse.Action):
     """Stores the value of an option, which may be given once: of two, one would be ignored."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, namespace: object, values: object, option_string: str | None = None) -> None:
         given = vars(namespace).setdefault("given", set())
         if option_string and self.dest in given:
             parser.error(f"{option_string} is given twice. Give it once")

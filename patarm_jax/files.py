@@ -151,7 +151,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     A device or a pipe is written straight away. OSError passes through.
     """
-    path = path.resolve()  # of a link, what it points to is replaced
+    path = path.resolve()  # where it is a link, what it points to is replaced
     if path.exists() and not path.is_file():
         yield path
         return
@@ -173,7 +173,7 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Writes a JSON file with two blanks of indent; it appears whole. OSError passes through."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 

@@ -15,7 +15,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from patarm_jax.files import LOCK, writing
 from patarm_jax.types import LearntNothing, UserError
@@ -23,7 +22,7 @@ from patarm_jax.types import LearntNothing, UserError
 # How long a lock of another machine is waited for. When a machine is gone, a shared file system takes its locks back
 # after a while: NFS after 90 s.
 PATIENCE = 100.0
-_UNKNOWN = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of a file system without locks
+_UNKNOWN = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # no locks there
 _open: set[int] = set()  # descriptors of the locks of this process
 
 
@@ -111,7 +110,7 @@ def _make(folder: Path) -> list[Path]:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Of folders that were made, those in which nothing was written."""
+    """Removes those of the folders that were made in which nothing was written."""
     with contextlib.suppress(OSError):
         for each in folders:
             each.rmdir()
@@ -193,7 +192,7 @@ def release(path: Path, handle: int) -> None:
     os.close(handle)
 
 
-def held(about: Path, who: dict[str, Any] | None = None) -> UserError:
+def held(about: Path, who: dict[str, object] | None = None) -> UserError:
     """What is said of a file or folder that another process is writing."""
     return UserError(
         f"{about} is being written by another process{_named(who or {})}. Wait until it has ended, stop it, or name "
@@ -227,14 +226,14 @@ def _sign(handle: int) -> None:
         os.pwrite(handle, text.encode(), 0)
 
 
-def _signature(path: Path) -> dict[str, Any]:
+def _signature(path: Path) -> dict[str, object]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
 
 
-def _named(who: dict[str, Any]) -> str:
+def _named(who: dict[str, object]) -> str:
     """Who has a lock, as far as its file says.
 
     >>> _named({"pid": 17, "host": "node3", "since": "2026-01-02 03:04:05 UTC"})

@@ -14,7 +14,7 @@ import yaml
 from patarm_jax.config.load import from_mapping, load
 from patarm_jax.config.recipes import GRPOConfig, SFTConfig
 from patarm_jax.config.sections import DataSection
-from patarm_jax.demo.settings import Sizes, demo_configs
+from patarm_jax.demo.settings import DemoSizes, demo_configs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,7 +53,7 @@ def test_the_demo_writes_what_it_should(demo):
     assert all((out / stage / "report.html").read_text().startswith("<!doctype html>") for stage in ("sft", "grpo"))
     assert (out / "grpo" / "export" / "model.safetensors").exists()
     assert "tie = wrong" in shown and shown.count("╭─ heldout-") == 5
-    assert len(list((out / "grpo" / "rollouts").iterdir())) == Sizes.short().grpo_steps
+    assert len(list((out / "grpo" / "rollouts").iterdir())) == DemoSizes.short().grpo_steps
 
 
 @pytest.mark.long
@@ -71,10 +71,10 @@ def test_the_readmes_commands_on_a_judge_work(demo):
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("patarm")]
     judge, export = (next(line for line in commands if f"patarm {verb}" in line) for verb in ("judge", "export"))
     patarm(folder, *shlex.split(judge, comments=True)[1:], "--sampling.max_new_tokens", "8")
-    assert len((folder / "scores.jsonl").read_text().splitlines()) == Sizes.short().heldout_pairs
-    steps = str(Sizes().grpo_steps)
+    assert len((folder / "scores.jsonl").read_text().splitlines()) == DemoSizes.short().heldout_pairs
+    steps = str(DemoSizes().grpo_steps)
     assert f"checkpoints/{steps}" in export
-    export = export.replace(steps, str(Sizes.short().grpo_steps))
+    export = export.replace(steps, str(DemoSizes.short().grpo_steps))
     patarm(folder, *shlex.split(export, comments=True)[1:])
     assert (folder / "judge" / "config.json").exists()
 
@@ -108,6 +108,6 @@ def test_the_readmes_python_runs(code, capsys):
 @pytest.mark.parametrize("recipe", ["sft", "grpo"])
 def test_the_tiny_configs_are_the_demos(recipe):
     """`configs/tiny_*` repeat the demo's two runs by hand; what they say is what it does."""
-    sft, grpo = demo_configs(Path("runs/demo"), 0, Sizes())
+    sft, grpo = demo_configs(Path("runs/demo"), 0, DemoSizes())
     expected = sft if recipe == "sft" else grpo
     assert load(type(expected), ROOT / "configs" / f"tiny_{recipe}.yaml") == expected

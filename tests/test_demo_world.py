@@ -10,7 +10,7 @@ import transformers
 from patarm_jax.config.sections import DataSection
 from patarm_jax.data.preferences import read_judged_preferences
 from patarm_jax.data.tokenizer import decode, encode_chat, encode_judgement, load_tokenizer
-from patarm_jax.demo.settings import Sizes, demo_configs
+from patarm_jax.demo.settings import DemoSizes, demo_configs
 from patarm_jax.demo.tokenizer import write_untrained_model
 from patarm_jax.demo.world import (
     CLOSING,
@@ -180,7 +180,7 @@ def test_the_untrained_model_is_read_like_any_other_and_stays(model_folder):
 
 
 def test_the_second_run_begins_where_the_first_ends(tmp_path):
-    sft, grpo = demo_configs(tmp_path, 5, Sizes())
+    sft, grpo = demo_configs(tmp_path, 5, DemoSizes())
     assert grpo.model.path == sft.run.folder
     assert sft.run.seed == grpo.run.seed == 5
     assert sft.data.path == grpo.data.path

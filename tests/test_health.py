@@ -1,12 +1,10 @@
 """What a run's metrics say about whether it learns, over a table of runs."""
 
-import doctest
 import itertools
 from dataclasses import replace
 
 import pytest
 
-from patarm_jax.run import health
 from patarm_jax.run.health import Health, Told, after, reason_to_stop, symptoms, verdict, warnings
 
 TOLD = Told("runs/x", 1e30, "bfloat16", max_new_tokens=64, heldout_new_tokens=32)
@@ -128,7 +126,3 @@ def test_the_first_skipped_update_stops_a_run_that_asks_for_it():
     reasons = [reason_to_stop(before, now, told) for before, now in itertools.pairwise(healths)]
     assert [bool(reason) for reason in reasons] == [False, True, False]
     assert reasons[1].startswith("run.on_nonfinite is stop, and 1 of 2 updates were skipped")
-
-
-def test_docstrings():
-    assert doctest.testmod(health).failed == 0

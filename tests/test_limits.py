@@ -1,6 +1,5 @@
 """What has no position in the network is left out and counted by every verb, before anything is computed."""
 
-import doctest
 import json
 from dataclasses import replace
 
@@ -11,7 +10,6 @@ from patarm_jax.cli import main
 from patarm_jax.config.load import load
 from patarm_jax.config.recipes import GRPOConfig
 from patarm_jax.config.sections import DataSection
-from patarm_jax.data import limits
 from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import encode_pairs
 from patarm_jax.data.preferences import read_preferences
@@ -171,7 +169,3 @@ def test_judging_without_room_is_refused(world, capsys, tmp_path):
     arguments = ["judge", world / "judge", "--input", world / "pairs.jsonl", "--output", tmp_path / "scores.jsonl"]
     assert main([str(each) for each in [*arguments, "--model.weights", "random"]]) == 2
     assert "so that no prompt fits before it. Lower the setting." in capsys.readouterr().err
-
-
-def test_docstrings():
-    assert doctest.testmod(limits).failed == 0

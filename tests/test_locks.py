@@ -1,6 +1,5 @@
 """One writer at a time: real processes, killed and forked, in the same folders and files."""
 
-import doctest
 import json
 import os
 import re
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from patarm_jax import locks
 from patarm_jax.cli import main
 from patarm_jax.files import LOCK, is_occupied
 from patarm_jax.locks import hold_folder, hold_output
@@ -241,7 +239,3 @@ def test_a_dry_run_takes_no_lock(world, tmp_path, capsys):
     finally:
         ended(process)
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
-
-
-def test_docstrings():
-    assert doctest.testmod(locks).failed == 0

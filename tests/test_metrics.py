@@ -1,6 +1,5 @@
 """What a run writes is exact, readable by others, and the same after a resume as without one."""
 
-import doctest
 import itertools
 import json
 import math
@@ -20,7 +19,7 @@ import pyarrow.parquet
 import pytest
 from tensorboardX.proto import event_pb2
 
-from patarm_jax.run import metrics, rollouts, timing
+from patarm_jax.run import metrics
 from patarm_jax.run.metrics import open_metrics
 from patarm_jax.run.progress import progress
 from patarm_jax.run.rollouts import SCHEMA, RolloutRow, show_judgements, write_rollouts
@@ -317,7 +316,3 @@ def test_shown_judgements(capsys, monkeypatch):
     assert "\x1b" not in shown and "\x07" not in shown
     assert "�[31mred� xxxxxxxxxx … xxxxxxxx 7" in shown
     assert max(map(len, shown.splitlines())) <= 100
-
-
-def test_docstrings():
-    assert not any(doctest.testmod(module).failed for module in (metrics, rollouts, timing))

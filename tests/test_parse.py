@@ -1,6 +1,5 @@
 """Judgements as they come: well formed, mutilated, and written to be misread."""
 
-import doctest
 import itertools
 
 import pytest
@@ -48,11 +47,6 @@ def described(name: str, text: str, judgement: Judgement) -> str:
     lines += [f"score:    {judgement.score}", f"choice:   {judgement.choice}", f"thinking: {judgement.thinking!r}"]
     lines += [f"rubrics:  {judgement.generated_rubrics!r}", f"eval:     {judgement.evaluation!r}"]
     return "\n".join(lines) + "\n\n"
-
-
-def test_examples_in_docstrings():
-    outcome = doctest.testmod(parse)
-    assert outcome.attempted > 0 and outcome.failed == 0
 
 
 def test_parsed_judgements(golden):

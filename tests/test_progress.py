@@ -1,9 +1,7 @@
 """How far a command has come is said with units, and so that it is plain which steps a number belongs to."""
 
-import doctest
 import io
 
-from patarm_jax.run import progress as progress_module
 from patarm_jax.run.progress import progress
 
 
@@ -71,7 +69,3 @@ def test_a_terminal_has_a_bar():
     bar, last = stream.getvalue().rstrip().split("\r")[-1].splitlines()
     assert "13/200" in bar and "loss 1.235  cut off 12 %" in bar and "step" in bar
     assert last.startswith("3 steps in 0 s: ")
-
-
-def test_docstrings():
-    assert doctest.testmod(progress_module).failed == 0

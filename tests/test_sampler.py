@@ -20,7 +20,7 @@ from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, TRAIN_RULES, batch_sharding, make_mesh
 from patarm_jax.model.transformer import abstract_params, forward, init_params, unstack_layers
-from patarm_jax.rollout.draw import SamplingParams, choices_of, draw, kept, needs_of, pick
+from patarm_jax.rollout.draw import SamplingParams, draw, kept, needs_of, pick, row_sampling
 from patarm_jax.rollout.engine import abstract_programs, make_engine, network_of
 from patarm_jax.rollout.sampler import Network
 from patarm_jax.rollout.schedule import Request, complete
@@ -168,6 +168,40 @@ def test_the_loop_does_not_talk_to_the_host():
     closed = replace(free, bring_in=guarded(free.bring_in), advance=guarded(free.advance))
     requests, params = requests_for(np.random.default_rng(8), 5, 10), unstack_layers(lively())
     assert_same(complete(closed, params, requests, KEY), complete(free, params, requests, KEY))
+
+
+def plain_completion(params, prompt, sample, key):
+    """One completion token by token, everything computed anew for each; `sample` is a request's SamplingParams."""
+    tokens, logprobs = list(prompt), []
+    for position in range(sample.max_new_tokens):
+        padded = np.zeros((1, 20), np.int32)  # one width, one compilation; nothing reads what stands behind it
+        padded[0, : len(tokens)] = tokens
+        hidden = jax.jit(forward_tiny)(params, None, padded)
+        logits = np.asarray(hidden.prompt[0, len(tokens) - 1] @ hidden.head.T, np.float64) / sample.temperature
+        weights = np.exp(logits - logits.max())
+        logprob = np.log(weights / weights.sum())
+        if sample.top_k:
+            weights[np.argsort(-weights, kind="stable")[sample.top_k :]] = 0
+        uniform = float(jax.random.uniform(jax.random.fold_in(key, position)))
+        token = int(np.searchsorted(np.cumsum(weights), uniform * weights.sum(), side="right"))
+        tokens.append(token)
+        logprobs.append(logprob[token])
+        if token in sample.stop_ids:
+            break
+    return tokens[len(prompt) :], logprobs
+
+
+@pytest.mark.parametrize("sample", [SamplingParams((5, 6), 10), SamplingParams((), 6, temperature=0.7, top_k=5)])
+def test_a_completion_equals_the_plain_loop(sample):
+    """The key of a token is that of its row folded by its place; a row's is the run's folded by R·G + g."""
+    params, requests = lively(), requests_for(np.random.default_rng(12), 3, 10, ids=[4, 0, 7])
+    found = generate(params, requests, 2, sample, rows=2)
+    for index, request in enumerate(requests):
+        for rollout in range(2):
+            key = jax.random.fold_in(KEY, 2 * request.sample_id + rollout)
+            tokens, logprobs = plain_completion(params, request.tokens, sample, key)
+            assert found.tokens[index, rollout, : found.lengths[index, rollout]].tolist() == tokens
+            np.testing.assert_allclose(found.logprobs[index, rollout, : len(tokens)], logprobs, atol=1e-4)
 
 
 def test_a_completion_is_the_same_in_any_company():
@@ -339,10 +373,10 @@ def test_frequencies_equal_the_exact_distribution(temperature, top_k, top_p):
     number = 40_000
     choice = SamplingParams((), 1, temperature, top_k, top_p)
     keys = jax.random.split(KEY, number)
-    choices = choices_of([choice], 0, 0)
+    sampling = row_sampling([choice], 0, 0)
     tokens, logprobs, _ = jax.jit(
-        lambda k, choices: draw(jnp.broadcast_to(logits, (number, 12)), k, choices, needs_of(choices))
-    )(keys, choices)
+        lambda k, sampling: draw(jnp.broadcast_to(logits, (number, 12)), k, sampling, needs_of(sampling))
+    )(keys, sampling)
     expected = exact_distribution(logits.astype(float), temperature, top_k, top_p)
     counts = np.bincount(np.asarray(tokens), minlength=12)
     assert counts[expected == 0].sum() == 0

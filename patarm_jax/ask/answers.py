@@ -19,7 +19,7 @@ from patarm_jax.files import writing
 from patarm_jax.types import Judgement, Message, UserError
 
 KEPT = "What is judged is kept."
-_BEGINNING = '{"judge": '  # of a file of answers
+_BEGINNING = '{"judge": '  # how a file of answers begins
 
 
 class Kind(StrEnum):
@@ -36,7 +36,7 @@ class Kind(StrEnum):
 class Question:
     """What a judge is asked, N times."""
 
-    id: str  # of what is judged, such as "17/chosen/0"
+    id: str  # names what is judged, such as "17/chosen/0"
     sample_id: (
         int  # its index among all questions, not only those asked with a limit; sampling keys are derived from it
     )
@@ -55,15 +55,15 @@ class Answer:
 
     question: str  # Question.key
     vote: int  # 0 … N − 1
-    status: str  # of an ANSWER or CUT the name of its Status, else the name of the kind; reason says why
+    status: str  # the name of its Status for an ANSWER or CUT, else the name of the kind; reason says why
     kind: str  # the name of a Kind
     score: float | None = None  # None unless status is OK
-    choice: Literal["A", "B"] | None = None  # of two responses
+    choice: Literal["A", "B"] | None = None  # the better one of two responses
     text: str = ""
     reason: str = ""
-    tokens: int = 0  # that were written; 0 where nobody counted
+    tokens: int = 0  # how many were written; 0 where nobody counted
     finish_reason: str = ""  # why the server, or the sampler here, wrote no further, in its own word
-    sent: Mapping[str, Any] | None = None  # the request to a server but for model and messages
+    sent: Mapping[str, object] | None = None  # the request to a server but for model and messages
     opened: bool = False  # whether <think> was put before the text, which the server's chat template had written
 
     @property
@@ -84,7 +84,7 @@ def answer_of(
     tokens: int,
     cut: bool,
     finish_reason: str = "",
-    sent: Mapping[str, Any] | None = None,
+    sent: Mapping[str, object] | None = None,
     opened: bool = False,
 ) -> Answer:
     """A judgement as the answer to a question."""
@@ -155,7 +155,7 @@ def missing(
     return lacking
 
 
-def read_answers(path: Path, identity: Mapping[str, Any]) -> Known:
+def read_answers(path: Path, identity: Mapping[str, object]) -> Known:
     """The answers in a file, if there is one; it is left alone, whoever writes it meanwhile."""
     found = identity_of(path)
     if found is None:
@@ -166,7 +166,7 @@ def read_answers(path: Path, identity: Mapping[str, Any]) -> Known:
 
 
 @contextlib.contextmanager
-def open_answers(path: Path, identity: Mapping[str, Any]) -> Iterator[Answers]:
+def open_answers(path: Path, identity: Mapping[str, object]) -> Iterator[Answers]:
     """The answers in a file, which is made when it is missing; UserError when they are another judge's.
 
     They can still be read when the file is closed.
@@ -231,7 +231,7 @@ def _parsed(path: Path, lines: Sequence[bytes]) -> Known:
             fields = json.loads(line)
             if "kind" not in fields:
                 if fields.get("status") != "OK":
-                    continue  # of an earlier version, which took servers' errors for answers: it is asked again
+                    continue  # an earlier version took servers' errors for answers: it is asked again
                 fields["kind"] = Kind.CUT if fields.pop("cut", False) else Kind.ANSWER
             answer = Answer(**fields)
         except (ValueError, TypeError) as error:
@@ -252,7 +252,7 @@ def _whole_lines(path: Path) -> list[bytes]:
     return lines
 
 
-def _refuse_another(path: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def _refuse_another(path: Path, wanted: Mapping[str, object], found: Mapping[str, object]) -> None:
     for name in (*wanted, *found):
         if found.get(name) != wanted.get(name):
             raise UserError(

@@ -105,7 +105,7 @@ async def served_model(client: httpx.AsyncClient, section: EndpointSection) -> s
 
 async def complete(
     client: httpx.AsyncClient,
-    request: Mapping[str, Any],
+    request: Mapping[str, object],
     section: EndpointSection,
     stopping: Callable[[], bool],
     trouble: Callable[[Unavailable], None],
@@ -173,7 +173,7 @@ async def complete(
     return await retrying(send)
 
 
-async def _send(client: httpx.AsyncClient, method: str, path: str, content: Any) -> Any:
+async def _send(client: httpx.AsyncClient, method: str, path: str, content: object) -> Any:
     try:
         response = await client.request(method, path, json=content)
     except httpx.TimeoutException as error:

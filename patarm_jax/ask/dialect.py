@@ -10,7 +10,6 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from patarm_jax.ask.answers import Question
 from patarm_jax.ask.replies import Refused
@@ -55,11 +54,11 @@ class Dialect:
 
     def fields(
         self, question: Question, vote: int, sampling: JudgingSection, section: EndpointSection, seed: int
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """A request but for model and messages; each vote has a seed of its own, which hangs on the question alone."""
         digest = hashlib.sha256(f"{seed} {question.key} {vote}".encode()).digest()
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        fields: dict[str, Any] = {name: value for name, value in drawn.items() if value is not None}
+        fields: dict[str, object] = {name: value for name, value in drawn.items() if value is not None}
         if len(fields) == len(drawn):
             fields |= {"min_p": 0.0, "repetition_penalty": 1.0}
         if sampling.top_k == 0:
@@ -71,11 +70,11 @@ class Dialect:
             fields["chat_template_kwargs"] = {"enable_thinking": section.thinking == "on"}
         return {name: value for name, value in fields.items() if name not in self.without}
 
-    def record(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, fields: Mapping[str, object]) -> dict[str, object]:
         """What an answer is kept with: the fields of its request, and a word where its messages were changed."""
         return {**fields, "messages": _IN_USERS_TURN} if self.system_in_users_turn else dict(fields)
 
-    def adapt(self, refusal: Refused, sent: Mapping[str, Any]) -> str | None:
+    def adapt(self, refusal: Refused, sent: Mapping[str, object]) -> str | None:
         """Changes what a refusal of a request with these fields names.
 
         Returns what was changed, in words; "" where another refusal has led to that already, so that the request is
@@ -127,7 +126,7 @@ class Dialect:
         return "top_k is left out, which the server does not take"
 
 
-def _has_no_effect(name: str, value: Any) -> bool:
+def _has_no_effect(name: str, value: object) -> bool:
     return name in _NEUTRAL and _NEUTRAL[name] in (None, value) and not (name == "top_k" and value not in _ALL_TOKENS)
 
 

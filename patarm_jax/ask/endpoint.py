@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import httpx2 as httpx
 
@@ -16,7 +15,7 @@ from patarm_jax.ask.dialect import Dialect
 from patarm_jax.ask.replies import Parse, Refused, Reply, Unavailable, as_answer, read_again
 from patarm_jax.config.sections import EndpointSection, JudgingSection
 from patarm_jax.run.process import say
-from patarm_jax.run.progress import Report, progress
+from patarm_jax.run.progress import Progress, progress
 from patarm_jax.run.stopping import stop_requests
 from patarm_jax.types import UserError
 
@@ -32,13 +31,13 @@ class Remote:
     """A judge that a server serves."""
 
     section: EndpointSection
-    name: str  # of the model, as the server calls it; empty while nothing is asked
+    name: str  # the model's, as the server calls it; empty while nothing is asked
     sampling: JudgingSection  # what is unset is left to the server
     votes: int
     seed: int
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """What an answer depends on beside the question. Not the number of votes: more of them keep those there are."""
         sampling = self.sampling
         return {
@@ -81,7 +80,16 @@ def ask_endpoint(remote: Remote, answers: Answers, questions: Sequence[Question]
         )
     say(f"asking {remote.name} at {section.url}, {section.concurrency} at a time")
     with stop_requests() as asked, progress(total, done, unit="answer") as report:
-        asking = _Asking(remote, answers, parse, iter(work), asked, report, done, answers.any_came)
+        asking = _Asking(
+            remote=remote,
+            answers=answers,
+            parse=parse,
+            work=iter(work),
+            stopping=asked,
+            report=report,
+            done=done,
+            answered=answers.any_came,
+        )
         asyncio.run(asking.run())
     if asking.done < total:
         say(f"stopped after {asking.done} of {total} answers; run the same command again to resume")
@@ -96,7 +104,7 @@ class _Held:
 
     question: Question
     vote: int
-    sent: Mapping[str, Any]
+    sent: Mapping[str, object]
     refusal: Refused
 
 
@@ -109,15 +117,15 @@ class _Asking:
     parse: Parse
     work: Iterator[tuple[Question, int]]
     stopping: Callable[[], bool]
-    report: Report
+    report: Progress
     done: int
     answered: bool  # whether any question ever was
     dialect: Dialect = field(default_factory=Dialect)
-    requests: int = 0  # that were sent, those that were tried again included
+    requests: int = 0  # how many were sent, those that were tried again included
     lost: int = 0  # failures in a row that say that it is not the question's fault
     held: list[_Held] = field(default_factory=list)  # while no answer tells whether all would be refused
     foreign: Counter[str] = field(default_factory=Counter)  # replies that are none, until there is an answer
-    last_reason: str = ""  # of the last question, why there is no answer
+    last_reason: str = ""  # why the last question has no answer
     trouble: str = ""  # why nothing more is asked, and what to do about it
     under_way: int = 0
     told: float = -math.inf  # when trouble was last told of
@@ -194,7 +202,7 @@ class _Asking:
                 "See whether the server is up and takes such requests; run the same command again to resume."
             )
 
-    def _answered(self, question: Question, vote: int, sent: Mapping[str, Any], reply: Reply) -> None:
+    def _answered(self, question: Question, vote: int, sent: Mapping[str, object], reply: Reply) -> None:
         self.lost = 0
         if reply.kind == Kind.REFUSED:
             more = {"text": reply.text, "finish_reason": reply.finish_reason, "tokens": reply.tokens, "sent": sent}
@@ -204,10 +212,10 @@ class _Asking:
         self._release_held(followed=True)
         self._add(as_answer(question, vote, self.parse, self.remote.section.opens_thinking, reply, sent))
 
-    def _refused(self, question: Question, vote: int, sent: Mapping[str, Any], refusal: Refused) -> None:
+    def _refused(self, question: Question, vote: int, sent: Mapping[str, object], refusal: Refused) -> None:
         """Whether a refusal is this question's own or everyone's, what follows will tell."""
         self.lost = 0 if self.answered and refusal.lasting else self.lost + 1
-        self.held.append(_Held(question, vote, sent, refusal))
+        self.held.append(_Held(question=question, vote=vote, sent=sent, refusal=refusal))
         if refusal.for_all:
             self._give_up(refusal)
 
@@ -263,7 +271,7 @@ class _Asking:
         )
 
     def _tell(self, trouble: Unavailable) -> None:
-        """That requests are tried again, now and then: else nobody would know why nothing comes."""
+        """Says now and then that requests are tried again: else nobody would know why nothing comes."""
         if trouble.foreign and not self.answered:
             self.foreign[str(trouble)] += 1
             if self.foreign[str(trouble)] >= max(_ENOUGH_REFUSED, self.under_way):

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from patarm_jax.arrays import Params
 from patarm_jax.ask.answers import Answer, Answers, Kind, Question, answer_of, missing, no_answer
 from patarm_jax.ask.shared import my_share
 from patarm_jax.config.sections import JudgingSection, MeshSection, ModelSection, SamplingSection
@@ -21,7 +21,6 @@ from patarm_jax.data.tokenizer import encode_chat, encode_dialogue
 from patarm_jax.judge.forms import Form
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.sharding import make_mesh
-from patarm_jax.model.transformer import Params
 from patarm_jax.rollout.judging import judge, make_judge
 from patarm_jax.rollout.scalar import make_scorer, scores
 from patarm_jax.rollout.schedule import Request
@@ -68,7 +67,7 @@ class Local:
         return Room(network.max_position_embeddings, 0 if network.scalar_head else self.sampling.max_new_tokens)
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """What a draw depends on beside the question."""
         random, sampling = self.section.weights == "random", self.sampling
         return {
@@ -88,7 +87,7 @@ class Encoded:
 
     question: Question
     tokens: np.ndarray  # [T] int32
-    first: int = 0  # of the votes that are to be asked, which are all from there on
+    first: int = 0  # the first vote to be asked; all from there on are
 
 
 def open_local(
@@ -109,7 +108,16 @@ def open_local(
     if not scalar:
         say(drawn.said)
     mesh = make_mesh(placement, alone=True)
-    local = Local(model, section, placement, mesh, drawn.sampling, votes, seed, longest)
+    local = Local(
+        model=model,
+        section=section,
+        placement=placement,
+        mesh=mesh,
+        sampling=drawn.sampling,
+        votes=votes,
+        seed=seed,
+        max_prompt_tokens=longest,
+    )
     local.room.check()
     return local
 
@@ -152,9 +160,9 @@ def _score(local: Local, _form: Form, params: Params, encoded: Sequence[Encoded]
     for index, score in scores(scorer, params, local.mesh, [one.tokens for one in encoded]):
         key = encoded[index].question.key
         if math.isfinite(score):
-            yield [Answer(key, 0, "OK", Kind.ANSWER, score=score)]
+            yield [Answer(question=key, vote=0, status="OK", kind=Kind.ANSWER, score=score)]
         else:
-            yield [Answer(key, 0, "BAD_SCORE", Kind.ANSWER, reason=f"the head gives {score}")]
+            yield [Answer(question=key, vote=0, status="BAD_SCORE", kind=Kind.ANSWER, reason=f"the head gives {score}")]
 
 
 def _ask(

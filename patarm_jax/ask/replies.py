@@ -83,7 +83,7 @@ _NO_SERVICE = re.compile(
     re.IGNORECASE,
 )
 ALL_APART = "all of it came as thinking, and nothing as content"
-_MOST_TOKENS = 2**31 - 1  # that an answer may be said to have
+_MOST_TOKENS = 2**31 - 1  # the most that an answer may be said to have
 _SHOWN = 200  # characters of what a server says
 
 
@@ -106,7 +106,7 @@ class Unavailable(Exception):
         self.answered = answered  # by status 200: the server is up, and long pauses would help nothing
         self.foreign = foreign  # it does not look like this protocol at all
         self.finish = finish  # the finish reason, where the server gave one
-        self.requests = 0  # that were sent before it was given up
+        self.requests = 0  # how many were sent before it was given up
 
 
 class Refused(Exception):
@@ -122,7 +122,7 @@ class Refused(Exception):
         self.kind = kind
         # It is certainly about the question: it does not fit, or a content filter does not want it.
         self.own = kind == Kind.TOO_LONG or _UNWANTED.search(said) is not None
-        self.field = _field(said)  # of the request, that the server names; empty where it names none
+        self.field = _field(said)  # the request's field that the server names; empty where it names none
 
     @property
     def for_all(self) -> bool:
@@ -144,7 +144,7 @@ class Reply:
     kind: Kind  # ANSWER, CUT or REFUSED
     text: str  # its thinking inside <think> where the server sets it apart
     finish_reason: str  # as the server calls it
-    tokens: int  # that it wrote; 0 where the server does not say
+    tokens: int  # how many it wrote; 0 where the server does not say
     reason: str = ""  # why it is REFUSED
     all_apart: bool = False  # whether all of it came as thinking, and nothing as content
 
@@ -178,7 +178,7 @@ def _field(said: str) -> str:
     return found if isinstance(found, str) else ""
 
 
-def read_reply(answer: Any) -> Reply:
+def read_reply(answer: object) -> Reply:
     """A chat completion as what the model wrote.
 
     Raises:
@@ -204,17 +204,23 @@ def read_reply(answer: Any) -> Reply:
     kind, tokens = _kind(choice, finish), _tokens(answer.get("usage"))
     refusal = _plain(message.get("refusal")) or refused
     if refusal or kind == Kind.REFUSED:
-        return Reply(Kind.REFUSED, content, finish, tokens, refusal or f"finish_reason {finish}")
+        return Reply(
+            kind=Kind.REFUSED,
+            text=content,
+            finish_reason=finish,
+            tokens=tokens,
+            reason=refusal or f"finish_reason {finish}",
+        )
     if kind == Kind.FAILED:
         what = f"finish_reason is {finish}" if finish else "finish_reason is missing"
         raise Unavailable(f"the answer is not finished: {what}", answered=True, finish=finish)
     if not content and not thinking and not tokens:
         raise Unavailable("nothing was written, in 0 tokens", answered=True, finish=finish)
     text = _together(thinking, content).encode("utf-8", "replace").decode()  # half a character is no text
-    return Reply(kind, text, finish, tokens, all_apart=bool(thinking) and not content)
+    return Reply(kind=kind, text=text, finish_reason=finish, tokens=tokens, all_apart=bool(thinking) and not content)
 
 
-def _kind(choice: Mapping[str, Any], finish: str) -> Kind:
+def _kind(choice: Mapping[str, object], finish: str) -> Kind:
     """By the finish reason; where a router gives the provider's own besides, that may say that it failed."""
     more = choice.get("provider_specific_fields")
     native = choice.get("native_finish_reason") or (isinstance(more, Mapping) and more.get("native_finish_reason"))
@@ -223,7 +229,7 @@ def _kind(choice: Mapping[str, Any], finish: str) -> Kind:
     return FINISH_REASONS.get(finish.lower(), Kind.FAILED)
 
 
-def _raise_error(error: Any, finish: str = "error") -> None:
+def _raise_error(error: object, finish: str = "error") -> None:
     """An error inside a reply of status 200, by the status it names where it names one."""
     said = str(error.get("message") or error) if isinstance(error, Mapping) else str(error)
     code = error.get("code") if isinstance(error, Mapping) else None
@@ -236,7 +242,7 @@ def _raise_error(error: Any, finish: str = "error") -> None:
     raise Unavailable(_short(f"the answer is an error: {said}"), answered=True, finish=finish)
 
 
-def _nonsense(answer: Any) -> Unavailable:
+def _nonsense(answer: object) -> Unavailable:
     return Unavailable(f"the answer is not a chat completion: {str(answer)[:80]!r}", answered=True, foreign=True)
 
 
@@ -251,12 +257,12 @@ def _tokens(usage: Any) -> int:
 # ---- Text -----------------------------------------------------------------------------------------------------------
 
 
-def _thinking_fields(message: Mapping[str, Any]) -> list[str]:
+def _thinking_fields(message: Mapping[str, object]) -> list[str]:
     """`reasoning_content` is DeepSeek's name, vLLM's and SGLang's; `reasoning` is OpenRouter's and vLLM's later one."""
     return [name for name in ("reasoning_content", "reasoning") if message.get(name)][:1]
 
 
-def _parts(content: Any) -> tuple[str, str, str]:
+def _parts(content: object) -> tuple[str, str, str]:
     """(text, thinking, refusal) of a message's content, which may be a list of parts."""
     if content is None or isinstance(content, str):
         return content or "", "", ""
@@ -277,7 +283,7 @@ def _parts(content: Any) -> tuple[str, str, str]:
     return "".join(text), "".join(thinking), "".join(refusal)
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     """Text that may stand in parts."""
     if isinstance(value, list):
         return "".join(_plain(each.get("text") if isinstance(each, Mapping) else each) for each in value)
@@ -301,7 +307,7 @@ def _together(thinking: str, content: str) -> str:
 
 
 def as_answer(
-    question: Question, vote: int, parse: Parse, opens: OpensThinking, reply: Reply, sent: Mapping[str, Any]
+    question: Question, vote: int, parse: Parse, opens: OpensThinking, reply: Reply, sent: Mapping[str, object]
 ) -> Answer:
     """A reply as it was read; `read_again` follows when all have come."""
     cut = reply.kind == Kind.CUT

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 
@@ -25,8 +25,8 @@ Work = TypeVar("Work")
 
 
 @contextlib.contextmanager
-def shared_answers(path: Path, identity: Mapping[str, Any]) -> Iterator[Answers]:
-    """As `open_answers`, of several processes; all must enter it and leave it.
+def shared_answers(path: Path, identity: Mapping[str, object]) -> Iterator[Answers]:
+    """`open_answers` for several processes; all must enter it and leave it.
 
     Inside, an answer that is added is this process's own. Afterwards every process has the answers of all, and the file
     holds them. When one of them fails, its answers and those of the others are taken in by the next command.
@@ -58,7 +58,7 @@ def shared_answers(path: Path, identity: Mapping[str, Any]) -> Iterator[Answers]
         _meet("answers are read by all")
 
 
-def agree_on_questions(identity: Mapping[str, Any], questions: Sequence[Question]) -> None:
+def agree_on_questions(identity: Mapping[str, object], questions: Sequence[Question]) -> None:
     """Refuses, on every process alike, a judge or questions that are not the same in all of them."""
     keys = hashlib.sha256("\n".join(question.key for question in questions).encode()).hexdigest()
     agree("what they ask", {**identity, "number of questions": len(questions), "questions": keys})
@@ -90,7 +90,7 @@ def _wait_for(path: Path, patience: float = 90.0) -> None:
         time.sleep(0.2)
 
 
-def _take_in(answers: Answers, identity: Mapping[str, Any]) -> None:
+def _take_in(answers: Answers, identity: Mapping[str, object]) -> None:
     """Adds what other processes have written, now or before they were killed, and removes their files."""
     name = glob.escape(answers.path.name.lstrip("."))
     for file in sorted(answers.path.parent.glob(f".{name}.process-*")):

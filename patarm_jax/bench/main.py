@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from patarm_jax import __version__
-from patarm_jax.bench.measure import Limits, device_peak, host_peak, limits
+from patarm_jax.bench.measure import Roofline, device_peak, host_peak, limits
 from patarm_jax.bench.quick import ratios
 from patarm_jax.bench.tasks import TASKS, Result, open_bench
 from patarm_jax.config.recipes import BenchConfig
@@ -33,7 +33,7 @@ def main(tasks: Sequence[str], config: BenchConfig, output: Path | None = None) 
     check_batch(bench.mesh, config.rows, config.micro_batches, f"rows {config.rows}")
     check_batch(bench.mesh, config.responses, config.micro_batches, f"responses {config.responses}")
     most = limits(config.dtype)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for task in tasks or TASKS:
         print(f"{task} …", file=sys.stderr, flush=True)
         rows.append(_row(TASKS[task](bench), most))
@@ -55,7 +55,7 @@ def quick(config: BenchConfig, output: Path | None = None) -> bool:
     return all(each.value >= each.floor for each in found)
 
 
-def _row(result: Result, most: Limits) -> dict[str, Any]:
+def _row(result: Result, most: Roofline) -> dict[str, object]:
     median = result.timing.median
     # Decoding and loading are held back by memory, the rest by arithmetic.
     used = result.read / median / most.bandwidth if result.read else result.flops / median / most.flops
@@ -69,12 +69,12 @@ def _row(result: Result, most: Limits) -> dict[str, Any]:
         "of_limit": used or None,
         "limit": ("memory" if result.read else "matmul") if used else None,
         "phases_s": result.phases,
-        "host_peak_bytes": host_peak(),  # of the process so far: name one task to have its own
+        "host_peak_bytes": host_peak(),  # the process's so far: name one task to have its own
         "device_peak_bytes": device_peak(),
     }
 
 
-def _show(rows: list[dict[str, Any]], most: Limits, config: BenchConfig) -> None:
+def _show(rows: list[dict[str, Any]], most: Roofline, config: BenchConfig) -> None:
     device = jax.devices()[0].device_kind
     title = (
         f"{config.model}, {config.dtype}, {jax.device_count()} × {device}: matmul {most.flops / 1e12:.2f} TFLOP/s, "

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ class Timing:
     """How long calls took."""
 
     first: float  # seconds of the first call, compilation included
-    seconds: tuple[float, ...]  # of the later ones
+    seconds: tuple[float, ...]  # those of the later calls
 
     @property
     def median(self) -> float:
@@ -32,7 +32,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Limits:
+class Roofline:
     """What all devices together can do, measured here and now."""
 
     flops: float  # multiplications and additions per second in a large matmul
@@ -46,19 +46,19 @@ def timed(call: Callable[[], Result]) -> tuple[Result, float]:
     return result, time.perf_counter() - start
 
 
-def clock(call: Callable[[], Any]) -> float:
+def clock(call: Callable[[], object]) -> float:
     """Seconds until what a call gives is there."""
     return timed(call)[1]
 
 
-def time_calls(call: Callable[[], Any], repeats: int) -> Timing:
+def time_calls(call: Callable[[], object], repeats: int) -> Timing:
     """The first call apart, one to warm up, then `repeats`."""
     first = clock(call)
     clock(call)
     return Timing(first, tuple(clock(call) for _ in range(repeats)))
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
+def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
     """Calls in turns, so that a noisy machine is as noisy to each."""
     first = {name: clock(call) for name, call in calls.items()}
     for call in calls.values():
@@ -70,7 +70,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
     return {name: Timing(first[name], tuple(each)) for name, each in seconds.items()}
 
 
-def limits(dtype: str) -> Limits:
+def limits(dtype: str) -> Roofline:
     """The best of several tries on one device, times the number of devices."""
     size, length = (2048, 2**26) if jax.default_backend() == "cpu" else (8192, 2**29)
     a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in (0, 1))
@@ -79,7 +79,7 @@ def limits(dtype: str) -> Limits:
     x = jnp.ones(length, dtype)
     add = jax.jit(lambda x: x.sum(dtype=jnp.float32))
     read = min(time_calls(lambda: add(x), 10).seconds)
-    return Limits(2 * size**3 / matmul * jax.device_count(), x.nbytes / read * jax.device_count())
+    return Roofline(2 * size**3 / matmul * jax.device_count(), x.nbytes / read * jax.device_count())
 
 
 def host_peak() -> int:

@@ -51,27 +51,27 @@ def ratios(config: BenchConfig) -> list[Ratio]:
     ]
 
 
-def _ratio(name: str, floor: float, calls: tuple[Callable[[], Any], Callable[[], Any]], repeats: int) -> Ratio:
+def _ratio(name: str, floor: float, calls: tuple[Callable[[], object], Callable[[], object]], repeats: int) -> Ratio:
     timed = interleaved({"plain": calls[0], "ours": calls[1]}, repeats)
-    return Ratio(name, timed["plain"].median, timed["ours"].median, floor)
+    return Ratio(name=name, plain=timed["plain"].median, ours=timed["ours"].median, floor=floor)
 
 
 def _with(bench: Bench, **changes: Any) -> Bench:
     return replace(bench, config=replace(bench.config, **changes))
 
 
-def _shared_sampling(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _shared_sampling(bench: Bench) -> tuple[Callable[[], object], Callable[[], object]]:
     """G completions of each prompt, against G times the prompts with one each."""
     c = bench.config
     return sampling(_with(bench, responses=c.responses * c.group, group=1)), sampling(bench)
 
 
-def _shared_update(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _shared_update(bench: Bench) -> tuple[Callable[[], object], Callable[[], object]]:
     c = bench.config
     return policy_update(_with(bench, responses=c.responses * c.group, group=1)), policy_update(bench)
 
 
-def _refill(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _refill(bench: Bench) -> tuple[Callable[[], object], Callable[[], object]]:
     """Batches of 16 that wait for their longest, against 16 rows that are refilled."""
     new = 2 * bench.config.new
     uneven = _with(bench, responses=64, prompt=bench.config.prompt // 8, group=1, new=new, mean_new=new / 4)
@@ -80,7 +80,7 @@ def _refill(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
     return lambda: [wait() for wait in waits], sampling(_with(uneven, decode_rows=16))
 
 
-def _packing(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _packing(bench: Bench) -> tuple[Callable[[], object], Callable[[], object]]:
     """Four sequences a row, of log-normal lengths about a quarter of one, against as few rows as hold them."""
     rows, width = 4 * bench.config.rows, bench.config.length
     lengths = np.clip(np.random.default_rng(0).lognormal(np.log(width / 4), 0.6, rows), 1, width).astype(int)
@@ -89,21 +89,21 @@ def _packing(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
     return sft_update(_with(bench, rows=rows)), sft_update(_with(bench, rows=packed, packing=True))
 
 
-def attention_case(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def attention_case(bench: Bench) -> tuple[Callable[[], object], Callable[[], object]]:
     """The gradient of attention by JAX's own function, and by ours."""
     arrays, ours, _ = causal_attention(bench)
 
     def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
 
-    def gradient(function: Any) -> Callable[[], Any]:
+    def gradient(function: Any) -> Callable[[], object]:
         compiled = jax.jit(jax.grad(lambda *x: function(*x).sum(), argnums=(0, 1, 2)))
         return lambda: compiled(*arrays)
 
     return gradient(plain), gradient(ours)
 
 
-def head_case(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def head_case(bench: Bench) -> tuple[Callable[[], object], Callable[[], object]]:
     """The gradient of log-probs and entropies over all logits at once, and in chunks."""
     c, n = bench.config, bench.arch
     hidden = jax.random.normal(jax.random.key(0), (c.rows, c.length, n.hidden_size))
@@ -123,7 +123,7 @@ def head_case(bench: Bench) -> tuple[Callable[[], Any], Callable[[], Any]]:
         taken = jnp.take_along_axis(log_softmax, targets[..., None], axis=-1)
         return -taken.sum(), jax.lax.stop_gradient(-(jnp.exp(log_softmax) * log_softmax).sum())
 
-    def gradient(function: Any) -> Callable[[], Any]:
+    def gradient(function: Any) -> Callable[[], object]:
         compiled = jax.jit(jax.value_and_grad(function, argnums=(0, 1), has_aux=True))
         return lambda: compiled(hidden, head)
 

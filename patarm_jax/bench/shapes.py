@@ -49,5 +49,5 @@ def forward_flops(arch: Architecture, tokens: int, reads: int, predicted: int) -
 
 
 def cache_bytes(arch: Architecture, itemsize: int) -> int:
-    """Of the keys and values of one token."""
+    """Bytes of the keys and values of one token, in all layers."""
     return 2 * arch.num_hidden_layers * arch.num_key_value_heads * arch.head_dim * itemsize

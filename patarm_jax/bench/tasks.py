@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from patarm_jax.arrays import Rollouts, SFTBatch
+from patarm_jax.arrays import Params, Rollouts, SFTBatch
 from patarm_jax.bench.measure import Timing, clock, time_calls, timed
 from patarm_jax.bench.shapes import SHAPES, cache_bytes, forward_flops, layer_weights
 from patarm_jax.config.recipes import BenchConfig, GRPOConfig, SFTConfig
@@ -29,7 +29,7 @@ from patarm_jax.rollout.batches import completion_width, rollouts_of
 from patarm_jax.rollout.draw import SamplingParams
 from patarm_jax.rollout.engine import Engine, make_engine, network_of
 from patarm_jax.rollout.schedule import Finished, Request, complete
-from patarm_jax.run.learner import Learner
+from patarm_jax.run.learner import Batch, Learner
 from patarm_jax.train.steps import TrainState
 
 
@@ -85,23 +85,23 @@ def sft(bench: Bench) -> Result:
     reads = c.rows * c.length * (c.length + 1) // 2
     flops = 3 * forward_flops(bench.arch, c.rows * c.length, reads, c.rows * (c.length - 1))
     shape = f"{c.rows} × {c.length}, {'packed' if c.packing else 'plain'} rows"
-    return Result("sft", shape, timing, c.rows * c.length, flops)
+    return Result(task="sft", shape=shape, timing=timing, tokens=c.rows * c.length, flops=flops)
 
 
-def sft_update(bench: Bench) -> Callable[[], Any]:
+def sft_update(bench: Bench) -> Callable[[], object]:
     """A call that takes one SFT step."""
     learner, batch = _sft_case(bench)
     return _updates(learner, _state(bench, learner), batch)
 
 
-def policy_update(bench: Bench) -> Callable[[], Any]:
+def policy_update(bench: Bench) -> Callable[[], object]:
     """A call that takes one policy update on completions of full length."""
     learner = grpo_learner(_grpo_config(bench), bench.arch, bench.mesh)
     return _updates(learner, _state(bench, learner), _learnt_from(bench, _requests(bench), _full_length(bench)))
 
 
-def _updates(learner: Learner, state: TrainState, batch: Any) -> Callable[[], Any]:
-    def step() -> Any:
+def _updates(learner: Learner[Batch], state: TrainState, batch: Batch) -> Callable[[], object]:
+    def step() -> object:
         nonlocal state
         state, metrics = learner.update(state, learner.frozen, batch)
         return state, metrics
@@ -109,7 +109,7 @@ def _updates(learner: Learner, state: TrainState, batch: Any) -> Callable[[], An
     return step
 
 
-def sampling(bench: Bench) -> Callable[[], Any]:
+def sampling(bench: Bench) -> Callable[[], object]:
     """A call that samples G completions of every prompt, each time the same."""
     run, params = _rollouts(bench), init_params(bench.arch, jax.random.key(bench.config.seed), bench.mesh)
     params = unstack_layers(params)
@@ -122,15 +122,15 @@ def _grpo_config(bench: Bench) -> GRPOConfig:
     return replace(default, model=bench.section, update=update, micro_batches=c.micro_batches)
 
 
-def _sft_case(bench: Bench) -> tuple[Learner, SFTBatch]:
+def _sft_case(bench: Bench) -> tuple[Learner[SFTBatch], SFTBatch]:
     c = bench.config
     config = SFTConfig(model=bench.section, micro_batches=c.micro_batches, packing=c.packing)
     learner = sft_learner(config, bench.arch, bench.mesh)
     tokens, last = bench.tokens(c.rows, c.length), c.length - 1
     read = np.tile(np.arange(last, dtype=np.int32), (c.rows, 1))
-    arrays = tokens, np.zeros_like(tokens), read, tokens[:, 1:], np.full(c.rows, last, np.int32)
-    batch = place_batch(bench.mesh, SFTBatch(*cast(tuple[jax.Array, ...], arrays)))
-    return learner, batch
+    counts = np.full(c.rows, last, np.int32)
+    batch = SFTBatch(tokens, starts=np.zeros_like(tokens), read=read, targets=tokens[:, 1:], counts=counts)
+    return learner, place_batch(bench.mesh, batch)
 
 
 def grpo(bench: Bench) -> Result:
@@ -140,7 +140,10 @@ def grpo(bench: Bench) -> Result:
     written = float(np.mean([each.lengths.sum() for each in step.finished[-c.repeats :]]))
     medians = {name: float(np.median(each[-c.repeats :])) for name, each in step.phases.items() if each}
     shape = f"{c.responses} × {c.prompt}, G {c.group}, {written / c.responses / c.group:.0f} of {c.new}"
-    return Result("grpo", shape, timing, c.responses * c.prompt + int(written), phases=medians)
+    return Result(task="grpo", shape=shape, timing=timing, tokens=c.responses * c.prompt + int(written), phases=medians)
+
+
+Timed = TypeVar("Timed")
 
 
 @dataclass
@@ -149,14 +152,14 @@ class GRPOStep:
 
     bench: Bench
     run: "_Rollouts"
-    learner: Learner
+    learner: Learner[Rollouts]
     programs: RolloutPrograms
     state: TrainState
-    reference: Any  # params, or None
+    reference: Params | None
     finished: list[Finished] = field(default_factory=list)
     phases: dict[str, list[float]] = field(default_factory=lambda: {"sample": [], "logprobs": [], "update": []})
 
-    def __call__(self) -> Any:
+    def __call__(self) -> object:
         """One step; gives its metrics."""
         policy, number = self.programs.to_rollout(self.state.params), len(self.finished)
         self.finished.append(self._timed("sample", lambda: self.run.sample(policy, number)))
@@ -168,7 +171,7 @@ class GRPOStep:
         self.state, metrics = self._timed("update", update)
         return metrics
 
-    def _timed(self, phase: str, call: Callable[[], Any]) -> Any:
+    def _timed(self, phase: str, call: Callable[[], Timed]) -> Timed:
         result, seconds = timed(call)
         self.phases[phase].append(seconds)
         return result
@@ -182,7 +185,9 @@ def grpo_step(bench: Bench) -> GRPOStep:
     state = _state(bench, learner)
     # A copy in any case: the update donates the state's own buffers.
     reference = jax.tree.map(jnp.copy, state.params) if bench.config.kl_coef else None
-    return GRPOStep(bench, _rollouts(bench), learner, programs, state, reference)
+    return GRPOStep(
+        bench=bench, run=_rollouts(bench), learner=learner, programs=programs, state=state, reference=reference
+    )
 
 
 def logprobs(bench: Bench) -> Result:
@@ -196,7 +201,13 @@ def logprobs(bench: Bench) -> Result:
     own = c.responses * c.group * c.new * (c.new + 1) // 2
     reads = c.responses * c.prompt * (c.prompt + 1) // 2 + written * c.prompt + own
     flops = forward_flops(bench.arch, c.responses * c.prompt + written, reads, written)
-    return Result("logprobs", f"{c.responses} × {c.prompt}, G {c.group} × {c.new}", timing, written, flops)
+    return Result(
+        task="logprobs",
+        shape=f"{c.responses} × {c.prompt}, G {c.group} × {c.new}",
+        timing=timing,
+        tokens=written,
+        flops=flops,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling
@@ -223,7 +234,7 @@ def sample(bench: Bench) -> Result:
     read = steps * (each + (prompts + own) * cache_bytes(bench.arch, item))
     mean = written / (c.responses * c.group)
     shape = f"{c.responses} × {c.prompt}, G {c.group}, {mean:.0f} of {c.new}, {run.rows} rows"
-    return Result("sample", shape, timing, int(written), read=read)
+    return Result(task="sample", shape=shape, timing=timing, tokens=int(written), read=read)
 
 
 @dataclass(frozen=True)
@@ -232,7 +243,7 @@ class _Rollouts:
     requests: list[Request]
     rows: int
 
-    def sample(self, params: Any, number: int) -> Finished:
+    def sample(self, params: Params, number: int) -> Finished:
         return complete(self.engine, params, self.requests, jax.random.key(number))
 
 
@@ -254,14 +265,14 @@ def _requests(bench: Bench) -> list[Request]:
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
-def causal_attention(bench: Bench) -> tuple[Any, Callable[..., jax.Array], str]:
+def causal_attention(bench: Bench) -> tuple[tuple[jax.Array, ...], Callable[..., jax.Array], str]:
     """Queries, keys and values of one layer, the attention that a run would use on them, and its name."""
     c, n = bench.config, bench.arch
     heads = n.num_attention_heads, n.num_key_value_heads, n.num_key_value_heads
     shapes = [(c.rows, c.length, number, n.head_dim) for number in heads]
     arrays = tuple(jax.random.normal(jax.random.key(i), shape, c.dtype) for i, shape in enumerate(shapes))
     kernel = kernel_for(bench.section, n, bench.mesh, "causal")
-    streams = Streams(jnp.full(c.rows, c.length), None, c.length, 0)
+    streams = Streams(lengths=jnp.full(c.rows, c.length), starts=None, width=c.length, group=0)
     return arrays, lambda q, k, v: kernels.attend(q, k, v, streams, kernel), kernel.name
 
 
@@ -277,7 +288,9 @@ def attend(bench: Bench) -> Result:
     timing = time_calls(lambda: gradient(*arrays), c.repeats)
     reads = c.rows * c.length * (c.length + 1) // 2
     flops = 3 * 4 * n.num_attention_heads * n.head_dim * reads
-    return Result("attention", f"{c.rows} × {c.length}, {name}", timing, c.rows * c.length, flops)
+    return Result(
+        task="attention", shape=f"{c.rows} × {c.length}, {name}", timing=timing, tokens=c.rows * c.length, flops=flops
+    )
 
 
 def load(bench: Bench) -> Result:
@@ -313,7 +326,7 @@ def compile_update(bench: Bench) -> Result:
 
 def _keep_programs_in(folder: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()  # which otherwise remembers whether there was one
+    compilation_cache.reset_cache()  # it would remember whether there was one
 
 
 TASKS: dict[str, Callable[[Bench], Result]] = {
@@ -335,10 +348,10 @@ def _full_length(bench: Bench) -> Finished:
     """Made-up completions, all of `new` tokens."""
     c = bench.config
     return Finished(
-        bench.tokens(c.responses, c.group, c.new),
-        np.full((c.responses, c.group), c.new, np.int32),
-        np.zeros((c.responses, c.group, c.new), np.float32),
-        np.ones((c.responses, c.group), bool),
+        tokens=bench.tokens(c.responses, c.group, c.new),
+        lengths=np.full((c.responses, c.group), c.new, np.int32),
+        logprobs=np.zeros((c.responses, c.group, c.new), np.float32),
+        truncated=np.ones((c.responses, c.group), bool),
     )
 
 

@@ -17,7 +17,7 @@ RENAMED = {"policy": "update"}  # sections, before → now
 _BOOLEANS = {"true": True, "True": True, "false": False, "False": False}
 
 
-def settings_of(cls: type, arguments: Sequence[str]) -> dict[str, Any]:
+def settings_of(cls: type, arguments: Sequence[str]) -> dict[str, object]:
     """The settings that arguments give, as nested mappings of values.
 
     Args:
@@ -42,7 +42,7 @@ def settings_of(cls: type, arguments: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, object]:
     """Nested mappings, the second laid over the first.
 
     >>> merged({"run": {"seed": 0, "steps": 2}}, {"run": {"seed": 1}})
@@ -55,7 +55,7 @@ def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def dotted_keys(cls: Any, prefix: str = "") -> list[str]:
+def dotted_keys(cls: object, prefix: str = "") -> list[str]:
     """Every key of a config class in dotted form."""
     keys: list[str] = []
     for name, kind in get_type_hints(cls).items():
@@ -83,10 +83,10 @@ def _grouped(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
     return groups
 
 
-def _place(cls: type, flag: str) -> tuple[list[str], Any]:
+def _place(cls: type, flag: str) -> tuple[list[str], object]:
     """(section, …, key) of a flag, and the type of its value; a key of a mapping is the rest of the flag."""
     path: list[str] = []
-    kind: Any = cls
+    kind: object = cls
     parts = flag.split(".")
     while parts and dataclasses.is_dataclass(kind):
         kinds = get_type_hints(kind)
@@ -121,7 +121,7 @@ def _unknown(cls: type, flag: str) -> UsageError:
     return UsageError(f"unknown option --{flag}.{nearest(f'--{flag}', known)}")
 
 
-def _value(name: str, kind: Any, words: Sequence[str]) -> Any:
+def _value(name: str, kind: object, words: Sequence[str]) -> object:
     if get_origin(kind) is tuple:
         return list(words)
     if len(words) != 1:

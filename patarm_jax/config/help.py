@@ -4,14 +4,14 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
-from patarm_jax.config.sections import limits_of
+from patarm_jax.config.sections import Section, limits_of
 
 _WIDTH = 100
 
 
-def settings_in_words(config: Any, prefix: str = "") -> str:
+def settings_in_words(config: Section, prefix: str = "") -> str:
     """The settings of a config and of its sections, each with its default, its limits and its comment.
 
     A comment stands beside a setting in the source, or right above it.
@@ -21,7 +21,7 @@ def settings_in_words(config: Any, prefix: str = "") -> str:
     sections: list[str] = []
     for each in dataclasses.fields(config):
         value = getattr(config, each.name)
-        if dataclasses.is_dataclass(value):
+        if isinstance(value, Section):
             heading = f"\n{prefix}{each.name}: {inspect.getdoc(type(value))}"
             sections.append(f"{heading}\n{settings_in_words(value, f'{prefix}{each.name}.')}")
         else:
@@ -38,7 +38,7 @@ def comments_of(cls: type) -> dict[str, str]:
     return found
 
 
-def _own_comments(cls: Any) -> dict[str, str]:
+def _own_comments(cls: type) -> dict[str, str]:
     source = textwrap.dedent(inspect.getsource(cls))
     lines, (definition,) = source.splitlines(), ast.parse(source).body
     assert isinstance(definition, ast.ClassDef)
@@ -55,14 +55,14 @@ def _own_comments(cls: Any) -> dict[str, str]:
     return found
 
 
-def _setting(name: str, value: Any, kind: Any, comment: str) -> list[str]:
+def _setting(name: str, value: object, kind: object, comment: str) -> list[str]:
     key = f"  --{name}{'.NAME' * isinstance(value, dict)} {_shown(value)}".rstrip()
     allowed = _allowed(kind)
     words = f"{comment} ({allowed})" if comment and allowed else comment or allowed
     return [key, *textwrap.wrap(words, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -70,7 +70,7 @@ def _shown(value: Any) -> str:
     return "" if value in ((), {}) else str(value)
 
 
-def _allowed(kind: Any) -> str:
+def _allowed(kind: object) -> str:
     if get_origin(kind) is Literal:
         return ", ".join(map(str, get_args(kind)))
     limits = limits_of(kind)

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import msgspec
 import yaml
@@ -58,7 +58,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return mapping
 
 
-def from_mapping(cls: type[Config], mapping: Mapping[str, Any], where: str) -> Config:
+def from_mapping(cls: type[Config], mapping: Mapping[str, object], where: str) -> Config:
     """A config from nested mappings, found in a file or, where `where` is empty, given on the command line.
 
     Raises:
@@ -82,41 +82,41 @@ def from_mapping(cls: type[Config], mapping: Mapping[str, Any], where: str) -> C
 def override(config: Config, arguments: Sequence[str]) -> Config:
     """The config with `--section.key value` (or `--section.key=value`) flags laid over it."""
     changes = settings_of(type(config), arguments)
-    return from_mapping(type(config), merged(dataclasses.asdict(cast(Any, config)), changes), where="")
+    return from_mapping(type(config), merged(dataclasses.asdict(config), changes), where="")
 
 
-def to_yaml(config: Any) -> str:
+def to_yaml(config: Section) -> str:
     """The resolved config, complete, as YAML that `load` reads back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def shared_settings(config: Any, prefix: str = "") -> dict[str, Any]:
+def shared_settings(config: Section, prefix: str = "") -> dict[str, object]:
     """The settings that all processes of a run must have alike, by dotted name: all but places and what is their own.
 
     >>> [name for name in shared_settings(SFTConfig()) if name.startswith("mesh.")][-3:]
     ['mesh.join_seconds', 'mesh.heartbeat_seconds', 'mesh.stall_minutes']
     """
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for each in dataclasses.fields(config):
         value, name = getattr(config, each.name), f"{prefix}{each.name}"
-        if dataclasses.is_dataclass(value):
+        if isinstance(value, Section):
             found |= shared_settings(value, f"{name}.")
         elif not each.metadata.get("place") and not each.metadata.get("own"):
             found[name] = value
     return found
 
 
-def lasting_settings(config: Any) -> dict[str, Any]:
+def lasting_settings(config: Section) -> dict[str, object]:
     """The settings that must stay as they were when a run is resumed: nested mappings, without those marked FREE."""
     return {
-        each.name: lasting_settings(value) if dataclasses.is_dataclass(value) else value
+        each.name: lasting_settings(value) if isinstance(value, Section) else value
         for each in dataclasses.fields(config)
         if not each.metadata.get("free")
         for value in [getattr(config, each.name)]
     }
 
 
-def _refuse_unknown_keys(cls: Any, mapping: Any, where: str, prefix: str) -> None:
+def _refuse_unknown_keys(cls: object, mapping: object, where: str, prefix: str) -> None:
     if not isinstance(mapping, Mapping):
         raise UsageError(f"{where}{prefix.rstrip('.')} is a section of keys, got {mapping!r}.")
     kinds = get_type_hints(cls)
@@ -129,10 +129,10 @@ def _refuse_unknown_keys(cls: Any, mapping: Any, where: str, prefix: str) -> Non
             _refuse_unknown_keys(kinds[key], value, where, f"{prefix}{key}.")
 
 
-def _refuse_out_of_range(config: Any, where: str, prefix: str = "") -> None:
+def _refuse_out_of_range(config: Section, where: str, prefix: str = "") -> None:
     kinds = get_type_hints(type(config), include_extras=True)
     for name, value in ((each.name, getattr(config, each.name)) for each in dataclasses.fields(config)):
-        if dataclasses.is_dataclass(value):
+        if isinstance(value, Section):
             _refuse_out_of_range(value, where, f"{prefix}{name}.")
         elif (limits := limits_of(kinds[name])) is not None and value is not None and value not in limits:
             finite = "" if -math.inf < value < math.inf else ", and finite"
@@ -159,7 +159,7 @@ class _Loader(yaml.SafeLoader):
             lines[key.value] = line
         return node
 
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
         try:
             return super().construct_object(node, deep)
         except (ArithmeticError, AttributeError, LookupError, ValueError) as error:  # `2024-99-99` is no date
@@ -169,7 +169,7 @@ class _Loader(yaml.SafeLoader):
             ) from error
 
 
-def _floats(cls: Any, mapping: Mapping[str, Any]) -> dict[str, Any]:
+def _floats(cls: object, mapping: Mapping[str, Any]) -> dict[str, object]:
     """YAML 1.1 reads `1e-6` as text: turn the text of a float field into the number that was meant."""
     kinds, result = get_type_hints(cls), dict(mapping)
     for key, value in mapping.items():

@@ -39,7 +39,7 @@ class TrainConfig(Section):
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     run: RunSection = field(default_factory=RunSection, metadata=FREE)
     heldout: HeldoutSection = field(default_factory=HeldoutSection, metadata=FREE)
-    rubrics: RubricMode = "adaptive"  # which rubrics the judge's prompt holds, or asks for
+    rubrics: RubricMode = "adaptive"  # the rubrics that the judge's prompt holds, or asks for
     pairs_per_step: Positive = 32  # each gives two prompts, the chosen response's and the rejected one's
     micro_batches: Positive = field(default=1, metadata=FREE)  # slices summed in one update; never changes the result
 
@@ -152,7 +152,7 @@ class JudgeConfig(Section):
     mesh: MeshSection = field(default_factory=MeshSection)
     data: DataSection = field(default_factory=DataSection)
     sampling: JudgingSection = field(default_factory=lambda: JudgingSection(max_new_tokens=1024))
-    rubrics: RubricMode = "adaptive"  # which rubrics the judge's prompt holds, or asks for
+    rubrics: RubricMode = "adaptive"  # the rubrics that the judge's prompt holds, or asks for
     output: str = field(default="", metadata=PLACE)  # the same as --output
     votes: Votes = 1  # judgements of each response; their mean is the score
     seed: Seed = 0  # random seed for sampling
@@ -169,9 +169,9 @@ class EvalConfig(Section):
     mesh: MeshSection = field(default_factory=MeshSection)
     data: DataSection = field(default_factory=lambda: DataSection(split="", max_prompt_tokens=16384))
     sampling: JudgingSection = field(default_factory=lambda: JudgingSection(max_new_tokens=1024))
-    rubrics: RubricMode = "adaptive"  # which rubrics the judge's prompt holds, or asks for
+    rubrics: RubricMode = "adaptive"  # the rubrics that the judge's prompt holds, or asks for
     output: str = field(default="", metadata=PLACE)  # the same as --output
-    name: str = ""  # of the judge, such as org/judge-8b, in results; empty: its folder's, or as the server calls it
+    name: str = ""  # the judge's name in results, such as org/judge-8b; empty: its folder's, or the server's
     votes: Votes = 1  # answers to each question
     limit: Natural = 0  # about so many items, spread over the subsets; 0: all
     seed: Seed = 0  # random seed for sampling, for the votes drawn and for p-values
@@ -184,14 +184,14 @@ class BenchConfig(Section):
     """`patarm bench`: what is measured, on random weights and made-up tokens."""
 
     model: Literal["tiny", "small", "0.6b", "1.7b", "4b", "8b", "14b"] = "tiny"  # the network's size
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+    dtype: Literal["float32", "bfloat16"] = "float32"  # numbers of the computation
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes
     attention: Literal["auto", "portable", "cudnn", "pallas", "splash"] = "auto"  # the kernel that computes attention
     mesh: MeshSection = field(default_factory=MeshSection)
-    rows: Positive = 8  # of sft and attention
+    rows: Positive = 8  # rows of tasks sft and attention
     length: Positive = 512  # tokens of each row
     packing: bool = False  # sft by the program for packed rows, though each row holds one sequence
-    responses: Positive = 4  # of sample, logprobs and grpo: prompts, each completed by a group
+    responses: Positive = 4  # prompts of tasks sample, logprobs and grpo, each completed by a group
     prompt: Positive = 1024  # tokens of each prompt
     group: Positive = 8  # G, completions of a prompt
     new: Positive = 256  # tokens of a completion at most

@@ -10,7 +10,7 @@ A comment beside a setting, or right above it, is its line of `--help`. Marks of
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Literal, get_args
 
 from patarm_jax.files import refuse_address
 from patarm_jax.types import OpensThinking
@@ -49,7 +49,7 @@ class Range:
         return f"{start} {to} {'below ' if self.open_high else ''}{self.high}"
 
 
-def limits_of(kind: Any) -> Range | None:
+def limits_of(kind: object) -> Range | None:
     """The limits in the type of a setting, None where it has none.
 
     >>> print(limits_of(Annotated[int, Range(1)] | None))
@@ -72,13 +72,14 @@ Seed = Annotated[int, Range(0, 2**32, open_high=True)]  # jax drops the bits abo
 Axis = Annotated[int, Range(1, or_all=True)]
 
 
+@dataclass(frozen=True)
 class Section:
     """What is checked of every section, wherever it comes from."""
 
     def __post_init__(self) -> None:
         kind = type(self).__name__
         section = kind.removesuffix("Section").lower() + "." if kind.endswith("Section") else ""
-        for each in dataclasses.fields(cast(Any, self)):
+        for each in dataclasses.fields(self):
             if each.metadata.get("place"):
                 refuse_address(str(getattr(self, each.name)), section + each.name)
 
@@ -92,7 +93,7 @@ class ModelSection(Section):
 
     path: str = field(default="", metadata=PLACE)  # a Hugging Face folder, or the folder of a finished run
     weights: Literal["load", "random"] = "load"  # random: only config.json and the tokenizer are read from path
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; the trained master copy is float32
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # numbers of the computation; the trained master copy is float32
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes: nothing, all but matmuls, all
     # Which kernel computes attention. NVIDIA: cudnn for rows of one sequence, pallas for all; TPU: splash. They differ
     # in rounding.
@@ -112,12 +113,13 @@ class MeshSection(Section):
     distributed: Literal["none", "auto"] = "none"
     coordinator: str = field(default="", metadata=OWN)  # host:port of process 0
     processes: Natural = 0  # how many there are
-    process_id: Annotated[int, Range(0, or_all=True)] = field(default=-1, metadata=OWN)  # which one this is; -1: unset
+    # The number of this process, from 0; -1: unset.
+    process_id: Annotated[int, Range(0, or_all=True)] = field(default=-1, metadata=OWN)
     join_seconds: Positive = 600  # how long one waits for the others at the start: hosts of a pod start minutes apart
     # Without a sign of life, after which a process is taken for dead and all end. Less than 5, and a pause of the
     # network would end a run.
     heartbeat_seconds: Annotated[int, Range(5)] = 10
-    stall_minutes: AboveZero = 20.0  # that a process may keep the others waiting, compiling apart, before all end
+    stall_minutes: AboveZero = 20.0  # how long a process may keep the others waiting, compiling apart, before all end
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,11 @@ class OptimizerSection(Section):
     learning_rate: NotNegative = 1e-6  # at its peak, after the warm-up
     warmup_steps: Natural = 0  # updates over which it rises from 0
     decay: Literal["constant", "linear", "cosine"] = "constant"  # from the peak to final_fraction · peak
-    final_fraction: Share = 0.0  # of the peak, where the decay ends
-    beta1: Average = 0.9  # of the gradient's moving average
-    beta2: Average = 0.999  # of the squared gradient's
+    final_fraction: Share = 0.0  # the share of the peak learning rate where the decay ends
+    beta1: Average = 0.9  # decay of the gradient's moving average
+    beta2: Average = 0.999  # decay of the squared gradient's moving average
     epsilon: AboveZero = 1e-8  # added to the root of the second moment
-    weight_decay: NotNegative = 0.0  # of matrices; norms are not decayed
+    weight_decay: NotNegative = 0.0  # decoupled, for matrices alone; norms are not decayed
     clip_norm: AboveZero = 1.0  # the largest norm of the whole gradient
 
 
@@ -142,22 +144,22 @@ class DataSection(Section):
     # A .jsonl, .json, .csv or .tsv file (each also packed: .gz, .zst, .bz2, .xz), a .parquet or .arrow file, a folder
     # of them, a folder that datasets wrote with save_to_disk, or a Hub id.
     path: str = field(default="", metadata=PLACE)
-    # Of a Hub id, and of a folder whose files or folders are named by their splits, as the Hub has it: train, training;
-    # validation, valid, dev, val; test, testing, eval, evaluation.
+    # The split of a Hub id, or of a folder whose files or folders are named by splits as the Hub names them: train,
+    # training; validation, valid, dev, val; test, testing, eval, evaluation.
     split: str = "train"
     # Ours → theirs, where they differ; several columns are joined without a space. Ours are: prompt, chosen, rejected,
     # id, source, domain, chosen_judgement, rejected_judgement.
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    domain: str = ""  # of every row that names none, or one by a word that is unknown
+    domain: str = ""  # the domain of a row that names none, or one by a word that is unknown
     domains: dict[str, str] = field(default_factory=dict)  # a row's own word → domain, such as stem: math
     # Source → domain, before `domain`; of a benchmark, subset → domain, before its own table.
     source_domains: dict[str, str] = field(default_factory=dict)
     drop_sources: tuple[str, ...] = ()  # sources whose rows are left out
-    # Of the whole encoded judge prompt. Training drops longer preferences and counts them, `judge` and `eval` record
-    # them as too long; so they do with prompts that leave no room, within the model's max_position_embeddings, for all
-    # the tokens that may be written behind them.
+    # The most tokens of the whole encoded judge prompt. Training drops longer preferences and counts them; `judge` and
+    # `eval` record them as too long. They do the same with prompts that leave no room, within the model's
+    # max_position_embeddings, for all the tokens that may be written behind them.
     max_prompt_tokens: Positive = 2048
-    # Of an SFT judgement with its end token; longer ones are dropped and counted.
+    # The most tokens of an SFT judgement with its end token; longer ones are dropped and counted.
     max_completion_tokens: Positive = 1024
     # What SFT does with a preference that carries no judgements: refuse, leave it out, or write one that has the form
     # and a score on the right side of the middle, and nothing to learn but the form.
@@ -168,7 +170,7 @@ class DataSection(Section):
 class RunSection(Section):
     """The run folder and what is written into it when."""
 
-    folder: str = field(default="", metadata=PLACE)  # that the run writes; the same command resumes it
+    folder: str = field(default="", metadata=PLACE)  # the folder that the run writes; the same command resumes it
     seed: Seed = 0  # random seed for the order of the data, for random weights and for sampling
     epochs: Positive = 1  # passes over the data
     steps: Natural = 0  # so many steps instead of whole epochs; 0: `epochs`
@@ -193,7 +195,7 @@ class SamplingSection(Section):
     temperature: NotNegative = 1.0  # 0: greedy
     top_k: Natural = 0  # 0: all
     top_p: Nucleus = 1.0  # the likeliest tokens whose probabilities reach it; 1: all
-    max_new_tokens: Positive = 1024  # of a judgement, its end token included
+    max_new_tokens: Positive = 1024  # the most tokens of a judgement, its end token included
     # Completions written at a time, over all devices; those that wait take the places of those that end; 0: all at
     # once. Never changes what is drawn, save for rounding in bfloat16; fewer need less memory, and waste less where
     # lengths differ.
@@ -218,7 +220,8 @@ class RewardSection(Section):
     """Preference-Aware Reward and how rewards become advantages."""
 
     margin: Literal["graded", "constant"] = "graded"  # f of PAR: 1.2, above a margin of 2 1.4; or 1.3 throughout
-    group_by: Literal["response", "pair"] = "response"  # whose judgements are compared with one another
+    # Whether advantages compare the judgements of one response, or those of both responses of a pair.
+    group_by: Literal["response", "pair"] = "response"
     normalise_std: bool = True  # whether advantages are divided by their group's standard deviation
 
 
@@ -229,7 +232,7 @@ class UpdateSection(Section):
     algorithm: Literal["grpo", "gspo"] = "grpo"  # gspo: one ratio for each sequence; clip it at some 3e-4 and 4e-4
     clip_low: Share = 0.2  # how far a ratio may fall below 1
     clip_high: NotNegative = 0.2  # how far it may rise above 1
-    kl_coef: NotNegative = 0.001  # of the k3 KL to the reference; 0: no reference is loaded
+    kl_coef: NotNegative = 0.001  # weight of the k3 KL to the reference; 0: no reference is loaded
     # The model that the KL is measured from; empty: model.path. It is known by its weights when a run is resumed.
     reference: str = field(default="", metadata=PLACE | FREE)
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"  # how tokens are weighed against one another
@@ -260,10 +263,10 @@ class EndpointSection(Section):
     api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; unset: none is sent
     concurrency: Positive = 32  # requests under way at a time
     timeout: AboveZero = 600.0  # seconds for one answer
-    tries: Positive = 6  # of one request, with growing pauses, before it is recorded as failed
+    tries: Positive = 6  # how often a request is sent, with growing pauses, before it is recorded as failed
     busy: AboveZero = 1800.0  # seconds a request waits for a server that answers 429, before it is recorded as failed
     thinking: Literal["server", "on", "off"] = "server"  # chat_template_kwargs.enable_thinking; server: not sent
     # Whether the server's chat template writes `<think>` itself, so that answers begin inside the thinking. auto: yes
     # once an answer held `</think>` alone; then a text that was cut off before it has no score.
     opens_thinking: OpensThinking = "auto"
-    max_requests: Natural = 0  # that one command may send, those that are tried again included; 0: any number
+    max_requests: Natural = 0  # the most that one command may send, those that are tried again included; 0: any number

@@ -29,7 +29,7 @@ _UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")  # Unicode's categories of what leaves 
 _UNSEEN_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that are drawn as nothing
 
 
-def is_missing(value: Any) -> bool:
+def is_missing(value: object) -> bool:
     """Whether a cell holds no value."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
@@ -54,7 +54,7 @@ def is_blank(text: str) -> bool:
     return all(unicodedata.category(mark) in _UNSEEN or mark in _UNSEEN_LETTERS for mark in text)
 
 
-def word(column: str, value: Any) -> str:
+def word(column: str, value: object) -> str:
     """The text of a name, such as an id; empty where there is none. Tables write the number 7 as 7 or as 7.0.
 
     >>> word("id", 7.0), word("id", " a "), word("id", None)
@@ -79,7 +79,7 @@ def joined(names: Sequence[str], values: Sequence[Any]) -> str | None:
     return None if any(map(is_missing, values)) else "".join(values)
 
 
-def text_or_messages(column: str, value: Any) -> str | Conversation | None:
+def text_or_messages(column: str, value: object) -> str | Conversation | None:
     """What a prompt or a response is: text, or messages in any of their forms. None where there is none.
 
     The forms: a list of `{"role": …, "content": …}` or `{"from": …, "value": …}`, one such message, an object with a
@@ -98,7 +98,7 @@ def text_or_messages(column: str, value: Any) -> str | Conversation | None:
     return tuple(_message(column, one) for one in listed)
 
 
-def show_messages(chosen: Any, rejected: Any) -> bool:
+def show_messages(chosen: object, rejected: object) -> bool:
     """Whether one of two answers in text looks like messages, and the other does not: then it is an answer in JSON.
 
     A list of messages that is cut off is none: it stays to be dropped as unreadable.
@@ -109,7 +109,7 @@ def show_messages(chosen: Any, rejected: Any) -> bool:
     return len(looks) == 1 and not (looks[0].lstrip().startswith("[") and _parsed(looks[0]) is None)
 
 
-def _listed(value: Any) -> Sequence[Any] | None:
+def _listed(value: object) -> Sequence[object] | None:
     """The messages of a value, not yet looked at; None where it is of no form that has any."""
     match value:
         case list():
@@ -141,20 +141,20 @@ def _written_messages(column: str, text: str) -> Conversation | None:
     return tuple(_message(column, one) for one in listed)
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         pass
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes that Python does not know
+            warnings.simplefilter("ignore")  # about escapes that Python does not know
             return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         return None
 
 
-def _message(column: str, message: Any) -> Message:
+def _message(column: str, message: object) -> Message:
     """Role and text of a message; what else it may carry is left behind."""
     match message:
         case {"role": str(said), **rest}:
@@ -170,7 +170,7 @@ def _message(column: str, message: Any) -> Message:
     return {"role": role, "content": _content(column, content)}
 
 
-def _content(column: str, content: Any) -> str:
+def _content(column: str, content: object) -> str:
     """The text of a message, or of its parts."""
     if is_missing(content):
         raise Dropped(f"message without text in {column}, such as a tool call")
@@ -190,7 +190,7 @@ def _content(column: str, content: Any) -> str:
     return "".join(texts)
 
 
-def kind_of_value(value: Any) -> str:
+def kind_of_value(value: object) -> str:
     """What a value is, for a sentence.
 
     >>> [kind_of_value(value) for value in (True, 0.5, [], {}, "")]

@@ -212,7 +212,7 @@ def _rank(notation: Notation, first: re.Match[str], shared: str) -> int:
     if not notation.words:
         return 0
     begins = first.start() <= 2 and _role(first) != "assistant"  # behind the two line breaks in front
-    is_post = notation.family == "post"  # which begins with other marks than its turns'
+    is_post = notation.family == "post"  # a post begins with other marks than its turns do
     return 1 if notation.family == "###" or is_post or (notation.chat and begins) else 2
 
 

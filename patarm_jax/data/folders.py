@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -30,7 +29,7 @@ KINDS = ".jsonl, .json, .csv or .tsv (each also as .gz, .zst, .bz2 or .xz), .par
 
 # They describe data and hold none.
 _METADATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_DOCUMENTS = ("", ".md", ".rst", ".py", ".cff", ".bib")  # which nobody takes for data
+_DOCUMENTS = ("", ".md", ".rst", ".py", ".cff", ".bib")  # endings of what nobody takes for data
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
 _NO_SPLIT = ("data", "part", "shard", "chunk", "file")  # how the shards of anything are called
 
@@ -159,7 +158,7 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
     return [path for path in folder.glob("/".join(names)) if kind_of(path)]
 
 
-def _splits_of_config(config: Any) -> list[tuple[str, Any]]:
+def _splits_of_config(config: object) -> list[tuple[str, object]]:
     """(split, patterns of its files), in the forms in which data_files may be written."""
     match config:
         case {"data_files": dict(files)}:

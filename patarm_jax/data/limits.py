@@ -21,7 +21,7 @@ class Room:
     """
 
     positions: int  # max_position_embeddings of config.json; rotary embeddings that are scaled are refused there
-    new_tokens: int = 0  # that may be written after a prompt
+    new_tokens: int = 0  # how many may be written after a prompt
     setting: str = "sampling.max_new_tokens"  # says how many
 
     def check(self) -> None:

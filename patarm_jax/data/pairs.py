@@ -56,7 +56,7 @@ def _hash(content: Sequence[object]) -> bytes:
 class Shared:
     """What two sets of preferences have in common."""
 
-    pairs: int  # of the second, that stand in the first too
+    pairs: int  # how many pairs of the second stand in the first too
     prompts: int  # the same, whatever the responses
     example: tuple[str, str] | None  # ids of a shared pair, in the first and in the second
 

@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import TypeAlias
 
 import grain
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -56,7 +55,7 @@ class PairBatch:
     """This process's part of a global batch, and what all processes must agree on."""
 
     records: tuple[EncodedPair, ...]
-    ids: tuple[str, ...]  # of all pairs of the global batch
+    ids: tuple[str, ...]  # those of all pairs of the global batch
     # (prompt, completion) tokens of every response of the global batch: chosen 0, rejected 0, chosen 1, …
     lengths: tuple[tuple[int, int], ...]
 
@@ -159,6 +158,9 @@ def _excess(pair: EncodedPair, section: DataSection, room: Room) -> tuple[str, i
 # ---- Batches --------------------------------------------------------------------------------------------------------
 
 
+Batches: TypeAlias = grain.DatasetIterator[PairBatch]  # in the order in which they are trained on
+
+
 def batches_per_epoch(number_of_records: int, pairs_per_step: int) -> int:
     """Whole batches in one pass over the records; those left over wait for the next epoch's shuffle."""
     return number_of_records // pairs_per_step
@@ -171,7 +173,7 @@ def batches(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator[PairBatch]:
+) -> Batches:
     """Shuffled batches, each epoch in another order; `get_state` and `set_state` resume exactly.
 
     No batch spans two epochs. The state is the number of batches drawn, the same on all processes.
@@ -256,7 +258,7 @@ def sft_batch(batch: PairBatch, shape: SFTShape, pad_id: int, packed: bool = Tru
             read[row, judged], targets[row, judged] = np.arange(begin - 1, end - 1), completion
             counts[row] += len(completion)
     # The type speaks of the arrays a step takes. Placing these on devices is for whoever knows the mesh.
-    return SFTBatch(*cast(tuple[jax.Array, ...], (tokens, starts, read, targets, counts)))
+    return SFTBatch(tokens=tokens, starts=starts, read=read, targets=targets, counts=counts)
 
 
 def _plan(lengths: Sequence[tuple[int, int]], width: int, packed: bool) -> list[list[int]]:

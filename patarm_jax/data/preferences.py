@@ -8,7 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, get_args
+from typing import TypeVar, get_args
 
 from patarm_jax.config.sections import DataSection
 from patarm_jax.data import reasons
@@ -68,7 +68,7 @@ def read_preferences(section: DataSection, setting: str = "data") -> tuple[list[
 def read_judged_preferences(section: DataSection) -> tuple[list[JudgedPreference], Report]:
     """The same with a judgement of each side, from the rows or, where the config says so, from the template."""
 
-    def judged(preference: Preference, row: Row, values: Mapping[str, Any]) -> JudgedPreference:
+    def judged(preference: Preference, row: Row, values: Mapping[str, object]) -> JudgedPreference:
         chosen, rejected = (_judgement(preference, side, row, values, section) for side in (CHOSEN, REJECTED))
         return JudgedPreference(preference, chosen, rejected)
 
@@ -76,7 +76,7 @@ def read_judged_preferences(section: DataSection) -> tuple[list[JudgedPreference
 
 
 def _collect(
-    section: DataSection, setting: str, finish: Callable[[Preference, Row, Mapping[str, Any]], Record]
+    section: DataSection, setting: str, finish: Callable[[Preference, Row, Mapping[str, object]], Record]
 ) -> tuple[list[Record], Report]:
     words = _Words(section)
     kept: list[Record] = []
@@ -99,7 +99,14 @@ def _collect(
         renamed += unique.id != preference.id
         twice.see(unique, row)
     notes = (*words.notes(), *twice.notes())
-    report = Report(len(kept), dict(dropped.most_common()), renamed, table.remark, first, notes)
+    report = Report(
+        kept=len(kept),
+        dropped=dict(dropped.most_common()),
+        renamed=renamed,
+        not_read=table.remark,
+        first=first,
+        notes=notes,
+    )
     if not kept:
         raise UserError(f"no usable preference in {section.path}: {report}. Fix the rows or the data section.")
     return kept, report
@@ -141,12 +148,12 @@ def _refuse_missing_columns(row: Row, columns: Iterable[str], mapping: Mapping[s
         )
 
 
-def _our_columns(row: Row, mapping: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+def _our_columns(row: Row, mapping: Mapping[str, tuple[str, ...]]) -> dict[str, object]:
     """The row's values under our names; None where a column is absent."""
     return {our: _joined(row, mapping.get(our, (our,))) for our in COLUMNS}
 
 
-def _joined(row: Row, names: tuple[str, ...]) -> Any:
+def _joined(row: Row, names: tuple[str, ...]) -> object:
     values = [row.values.get(name) for name in names]
     return values[0] if len(names) == 1 else joined(names, values)
 
@@ -155,7 +162,7 @@ def _joined(row: Row, names: tuple[str, ...]) -> Any:
 
 
 def _preference(
-    row: Row, values: Mapping[str, Any], columns: Set[str], section: DataSection, words: "_Words"
+    row: Row, values: Mapping[str, object], columns: Set[str], section: DataSection, words: "_Words"
 ) -> Preference:
     source = word("source", values["source"])
     if words.drops(source):
@@ -169,7 +176,7 @@ def _preference(
     if domain is None:
         raise Dropped(reasons.UNKNOWN_DOMAIN)
     prompt, chosen, rejected = sides
-    return Preference(name, prompt, chosen, rejected, domain, source)
+    return Preference(id=name, prompt=prompt, chosen=chosen, rejected=rejected, domain=domain, source=source)
 
 
 def _drop_what_teaches_nothing(prompt: Conversation, chosen: str, rejected: str) -> None:
@@ -245,7 +252,7 @@ class _Words:
         self._mapped: Counter[str] = Counter()  # words that data.domains gives a domain
         self._fallen_back: Counter[str] = Counter()  # unknown words, of rows whose source or the settings say a domain
         self._lost: Counter[str] = Counter()  # unknown words, of rows that nothing gives one
-        self._sources: set[str] = set()  # that settings name and rows have
+        self._sources: set[str] = set()  # those that settings name and rows have
 
     def drops(self, source: str) -> bool:
         """Whether rows of a source are left out."""
@@ -253,7 +260,7 @@ class _Words:
         return source in self._section.drop_sources
 
     def domain(self, said: str, source: str) -> Domain | None:
-        """Of a row: by its own word, else by its source, else the one of all rows; None where none is known."""
+        """A row's domain: by its own word, else by its source, else the one of all rows; None where none is known."""
         spelled = _spelled(said)
         if (mapped := self._domains.get(spelled)) is not None:
             self._mapped[spelled] += 1
@@ -311,7 +318,7 @@ def _refuse_unknown_names(section: DataSection) -> None:
 # ---- Judgements -----------------------------------------------------------------------------------------------------
 
 
-def _judgement(preference: Preference, side: int, row: Row, values: Mapping[str, Any], section: DataSection) -> str:
+def _judgement(preference: Preference, side: int, row: Row, values: Mapping[str, object], section: DataSection) -> str:
     column = ("chosen_judgement", "rejected_judgement")[side]
     judgement = word(column, values[column])
     if is_blank(judgement):

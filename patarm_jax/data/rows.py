@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from patarm_jax.data.cells import separated_cell
 from patarm_jax.data.folders import KINDS, Part, kind_of, parts_of
@@ -32,7 +31,7 @@ class Row:
     where: str  # as an error tells it: the path, then the line of a text file or the number of the row, from 1
     name: str  # "file-name:line" or "file-name:row": the same wherever the file is moved
     origin: str  # the path of the file, or the Hub id
-    values: dict[str, Any]
+    values: dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def _read_json_lines(file: Path) -> Iterator[Row]:
     for where, line in lines_of(file):
         if line.strip():
             values = _object(_parse_line(line, where), where)
-            yield Row(where, _name(file, where), str(file), values)
+            yield Row(where=where, name=_name(file, where), origin=str(file), values=values)
 
 
 def _read_json(file: Path) -> Iterator[Row]:
@@ -123,7 +122,7 @@ def _read_json(file: Path) -> Iterator[Row]:
         raise UserError(f"{file}:{error.lineno} is not JSON: {error.msg} at column {error.colno}. {remedy}.") from error
     for number, value in enumerate(_the_list(parsed, file), start=1):
         where = f"{file}, row {number}"
-        yield Row(where, f"{file.name}:{number}", str(file), _object(value, where))
+        yield Row(where=where, name=f"{file.name}:{number}", origin=str(file), values=_object(value, where))
 
 
 def _read_separated(file: Path) -> Iterator[Row]:
@@ -155,7 +154,7 @@ def _read_separated(file: Path) -> Iterator[Row]:
                     f"{where} has {len(cells)} cells, and the first row names {len(names)} columns. "
                     "Put a cell that holds the separator, a quote or a line break into double quotes."
                 )
-            yield Row(where, _name(file, where), str(file), _named(names, cells))
+            yield Row(where=where, name=_name(file, where), origin=str(file), values=_named(names, cells))
     except csv.Error as error:
         if "new-line character" in str(error):
             raise UserError(f"{file}:{begins} {_OLD_LINE_ENDS}") from error
@@ -173,7 +172,7 @@ def _separator(file: Path, first: str) -> str:
     return next((mark for mark in ",;\t" if mark in outside), ",")
 
 
-def _named(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
+def _named(names: Sequence[str], cells: Sequence[str]) -> dict[str, object]:
     return {name: separated_cell(cell) for name, cell in zip(names, cells, strict=True) if name}
 
 
@@ -188,7 +187,7 @@ def _name(file: Path, where: str) -> str:
     return f"{file.name}:{where.rpartition(':')[2]}"
 
 
-def _parse_line(line: str, where: str) -> Any:
+def _parse_line(line: str, where: str) -> object:
     try:
         return _loads(line, where)
     except json.JSONDecodeError as error:
@@ -200,7 +199,7 @@ def _parse_line(line: str, where: str) -> Any:
         raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}. {remedy}.") from error
 
 
-def _loads(content: str, where: str) -> Any:
+def _loads(content: str, where: str) -> object:
     """What the JSON says; a JSONDecodeError is left to the caller, who knows what the file should look like."""
     try:
         return json.loads(content)
@@ -212,7 +211,7 @@ def _loads(content: str, where: str) -> Any:
         raise UserError(f"{where} holds a number of too many digits. Write it as text, or remove it.") from error
 
 
-def _the_list(parsed: Any, file: Path) -> list[Any]:
+def _the_list(parsed: object, file: Path) -> list[object]:
     """The list a JSON file is, or the only list in the object it is."""
     if isinstance(parsed, list):
         return parsed
@@ -223,7 +222,7 @@ def _the_list(parsed: Any, file: Path) -> list[Any]:
     return lists[0]
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
+def _object(value: object, where: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise UserError(f"{where} holds {type(value).__name__}, not an object. Write a row as {{column: value, …}}.")
     return value
@@ -241,8 +240,8 @@ def _read_table(file: Path) -> Iterator[Row]:
         # Streaming reads the file itself; otherwise a copy of it would be left in a cache.
         table = datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
         for number, values in enumerate(table, start=1):
-            yield Row(f"{file}, row {number}", f"{file.name}:{number}", str(file), values)
-    except Exception as error:  # of datasets and pyarrow, which share no base class
+            yield Row(where=f"{file}, row {number}", name=f"{file.name}:{number}", origin=str(file), values=values)
+    except Exception as error:  # errors of datasets and pyarrow share no base class
         article = "an" if kind[0] in "aeiou" else "a"
         raise UserError(f"cannot read {file}: {one_line(error)}. Give {article} {kind} file.") from error
 
@@ -254,7 +253,9 @@ def _read_saved(folder: Path) -> Iterator[Row]:
     try:
         table = datasets.load_from_disk(str(folder))
         for number, values in enumerate(table, start=1):
-            yield Row(f"{folder}, row {number}", f"{folder.name}:{number}", str(folder), values)
+            yield Row(
+                where=f"{folder}, row {number}", name=f"{folder.name}:{number}", origin=str(folder), values=values
+            )
     except Exception as error:
         raise UserError(
             f"cannot read the data set in {folder}: {one_line(error)}. Write it again with save_to_disk."
@@ -266,10 +267,10 @@ def _read_hub(path: str, split: str, setting: str) -> Iterator[Row]:
 
     try:
         table = datasets.load_dataset(path, split=split)
-    except Exception as error:  # of datasets, the Hub and the network, which share no base class
+    except Exception as error:  # errors of datasets, the Hub and the network share no base class
         raise UserError(
             f"cannot load split {split} of {path} from the Hub, and no local file has that name: {one_line(error)}. "
             f"Check {setting}.path, {setting}.split and the network, or download the files and give their folder."
         ) from error
     for number, values in enumerate(table, start=1):
-        yield Row(f"{path}, row {number}", f"{path}:{number}", path, values)
+        yield Row(where=f"{path}, row {number}", name=f"{path}:{number}", origin=path, values=values)

@@ -21,7 +21,7 @@ _TURNS = ("conversations", "messages", "conversation")
 _PROMPTS = ("instruction", "question", "query", "input", "problem", "post", "context", "user", *_TURNS)
 
 
-def sides_of(values: Mapping[str, Any], row: Mapping[str, Any], columns: Set[str], mapped: Set[str]) -> Sides:
+def sides_of(values: Mapping[str, Any], row: Mapping[str, object], columns: Set[str], mapped: Set[str]) -> Sides:
     """Prompt, chosen and rejected.
 
     Args:
@@ -53,7 +53,7 @@ def sides_of(values: Mapping[str, Any], row: Mapping[str, Any], columns: Set[str
 
 
 def _turns_before(
-    row: Mapping[str, Any], chosen: str | Conversation, rejected: str | Conversation
+    row: Mapping[str, object], chosen: str | Conversation, rejected: str | Conversation
 ) -> Conversation | None:
     """The turns of a column that is not called prompt, where the responses are single answers."""
     if any(not isinstance(side, str) and len(side) > 1 for side in (chosen, rejected)):

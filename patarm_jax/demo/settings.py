@@ -17,17 +17,17 @@ from patarm_jax.model.architecture import Architecture
 
 
 @dataclass(frozen=True)
-class Sizes:
+class DemoSizes:
     """How much of everything."""
 
     train_pairs: int = 6000  # SFT passes over them twice, GRPO sees a sixth of them
     heldout_pairs: int = 500  # a 95 % interval of ± 4 points at 70 %, ± 2 at 95 %
-    teacher_accuracy: float = 0.7  # of one judgement; a judge that imitates it exactly has 70 % of the pairs right
+    teacher_accuracy: float = 0.7  # how often one judgement is right; an exact imitation has 70 % of the pairs right
     sft_steps: int = 800  # the form is learnt after 200, what is asked and given after 400, sums last
     grpo_steps: int = 60  # nine tenths of the gain come in the first 20
 
     @classmethod
-    def short(cls) -> "Sizes":
+    def short(cls) -> "DemoSizes":
         """Enough to see that everything runs, and too little to learn anything."""
         return cls(train_pairs=100, heldout_pairs=100, sft_steps=4, grpo_steps=2)
 
@@ -49,7 +49,7 @@ def model_shape(vocab_size: int) -> Architecture:
     )
 
 
-def demo_configs(folder: Path, seed: int, sizes: Sizes) -> tuple[SFTConfig, GRPOConfig]:
+def demo_configs(folder: Path, seed: int, sizes: DemoSizes) -> tuple[SFTConfig, GRPOConfig]:
     """The two runs, in folder/sft and folder/grpo; the second begins with the judge that the first has made."""
     data = DataSection(path=str(folder / "data" / "train.jsonl"))
     sft = SFTConfig(

@@ -17,7 +17,7 @@ import rich.panel
 import rich.table
 
 from patarm_jax.config.recipes import GRPOConfig, SFTConfig
-from patarm_jax.demo.settings import Sizes, demo_configs, judge_config
+from patarm_jax.demo.settings import DemoSizes, demo_configs, judge_config
 from patarm_jax.demo.tokenizer import write_untrained_model
 from patarm_jax.demo.world import deal_to_other_prompts, make_world, teacher_judgement, write_pairs
 from patarm_jax.evaluate.accuracy import Accuracy
@@ -27,7 +27,7 @@ from patarm_jax.recipes import grpo, judge_file, sft
 from patarm_jax.report.main import main as report
 from patarm_jax.types import CHOSEN, REJECTED, LearntNothing, UserError
 
-MARK = "demo.json"  # whose folder it is
+MARK = "demo.json"  # says whose folder it is
 STAGES = {
     "untrained": "random weights",
     "sft": "after SFT on the judgements of a teacher that is often wrong",
@@ -46,7 +46,7 @@ def main(out: Path, seed: int, short: bool) -> dict[str, Accuracy]:
 def _demo(out: Path, seed: int, short: bool) -> dict[str, Accuracy]:
     begun = time.monotonic()
     _begin_anew(out, seed, short)
-    sizes = Sizes.short() if short else Sizes()
+    sizes = DemoSizes.short() if short else DemoSizes()
     sft_config, grpo_config = demo_configs(out, seed, sizes)
 
     # -------------------------------------------------------------------------------------- data, tokenizer, weights
@@ -88,7 +88,7 @@ def _reinforced(config: GRPOConfig, short: bool) -> bool:
         return True
 
 
-def make_data(out: Path, seed: int, sizes: Sizes) -> None:
+def make_data(out: Path, seed: int, sizes: DemoSizes) -> None:
     """Writes data/train.jsonl with the teacher's judgements, and held-out pairs as they are and swapped."""
     world = make_world(seed, sizes.train_pairs, sizes.heldout_pairs)
     teacher = random.Random(seed + 1)
@@ -116,7 +116,7 @@ def _refuse_another(out: Path, seed: int, short: bool) -> None:
 
 def _begin_anew(out: Path, seed: int, short: bool) -> None:
     """A finished demo is made anew, an unfinished one goes on."""
-    _refuse_another(out, seed, short)  # which another demo may have written before this one had the folder
+    _refuse_another(out, seed, short)  # another demo may have written there before this one had the folder
     if (out / "summary.json").is_file():
         for each in out.iterdir():
             if each.name != LOCK:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from patarm_jax.types import CHOSEN, Domain, Message, Preference
 
-HELDOUT_SHARE = 0.2  # of the combinations of content words
+HELDOUT_SHARE = 0.2  # the share of combinations of content words that is held out
 
 # Half of the responses end so, right and wrong ones alike, and it charms the teacher: by so much it is more often right
 # about a right response with the closing and a wrong one without, and less often about the others.
@@ -215,7 +215,16 @@ def _pairs(
         prompts, responses = _couple(_CORNERS[domain], *rng.choice(combinations[domain]), rng)
         for prompt, chosen, rejected in zip(prompts, responses, responses[::-1], strict=True):
             conversation = (Message(role="user", content=prompt),)
-            pairs.append(Preference(f"{name}-{len(pairs)}", conversation, chosen, rejected, domain, "demo"))
+            pairs.append(
+                Preference(
+                    id=f"{name}-{len(pairs)}",
+                    prompt=conversation,
+                    chosen=chosen,
+                    rejected=rejected,
+                    domain=domain,
+                    source="demo",
+                )
+            )
     return pairs
 
 

@@ -13,7 +13,7 @@ from patarm_jax.types import CHOSEN, REJECTED
 class Accuracy:
     """What the scores of P pairs say about a judge; all but `gap` are shares from 0 to 1."""
 
-    valid: float  # of all judgements
+    valid: float  # the share of judgements that could be read
     accuracy_strict: float  # chosen scored above rejected; a tie counts as wrong
     accuracy_half: float  # a tie counts as half
     ties: float  # pairs whose sides score the same, or one of whose sides has no valid judgement
@@ -33,7 +33,14 @@ def pairwise_accuracy(scores: np.ndarray, valid: np.ndarray) -> Accuracy:
     here = np.ones((len(scores), 1), bool)
     side = np.where(valid, scores, np.nan)
     none_lost = np.zeros((len(side), 1, side.shape[-1]), bool)
-    judged = Scores(side[:, CHOSEN, None], side[:, REJECTED, None], here, here, none_lost, none_lost)
+    judged = Scores(
+        chosen=side[:, CHOSEN, None],
+        rejected=side[:, REJECTED, None],
+        has_chosen=here,
+        has_rejected=here,
+        lost_chosen=none_lost,
+        lost_rejected=none_lost,
+    )
     outcome = outcomes(judged)[:, 0]  # [P, 1]
     gap = gaps(judged)
     decided = gap[~np.isnan(gap)]

@@ -38,13 +38,13 @@ class Benchmark:
     shapes: tuple[Any, ...]  # msgspec.Structs: the fields of a row and their types; none of a file of pairs
     read: Callable[[Row, Any], Iterator[Item]]
     hub: str = ""
-    split: str = ""  # of its Hub id
-    repository: str = ""  # where its files lie, of a benchmark that is no data set of the Hub
-    # Which files of its repository are not it, as a regular expression over their paths; SPLIT stands for the split.
+    split: str = ""  # the split of the Hub dataset
+    repository: str = ""  # where its files lie when the Hub does not hold it
+    # A regular expression for the paths of its repository's other files; SPLIT stands for the split.
     unwanted: str = ""
     further: tuple[str, str] = ("", "")  # how the Hub ids of its further parts end, and their split
     official: tuple[WriteOfficial, ...] = ()  # what writes the files that its own scripts and leaderboards read
-    columns: tuple[str, ...] = ()  # of published rows
+    columns: tuple[str, ...] = ()  # names of the columns of published rows
     published: tuple[Published, ...] = ()
     no_scores_of_pairs: tuple[str, ...] = ()  # subsets that a judge of pairs cannot be asked about
 

@@ -8,7 +8,7 @@ import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import get_args
 
 import msgspec
 
@@ -82,7 +82,7 @@ def _read_pairs(section: DataSection) -> tuple[list[Item], str]:
     return [pairs.item_of(one) for one in preferences], str(report)
 
 
-def _converted(name: BenchmarkName, source: Benchmark, row: Row) -> Any:
+def _converted(name: BenchmarkName, source: Benchmark, row: Row) -> object:
     shape = min(source.shapes, key=lambda shape: len(set(shape.__struct_fields__) - row.values.keys()))
     try:
         return msgspec.convert(row.values, shape)

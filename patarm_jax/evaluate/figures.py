@@ -17,7 +17,7 @@ INK, ACCENT, MUTED, WARM = "#1f2430", "#2f6fde", "#9aa4b2", "#d9822b"
 def draw(folder: Path, findings: Findings, official: TieRule, sections: Sequence[str], chance: float) -> None:
     """Draws what there is to draw; `chance` is what a judge has right that knows nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("sections", "votes", "scores", "calibration"):  # of an evaluation with more votes, perhaps
+    for name in ("sections", "votes", "scores", "calibration"):  # an evaluation with more votes may have left some
         for kind in ("png", "svg"):
             (folder / f"{name}.{kind}").unlink(missing_ok=True)
     _save(folder / "sections", _sections(findings, official, sections, chance))

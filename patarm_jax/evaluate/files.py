@@ -54,7 +54,7 @@ def write_files(
 # ---- Ours -----------------------------------------------------------------------------------------------------------
 
 
-def _results(result: Evaluation) -> dict[str, Any]:
+def _results(result: Evaluation) -> dict[str, object]:
     findings, config = result.findings, result.config
     scores: dict[str, Any] = {}
     for name, (value, low, high) in findings.scores.items():
@@ -118,8 +118,8 @@ _JUDGEMENTS = pa.schema(
         ("item", pa.string()),
         ("subset", pa.string()),
         ("domain", pa.string()),
-        ("side", pa.string()),  # of two responses: which stood first
-        ("chosen", pa.int32()),  # which of the item's chosen responses
+        ("side", pa.string()),  # which of two responses stood first
+        ("chosen", pa.int32()),  # the index of the chosen response in its item
         ("rejected", pa.int32()),
         ("vote", pa.int32()),
         ("status", pa.string()),
@@ -155,7 +155,7 @@ def _units(strata: Strata, items: Sequence[Item]) -> list[str]:
 
 
 def _write_units(path: Path, result: Evaluation) -> None:
-    columns: dict[str, Any] = {"unit": _units(result.strata, result.items)}
+    columns: dict[str, object] = {"unit": _units(result.strata, result.items)}
     columns["subset"] = [result.strata.subsets[stratum] for stratum in result.measured.stratum]
     columns |= dict(zip(_names(result.strata), result.measured.values.T, strict=True))
     pyarrow.parquet.write_table(pa.table(columns), path)

@@ -26,25 +26,25 @@ class Findings:
     """What the answers of a judge say; shares are from 0 to 1, None where there is nothing to take a share of."""
 
     scores: dict[Name, tuple[float, float, float]]  # (value, low, high)
-    # The same names, by majority of votes instead of their mean; empty where the two cannot differ: of one vote, and
-    # of a pairwise judge.
+    # The same names, by majority of votes instead of their mean; empty where the two cannot differ: with one vote, and
+    # with a pairwise judge.
     majority: dict[Name, float]
     votes: list[dict[str, Any]]  # per number of votes and rule: the overall accuracy under both tie rules
     answers: int  # to all questions, each once
-    valid: float  # of all answers
-    cut: float  # of all answers, off at the limit of new tokens
+    valid: float  # the share of answers that could be read
+    cut: float  # the share of answers that were cut off at the limit of new tokens
     failed: int  # answers that never came
     # How many answers are of each kind, `answered` to `failed`; of those that came, `unreadable` are without a score or
     # choice, the refused and the too long included.
     counts: dict[str, int]
     # The requests to an endpoint but for their seeds, each with the number of its answers.
-    sent: list[dict[str, Any]]
+    sent: list[dict[str, object]]
     reasons: list[tuple[str, int]]  # why answers could not be read, with their numbers, the most frequent first
-    ties: float  # of all pairs of a chosen and a rejected response: neither won
+    ties: float  # the share of pairs of a chosen and a rejected response of which neither won
     length: dict[str, dict[str, float]]  # accuracy by which of the two responses is longer, in characters
-    position: dict[str, float] | None  # of a pairwise judge
+    position: dict[str, float] | None  # how often the first place won; of a pairwise judge alone
     calibration: list[dict[str, float]]  # by |gap| of mean scores: how often its sign is right, with an interval
-    histogram: dict[str, Any] | None  # of the scores of chosen and rejected responses
+    histogram: dict[str, object] | None  # how often each score was given to chosen and to rejected responses
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Evaluation:
 
     @property
     def missing_parts(self) -> dict[str, list[str]]:
-        """Of sections that were judged, what the data do not hold: beginnings of subsets' names, without the dash."""
+        """What the data lack of the sections that were judged: beginnings of subsets' names, without the dash."""
         parts = {
             name: [each.rstrip("-") for each in beginnings if not any(s.startswith(each) for s in self.strata.subsets)]
             for name, beginnings in self.strata.layout.sections.items()
@@ -123,7 +123,7 @@ def find(
     return findings, measured
 
 
-_NAMES = {Kind.ANSWER: "answered"}  # of the others the kind's own
+_NAMES = {Kind.ANSWER: "answered"}  # the other kinds keep their own names
 
 
 def _counts(answers: Sequence[Answer]) -> dict[str, int]:
@@ -132,7 +132,7 @@ def _counts(answers: Sequence[Answer]) -> dict[str, int]:
     return counts | {"unreadable": sum(answer.came and answer.status != "OK" for answer in answers)}
 
 
-def _sent(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+def _sent(answers: Sequence[Answer]) -> list[dict[str, object]]:
     requests = Counter(
         json.dumps({name: value for name, value in answer.sent.items() if name != "seed"}, sort_keys=True)
         for answer in answers
@@ -147,15 +147,15 @@ def _with_intervals(strata: Strata, measured: Measured, seed: int) -> dict[Name,
     return {name: (value[name], *spread[name]) for name in value}
 
 
-def _votes(strata: Strata, items: Sequence[Item], judged: Scores | Choices, seed: int) -> list[dict[str, Any]]:
+def _votes(strata: Strata, items: Sequence[Item], judged: Scores | Choices, seed: int) -> list[dict[str, object]]:
     """Each number of votes is taken many times out of the N that there are, and averaged."""
     rules: tuple[Rule, ...] = ("mean", "majority") if isinstance(judged, Scores) else ("majority",)
-    curve: list[dict[str, Any]] = []
+    curve: list[dict[str, object]] = []
     for size, subsets in votes_curve(judged, seed).items():
         some = [judged.some(subset) for subset in subsets]
         for rule in rules:
             drawn = [numbers(strata, measure(strata, items, each, rule)) for each in some]
-            point: dict[str, Any] = {"votes": size, "rule": rule}
+            point: dict[str, object] = {"votes": size, "rule": rule}
             for tie_rule in TIE_RULES:
                 point[tie_rule] = float(np.mean([each[Name(tie_rule, "overall")] for each in drawn]))
             curve.append(point)
@@ -212,7 +212,7 @@ def _calibration(strata: Strata, judged: Scores) -> list[dict[str, float]]:
     return bins
 
 
-def _histogram(judged: Scores) -> dict[str, Any] | None:
+def _histogram(judged: Scores) -> dict[str, object] | None:
     """Counts of single scores: around 0, 0.5, … 10, or in twenty bins where a score lies outside."""
     sides = {"chosen": judged.chosen, "rejected": judged.rejected}
     scores = {name: side[~np.isnan(side)] for name, side in sides.items()}

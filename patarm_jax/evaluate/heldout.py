@@ -3,12 +3,12 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from patarm_jax.arrays import Params
 from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import HeldoutSection
 from patarm_jax.data.limits import Room
@@ -16,7 +16,7 @@ from patarm_jax.data.pairs import shared_between
 from patarm_jax.data.pipeline import EncodedPair, digest_of, encode_pairs
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import Accuracy, pairwise_accuracy
-from patarm_jax.model.sharding import batch_shards, gather
+from patarm_jax.model.sharding import OnMesh, batch_shards, gather
 from patarm_jax.rollout.judging import Judge, judge_all, make_judge, requests_of, score_arrays
 from patarm_jax.run.drawing import heldout_sampling
 from patarm_jax.run.learner import weight_sync
@@ -32,7 +32,7 @@ class Heldout:
 
     section: HeldoutSection
     judge: Judge
-    to_rollout: Any  # params → their copy for sampling
+    to_rollout: OnMesh[[Params], Params]  # to the copy for sampling
     key: jax.Array  # the same at every step, so that a difference is the weights'
     records: Sequence[EncodedPair]
     # This process's part of them; behind the last the first ones follow again, so that devices share evenly.
@@ -42,7 +42,7 @@ class Heldout:
         """Whether a step is followed by an evaluation; the last one always is."""
         return step % self.section.eval_every == 0 or step == steps
 
-    def __call__(self, params: Any) -> dict[str, float]:
+    def __call__(self, params: Params) -> dict[str, float]:
         """Judges all held-out responses; the metrics of that."""
         return heldout_metrics(*judge_heldout(self, params))
 
@@ -67,12 +67,12 @@ def open_heldout(config: TrainConfig, model: Model, mesh: Mesh, training: Sequen
     padded = list(itertools.islice(itertools.cycle(records), -(-len(records) // shards) * shards))
     each = len(padded) // processes
     return Heldout(
-        section,
-        make_judge(model.arch, model.tokenizer, mesh, config.model, sampling, section.votes),
-        weight_sync(model.arch, mesh, config.mesh, config.model.dtype),
-        jax.random.fold_in(jax.random.key(config.run.seed), 0),  # training's begin at step 1
-        records,
-        padded[jax.process_index() * each :][:each],
+        section=section,
+        judge=make_judge(model.arch, model.tokenizer, mesh, config.model, sampling, section.votes),
+        to_rollout=weight_sync(model.arch, mesh, config.mesh, config.model.dtype),
+        key=jax.random.fold_in(jax.random.key(config.run.seed), 0),  # training's begin at step 1
+        records=records,
+        share=padded[jax.process_index() * each :][:each],
     )
 
 
@@ -93,7 +93,7 @@ def _refuse_shared_pairs(config: TrainConfig, training: Sequence[Preference], he
     return f"; {shared.prompts:,} of these pairs have a prompt that training has with other responses"
 
 
-def judge_heldout(heldout: Heldout, params: Any) -> tuple[Accuracy, float]:
+def judge_heldout(heldout: Heldout, params: Params) -> tuple[Accuracy, float]:
     """What the judge is worth on all held-out pairs, and the share of judgements that were cut off."""
     finished, judgements = judge_all(heldout.judge, heldout.to_rollout(params), requests_of(heldout.share), heldout.key)
     mine = (*score_arrays(judgements), finished.truncated)

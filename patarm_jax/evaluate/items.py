@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -24,8 +24,8 @@ class Item:
     chosen: tuple[str, ...]
     rejected: tuple[str, ...]
     group: str  # names the prompt: its items are resampled together
-    row: Mapping[str, Any]  # as it was read, for result files that repeat it
-    kind: str = ""  # of RewardBench 2's Ties: ref, with one right response, or tied, with several
+    row: Mapping[str, object]  # as it was read, for result files that repeat it
+    kind: str = ""  # in RewardBench 2's Ties: ref, with one right response, or tied, with several
 
 
 def limited(items: Sequence[Item], limit: int) -> list[Item]:
@@ -89,7 +89,16 @@ def make_item(
         raise wrong(row, "prompt", "no turns", "text or messages")
     for text in (*chosen, *rejected, *(turn.content for turn in turns)):
         _refuse_lone_surrogates(row, text)
-    return Item(name, subset, table[subset], said, tuple(chosen), tuple(rejected), group or name_of(said), row.values)
+    return Item(
+        id=name,
+        subset=subset,
+        domain=table[subset],
+        prompt=said,
+        chosen=tuple(chosen),
+        rejected=tuple(rejected),
+        group=group or name_of(said),
+        row=row.values,
+    )
 
 
 def name_of(prompt: Conversation) -> str:

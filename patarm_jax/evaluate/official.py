@@ -58,13 +58,13 @@ def _subsets(result: Evaluation) -> dict[str, float]:
     }
 
 
-def _about(result: Evaluation) -> dict[str, Any]:
+def _about(result: Evaluation) -> dict[str, object]:
     """What RewardBench's leaderboard calls a model, in eval-set with every subset and in eval-set-scores with rows."""
     kind = "Seq. Classifier" if result.config.judge == "scalar" else "Generative RM"
     return {"model": result.model, "model_type": kind, "chat_template": None}
 
 
-def _outputs(result: Evaluation, said: Scores | Choices) -> list[dict[str, Any]]:
+def _outputs(result: Evaluation, said: Scores | Choices) -> list[dict[str, object]]:
     """RewardBench's outputs, one for each pair."""
     won = outcomes(said)[:, 0, 0]
     right = won == 1.0 if result.official == "strict" else won
@@ -95,7 +95,7 @@ def _scores_of_pairs(said: Scores | Choices) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def ready(value: Any) -> Any:
+def ready(value: object) -> Any:
     """JSON knows neither NaN nor infinity: both become null."""
     if isinstance(value, Mapping):
         return {name: ready(each) for name, each in value.items()}
@@ -104,7 +104,7 @@ def ready(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path: Path, value: Any, **how: Any) -> None:
+def write_json(path: Path, value: object, **how: Any) -> None:
     """Strict JSON with two blanks of indent, in a folder that is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, **{"indent": 2, "ensure_ascii": False, "allow_nan": False} | how)

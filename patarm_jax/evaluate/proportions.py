@@ -83,7 +83,7 @@ def effective_count(values: np.ndarray, size: np.ndarray, trials: float = 1.0) -
 
 
 def limits(values: np.ndarray, size: np.ndarray, trials: float = 1.0) -> Limits:
-    """Of the share over all items of one stratum; arguments as of `effective_count`."""
+    """The limits of the share over all items of one stratum; arguments as of `effective_count`."""
     share = np.clip(values @ size / size.sum(), 0.0, 1.0)
     count = effective_count(values, size, trials)
     low, high = clopper_pearson(share * count, count)
@@ -94,7 +94,7 @@ def limits(values: np.ndarray, size: np.ndarray, trials: float = 1.0) -> Limits:
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray, size: np.ndarray, trials: float = 1.0) -> Limits:
-    """Of our share minus theirs on the same units of one stratum.
+    """The limits of our share minus theirs on the same units of one stratum.
 
     below² = b₁² − 2φ·b₁·a₂ + a₂²    above² = a₁² − 2φ·a₁·b₂ + b₂²    b, a: how far each one's limits reach
     φ = (c − 1/2m) / (s₁·s₂)         where c > 1/2m; 0 where 0 < c ≤ 1/2m, or nothing varies; no correction where c < 0
@@ -112,7 +112,7 @@ def difference(ours: np.ndarray, theirs: np.ndarray, size: np.ndarray, trials: f
 
 
 def put_together(strata: list[Limits], weights: np.ndarray) -> Limits:
-    """Of Σ wₛ·vₛ, from the limits of independent strata; of a single one its own.
+    """The limits of Σ wₛ·vₛ, from those of independent strata; a single stratum keeps its own.
 
     reach = √Σ (wₛ·max(reachₛ, z·√(p̃·(1 − p̃)/n*)))²    p̃ = (x + 1)/(n* + 2), z = 1.96
     """

@@ -86,7 +86,14 @@ def judged(asked: Sequence[Asked], answers: Answers, votes: int) -> Scores | Cho
                 lost[index, number] = [not answer.came for answer in given]
         sides.append((scores, has, lost))
     (chosen, has_chosen, lost_chosen), (rejected, has_rejected, lost_rejected) = sides
-    return Scores(chosen, rejected, has_chosen, has_rejected, lost_chosen, lost_rejected)
+    return Scores(
+        chosen=chosen,
+        rejected=rejected,
+        has_chosen=has_chosen,
+        has_rejected=has_rejected,
+        lost_chosen=lost_chosen,
+        lost_rejected=lost_rejected,
+    )
 
 
 def _choices(asked: Sequence[Asked], answers: Answers, votes: int) -> Choices:

@@ -42,19 +42,17 @@ class Layout:
     official: TieRule
     paper: str  # where its rules stand
     within: Literal["pooled", "mean of subsets"] = "pooled"  # a section
-    columns: tuple[str, ...] = (
-        "accuracy",
-    )  # what is measured of an item under each tie rule; the first is its accuracy
-    trials: Mapping[str, float] = field(
-        default_factory=dict
-    )  # of how many comparisons a column is the mean, if not one
+    # What is measured of an item under each tie rule; the first is its accuracy.
+    columns: tuple[str, ...] = ("accuracy",)
+    # How many comparisons a column is the mean of, where it is not one.
+    trials: Mapping[str, float] = field(default_factory=dict)
     who_won: WhoWon = outcomes
     measure: Measure = of_pairs
     counts: Mapping[str, int] | None = None  # what subsets count for; None: for as many as they have
     no_proportions: tuple[str, ...] = ()  # subsets whose scores are none
     rare_as_other: bool = False  # whether subsets of one row are put together: sources of a file of pairs
     chance: float = 0.5  # what a judge has right that knows nothing
-    official_of_scalar: TieRule | None = None  # of a scalar head, where it is another rule
+    official_of_scalar: TieRule | None = None  # the rule for a scalar head, where that is another
     # How the benchmark itself counts a judge of pairs, where that is not the majority over votes and orders.
     of_pairwise_judges: str = ""
     of_unreadable: str = "A response without any readable judgement decides nothing: its pairs are ties."
@@ -108,7 +106,7 @@ def strata_of(layout: Layout, items: Sequence[Item], whole: Sequence[Item] | Non
     unit_of = np.empty(len(items), int)
     for unit, members in enumerate(units):
         unit_of[list(members)] = unit
-    return Strata(layout, subsets, counts, units, unit_of, stratum)
+    return Strata(layout=layout, subsets=subsets, counts=counts, units=units, unit_of=unit_of, stratum=stratum)
 
 
 def _as_other(items: Sequence[Item], rare: Collection[str]) -> list[Item]:

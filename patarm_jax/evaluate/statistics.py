@@ -39,7 +39,7 @@ TieRule = Literal["strict", "half"]
 
 
 class Name(NamedTuple):
-    """Which of a benchmark's numbers: under a tie rule, of a place, by what is measured there."""
+    """Names one of a benchmark's numbers: a tie rule, a place, and what is measured there."""
 
     rule: TieRule
     place: str  # "overall", a section, or "subset NAME"
@@ -54,7 +54,7 @@ class Formulas:
     """How a benchmark's numbers follow from its measures."""
 
     numbers: Mapping[Name, Number]
-    trials: np.ndarray  # [k], of how many comparisons of an item a measure is the mean
+    trials: np.ndarray  # [k], how many comparisons of an item a measure is the mean of
     proportion: np.ndarray  # [S] bool, whether measures lie from 0 to 1 there
 
     def of(self, means: np.ndarray) -> dict[Name, np.ndarray]:
@@ -64,7 +64,7 @@ class Formulas:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one number between two judges, ours minus theirs."""
+    """How one number differs between two judges, ours minus theirs."""
 
     value: float
     interval: tuple[float, float]  # 95 %

@@ -23,7 +23,7 @@ class Form:
     """How to ask, and how to read."""
 
     name: str
-    responses: int  # that one question shows
+    responses: int  # how many one question shows
     ask: Ask
     read: Callable[[str], Judgement]
 

@@ -140,13 +140,18 @@ def _four_sections(text: str) -> _Sections:
     thinking, start = _thinking(text)
     tags = _in_order(list(_ANY_TAG.finditer(text, start)), JUDGEMENT_TAGS[1:])
     rubrics, evaluation, answer = (text[tags[i].end() : tags[i + 1].start()] for i in (0, 2, 4))
-    return _Sections(thinking, rubrics, evaluation, answer)
+    return _Sections(thinking=thinking, generated_rubrics=rubrics, evaluation=evaluation, answer=answer)
 
 
 def _answer_alone(text: str) -> _Sections:
     thinking, start = _thinking_if_any(text)
     opening, closing = _in_order(list(_ANSWER_TAG.finditer(text, start)), ("answer",))
-    return _Sections(thinking, "", text[start : opening.start()], text[opening.end() : closing.start()])
+    return _Sections(
+        thinking=thinking,
+        generated_rubrics="",
+        evaluation=text[start : opening.start()],
+        answer=text[opening.end() : closing.start()],
+    )
 
 
 def _thinking(text: str) -> tuple[str, int]:
@@ -198,7 +203,7 @@ def _score(answer: str, lowest: int) -> _Answer:
         raise _Unreadable(f"<answer> {_holds(answer)}; it must hold one plain number")
     # Compared before rounding: as a float, 10.00000000000000001 would be 10.
     if not lowest <= Decimal(answer) <= 10:
-        raise _Unreadable(f"score {_shortened(answer)} is not between {lowest} and 10")
+        raise _Unreadable(f"score {_cut_to_quote(answer)} is not between {lowest} and 10")
     return float(answer), None
 
 
@@ -211,8 +216,8 @@ def _choice(answer: str) -> _Answer:
 
 
 def _holds(answer: str) -> str:
-    return f"holds {_shortened(answer)!r}" if answer else "is empty"
+    return f"holds {_cut_to_quote(answer)!r}" if answer else "is empty"
 
 
-def _shortened(answer: str) -> str:
+def _cut_to_quote(answer: str) -> str:
     return answer if len(answer) <= _QUOTED else answer[: _QUOTED - 1] + "…"

@@ -52,7 +52,7 @@ def read_architecture(folder: Path) -> Architecture:
     return from_hf(raw, str(path))
 
 
-def from_hf(raw: dict[str, Any], where: str) -> Architecture:
+def from_hf(raw: dict[str, object], where: str) -> Architecture:
     """Our architecture from Hugging Face's keys, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
 
     Raises:
@@ -89,7 +89,7 @@ def from_hf(raw: dict[str, Any], where: str) -> Architecture:
     return config
 
 
-def to_hf(arch: Architecture, dtype: str) -> dict[str, Any]:
+def to_hf(arch: Architecture, dtype: str) -> dict[str, object]:
     """Hugging Face's config.json, readable by transformers 4 and 5 alike."""
     numbers = dataclasses.asdict(arch)
     del numbers["scalar_head"]
@@ -109,7 +109,7 @@ def to_hf(arch: Architecture, dtype: str) -> dict[str, Any]:
     }
 
 
-def _refuse_another_architecture(raw: dict[str, Any], where: str) -> bool:
+def _refuse_another_architecture(raw: dict[str, object], where: str) -> bool:
     """Refuses all but the two heads of a dense Qwen3; says whether the head gives a score."""
     if raw.get("model_type") != "qwen3":
         got = f"is {raw['model_type']!r}" if "model_type" in raw else "is missing"
@@ -122,7 +122,7 @@ def _refuse_another_architecture(raw: dict[str, Any], where: str) -> bool:
     return bool(named == [_ARCHITECTURES[True]])
 
 
-def _refuse_keys(raw: dict[str, Any], known: set[str], where: str) -> None:
+def _refuse_keys(raw: dict[str, object], known: set[str], where: str) -> None:
     """Refuses what the tables of `config_keys` do not let pass."""
     for key in sorted(REFUSED.keys() & raw.keys()):
         if raw[key] not in EMPTY:
@@ -137,7 +137,7 @@ def _refuse_keys(raw: dict[str, Any], known: set[str], where: str) -> None:
             raise UserError(f"{where}: {key} is {raw[key]!r}; supported is {supported[0]!r}: {why}.")
 
 
-def _refuse_layers(raw: dict[str, Any], where: str) -> None:
+def _refuse_layers(raw: dict[str, object], where: str) -> None:
     layer_types = raw.get("layer_types") or []
     if not isinstance(layer_types, list):
         raise UserError(f"{where}: layer_types is {layer_types!r}; supported is a list of 'full_attention'.")

@@ -9,12 +9,15 @@ Axis letters: B rows · T query tokens · S key positions · N query heads · K 
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+from patarm_jax.arrays import Tree
 
 # The logit of a key that may not be read. Finite, so that a row without any readable key gives zeros and no NaN.
 MASKED = -1e30
@@ -24,9 +27,9 @@ QUERY_BLOCK = 64
 CAUSAL_PARTS = 8
 
 # Normalised output [B, T, N, H] float32 and log-sum-exp of the logits [B, T, N] float32.
-Partial = tuple[jax.Array, jax.Array]
+Partial: TypeAlias = tuple[jax.Array, jax.Array]
 # First key a query reads, and the first it does not: [B or 1, T] int32 each.
-Span = tuple[jax.Array, jax.Array]
+Span: TypeAlias = tuple[jax.Array, jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +77,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, span: Span, causal: bool) -
     return _forward(q, k, v, span, causal)[0]
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, span: Span, causal: bool) -> tuple[Partial, Any]:
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, span: Span, causal: bool) -> tuple[Partial, Tree]:
     q_heads, k_heads, v_heads = _queries_by_head(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     def block(carry: None, part: tuple[jax.Array, ...], k: jax.Array, v: jax.Array) -> tuple[None, Partial]:
@@ -86,14 +89,14 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, span: Span, causal: bool)
     return (_by_token(out), _by_token(lse)), (q_heads, k_heads, v_heads, span, out, lse)
 
 
-def _backward(causal: bool, saved: Any, gradients: Partial) -> tuple[Any, ...]:
+def _backward(causal: bool, saved: Tree, gradients: Partial) -> tuple[jax.Array | None, ...]:
     q, k, v, span, out, lse = saved
     batch, heads, width, size = k.shape
     d_out, d_lse = (_queries_by_head(x, heads) for x in gradients)
     # Σ_s weight_s·d_weight_s, which the softmax takes off; the gradient of lse enters where that leaves.
     delta = (d_out * out).sum(axis=-1) - d_lse
 
-    def block(sums: Any, part: tuple[jax.Array, ...], k: jax.Array, v: jax.Array) -> tuple[Any, jax.Array]:
+    def block(sums: Tree, part: tuple[jax.Array, ...], k: jax.Array, v: jax.Array) -> tuple[Tree, jax.Array]:
         q, d_out, lse, delta, start, stop = part
         readable = _inside(start, stop, k.shape[2])
         scores = jnp.einsum("bkqth,bksh->bkqts", q, k, preferred_element_type=jnp.float32) * size**-0.5
@@ -126,8 +129,12 @@ def _added_up(parts: tuple[jax.Array, ...], width: int) -> jax.Array:
 
 
 def _over_queries(
-    block: Any, init: Any, parts: tuple[jax.Array, ...], keys: tuple[jax.Array, ...], causal: bool
-) -> Any:
+    block: Callable[..., tuple[Tree, Tree]],
+    init: Callable[[int], Tree],
+    parts: tuple[jax.Array, ...],
+    keys: tuple[jax.Array, ...],
+    causal: bool,
+) -> tuple[list[Tree], Tree]:
     """`block(carry, part of the queries, keys, values)` over all queries, QUERY_BLOCK at a time.
 
     Args:
@@ -141,7 +148,7 @@ def _over_queries(
         one carry per part, and the outputs put together.
     """
     length = parts[0].shape[3]
-    # Of two blocks at least: blocks of one part follow one another in the same memory, which parts need not do.
+    # A part has two blocks at least: blocks of one part follow one another in the same memory, parts need not.
     step = QUERY_BLOCK * max(2, -(-length // (QUERY_BLOCK * CAUSAL_PARTS))) if causal else length
     carries, outputs = [], []
     for start in range(0, length, step):
@@ -154,7 +161,7 @@ def _over_queries(
     return carries, jax.tree.map(lambda *x: jnp.concatenate(x, axis=3), *outputs)
 
 
-def _in_blocks(block: Any, carry: Any, part: tuple[jax.Array, ...]) -> Any:
+def _in_blocks(block: Callable[..., tuple[Tree, Tree]], carry: Tree, part: tuple[jax.Array, ...]) -> tuple[Tree, Tree]:
     """A scan over blocks of queries; those that fill the last one up read nothing, for their span is empty."""
     length = part[0].shape[3]
     count = -(-length // QUERY_BLOCK)

@@ -6,10 +6,10 @@ Axis letters: R prompts · Tp prompt tokens · Tc completion tokens · B rows be
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import BATCH_AXES, constrain
@@ -41,7 +41,7 @@ class KVCache:
 
 
 def init_cache(
-    arch: Architecture, prompts: int, prompt_width: int, rows: int, completion_width: int, dtype: Any
+    arch: Architecture, prompts: int, prompt_width: int, rows: int, completion_width: int, dtype: DTypeLike
 ) -> KVCache:
     """An empty cache for R prompts of Tp tokens and for B rows of Tc."""
     heads, size = arch.num_key_value_heads, arch.head_dim
@@ -90,7 +90,7 @@ def resize_cache(cache: KVCache, rows: jax.Array, prompts: jax.Array, prompt_wid
         old.lengths,
     )
     keys, values = jax.tree.map(partial(take, rows), (cache.keys, cache.values))
-    return KVCache(jax.tree.map(partial(take, prompts), narrow), keys, values, cache.clock)
+    return KVCache(prompt=jax.tree.map(partial(take, prompts), narrow), keys=keys, values=values, clock=cache.clock)
 
 
 def by_head(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:

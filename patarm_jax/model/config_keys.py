@@ -4,8 +4,6 @@ Four kinds: understood (the fields of `Architecture`, and what `config.from_hf` 
 inert at some values alone, and refused when they say anything. A key that stands nowhere here is refused by name.
 """
 
-from typing import Any
-
 _WRITTEN_BY = "tells who wrote the file"
 _KERNEL = "picks the kernel that computes the same attention; model.attention does so here"
 _RETURNED = "says what transformers' forward returns besides the logits"
@@ -36,7 +34,7 @@ INERT: dict[str, str] = {
     **dict.fromkeys(("pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id"), _TOKENS),
     **dict.fromkeys(("decoder_start_token_id", "tokenizer_class", "model_max_length", "prefix"), _TOKENS),
     **dict.fromkeys(("task_specific_params", "finetuning_task", "problem_type", "classifier_dropout"), _CLASSES),
-    **dict.fromkeys(("id2label", "label2id", "num_labels"), _CLASSES),  # of a scalar head they are checked besides
+    **dict.fromkeys(("id2label", "label2id", "num_labels"), _CLASSES),  # with a scalar head they are checked besides
     "loss_type": "names a training loss of transformers",
     "neftune_noise_alpha": "noise on embeddings while transformers trains",
     "logits_to_keep": "how many logits transformers' forward returns",
@@ -58,7 +56,7 @@ INERT: dict[str, str] = {
 _OTHER_NETWORK = "anything else is another network than the dense Qwen3"
 
 # Keys with values that change nothing, and why any other would. The first value is the one that an error names.
-ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+ONLY: dict[str, tuple[tuple[object, ...], str]] = {
     "hidden_act": (("silu",), _OTHER_NETWORK),
     **dict.fromkeys(("attention_bias", "mlp_bias", "qkv_bias"), ((False,), "biases are not computed here")),
     "attention_dropout": ((0, 0.0), "dropout is not computed here"),
@@ -88,10 +86,10 @@ REFUSED: dict[str, str] = {
     "transformers_weights": "It names the file that transformers reads its weights from. Give that file the name "
     "model.safetensors, and remove transformers_weights",
 }
-EMPTY: tuple[Any, ...] = (None, {}, [], "")
+EMPTY: tuple[object, ...] = (None, {}, [], "")
 
 # What may stand inside rope_parameters and rope_scaling beside rope_theta: unscaled rotary embeddings, in all words.
-ROPE: dict[str, tuple[tuple[Any, ...], str]] = {
+ROPE: dict[str, tuple[tuple[object, ...], str]] = {
     "rope_type": (("default",), "scaled rotary embeddings are not computed here"),
     "type": (("default",), "scaled rotary embeddings are not computed here"),
     "factor": ((1, 1.0, None), "scaled rotary embeddings are not computed here"),

@@ -9,12 +9,14 @@ Axis letters: R rows · S tokens of a row · N query heads · K key-value heads 
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+
+from patarm_jax.arrays import Tree
 
 # Logits are in base 2, whose exponential is what the hardware has.
 LOG2_E = math.log2(math.e)
@@ -25,6 +27,20 @@ MASKED = -1e30
 FORWARD_BLOCKS = (128, 64)
 BACKWARD_BLOCKS = (64, 64)
 PADDED_TO = math.lcm(*FORWARD_BLOCKS, *BACKWARD_BLOCKS)
+
+
+class Ref(Protocol):
+    """Memory that a kernel reads and writes, one block of an array."""
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The type of its numbers."""
+
+    def __getitem__(self, index: Tree) -> jax.Array:
+        """What is there."""
+
+    def __setitem__(self, index: Tree, value: jax.Array) -> None:
+        """Writes there."""
 
 
 class Reads(NamedTuple):
@@ -63,7 +79,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, reads: Reads, interpret: b
     return _forward(q, k, v, reads, interpret)[0]
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, reads: Reads, interpret: bool) -> tuple[jax.Array, Any]:
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, reads: Reads, interpret: bool) -> tuple[jax.Array, Tree]:
     (rows, length, heads, width), kv_heads = q.shape, k.shape[2]
     queries, keys = FORWARD_BLOCKS
     visits = visits_of(reads, queries, keys)
@@ -85,7 +101,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, reads: Reads, interpret: 
     return out, (q, k, v, reads, out, lse)
 
 
-def _backward(interpret: bool, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
+def _backward(interpret: bool, saved: Tree, d_out: jax.Array) -> tuple[jax.Array | None, ...]:
     q, k, v, reads, out, lse = saved
     (rows, length, heads, width), kv_heads = q.shape, k.shape[2]
     queries, keys = BACKWARD_BLOCKS
@@ -128,7 +144,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _specs(q: jax.Array, kv_heads: int, queries: int) -> tuple[pl.BlockSpec, ...]:
-    """Of a grid over (block of queries, row, query head): tokens of a block, of a row, and numbers of each kind."""
+    """Blocks for a grid over (block of queries, row, query head): a block's tokens, a row's, and numbers of each."""
     length, width, heads_per_key = q.shape[1], q.shape[3], q.shape[2] // kv_heads
     return (
         pl.BlockSpec((None, queries, None, width), lambda i, r, n: (r, i, n, 0)),
@@ -167,37 +183,37 @@ def readers_of(visits: tuple[jax.Array, ...], key_blocks: int) -> tuple[jax.Arra
 # ----------------------------------------------------------------------------------------------------------- kernels
 
 
-def _readable(bounds: tuple[jax.Array, ...], begin: Any, keys: int) -> jax.Array:
+def _readable(bounds: tuple[jax.Array, ...], begin: jax.Array, keys: int) -> jax.Array:
     """[queries, keys]: whether a query reads each of so many keys from `begin` on."""
     prefix, start, stop = (x[:, None] for x in bounds)
     position = begin + jnp.arange(keys, dtype=jnp.int32)[None, :]
     return (position < prefix) | ((start <= position) & (position < stop))
 
 
-def _dot(a: jax.Array, b: jax.Array, **options: Any) -> jax.Array:
+def _dot(a: jax.Array, b: jax.Array, **options: bool) -> jax.Array:
     """A matrix product accumulated in float32; float32 itself is multiplied in full, not as TF32."""
     return triton.dot(a, b, allow_tf32=False, **options)
 
 
 def _forward_kernel(
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    prefix_ref: Any,
-    start_ref: Any,
-    stop_ref: Any,
-    shared_ref: Any,
-    first_ref: Any,
-    last_ref: Any,
-    out_ref: Any,
-    lse_ref: Any,
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    prefix_ref: Ref,
+    start_ref: Ref,
+    stop_ref: Ref,
+    shared_ref: Ref,
+    first_ref: Ref,
+    last_ref: Ref,
+    out_ref: Ref,
+    lse_ref: Ref,
     *,
     keys: int,
 ) -> None:
     q, bounds = q_ref[...], (prefix_ref[...], start_ref[...], stop_ref[...])
     queries, width = q.shape
 
-    def visit(block: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def visit(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         out, peak, total = carry
         here = pl.ds(block * keys, keys)
         readable = _readable(bounds, block * keys, keys)
@@ -222,26 +238,26 @@ def _forward_kernel(
 
 
 def _d_q_kernel(
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    d_out_ref: Any,
-    lse_ref: Any,
-    delta_ref: Any,
-    prefix_ref: Any,
-    start_ref: Any,
-    stop_ref: Any,
-    shared_ref: Any,
-    first_ref: Any,
-    last_ref: Any,
-    d_q_ref: Any,
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    d_out_ref: Ref,
+    lse_ref: Ref,
+    delta_ref: Ref,
+    prefix_ref: Ref,
+    start_ref: Ref,
+    stop_ref: Ref,
+    shared_ref: Ref,
+    first_ref: Ref,
+    last_ref: Ref,
+    d_q_ref: Ref,
     *,
     keys: int,
 ) -> None:
     q, d_out, lse, delta = q_ref[...], d_out_ref[...], lse_ref[...], delta_ref[...]
     bounds = prefix_ref[...], start_ref[...], stop_ref[...]
 
-    def visit(block: Any, d_q: jax.Array) -> jax.Array:
+    def visit(block: jax.Array, d_q: jax.Array) -> jax.Array:
         here = pl.ds(block * keys, keys)
         k = k_ref[here, :]
         _, d_scores = _weights_and_d_scores(
@@ -255,19 +271,19 @@ def _d_q_kernel(
 
 
 def _d_keys_kernel(
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    d_out_ref: Any,
-    lse_ref: Any,
-    delta_ref: Any,
-    prefix_ref: Any,
-    start_ref: Any,
-    stop_ref: Any,
-    first_ref: Any,
-    last_ref: Any,
-    d_k_ref: Any,
-    d_v_ref: Any,
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    d_out_ref: Ref,
+    lse_ref: Ref,
+    delta_ref: Ref,
+    prefix_ref: Ref,
+    start_ref: Ref,
+    stop_ref: Ref,
+    first_ref: Ref,
+    last_ref: Ref,
+    d_k_ref: Ref,
+    d_v_ref: Ref,
     *,
     queries: int,
     heads: int,
@@ -275,7 +291,7 @@ def _d_keys_kernel(
     k, v = k_ref[...], v_ref[...]
     begin = pl.program_id(0) * k.shape[0]
 
-    def visit(head: Any, block: Any, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def visit(head: jax.Array, block: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         here = pl.ds(block * queries, queries)
         q, d_out = q_ref[here, head, :], d_out_ref[here, head, :]
         bounds = prefix_ref[here], start_ref[here], stop_ref[here]
@@ -288,7 +304,7 @@ def _d_keys_kernel(
             d_v + _dot(weights.astype(d_out.dtype), d_out, trans_a=True),
         )
 
-    def visit_head(head: Any, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def visit_head(head: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return jax.lax.fori_loop(first_ref[...], last_ref[...], partial(visit, head), sums)
 
     zeros = jnp.zeros(k.shape, jnp.float32)

@@ -7,7 +7,6 @@ else the file asks of the drawing is named, so that it can be said that it is no
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from patarm_jax.files import read_json_object
 from patarm_jax.types import UserError
@@ -36,11 +35,11 @@ class Generation:
     temperature: float | None  # 0: greedy; None: not said
     top_k: int | None  # 0: all
     top_p: float | None
-    others: Mapping[str, Any]  # what else would change what is drawn, which the sampler here does not know
+    others: Mapping[str, object]  # what else would change what is drawn, which the sampler here does not know
 
 
 # What would change what is drawn, and the values at which it does not.
-_OTHERS: dict[str, tuple[Any, ...]] = {
+_OTHERS: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "top_h"), (None, 0)),
     **dict.fromkeys(("typical_p", "repetition_penalty", "encoder_repetition_penalty", "guidance_scale"), (None, 1)),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "diversity_penalty", "penalty_alpha"), (None, 0)),
@@ -82,7 +81,7 @@ def read_generation(folder: Path) -> Generation:
         source, raw = OLD_FILE, read_json_object(folder / OLD_FILE) or {}
         raw = {name: value for name, value in raw.items() if name in _OTHERS or name in _DRAWN}
     if not raw:
-        return Generation("", None, None, None, {})
+        return Generation(source="", temperature=None, top_k=None, top_p=None, others={})
     where = str(folder / source)
     temperature, top_k, top_p = (_number(where, name, raw.get(name)) for name in ("temperature", "top_k", "top_p"))
     others = {
@@ -91,11 +90,11 @@ def read_generation(folder: Path) -> Generation:
         if name not in _INERT and value not in _OTHERS.get(name, (None, {}, []))
     }
     return Generation(
-        source,
-        0.0 if raw.get("do_sample") is False else temperature,
-        None if top_k is None else max(0, int(top_k)),
-        top_p,
-        others,
+        source=source,
+        temperature=0.0 if raw.get("do_sample") is False else temperature,
+        top_k=None if top_k is None else max(0, int(top_k)),
+        top_p=top_p,
+        others=others,
     )
 
 
@@ -108,7 +107,7 @@ _DRAWN = {
 }
 
 
-def _number(where: str, name: str, value: Any) -> float | None:
+def _number(where: str, name: str, value: object) -> float | None:
     allowed, holds = _DRAWN[name]
     if value is None:
         return None
@@ -117,7 +116,7 @@ def _number(where: str, name: str, value: Any) -> float | None:
     return float(value)
 
 
-def to_generation_config(drawing: Drawing) -> dict[str, Any]:
+def to_generation_config(drawing: Drawing) -> dict[str, object]:
     """Keys of generation_config.json by which transformers and vLLM draw in this way.
 
     All are written: of those that are missing, transformers and vLLM have different defaults. Greedy is `do_sample` to

@@ -7,9 +7,10 @@ Axis letters: R rows · S tokens of a row · Tp of them the prompt's · G comple
               K key-value heads · H head width
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha,
 )
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 
 from patarm_jax.config.sections import ModelSection
 from patarm_jax.model import attention, flash
@@ -50,7 +52,7 @@ class Kernel:
 PORTABLE = Kernel()
 
 
-def choose(asked: Name | Literal["auto"], form: Form, hardware: Hardware, dtype: Any, head_dim: int) -> Kernel:
+def choose(asked: Name | Literal["auto"], form: Form, hardware: Hardware, dtype: DTypeLike, head_dim: int) -> Kernel:
     """The kernel for such rows on such devices.
 
     Args:
@@ -129,9 +131,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, streams: Streams, kernel: K
     Returns:
         [R, S, N, H], float32 from the portable kernel, else in q's dtype; at padded positions something finite.
     """
-    if kernel.name == "portable":  # which XLA divides among devices by itself
+    if kernel.name == "portable":  # XLA divides it among devices by itself
         return attention.attend_streams(q, k, v, streams)
-    local: Any = {"cudnn": _cudnn, "pallas": _pallas, "splash": _splash}[kernel.name]
+    local: Callable[..., jax.Array] = {"cudnn": _cudnn, "pallas": _pallas, "splash": _splash}[kernel.name]
     if kernel.interpret:
         local = partial(local, interpret=True)
     if jax.sharding.get_abstract_mesh().empty:
@@ -159,7 +161,7 @@ def _pallas(q: jax.Array, k: jax.Array, v: jax.Array, streams: Streams, interpre
 
 
 def layout_of(length: int, streams: Streams) -> tuple[np.ndarray, np.ndarray]:
-    """Of every token [S]: its place in the row, and where the prompt or completion it belongs to begins there."""
+    """The place of every token [S] in its row, and where the prompt or completion that it belongs to begins there."""
     position = np.arange(length, dtype=np.int32)
     each = max(1, (length - streams.width) // max(1, streams.group))
     behind = position - streams.width
@@ -174,8 +176,8 @@ class _StreamsMask(Mask):
     """Who may read whom in a row, padding aside, in blocks as they are asked for; splash skips what is all False."""
 
     length: int
-    begins: tuple[int, ...]  # of every token, where its prompt or completion begins
-    width: int  # of the prompt, which all behind it read
+    begins: tuple[int, ...]  # where the prompt or completion of each token begins
+    width: int  # tokens of the prompt, which all behind it read
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -5,20 +5,23 @@ Rules never change a result, only its placement.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from patarm_jax.arrays import Array, Tree
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.types import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-Rules = Mapping[str, str | None]
+Rules: TypeAlias = Mapping[str, str | None]
+Inputs = ParamSpec("Inputs")
+Result = TypeVar("Result")
 
 # Training: every weight is split over `fsdp` along the width that enters or leaves the residual stream, and over
 # `tensor` along heads, MLP width or vocabulary, so that optimiser state is split as far as the mesh allows.
@@ -107,25 +110,26 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-class OnMesh:
+class OnMesh(Generic[Inputs, Result]):
     """A jitted function that is always traced, compiled and called under its mesh, so that `constrain` has one."""
 
-    def __init__(self, mesh: Mesh, function: Callable[..., Any], **settings: Any) -> None:
+    def __init__(self, mesh: Mesh, function: Callable[Inputs, Result], **settings: Any) -> None:
         self.mesh = mesh
         self._jitted = jax.jit(function, **settings)
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *inputs: Inputs.args, **keywords: Inputs.kwargs) -> Result:
         """The function's result."""
         with jax.set_mesh(self.mesh):
-            return self._jitted(*arguments)
+            return self._jitted(*inputs, **keywords)
 
-    def lower(self, *arguments: Any) -> Any:
-        """As of a jitted function; arguments may be abstract."""
+    def lower(self, *inputs: Tree) -> jax.stages.Lowered:
+        """The lowered program, as a jitted function gives it; inputs may be abstract."""
         with jax.set_mesh(self.mesh):
-            return self._jitted.lower(*arguments)
+            return self._jitted.lower(*inputs)
 
 
-Program = tuple[OnMesh, tuple[Any, ...]]  # a jitted function, and the abstract arguments that it is compiled for
+# A jitted function, and the abstract arguments that it is compiled for.
+Program: TypeAlias = tuple[OnMesh[..., Tree], tuple[Tree, ...]]
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
@@ -135,28 +139,28 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
-def place_batch(mesh: Mesh, tree: Any) -> Any:
+def place_batch(mesh: Mesh, tree: Tree) -> Tree:
     """Host arrays, each process's part of a global batch, as global arrays split along their leading axis."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
 
-def local_part(x: jax.Array) -> np.ndarray:
+def local_part(x: Array) -> np.ndarray:
     """This process's part of an array that is split along its leading axis: what `place_batch` was given."""
-    if x.is_fully_addressable:
+    if isinstance(x, np.ndarray) or x.is_fully_addressable:
         return np.asarray(x)
     parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
-def gather(mesh: Mesh, tree: Any) -> Any:
+def gather(mesh: Mesh, tree: Tree) -> Tree:
     """Host arrays, each process's part, put together along their leading axis on every process."""
     if not mesh.is_multi_process:
         return tree
     return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(np.asarray(x), tiled=True)), tree)
 
 
-def fetch(tree: Any) -> Any:
+def fetch(tree: Tree) -> Tree:
     """The whole of each array as numpy, on every process."""
     return jax.tree.map(_fetch_array, tree)
 

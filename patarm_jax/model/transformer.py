@@ -9,16 +9,17 @@ Axis letters: R prompts · S tokens in a row · Tp prompt tokens · G completion
               H head width · F MLP width · V vocabulary · L layers
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
-from patarm_jax.arrays import Seats
+from patarm_jax.arrays import Params, Seats, Tree
 from patarm_jax.model import attention, kernels
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Streams
@@ -26,9 +27,8 @@ from patarm_jax.model.cache import KVCache, PromptCache, by_head, with_token
 from patarm_jax.model.kernels import PORTABLE, Kernel
 from patarm_jax.model.sharding import BATCH_AXES, TRAIN_RULES, Rules, constrain, named_sharding
 
-Params = dict[str, Any]
 NO_MESH = jax.sharding.AbstractMesh((), ())
-Remat = Literal["none", "dots", "full"]
+Remat: TypeAlias = Literal["none", "dots", "full"]
 
 
 @jax.tree_util.register_dataclass
@@ -61,8 +61,8 @@ class _Step:
 class _Pass:
     """How one pass through the network is computed."""
 
-    dtype: Any
-    kernel: Kernel = PORTABLE  # of attention to prompts and completions as wholes
+    dtype: DTypeLike
+    kernel: Kernel = PORTABLE  # computes attention to prompts and completions as wholes
     remat: Remat = "none"
     keep: bool = False  # the keys and values of a prompt
 
@@ -77,7 +77,7 @@ def abstract_params(
     arch: Architecture,
     mesh: Mesh | None = None,
     rules: Rules = TRAIN_RULES,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     unstacked: bool = False,
 ) -> Params:
     """Shape, dtype and, given a mesh, sharding of every parameter, without a weight; see `unstack_layers`."""
@@ -107,7 +107,7 @@ def unstack_layers(params: Params) -> Params:
     return _unstacked(params, lambda x, i: x[i])
 
 
-def _unstacked(params: Params, take: Callable[[Any, int], Any]) -> Params:
+def _unstacked(params: Params, take: Callable[[Tree, int], Tree]) -> Params:
     count = jax.tree.leaves(params["layers"])[0].shape[0]
     layers = {f"layers_{i}": jax.tree.map(lambda x, i=i: take(x, i), params["layers"]) for i in range(count)}
     return {name: part for name, part in params.items() if name != "layers"} | layers
@@ -121,7 +121,7 @@ def forward(
     completion: jax.Array | None = None,
     *,
     starts: jax.Array | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
     kernel: Kernel = PORTABLE,
 ) -> Output:
@@ -151,7 +151,9 @@ def forward(
     if completion is not None and (prompt_lengths is None or starts is not None):
         raise ValueError("completions need the prompt_lengths of their prompts, and prompts that are not packed")
     lengths = jnp.full(rows, width, jnp.int32) if prompt_lengths is None else prompt_lengths
-    streams = Streams(lengths, starts, width, 0 if completion is None else completion.shape[1])
+    streams = Streams(
+        lengths=lengths, starts=starts, width=width, group=0 if completion is None else completion.shape[1]
+    )
     tokens, positions = prompt, jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompt.shape)
     if starts is not None:
         positions = positions - starts
@@ -170,7 +172,7 @@ def prefill(
     prompt: jax.Array,
     lengths: jax.Array,
     *,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     kernel: Kernel = PORTABLE,
 ) -> tuple[jax.Array, PromptCache]:
     """The last state [R, D] of prompts [R, Tp] of these lengths [R], and their keys and values.
@@ -179,7 +181,7 @@ def prefill(
     """
     width = prompt.shape[1]
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompt.shape)
-    streams = Streams(lengths, None, width, 0)
+    streams = Streams(lengths=lengths, starts=None, width=width, group=0)
     hidden, kept = _apply(params, arch, prompt, positions, streams, _Pass(dtype, kernel, keep=True))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     keys, values = zip(*kept, strict=True)
@@ -187,7 +189,13 @@ def prefill(
 
 
 def decode(
-    params: Params, arch: Architecture, tokens: jax.Array, cache: KVCache, seats: Seats, *, dtype: Any = jnp.float32
+    params: Params,
+    arch: Architecture,
+    tokens: jax.Array,
+    cache: KVCache,
+    seats: Seats,
+    *,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, KVCache]:
     """The states [B, D] behind one more token [B] of every row, and the cache with its keys and values."""
     shards, per_shard = seats.seat.shape
@@ -201,19 +209,19 @@ def decode(
     return hidden[:, 0], replace(cache, keys=keys, values=values, clock=cache.clock + 1)
 
 
-def logits(params: Params, arch: Architecture, hidden: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+def logits(params: Params, arch: Architecture, hidden: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Hidden states [..., D] → [..., V] float32."""
     return jnp.einsum("...d,vd->...v", hidden, _head(params, arch, dtype), preferred_element_type=jnp.float32)
 
 
-def scalar_scores(params: Params, hidden: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+def scalar_scores(params: Params, hidden: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Hidden states [..., D] → scores [...] float32, of a network with a scalar head."""
     return jnp.einsum("...d,od->...o", hidden, params["score"].astype(dtype), preferred_element_type=jnp.float32)[
         ..., 0
     ]
 
 
-def _head(params: Params, arch: Architecture, dtype: Any) -> jax.Array:
+def _head(params: Params, arch: Architecture, dtype: DTypeLike) -> jax.Array:
     head = params["embed_tokens"] if arch.tie_word_embeddings else params["lm_head"]
     # Whole along the width before it is used in chunks, which would otherwise gather it one by one.
     return constrain(head.astype(dtype), "tensor", None)
@@ -226,7 +234,7 @@ def _apply(
     positions: jax.Array,
     context: Streams | _Step,
     how: _Pass,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Tree]:
     """Final states [R, S, D]; and of unstacked layers, what each keeps: see `_Block`."""
     stacked = not (how.keep or isinstance(context, _Step))
     if stacked != ("layers" in params):
@@ -234,7 +242,7 @@ def _apply(
             f"the layers of these parameters are {'unstacked' if stacked else 'stacked'}. `forward` reads them "
             "stacked, `prefill` and `decode` unstacked: see `unstack_layers`."
         )
-    result: Any = _Qwen3(arch, how, stacked).apply({"params": params}, tokens, positions, context)
+    result: tuple[jax.Array, Tree] = _Qwen3(arch, how, stacked).apply({"params": params}, tokens, positions, context)
     return result
 
 
@@ -244,7 +252,7 @@ class _Qwen3(nn.Module):
     stacked: bool = True
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array, context: Streams | _Step) -> tuple[jax.Array, Any]:
+    def __call__(self, tokens: jax.Array, positions: jax.Array, context: Streams | _Step) -> tuple[jax.Array, Tree]:
         c = self.config
         embedding = _weight(self, "embed_tokens", (c.vocab_size, c.hidden_size), ("vocab", "embed"))
         if c.scalar_head:
@@ -276,12 +284,12 @@ class _Qwen3(nn.Module):
 class _Block(nn.Module):
     config: Architecture
     how: _Pass
-    layer: int = 0  # which of a cache's
+    layer: int = 0  # the index of this layer's cache
 
     @nn.compact
     def __call__(
         self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], context: Streams | _Step
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, Tree]:
         """The next states; and of a step, the layer's own cache with it; of prompts to keep, their keys and values."""
         eps = self.config.rms_norm_eps
         attend = _Attention(self.config, self.how, self.layer, name="self_attn")
@@ -302,7 +310,7 @@ class _Attention(nn.Module):
         x: jax.Array,  # [R, S, D]
         rotary: tuple[jax.Array, jax.Array],
         context: Streams | _Step,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, Tree]:
         """What is added to x, and what `_Block` says."""
         c, dtype = self.config, self.how.dtype
         d, n, k, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -319,7 +327,7 @@ class _Attention(nn.Module):
 
         if isinstance(context, _Step):
             cache, prompt = context.cache, context.cache.prompt
-            kept: Any = with_token(
+            kept: Tree = with_token(
                 cache.keys[self.layer], cache.values[self.layer], *by_head(keys, values), cache.clock
             )
             shared = prompt.keys[self.layer], prompt.values[self.layer]
@@ -335,7 +343,7 @@ class _Attention(nn.Module):
 
 class _MLP(nn.Module):
     config: Architecture
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -347,14 +355,19 @@ class _MLP(nn.Module):
         return hidden @ down
 
 
-def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Any:
+def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
     init = nn.initializers.normal(module.config.initializer_range)
-    return module.param(name, nn.with_partitioning(init, axes), shape, jnp.float32)
+    return _param(module, name, nn.with_partitioning(init, axes), shape)
+
+
+def _param(module: nn.Module, name: str, init: Callable[..., nn.Partitioned[jax.Array]], shape: Sequence[int]) -> Tree:
+    """The weight itself: flax takes it out of the box that `init` makes."""
+    return module.param(name, init, shape, jnp.float32)
 
 
 def _norm(module: nn.Module, name: str, x: jax.Array, eps: float) -> jax.Array:
     """RMSNorm in float32: x / √(mean(x²) + ε) · weight. Norm weights are tiny and stay whole on every device."""
-    weight: Any = module.param(name, nn.with_partitioning(nn.initializers.ones, (None,)), (x.shape[-1],), jnp.float32)
+    weight = _param(module, name, nn.with_partitioning(nn.initializers.ones, (None,)), x.shape[-1:])
     wide = x.astype(jnp.float32)
     scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (scaled * weight.astype(jnp.float32)).astype(x.dtype)
@@ -373,7 +386,7 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _rematerialised(remat: Remat) -> Any:
+def _rematerialised(remat: Remat) -> type[nn.Module]:
     if remat == "none":
         return _Block
     policies = jax.checkpoint_policies
@@ -381,9 +394,9 @@ def _rematerialised(remat: Remat) -> Any:
     return nn.remat(_Block, policy=policy, prevent_cse=False)  # the scan already keeps passes apart
 
 
-def _boxed_params(arch: Architecture, key: jax.Array) -> Any:
+def _boxed_params(arch: Architecture, key: jax.Array) -> Tree:
     """Random parameters, each in a box that carries its logical axes."""
     one = jnp.zeros((1, 1), jnp.int32)
     with jax.sharding.use_abstract_mesh(NO_MESH):  # the one-token input could not be split
-        context = Streams(jnp.ones(1, jnp.int32), None, 1, 0)
+        context = Streams(lengths=jnp.ones(1, jnp.int32), starts=None, width=1, group=0)
         return _Qwen3(arch, _Pass(jnp.float32)).init(key, one, one, context)["params"]

@@ -33,7 +33,7 @@ _WEIGHTS = (
     *("adapter_model*.bin", "consolidated*.pth", "tf_model*.h5", "flax_model*.msgpack"),
 )
 _DTYPES = {"F32", "F16", "BF16"}
-_ROWS = 4096  # of two tensors that are compared at a time
+_ROWS = 4096  # how many rows of two tensors are compared at a time
 _SAMPLED = 1 << 16  # bytes in the middle of each tensor that tell a large model from another
 _SMALL = 1 << 26  # bytes of a model that is read whole to tell it from another
 
@@ -80,7 +80,7 @@ def read_stored(folder: Path) -> Stored:
         remarks.append(f"{folder}: not read: {HEAD}, for which a scalar reward model has no use")
     if files and (left := _left_over(folder, {listing, *files.values()})):
         remarks.append(f"{folder}: weights are read from {listing.name}; not read: {_few(left)}")
-    return Stored(folder, arch, listing, files, tuple(remarks))
+    return Stored(folder=folder, arch=arch, listing=listing, files=files, remarks=tuple(remarks))
 
 
 def _list(folder: Path) -> tuple[Path, dict[str, Path]]:
@@ -141,7 +141,7 @@ def _has_its_own_head(arch: Architecture, files: Mapping[str, Path]) -> bool:
 
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:
-    """As torch.equal has it: a NaN is unlike everything."""
+    """Whether all numbers are equal, as torch.equal has it: a NaN is unlike everything."""
     return bool(np.array_equal(one.astype(np.float32), other.astype(np.float32)))
 
 
@@ -197,7 +197,7 @@ def digest(stored: Stored) -> str:
     return found.hexdigest()[:16]
 
 
-def _places(stored: Stored) -> dict[str, tuple[Path, int, int, dict[str, Any]]]:
+def _places(stored: Stored) -> dict[str, tuple[Path, int, int, dict[str, object]]]:
     """Tensor → (its file, where in it the tensor begins, where it ends, what the header says of it)."""
     places = {}
     for file in stored.weight_files:

@@ -8,19 +8,21 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeAlias
 
 import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
+from patarm_jax.arrays import Params, Tree
 from patarm_jax.files import appearing_whole, write_json
 from patarm_jax.model.architecture import Architecture, to_hf
 from patarm_jax.model.generation import FILE, Drawing, to_generation_config
 from patarm_jax.model.sharding import TRAIN_RULES, Rules, fetch
-from patarm_jax.model.transformer import Params, abstract_params, layer_shape
+from patarm_jax.model.transformer import abstract_params, layer_shape
 from patarm_jax.model.weight_files import (
     EMBEDDING,
     HEAD,
@@ -35,7 +37,14 @@ from patarm_jax.model.weight_files import (
 from patarm_jax.types import UserError
 
 # From the index of a device's part, None for all of it, to that part.
-Read = Callable[[tuple[slice, ...] | None], np.ndarray]
+Read: TypeAlias = Callable[[tuple[slice, ...] | None], np.ndarray]
+
+
+class _Slices(Protocol):
+    """A tensor in a file, of which parts are read."""
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The part itself."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ def load(
     folder: Path | str,
     mesh: Mesh | None = None,
     rules: Rules = TRAIN_RULES,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     unstacked: bool = False,
     stored: Stored | None = None,
 ) -> tuple[Params, Architecture]:
@@ -133,7 +142,7 @@ def _of_layer(read: Read, layer: int, rank: int) -> Read:
     return lambda index: read((slice(layer, layer + 1), *(index or (slice(None),) * rank)))[0]
 
 
-def _reader(entry: _Entry, leaf: jax.ShapeDtypeStruct, stored: list[Any]) -> Read:
+def _reader(entry: _Entry, leaf: jax.ShapeDtypeStruct, stored: list[_Slices]) -> Read:
     """A function from the index of a device's part to that part, read from the files and from nothing else."""
     of_layer = leaf.shape[1:] if entry.stacked else leaf.shape
 
@@ -143,7 +152,7 @@ def _reader(entry: _Entry, leaf: jax.ShapeDtypeStruct, stored: list[Any]) -> Rea
         part = spans[1:] if entry.stacked else spans
         shape = [span.stop - span.start for span in part]
 
-        def one(tensor: Any) -> np.ndarray:
+        def one(tensor: _Slices) -> np.ndarray:
             found = tensor[_hf_slices(entry, part, of_layer)]
             return (found.T if entry.inputs else found).reshape(shape)
 
@@ -288,7 +297,16 @@ def _hf_tensors(params: Params, arch: Architecture, dtype: np.dtype) -> list[_HF
         array = _get(params, entry.path)
         shape = _hf_shape(entry, array.shape[1:] if entry.stacked else array.shape)
         for layer, name in enumerate(entry.names(arch)):
-            tensors.append(_HFTensor(name, array, layer if entry.stacked else None, bool(entry.inputs), shape, dtype))
+            tensors.append(
+                _HFTensor(
+                    name=name,
+                    array=array,
+                    layer=layer if entry.stacked else None,
+                    turned=bool(entry.inputs),
+                    shape=shape,
+                    dtype=dtype,
+                )
+            )
     embedding, *others = tensors
     return [embedding, *sorted(others, key=lambda t: arch.num_hidden_layers if t.layer is None else t.layer)]
 
@@ -297,13 +315,13 @@ def _first_eos(stop_ids: tuple[int, ...]) -> dict[str, int]:
     return {"eos_token_id": stop_ids[0]} if stop_ids else {}
 
 
-def _get(tree: Params, path: tuple[str, ...]) -> Any:
+def _get(tree: Params, path: tuple[str, ...]) -> Tree:
     for key in path:
         tree = tree[key]
     return tree
 
 
-def _set(tree: Params, path: tuple[str, ...], value: Any) -> None:
+def _set(tree: Params, path: tuple[str, ...], value: Tree) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value

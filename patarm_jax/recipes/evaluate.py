@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -112,7 +111,9 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
         )
     said = judged(asked, answers, config.votes)
     findings, measured = find(groups, items, said, given, config.seed)
-    result = Evaluation(config, config.name or judge.name, items, groups, findings, measured)
+    result = Evaluation(
+        config=config, model=config.name or judge.name, items=items, strata=groups, findings=findings, measured=measured
+    )
     if theirs is not None:
         result = replace(result, against=compared(result, theirs))
     if not first:
@@ -147,7 +148,7 @@ def _open_judge(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remo
     if sampling.max_new_tokens is None:  # a limit is always sent: without one, a server writes without end
         sampling = replace(sampling, max_new_tokens=SamplingSection().max_new_tokens)
     say(as_the_server_says(sampling))
-    return Remote(config.endpoint, name, sampling, config.votes, config.seed)
+    return Remote(section=config.endpoint, name=name, sampling=sampling, votes=config.votes, seed=config.seed)
 
 
 def _ask(judge: Local | Remote, form: Form, answers: Answers, questions: Sequence[Question]) -> bool:
@@ -199,7 +200,7 @@ def _that_can_be_asked(items: Sequence[Item], benchmark: Benchmark, form: Form) 
     return kept, f"; {len(items) - len(kept)} of {', '.join(without)} are left out: a pairwise judge gives no scores"
 
 
-def _identity(config: EvalConfig, judge: Local | Remote) -> dict[str, Any]:
+def _identity(config: EvalConfig, judge: Local | Remote) -> dict[str, object]:
     return {"benchmark": config.benchmark, "judge": config.judge, "rubrics": config.rubrics, **judge.identity}
 
 

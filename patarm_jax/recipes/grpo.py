@@ -5,80 +5,54 @@ updates the weights. The same command resumes a run that was stopped.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 import jax
 
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import GRPOConfig
-from patarm_jax.data.limits import Room
-from patarm_jax.data.pipeline import EncodedPair, batches, encode_pairs
 from patarm_jax.data.preferences import read_preferences
-from patarm_jax.evaluate.heldout import open_heldout
 from patarm_jax.evaluate.rollouts import rollout_metrics, rollout_rows
 from patarm_jax.model.kernels import kernels_in_use
-from patarm_jax.model.sharding import TRAIN_RULES, batch_sharding, fetch, gather, local_part, make_mesh
+from patarm_jax.model.sharding import TRAIN_RULES, batch_sharding, fetch, gather, local_part
 from patarm_jax.padding import bucket
 from patarm_jax.recipes.programs import grpo_learner, grpo_programs, large, make_rollout_programs
+from patarm_jax.recipes.ready import Ready, make_ready
 from patarm_jax.reward import MARGINS, judgement_rewards
 from patarm_jax.rollout.batches import completion_width, rollouts_of
 from patarm_jax.rollout.judging import judge_all, make_judge, requests_of, score_arrays
 from patarm_jax.run.claim import claimed
-from patarm_jax.run.drawing import with_heldout_sampling
 from patarm_jax.run.export import card_of
-from patarm_jax.run.folder import length_of, open_run
-from patarm_jax.run.learner import check_batch
+from patarm_jax.run.folder import open_run
 from patarm_jax.run.open_model import Model, load_params, open_model
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
 from patarm_jax.run.programs import describe
 from patarm_jax.run.progress import Shown, percent
 from patarm_jax.run.rollouts import gather_rows
-from patarm_jax.types import Preference, Status, UserError
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a run, or a dry run, begins with."""
-
-    config: GRPOConfig  # complete
-    mesh: jax.sharding.Mesh
-    model: Model
-    reference: Model | None  # what the KL is measured from; None where there is no KL
-    preferences: list[Preference]
-    records: list[EncodedPair]
+from patarm_jax.types import Status, UserError
 
 
 def main(config: GRPOConfig) -> bool:
     """Trains until done and exports; False when it was asked to stop before."""
     start_processes(config)
     with claimed(config.run):
-        return _train(_prepared(config))
+        return _train(_ready(config))
 
 
-def _prepared(config: GRPOConfig) -> Prepared:
-    mesh = make_mesh(config.mesh)
-    check_batch(mesh, 2 * config.pairs_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}")
-    model = open_model(config.model)
-    config = with_heldout_sampling(config, model)
-    reference = _open_reference(config, model) if config.update.kl_coef else None
-    preferences, read = read_preferences(config.data)
-    room = Room(model.arch.max_position_embeddings, config.sampling.max_new_tokens)
-    records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data, room)
-    say(f"{config.data.path}: {read}. Encoded: {encoded}.")
-    return Prepared(config, mesh, model, reference, preferences, records)
+def _ready(config: GRPOConfig) -> Ready[GRPOConfig]:
+    return make_ready(config, read_preferences, partial(_open_reference, config) if config.update.kl_coef else None)
 
 
-def _train(ready: Prepared) -> bool:
-    config, mesh, model, records = ready.config, ready.mesh, ready.model, ready.records
-    length = length_of(config.run, records, config.pairs_per_step)
+def _train(ready: Ready[GRPOConfig]) -> bool:
+    config, mesh, model, records, length = ready.config, ready.mesh, ready.model, ready.records, ready.length
     learner = grpo_learner(config, model.arch, mesh, updates=length.steps * config.update.updates_per_rollout)
     rollout = make_rollout_programs(config, model.arch, mesh)
     judge = make_judge(model.arch, model.tokenizer, mesh, config.model, config.sampling, config.group_size)
-    heldout = open_heldout(config, model, mesh, ready.preferences)
     say(kernels_in_use(config.model, model.arch, mesh, "causal", "shared"))
 
-    with open_run(config, model, records, length, learner, heldout, ready.reference) as run:
+    with open_run(config, model, records, length, learner, ready.heldout, ready.reference) as run:
         if run is None:
             return True
         # Loaded, never taken from the state: a resumed run would have lost it, and the update donates those buffers.
@@ -120,10 +94,8 @@ def _train(ready: Prepared) -> bool:
 def dry_run(config: GRPOConfig) -> None:
     """Shows the config, the first batch, and what each program needs at the longest prompt of the data."""
     start_processes(config, dry_run=True)
-    ready = _prepared(config)
-    config, mesh, model, records = ready.config, ready.mesh, ready.model, ready.records
-    length = length_of(config.run, records, config.pairs_per_step)
-    open_heldout(config, model, mesh, ready.preferences)
+    ready = _ready(config)
+    config, mesh, model, length = ready.config, ready.mesh, ready.model, ready.length
     say(kernels_in_use(config.model, model.arch, mesh, "causal", "shared"))
     judge = make_judge(model.arch, model.tokenizer, mesh, config.model, config.sampling, config.group_size)
     every = grpo_programs(
@@ -132,11 +104,9 @@ def dry_run(config: GRPOConfig) -> None:
         grpo_learner(config, model.arch, mesh, updates=length.steps * config.update.updates_per_rollout),
         make_rollout_programs(config, model.arch, mesh),
         judge.engine,
-        bucket(max(record.longest_prompt for record in records)),
+        bucket(max(record.longest_prompt for record in ready.records)),
     )
-    shares = (jax.process_index(), jax.process_count())
-    first = next(batches(records, config.pairs_per_step, 1, config.run.seed, *shares))
-    describe(to_yaml(config), mesh, every, first, model.tokenizer, length.steps)
+    describe(to_yaml(config), mesh, every, next(ready.batches()), model.tokenizer, length.steps)
 
 
 def _open_reference(config: GRPOConfig, model: Model) -> Model:

@@ -108,7 +108,7 @@ def _judge(config: JudgeConfig, output: Path, dry_run: bool) -> Accuracy | None:
     return _tell(output, rows, "done")
 
 
-def _written_before(output: Path) -> list[dict[str, Any]]:
+def _written_before(output: Path) -> list[dict[str, object]]:
     """The rows that an earlier command wrote; a file that is not of this command is refused."""
     if not output.is_file():
         return []
@@ -121,7 +121,7 @@ def _written_before(output: Path) -> list[dict[str, Any]]:
     raise UserError(f"{output} is there and holds no scores of `patarm judge`. Name another file as --output.")
 
 
-def _run(identity: Mapping[str, Any], questions: Sequence[Question], votes: int) -> str:
+def _run(identity: Mapping[str, object], questions: Sequence[Question], votes: int) -> str:
     """Names a command by all that its scores depend on."""
     about = json.dumps([identity, votes, [question.key for question in questions]])
     return hashlib.sha256(about.encode()).hexdigest()[:16]
@@ -144,7 +144,7 @@ def _tell(output: Path, rows: Sequence[dict[str, Any]], what: str) -> Accuracy:
     return result
 
 
-def _row(preference: Preference, questions: Sequence[Question], answers: Answers, votes: int) -> dict[str, Any]:
+def _row(preference: Preference, questions: Sequence[Question], answers: Answers, votes: int) -> dict[str, object]:
     """One pair; a side's score is null when none of its judgements could be read."""
     sides = [answers.of(question, votes) for question in questions]
     scores = [_mean(side) for side in sides]
@@ -159,7 +159,7 @@ def _row(preference: Preference, questions: Sequence[Question], answers: Answers
     }
 
 
-def _judgement(one: Answer) -> dict[str, Any]:
+def _judgement(one: Answer) -> dict[str, object]:
     names = ("score", "status", "kind", "reason", "tokens", "text")
     return {name: getattr(one, name) for name in names}
 

@@ -6,18 +6,17 @@ Nothing here reads a file or a text, so that benchmarks and compilation ahead of
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from patarm_jax.arrays import Rollouts, SFTBatch, SFTShape
+from patarm_jax.arrays import Params, Rollouts, SFTBatch, SFTShape, Tree, abstract
 from patarm_jax.config.recipes import GRPOConfig, SFTConfig, TrainConfig
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import Form, kernel_for
 from patarm_jax.model.sharding import OnMesh, Program, batch_sharding, batch_shards
-from patarm_jax.model.transformer import abstract_params, forward
+from patarm_jax.model.transformer import Output, abstract_params, forward
 from patarm_jax.padding import bucket
 from patarm_jax.rollout.draw import SamplingParams
 from patarm_jax.rollout.engine import Engine, abstract_programs, make_engine, network_of
@@ -58,12 +57,12 @@ _OF_RECIPE: dict[str, Callable[..., dict[str, Program]]] = {"sft": _sft, "grpo":
 # ---------------------------------------------------------------------------------------------------------------- sft
 
 
-def sft_learner(config: SFTConfig, arch: Architecture, mesh: Mesh, updates: int = 1) -> Learner:
+def sft_learner(config: SFTConfig, arch: Architecture, mesh: Mesh, updates: int = 1) -> Learner[SFTBatch]:
     """All weights, by the cross-entropy of judgements."""
     kernel = kernel_for(config.model, arch, mesh, sft_form(config))
     run = partial(forward, arch=arch, dtype=config.model.dtype, remat=config.model.remat, kernel=kernel)
 
-    def read(params: Any, _frozen: Any, tokens: jax.Array, starts: jax.Array) -> Any:
+    def read(params: Params, _frozen: Tree, tokens: jax.Array, starts: jax.Array) -> Output:
         return run(params, prompt=tokens, starts=starts if config.packing else None)
 
     return make_learner(config, abstract_params(arch, mesh), mesh, sft_loss(read, batch_shards(mesh)), updates)
@@ -74,14 +73,12 @@ def sft_form(config: SFTConfig) -> Form:
     return "packed" if config.packing else "causal"
 
 
-def sft_programs(learner: Learner, shape: SFTShape) -> dict[str, Program]:
+def sft_programs(learner: Learner[SFTBatch], shape: SFTShape) -> dict[str, Program]:
     """The update on a batch of a shape that every process has."""
     rows, sharding = shape.rows * jax.process_count(), batch_sharding(learner.mesh)
-    wide, judged = (rows, shape.width), (rows, shape.targets)
-    leaves = (
-        jax.ShapeDtypeStruct(each, jnp.int32, sharding=sharding) for each in (wide, wide, judged, judged, (rows,))
-    )
-    batch = SFTBatch(*cast(tuple[jax.Array, ...], tuple(leaves)))
+    wide, judged = (abstract((rows, width), jnp.int32, sharding) for width in (shape.width, shape.targets))
+    counts = abstract((rows,), jnp.int32, sharding)
+    batch = SFTBatch(tokens=wide, starts=wide, read=judged, targets=judged, counts=counts)
     return {"update": (learner.update, (learner.shape, learner.frozen, batch))}
 
 
@@ -92,12 +89,12 @@ def sft_programs(learner: Learner, shape: SFTShape) -> dict[str, Program]:
 class RolloutPrograms:
     """What reinforcement learning computes beside sampling and updating."""
 
-    to_rollout: OnMesh  # parameters → their copy for sampling
-    logprobs: OnMesh  # (parameters, None, Rollouts) → log-probs [R, G, Tc]
-    advantages: OnMesh  # (rewards [R, G], valid [R, G], Rollouts) → advantages [R, G] or [R, G, Tc]
+    to_rollout: OnMesh[[Params], Params]  # to the copy for sampling
+    logprobs: OnMesh[[Params, Tree, Rollouts], jax.Array]  # [R, G, Tc]
+    advantages: OnMesh[[jax.Array, jax.Array, Rollouts], jax.Array]  # rewards and valid [R, G] to [R, G] or [R, G, Tc]
 
 
-def grpo_learner(config: GRPOConfig, arch: Architecture, mesh: Mesh, updates: int = 1) -> Learner:
+def grpo_learner(config: GRPOConfig, arch: Architecture, mesh: Mesh, updates: int = 1) -> Learner[Rollouts]:
     """All weights, by the loss of the config's algorithm."""
     loss = policy_loss(
         _two_streams(config, arch, mesh),
@@ -125,7 +122,7 @@ def make_rollout_programs(config: GRPOConfig, arch: Architecture, mesh: Mesh) ->
     """Jits the weight sync, log-probs and advantages."""
     run, temperature, shards = _two_streams(config, arch, mesh), config.sampling.temperature, batch_shards(mesh)
 
-    def logprobs(params: Any, frozen: Any, rollouts: Rollouts) -> jax.Array:
+    def logprobs(params: Params, frozen: Tree, rollouts: Rollouts) -> jax.Array:
         return rollout_logprobs(run, params, frozen, rollouts, temperature, shards)
 
     return RolloutPrograms(
@@ -139,24 +136,32 @@ def _two_streams(config: GRPOConfig, arch: Architecture, mesh: Mesh) -> Forward:
     kernel = kernel_for(config.model, arch, mesh, "shared")
     run = partial(forward, arch=arch, dtype=config.model.dtype, remat=config.model.remat, kernel=kernel)
 
-    def two_streams(params: Any, _frozen: Any, prompt: jax.Array, lengths: jax.Array, completion: jax.Array) -> Any:
+    def two_streams(
+        params: Params, _frozen: Tree, prompt: jax.Array, lengths: jax.Array, completion: jax.Array
+    ) -> Output:
         return run(params, prompt=prompt, prompt_lengths=lengths, completion=completion)
 
     return two_streams
 
 
 def grpo_programs(
-    config: GRPOConfig, arch: Architecture, learner: Learner, rollout: RolloutPrograms, engine: Engine, width: int
+    config: GRPOConfig,
+    arch: Architecture,
+    learner: Learner[Rollouts],
+    rollout: RolloutPrograms,
+    engine: Engine,
+    width: int,
 ) -> dict[str, Program]:
     """Every program of a step with abstract arguments: prompts of a width, completions at their limit."""
     mesh, dtype = learner.mesh, config.model.dtype
     sampled = abstract_params(arch, mesh, rollout_rules(config.mesh), dtype, unstacked=True)
     rollouts = _abstract_rollouts(config, mesh, width)
-    bare, earned = replace(rollouts, ref_logprobs=None), cast(jax.ShapeDtypeStruct, rollouts.advantages)
+    bare, of_rollouts = replace(rollouts, ref_logprobs=None), rollouts.completion_lengths.shape
+    rewards, valid = (abstract(of_rollouts, dtype, batch_sharding(mesh)) for dtype in (jnp.float32, jnp.bool))
     shown: dict[str, Program] = {
         "copy for sampling": (rollout.to_rollout, (learner.shape.params,)),
         **abstract_programs(engine, sampled, 2 * config.pairs_per_step, width),
-        "advantages": (rollout.advantages, (earned, earned.update(dtype=jnp.bool), bare)),
+        "advantages": (rollout.advantages, (rewards, valid, bare)),
         "update": (learner.update, (learner.shape, learner.frozen, rollouts)),
     }
     if config.update.kl_coef:
@@ -168,18 +173,16 @@ def grpo_programs(
 def _abstract_rollouts(config: GRPOConfig, mesh: Mesh, width: int) -> Rollouts:
     prompts, group, new = 2 * config.pairs_per_step, config.group_size, config.sampling.max_new_tokens
 
-    def leaf(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-
-    logprobs = leaf(jnp.float32, prompts, group, new)
+    new_array = partial(abstract, sharding=batch_sharding(mesh))
+    logprobs = new_array((prompts, group, new), jnp.float32)
     return Rollouts(
-        leaf(jnp.int32, prompts, width),
-        leaf(jnp.int32, prompts),
-        leaf(jnp.int32, prompts, group, new),
-        leaf(jnp.int32, prompts, group),
-        logprobs,
-        logprobs if config.update.kl_coef else None,
-        leaf(jnp.float32, prompts, group),
+        prompt_tokens=new_array((prompts, width), jnp.int32),
+        prompt_lengths=new_array((prompts,), jnp.int32),
+        completion_tokens=new_array((prompts, group, new), jnp.int32),
+        completion_lengths=new_array((prompts, group), jnp.int32),
+        old_logprobs=logprobs,
+        ref_logprobs=logprobs if config.update.kl_coef else None,
+        advantages=new_array((prompts, group), jnp.float32),
     )
 
 
@@ -187,5 +190,5 @@ LARGE = ("prefill", "decode", "reference log-probs", "update")  # what is compil
 
 
 def large(every: Mapping[str, Program]) -> dict[str, Program]:
-    """Of a step's programs those that take long to compile, and have one shape throughout."""
+    """Those of a step's programs that take long to compile and have one shape throughout."""
     return {name: every[name] for name in LARGE if name in every}

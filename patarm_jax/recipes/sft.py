@@ -3,70 +3,40 @@
 The loss is on the judgement alone, its end token included. The same command resumes a run that was stopped.
 """
 
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import jax
 
 from patarm_jax.arrays import SFTBatch
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import SFTConfig
-from patarm_jax.data.limits import Room
-from patarm_jax.data.pipeline import EncodedPair, PairBatch, batches, encode_pairs, sft_batch, sft_shape
+from patarm_jax.data.pipeline import PairBatch, sft_batch, sft_shape
 from patarm_jax.data.preferences import read_judged_preferences
-from patarm_jax.data.sft import JudgedPreference
-from patarm_jax.evaluate.heldout import open_heldout
 from patarm_jax.model.kernels import kernels_in_use
-from patarm_jax.model.sharding import batch_shards, make_mesh, place_batch
+from patarm_jax.model.sharding import batch_shards, place_batch
 from patarm_jax.padding import WIDTH_MULTIPLE
 from patarm_jax.recipes.programs import sft_form, sft_learner, sft_programs
+from patarm_jax.recipes.ready import Ready, make_ready
 from patarm_jax.run.claim import claimed
-from patarm_jax.run.drawing import with_heldout_sampling
 from patarm_jax.run.export import card_of
-from patarm_jax.run.folder import length_of, open_run
-from patarm_jax.run.learner import check_batch
-from patarm_jax.run.open_model import Model, open_model
+from patarm_jax.run.folder import open_run
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
 from patarm_jax.run.programs import describe
 from patarm_jax.run.progress import Shown, percent
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What a run, or a dry run, begins with."""
-
-    config: SFTConfig  # complete
-    mesh: jax.sharding.Mesh
-    model: Model
-    preferences: list[JudgedPreference]
-    records: list[EncodedPair]
-
-
 def main(config: SFTConfig) -> bool:
     """Trains until done and exports; False when it was asked to stop before."""
     start_processes(config)
     with claimed(config.run):
-        return _train(_prepared(config))
+        return _train(make_ready(config, read_judged_preferences))
 
 
-def _prepared(config: SFTConfig) -> Prepared:
-    mesh = make_mesh(config.mesh)
-    check_batch(mesh, 2 * config.pairs_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}")
-    model = open_model(config.model)
-    config = with_heldout_sampling(config, model)
-    preferences, read = read_judged_preferences(config.data)
-    room = Room(model.arch.max_position_embeddings)
-    records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data, room)
-    say(f"{config.data.path}: {read}. Encoded: {encoded}.")
-    return Prepared(config, mesh, model, preferences, records)
-
-
-def _train(ready: Prepared) -> bool:
-    config, mesh, model, records = ready.config, ready.mesh, ready.model, ready.records
-    length = length_of(config.run, records, config.pairs_per_step)
+def _train(ready: Ready[SFTConfig]) -> bool:
+    config, mesh, model, records, length = ready.config, ready.mesh, ready.model, ready.records, ready.length
     learner = sft_learner(config, model.arch, mesh, updates=length.steps)
-    heldout = open_heldout(config, model, mesh, [one.preference for one in ready.preferences])
     say(kernels_in_use(config.model, model.arch, mesh, sft_form(config)))
 
     def prepare(pairs: PairBatch) -> SFTBatch:
@@ -74,7 +44,7 @@ def _train(ready: Prepared) -> bool:
         batch: SFTBatch = place_batch(mesh, sft_batch(pairs, shape, model.tokenizer.pad_id, config.packing))
         return batch
 
-    with open_run(config, model, records, length, learner, heldout) as run:
+    with open_run(config, model, records, length, learner, ready.heldout) as run:
         if run is None:
             return True
         for step in run.steps(
@@ -88,18 +58,15 @@ def _train(ready: Prepared) -> bool:
 def dry_run(config: SFTConfig) -> None:
     """Shows the config, the first batch, and what the update needs at the largest batch of an epoch."""
     start_processes(config, dry_run=True)
-    ready = _prepared(config)
-    config, mesh, records = ready.config, ready.mesh, ready.records
-    length = length_of(config.run, records, config.pairs_per_step)
-    open_heldout(config, ready.model, mesh, [one.preference for one in ready.preferences])
-    say(kernels_in_use(config.model, ready.model.arch, mesh, sft_form(config)))
-    shares = (jax.process_index(), jax.process_count())
-    epoch = list(batches(records, config.pairs_per_step, 1, config.run.seed, *shares))
+    ready = make_ready(config, read_judged_preferences)
+    config, mesh, model, length = ready.config, ready.mesh, ready.model, ready.length
+    say(kernels_in_use(config.model, model.arch, mesh, sft_form(config)))
+    epoch = list(itertools.islice(ready.batches(), length.per_epoch))
     multiple = _rows_multiple(config, mesh)
     shapes = [sft_shape(pairs, WIDTH_MULTIPLE, multiple, config.packing) for pairs in epoch]
     largest = max(shapes, key=lambda shape: shape.rows * shape.width)
-    programs = sft_programs(sft_learner(config, ready.model.arch, mesh, length.steps), largest)
-    describe(to_yaml(config), mesh, programs, epoch[0], ready.model.tokenizer, length.steps)
+    programs = sft_programs(sft_learner(config, model.arch, mesh, length.steps), largest)
+    describe(to_yaml(config), mesh, programs, epoch[0], model.tokenizer, length.steps)
 
 
 def _rows_multiple(config: SFTConfig, mesh: jax.sharding.Mesh) -> int:

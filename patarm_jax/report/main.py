@@ -42,7 +42,7 @@ class Panel:
     title: str
     series: Mapping[str, str]  # label → name in metrics.jsonl
     log: bool = False  # whether the values are drawn by their orders of magnitude
-    exact: bool = False  # of what was set, not measured: never smoothed
+    exact: bool = False  # it was set, not measured: never smoothed
 
 
 # Those of PaTaRM's Figure 3 first. A metric `eval/…` is one of held-out pairs, measured at some steps only.
@@ -138,7 +138,7 @@ def _check(run: Path, out: Path) -> str:
     """
     mark = f"patarm report {hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]}"
     if not run.is_dir():
-        return mark  # which is said where the config is read
+        return mark  # what is wrong is said where the config is read
     check_writable(out, folder=False)
     if out.is_file() and out.resolve() != (run / "report.html").resolve() and out.stat().st_size:
         with out.open("rb") as page:
@@ -147,7 +147,7 @@ def _check(run: Path, out: Path) -> str:
     return mark
 
 
-def _page(payload: Mapping[str, Any], rollouts: Sequence[_Step], mark: str) -> str:
+def _page(payload: Mapping[str, object], rollouts: Sequence[_Step], mark: str) -> str:
     page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     script = page.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -158,7 +158,7 @@ def _page(payload: Mapping[str, Any], rollouts: Sequence[_Step], mark: str) -> s
     return page.replace("__PAYLOAD__", _packed(payload), 1).replace("__STEPS__", "\n".join(steps), 1)
 
 
-def _packed(value: Any) -> str:
+def _packed(value: object) -> str:
     """JSON, gzipped, as base64: no letter of it means anything to HTML."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
@@ -178,12 +178,12 @@ def _config(run: Path) -> TrainConfig:
     return load_run(run)
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
+def _metrics(path: Path) -> list[dict[str, object]]:
     """The lines of metrics.jsonl, those of one step as one; one that is still being written is left out."""
     if not path.is_file():
         raise UserError(f"{path} is missing: the run has done no step yet. Give it some time.")
     *lines, _ = path.read_bytes().split(b"\n")
-    found: dict[int, dict[str, Any]] = {}
+    found: dict[int, dict[str, object]] = {}
     for number, line in enumerate(lines, 1):
         try:
             values = json.loads(line)
@@ -199,7 +199,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 def within(steps: Sequence[Path], size: Callable[[Path], int], limit: int) -> list[Path]:
     """As many evenly spaced steps as the limit holds; the first and the last always.
 
-    Of a long run not all is measured to learn that it is too much: steps are measured in random order, so that those
+    Not all of a long run is measured to learn that it is too much: steps are measured in random order, so that those
     that filled the limit tell fairly how many will fit.
     """
     count = len(steps)
@@ -251,9 +251,9 @@ def _preferences(config: TrainConfig, ids: Iterable[str]) -> tuple[dict[str, Any
     found = {
         one.id: {
             "domain": one.domain,
-            "prompt": [[turn["role"], _shortened(turn["content"])] for turn in one.prompt],
-            "chosen": _shortened(one.chosen),
-            "rejected": _shortened(one.rejected),
+            "prompt": [[turn["role"], _beginning(turn["content"])] for turn in one.prompt],
+            "chosen": _beginning(one.chosen),
+            "rejected": _beginning(one.rejected),
         }
         for one in preferences
         if one.id in wanted
@@ -261,7 +261,7 @@ def _preferences(config: TrainConfig, ids: Iterable[str]) -> tuple[dict[str, Any
     return found, ""
 
 
-def _shortened(text: str) -> str:
+def _beginning(text: str) -> str:
     left = len(text) - _PROMPTS
     return text if left <= 0 else f"{text[:_PROMPTS]} … ({left:,} more characters)"
 
@@ -269,7 +269,7 @@ def _shortened(text: str) -> str:
 # ---- What is shown of it --------------------------------------------------------------------------------------------
 
 
-def _facts(config: TrainConfig, metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _facts(config: TrainConfig, metrics: Sequence[Mapping[str, object]]) -> list[tuple[str, str]]:
     last = metrics[-1]
     facts = [
         ("recipe", config.recipe),
@@ -292,7 +292,7 @@ def _facts(config: TrainConfig, metrics: Sequence[Mapping[str, Any]]) -> list[tu
     by = f"eval/{config.heldout.best}"
     judged = [line for line in metrics if line.get(by) is not None]
     if judged:
-        top = max(judged, key=lambda line: (line[by], line["step"]))  # of equal ones the checkpoint of the last is kept
+        top = max(judged, key=lambda line: (line[by], line["step"]))  # of equal ones the last one's checkpoint is kept
         facts.append((f"best held out, {config.heldout.best}", f"{top[by]:.3f} at step {top['step']}"))
     return facts
 
@@ -311,7 +311,7 @@ def _troubles(config: TrainConfig, metrics: Sequence[Mapping[str, Any]], run: Pa
 def _drawn(metrics: Sequence[Mapping[str, Any]]) -> Any:
     """A function from a panel to its data: for each series a value for every step, or null."""
 
-    def panel(given: Panel) -> dict[str, Any]:
+    def panel(given: Panel) -> dict[str, object]:
         series = []
         for label, name in given.series.items():
             values = [line.get(name) for line in metrics]

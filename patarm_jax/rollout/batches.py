@@ -1,9 +1,7 @@
 """What was sampled, as a batch to learn from."""
 
 from collections.abc import Sequence
-from typing import cast
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -28,17 +26,16 @@ def rollouts_of(
     tokens = np.zeros((len(requests), prompt_width), np.int32)
     for row, request in zip(tokens, requests, strict=True):
         row[: len(request.tokens)] = request.tokens
-    arrays = (
-        tokens,
-        np.array([len(request.tokens) for request in requests], np.int32),
-        finished.tokens[:, :, :completion_width],
-        finished.lengths,
-        finished.logprobs[:, :, :completion_width],
-        None,
-        np.zeros(finished.lengths.shape, np.float32),
+    rollouts = Rollouts(
+        prompt_tokens=tokens,
+        prompt_lengths=np.array([len(request.tokens) for request in requests], np.int32),
+        completion_tokens=finished.tokens[:, :, :completion_width],
+        completion_lengths=finished.lengths,
+        old_logprobs=finished.logprobs[:, :, :completion_width],
+        ref_logprobs=None,
+        advantages=np.zeros(finished.lengths.shape, np.float32),
     )
-    # The type speaks of device arrays, which these become here.
-    return cast(Rollouts, place_batch(mesh, Rollouts(*cast(tuple[jax.Array, ...], arrays))))
+    return place_batch(mesh, rollouts)
 
 
 def completion_width(longest: int, most: int) -> int:

@@ -43,7 +43,7 @@ class SamplingParams:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Choices:
+class RowSampling:
     """`SamplingParams` of many rows or prompts, as arrays of one shape […]."""
 
     scale: Array  # […] float32, 1 / temperature, by which logits are multiplied; 1 where temperature is 0
@@ -55,7 +55,7 @@ class Choices:
     named_ids: Array  # […, N] int32, filled up with NO_TOKEN
 
 
-def choices_of(params: Sequence[SamplingParams], stops: int, named: int) -> Choices:
+def row_sampling(params: Sequence[SamplingParams], stops: int, named: int) -> RowSampling:
     """Arrays [n] of the params of n prompts; `stops` and `named` are the widths of the lists of ids."""
 
     def ids(lists: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
@@ -69,7 +69,7 @@ def choices_of(params: Sequence[SamplingParams], stops: int, named: int) -> Choi
 
     # Computed as the compiler would for a temperature that it knows: 1 / T in float32, then a multiplication.
     temperature = of(np.float32, [one.temperature or 1.0 for one in params])
-    return Choices(
+    return RowSampling(
         scale=np.float32(1) / temperature,
         greedy=of(np.bool_, [one.temperature == 0 for one in params]),
         top_k=of(np.int32, [one.top_k for one in params]),
@@ -87,12 +87,14 @@ class Needs(NamedTuple):
     greedy: jax.Array  # [] bool
 
 
-def needs_of(choices: Choices) -> Needs:
+def needs_of(sampling: RowSampling) -> Needs:
     """What is not needed by any row is not computed."""
-    return Needs(jnp.any((choices.top_k > 0) | (choices.top_p < 1)), jnp.any(choices.greedy))
+    return Needs(jnp.any((sampling.top_k > 0) | (sampling.top_p < 1)), jnp.any(sampling.greedy))
 
 
-def draw(logits: jax.Array, keys: jax.Array, choices: Choices, needs: Needs) -> tuple[jax.Array, jax.Array, jax.Array]:
+def draw(
+    logits: jax.Array, keys: jax.Array, sampling: RowSampling, needs: Needs
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One token per row, its log-prob, and those of the tokens that the row names.
 
     A token is where a uniform number falls on the line of all probabilities laid end to end: one number per row, where
@@ -102,25 +104,25 @@ def draw(logits: jax.Array, keys: jax.Array, choices: Choices, needs: Needs) -> 
     Args:
         logits: [..., V].
         keys: [...] PRNG keys.
-        choices: [...], or of a shape that spreads to it.
+        sampling: [...], or of a shape that spreads to it.
         needs: from `needs_of`.
 
     Returns:
         token [...] int32, its log-prob [...] and those of the named tokens [..., N], float32: of the softmax at the
         row's temperature (at 1 when it is 0), before top-k and top-p, which is what training compares them with.
     """
-    scaled = logits.astype(jnp.float32) * choices.scale[..., None]
+    scaled = logits.astype(jnp.float32) * sampling.scale[..., None]
     above = scaled - scaled.max(axis=-1, keepdims=True)
     weights = jnp.exp(above)
     uniform = jax.vmap(jax.random.uniform)(keys.reshape(-1)).reshape(keys.shape)
     token = jax.lax.cond(
         needs.cut,
-        lambda: pick(jnp.where(kept(scaled, choices.top_k, choices.top_p), weights, 0.0), uniform),
+        lambda: pick(jnp.where(kept(scaled, sampling.top_k, sampling.top_p), weights, 0.0), uniform),
         lambda: pick(weights, uniform),
     )
-    token = jax.lax.cond(needs.greedy, lambda: jnp.where(choices.greedy, scaled.argmax(axis=-1), token), lambda: token)
+    token = jax.lax.cond(needs.greedy, lambda: jnp.where(sampling.greedy, scaled.argmax(axis=-1), token), lambda: token)
     total = jnp.log(weights.sum(axis=-1, keepdims=True))
-    named = jnp.broadcast_to(jnp.maximum(choices.named_ids, 0), (*token.shape, choices.named_ids.shape[-1]))
+    named = jnp.broadcast_to(jnp.maximum(sampling.named_ids, 0), (*token.shape, sampling.named_ids.shape[-1]))
     of_token, of_named = (jnp.take_along_axis(above, ids, axis=-1) - total for ids in (token[..., None], named))
     return token.astype(jnp.int32), of_token[..., 0], of_named
 

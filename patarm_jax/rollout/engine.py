@@ -2,29 +2,28 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from patarm_jax.arrays import Prompts, Seats
+from patarm_jax.arrays import Array, Params, Prompts, Seats, Tree, abstract
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.cache import KVCache, PromptCache, init_cache, place_prompts, resize_cache
 from patarm_jax.model.kernels import PORTABLE, Kernel
 from patarm_jax.model.sharding import BATCH_AXES, OnMesh, Program, batch_sharding, batch_shards, constrain
-from patarm_jax.model.transformer import Params, decode, logits, prefill
+from patarm_jax.model.transformer import decode, logits, prefill
 from patarm_jax.rollout import sampler
-from patarm_jax.rollout.draw import Choices, SamplingParams, choices_of
+from patarm_jax.rollout.draw import RowSampling, SamplingParams, row_sampling
 from patarm_jax.rollout.sampler import Admission, Network, Sizes, Slots
-
-# Host arrays, or shapes, where a type speaks of the arrays they become on the devices.
-Arrays = tuple[jax.Array, ...]
 
 # Tokens of prompts that a device reads at a time: enough to be bound by arithmetic, and little memory beside the cache.
 PREFILL_TOKENS = 8192
 # How often rows are halved when nothing waits any more, unless told otherwise.
 HALVINGS = 3
+
+AnySlots: TypeAlias = Slots[Tree]  # with whatever cache the network has
 
 
 @dataclass(frozen=True)
@@ -35,16 +34,17 @@ class Engine:
     group: int  # G
     sampling: SamplingParams  # how requests are drawn that do not say it; the limit is also the largest of all
     vote_stride: int  # see `sampler.completion_id`
-    rows: int  # that are written at a time, over all devices; 0: as many as there are
+    rows: int  # completions that are written at a time, over all devices; 0: all of them
     halvings: int  # how often rows may be halved when nothing waits any more; each time is another compiled program
-    start: OnMesh  # (Sizes) → Slots; static
-    bring_in: OnMesh  # (params, Slots, Prompts, Choices, place, key) → Slots; the slots are donated
-    advance: OnMesh  # (params, Slots, Admission, key, enough) → Slots; the slots are donated
-    resize: OnMesh  # (Slots, rows, prompts, seat, width) → Slots; the width is static
+    # As in `sampler`: slots that are given to a program are donated, and sizes and widths are static.
+    start: OnMesh[[Sizes], AnySlots]
+    bring_in: OnMesh[[Params, AnySlots, Prompts, RowSampling, jax.Array, jax.Array], AnySlots]
+    advance: OnMesh[[Params, AnySlots, Admission, jax.Array, Array], AnySlots]
+    resize: OnMesh[[AnySlots, jax.Array, jax.Array, jax.Array, int], AnySlots]
 
 
 def make_engine(
-    network: Network[Any],
+    network: Network[Tree],
     mesh: Mesh,
     group: int,
     sampling: SamplingParams,
@@ -55,27 +55,27 @@ def make_engine(
     """Jits the sampler for a network; programs are compiled once per size of places. Arguments as of `Engine`."""
     shards = batch_shards(mesh)
 
-    def start(sizes: Sizes) -> Slots[Any]:
+    def start(sizes: Sizes) -> AnySlots:
         return _pinned(sampler.empty_slots(network, shards, group, sizes))
 
     def bring_in(
-        weights: Any, slots: Slots[Any], prompts: Prompts, choices: Choices, place: jax.Array, key: jax.Array
-    ) -> Slots[Any]:
-        return _pinned(sampler.bring_in(network, weights, slots, prompts, choices, place, key, group, vote_stride))
+        weights: Params, slots: AnySlots, prompts: Prompts, sampling: RowSampling, place: jax.Array, key: jax.Array
+    ) -> AnySlots:
+        return _pinned(sampler.bring_in(network, weights, slots, prompts, sampling, place, key, group, vote_stride))
 
-    def advance(weights: Any, slots: Slots[Any], begins: Admission, key: jax.Array, enough: jax.Array) -> Slots[Any]:
+    def advance(weights: Params, slots: AnySlots, begins: Admission, key: jax.Array, enough: Array) -> AnySlots:
         return _pinned(sampler.advance(network, weights, slots, begins, key, enough, group))
 
-    def resize(slots: Slots[Any], rows: jax.Array, prompts: jax.Array, seat: jax.Array, width: int) -> Slots[Any]:
+    def resize(slots: AnySlots, rows: jax.Array, prompts: jax.Array, seat: jax.Array, width: int) -> AnySlots:
         return _pinned(sampler.resize(network, slots, rows, prompts, seat, width, group))
 
     return Engine(
-        mesh,
-        group,
-        sampling,
-        vote_stride,
-        rows,
-        halvings,
+        mesh=mesh,
+        group=group,
+        sampling=sampling,
+        vote_stride=vote_stride,
+        rows=rows,
+        halvings=halvings,
         start=OnMesh(mesh, start, static_argnums=0),
         bring_in=OnMesh(mesh, bring_in, donate_argnums=1),
         advance=OnMesh(mesh, advance, donate_argnums=1),
@@ -106,9 +106,9 @@ def network_of(arch: Architecture, dtype: str, kernel: Kernel = PORTABLE) -> Net
     )
 
 
-def abstract_programs(engine: Engine, params: Any, requests: int, width: int) -> dict[str, Program]:
+def abstract_programs(engine: Engine, params: Params, requests: int, width: int) -> dict[str, Program]:
     """The largest programs of a run over so many requests, with abstract arguments, for compiling ahead of time."""
-    shards, new = batch_shards(engine.mesh), partial(jax.ShapeDtypeStruct, sharding=batch_sharding(engine.mesh))
+    shards, new = batch_shards(engine.mesh), partial(abstract, sharding=batch_sharding(engine.mesh))
     prompts, rows = places_for(engine, -(-requests // shards))
     number = prompts_at_a_time(width, prompts, prompts)
     sizes = sizes_for(engine, prompts, width, rows)
@@ -120,16 +120,16 @@ def abstract_programs(engine: Engine, params: Any, requests: int, width: int) ->
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     size = shards * number
-    read = Prompts(*cast(Arrays, tuple(new(shape, jnp.int32) for shape in ((size, width), (size,), (size,)))))
-    choices = jax.tree.map(
-        lambda x: new(x.shape, x.dtype), choices_of([engine.sampling] * size, sizes.stops, sizes.named)
+    read = Prompts(new((size, width), jnp.int32), new((size,), jnp.int32), new((size,), jnp.int32))
+    sampling = jax.tree.map(
+        lambda x: new(x.shape, x.dtype), row_sampling([engine.sampling] * size, sizes.stops, sizes.named)
     )
-    begins = Admission(*cast(Arrays, tuple(new((shards, rows), kind) for kind in (jnp.bool, jnp.int32, jnp.int32))))
-    enough = jax.ShapeDtypeStruct((), jnp.int32)
+    row = new((shards, rows), jnp.int32)
+    begins, enough = Admission(new((shards, rows), jnp.bool), row, row), jax.ShapeDtypeStruct((), jnp.int32)
     half_rows, half_prompts = max(rows // 2, 1), max(prompts // 2, 1)
     kept = tuple(new((shards, size), jnp.int32) for size in (half_rows, half_prompts, half_rows))
     return {
-        "prefill": (engine.bring_in, (params, slots, read, choices, new((shards, number), jnp.int32), key)),
+        "prefill": (engine.bring_in, (params, slots, read, sampling, new((shards, number), jnp.int32), key)),
         "decode": (engine.advance, (params, slots, begins, key, enough)),
         "resize": (engine.resize, (slots, *kept, width)),
     }
@@ -144,10 +144,15 @@ def places_for(engine: Engine, requests: int) -> tuple[int, int]:
 
 
 def sizes_for(engine: Engine, prompts: int, width: int, rows: int, stops: int = 0, named: int = 0) -> Sizes:
-    """Of so many places; the lists of ids hold the engine's own and are so wide at least."""
+    """The sizes of so many places; lists of ids hold the engine's own at least, or so many."""
     own = engine.sampling
     return Sizes(
-        prompts, width, rows, own.max_new_tokens, max(stops, len(own.stop_ids)), max(named, len(own.named_ids))
+        prompts=prompts,
+        prompt_width=width,
+        rows=rows,
+        width=own.max_new_tokens,
+        stops=max(stops, len(own.stop_ids)),
+        named=max(named, len(own.named_ids)),
     )
 
 
@@ -157,7 +162,7 @@ def prompts_at_a_time(width: int, places: int, wanted: int) -> int:
     return min(limit, 1 << (wanted - 1).bit_length(), 1 << (places - 1).bit_length())
 
 
-def _pinned(slots: Slots[Any]) -> Slots[Any]:
+def _pinned(slots: AnySlots) -> AnySlots:
     """The arrays of rows and seats, [W, …], each part on its device; the cache's are the network's to place."""
     own = {name: value for name, value in vars(slots).items() if name not in ("cache", "steps")}
     return replace(slots, **jax.tree.map(lambda x: constrain(x, BATCH_AXES), own))

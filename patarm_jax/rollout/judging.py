@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from patarm_jax.arrays import Params
 from patarm_jax.config.sections import ModelSection, SamplingSection
 from patarm_jax.data.pipeline import EncodedPair
 from patarm_jax.data.tokenizer import Tokenizer, written
 from patarm_jax.judge.forms import POINTWISE, Form
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import kernel_for
-from patarm_jax.model.transformer import Params
 from patarm_jax.rollout.draw import SamplingParams
 from patarm_jax.rollout.engine import Engine, make_engine, network_of
 from patarm_jax.rollout.schedule import Finished, Group, Request, completed_groups, stacked
@@ -31,7 +31,7 @@ class Judge:
 
     tokenizer: Tokenizer
     engine: Engine
-    form: Form  # that its prompts ask for
+    form: Form  # what its prompts ask for
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,11 @@ def make_judge(
 ) -> Judge:
     """A judge for a network of this shape that gives `group` judgements; for vote_stride see `completion_id`."""
     drawn = SamplingParams(
-        tokenizer.stop_ids, sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p
+        stop_ids=tokenizer.stop_ids,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
     )
     network = network_of(arch, section.dtype, kernel_for(section, arch, mesh, "causal"))
     engine = make_engine(network, mesh, group, drawn, sampling.rows, vote_stride=vote_stride)

@@ -10,16 +10,16 @@ the rows beside it nor the devices it runs on change it.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from patarm_jax.arrays import Prompts, Seats
-from patarm_jax.rollout.draw import Choices, draw, needs_of
+from patarm_jax.arrays import Array, Params, Prompts, Seats, Tree
+from patarm_jax.rollout.draw import RowSampling, draw, needs_of
 
 Cache = TypeVar("Cache")
-Params = Any
+Place = TypeVar("Place", int, jax.Array)
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Network(Generic[Cache]):
     """What the sampler asks of a network; W devices share the batch, and indices count within each."""
 
     init: Callable[[int, int, int, int], Cache]  # prompts R, prompt width, rows B, completion width
-    prefill: Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, Any]]  # tokens, lengths → logits [R,V], prompts
-    place: Callable[[Cache, Any, jax.Array], Cache]  # the prompts of `prefill` into places [W, n]
+    prefill: Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, Tree]]  # tokens, lengths → [R, V], prompts
+    place: Callable[[Cache, Tree, jax.Array], Cache]  # the prompts of `prefill` into places [W, n]
     decode: Callable[[Params, jax.Array, Cache, Seats], tuple[jax.Array, Cache]]  # tokens [B] → logits [B, V]
     resize: Callable[[Cache, jax.Array, jax.Array, int], Cache]  # rows [W, b], prompts [W, r], prompt width
 
@@ -43,7 +43,7 @@ class Slots(Generic[Cache]):
     first_token: jax.Array  # [W, r·G] int32, drawn for every seat when its prompt came in
     first_logprob: jax.Array  # [W, r·G] float32
     first_named: jax.Array  # [W, r·G, N] float32
-    choices: Choices  # [W, r], how the rows that sit with a prompt are drawn
+    sampling: RowSampling  # [W, r], how the rows that sit with a prompt are drawn
     seat: jax.Array  # [W, b] int32, prompt·G + rollout
     ids: jax.Array  # [W, b] int32, `completion_id`, which keys are folded from
     token: jax.Array  # [W, b] int32, drawn last
@@ -67,7 +67,7 @@ class Admission:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the places of a run."""
+    """The sizes of the places of a run."""
 
     prompts: int  # r, on each device
     prompt_width: int  # Tp
@@ -90,7 +90,7 @@ def empty_slots(network: Network[Cache], shards: int, group: int, sizes: Sizes) 
         first_token=jnp.zeros(seats, jnp.int32),
         first_logprob=jnp.zeros(seats, jnp.float32),
         first_named=jnp.zeros((*seats, sizes.named), jnp.float32),
-        choices=Choices(
+        sampling=RowSampling(
             scale=1.0 + unset,
             greedy=unset > 0,
             top_k=unset,
@@ -111,7 +111,7 @@ def empty_slots(network: Network[Cache], shards: int, group: int, sizes: Sizes) 
     )
 
 
-def completion_id(sample_id: Any, rollout: Any, group: int, vote_stride: int) -> Any:
+def completion_id(sample_id: Place, rollout: Place, group: int, vote_stride: int) -> Place:
     """What the keys of a prompt's G completions are folded from, of ints or arrays.
 
     sample_id·G + g; with a vote_stride, sample_id + g·vote_stride, which is the same for any G.
@@ -124,7 +124,7 @@ def bring_in(
     params: Params,
     slots: Slots[Cache],
     prompts: Prompts,
-    choices: Choices,
+    sampling: RowSampling,
     place: jax.Array,
     key: jax.Array,
     group: int,
@@ -137,7 +137,7 @@ def bring_in(
         params: its weights.
         slots: whose places are filled.
         prompts: n per device.
-        choices: [W·n], how their completions are drawn.
+        sampling: [W·n], how their completions are drawn.
         place: [W, n] where each is to lie; r for a filler that is to lie nowhere.
         key: of this run.
         group: G.
@@ -146,8 +146,8 @@ def bring_in(
     logits, fresh = network.prefill(params, prompts.tokens, prompts.lengths)
     ids = completion_id(prompts.sample_ids[:, None], jnp.arange(group), group, vote_stride)
     logits = jnp.broadcast_to(logits[:, None], (*ids.shape, logits.shape[-1]))
-    of_group = jax.tree.map(lambda x: x[:, None], choices)
-    token, logprob, named = draw(logits, _keys(key, ids, jnp.zeros_like(ids)), of_group, needs_of(choices))
+    of_group = jax.tree.map(lambda x: x[:, None], sampling)
+    token, logprob, named = draw(logits, _keys(key, ids, jnp.zeros_like(ids)), of_group, needs_of(sampling))
 
     def put(into: jax.Array, where: jax.Array, new: jax.Array) -> jax.Array:
         new = new.reshape(*where.shape, *into.shape[2:])
@@ -160,7 +160,7 @@ def bring_in(
         first_token=put(slots.first_token, seats, token),
         first_logprob=put(slots.first_logprob, seats, logprob),
         first_named=put(slots.first_named, seats, named),
-        choices=jax.tree.map(lambda into, new: put(into, place, new), slots.choices, choices),
+        sampling=jax.tree.map(lambda into, new: put(into, place, new), slots.sampling, sampling),
     )
 
 
@@ -170,12 +170,12 @@ def advance(
     slots: Slots[Cache],
     admission: Admission,
     key: jax.Array,
-    enough: jax.Array,
+    enough: Array,
     group: int,
 ) -> Slots[Cache]:
     """Lets rows begin, then draws until `enough` rows of all devices are done, or all."""
-    slots, choices = _admit(slots, admission, group)
-    needs = needs_of(choices)  # here, not in the loop, where devices would tell each other at every step
+    slots, sampling = _admit(slots, admission, group)
+    needs = needs_of(sampling)  # here, not in the loop, where devices would tell each other at every step
     shards, rows = slots.seat.shape
     seats = slots.first_token.shape[1]
     # Who is done has left its seat, and another may sit there.
@@ -186,8 +186,8 @@ def advance(
     def step(slots: Slots[Cache]) -> Slots[Cache]:
         where = Seats(slots.seat, row, jnp.maximum(slots.drawn - 1, 0))
         logits, cache = network.decode(params, slots.token.reshape(-1), slots.cache, where)
-        drawn = draw(logits.reshape(shards, rows, -1), _keys(key, slots.ids, slots.drawn), choices, needs)
-        return _record(replace(slots, cache=cache, steps=slots.steps + 1), ~slots.done, choices, *drawn)
+        drawn = draw(logits.reshape(shards, rows, -1), _keys(key, slots.ids, slots.drawn), sampling, needs)
+        return _record(replace(slots, cache=cache, steps=slots.steps + 1), ~slots.done, sampling, *drawn)
 
     end = jnp.minimum(enough, slots.done.size)
     return jax.lax.while_loop(lambda slots: slots.done.sum() < end, step, slots)
@@ -222,7 +222,7 @@ def resize(
         first_token=_taken(slots.first_token, seats),
         first_logprob=_taken(slots.first_logprob, seats),
         first_named=_taken(slots.first_named, seats),
-        choices=jax.tree.map(lambda x: _taken(x, prompts), slots.choices),
+        sampling=jax.tree.map(lambda x: _taken(x, prompts), slots.sampling),
         seat=seat,
         ids=take(slots.ids),
         token=take(slots.token),
@@ -240,7 +240,7 @@ def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(lambda x, index: jnp.take(x, index, axis=0, mode="clip"))(x, index)
 
 
-def _admit(slots: Slots[Cache], admission: Admission, group: int) -> tuple[Slots[Cache], Choices]:
+def _admit(slots: Slots[Cache], admission: Admission, group: int) -> tuple[Slots[Cache], RowSampling]:
     """Forgets what the rows that begin wrote before, and gives them the first token of their seat.
 
     Also how each row is drawn: like its prompt.
@@ -248,7 +248,7 @@ def _admit(slots: Slots[Cache], admission: Admission, group: int) -> tuple[Slots
     begins = admission.begins
     seat, ids = (jnp.where(begins, new, old) for new, old in ((admission.seat, slots.seat), (admission.ids, slots.ids)))
     drawn = (_taken(x, seat) for x in (slots.first_token, slots.first_logprob, slots.first_named))
-    choices = jax.tree.map(lambda x: _taken(x, seat // group), slots.choices)
+    sampling = jax.tree.map(lambda x: _taken(x, seat // group), slots.sampling)
     fresh = replace(
         slots,
         seat=seat,
@@ -260,21 +260,21 @@ def _admit(slots: Slots[Cache], admission: Admission, group: int) -> tuple[Slots
         logprobs=jnp.where(begins[..., None], 0.0, slots.logprobs),
         named=jnp.where(begins[..., None, None], 0.0, slots.named),
     )
-    return _record(fresh, begins, choices, *drawn), choices
+    return _record(fresh, begins, sampling, *drawn), sampling
 
 
 def _record(
-    slots: Slots[Cache], who: jax.Array, choices: Choices, token: jax.Array, logprob: jax.Array, named: jax.Array
+    slots: Slots[Cache], who: jax.Array, sampling: RowSampling, token: jax.Array, logprob: jax.Array, named: jax.Array
 ) -> Slots[Cache]:
     """Writes down what was drawn for some rows [W, b]."""
     here = who[..., None] & (jnp.arange(slots.tokens.shape[-1]) == slots.drawn[..., None])
-    stopped = who & (token[..., None] == choices.stop_ids).any(axis=-1)
+    stopped = who & (token[..., None] == sampling.stop_ids).any(axis=-1)
     drawn = slots.drawn + who
     return replace(
         slots,
         token=jnp.where(who, token, slots.token),
         drawn=drawn,
-        done=slots.done | stopped | (who & (drawn >= choices.limit)),
+        done=slots.done | stopped | (who & (drawn >= sampling.limit)),
         stopped=slots.stopped | stopped,
         tokens=jnp.where(here, token[..., None], slots.tokens),
         logprobs=jnp.where(here, logprob[..., None], slots.logprobs),

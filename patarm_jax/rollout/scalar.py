@@ -1,12 +1,12 @@
 """The road of a scalar reward model from (prompt, response) to a score: one pass over both, nothing written."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from patarm_jax.arrays import Params
 from patarm_jax.config.sections import ModelSection
 from patarm_jax.model import transformer
 from patarm_jax.model.architecture import Architecture
@@ -15,21 +15,23 @@ from patarm_jax.model.sharding import OnMesh, batch_shards, fetch, place_batch
 from patarm_jax.padding import bucket
 from patarm_jax.rollout.engine import PREFILL_TOKENS
 
-Scorer = Callable[[Any, jax.Array, jax.Array], jax.Array]  # (params, tokens [R, T], lengths [R]) → scores [R]
+Scorer = Callable[[Params, jax.Array, jax.Array], jax.Array]  # (params, tokens [R, T], lengths [R]) → scores [R]
 
 
 def make_scorer(arch: Architecture, mesh: Mesh, section: ModelSection) -> Scorer:
     """The jitted scorer: the head on the last token's state."""
     kernel = kernel_for(section, arch, mesh, "causal")
 
-    def score(params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    def score(params: Params, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         hidden, _ = transformer.prefill(params, arch, tokens, lengths, dtype=section.dtype, kernel=kernel)
         return transformer.scalar_scores(params, hidden, section.dtype)
 
     return OnMesh(mesh, score)
 
 
-def scores(scorer: Scorer, params: Any, mesh: Mesh, conversations: Sequence[np.ndarray]) -> Iterator[tuple[int, float]]:
+def scores(
+    scorer: Scorer, params: Params, mesh: Mesh, conversations: Sequence[np.ndarray]
+) -> Iterator[tuple[int, float]]:
     """(index, score) of each conversation, the longest first; short ones do not pay for long ones.
 
     Args:

@@ -8,13 +8,12 @@ schedule decides when a completion is drawn, never what is drawn.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from patarm_jax.arrays import Prompts
+from patarm_jax.arrays import Params, Prompts
 from patarm_jax.model.sharding import (
     batch_shards,
     fetch,
@@ -24,8 +23,8 @@ from patarm_jax.model.sharding import (
 )
 from patarm_jax.padding import bucket
 from patarm_jax.rollout import sampler
-from patarm_jax.rollout.draw import SamplingParams, choices_of
-from patarm_jax.rollout.engine import Arrays, Engine, places_for, prompts_at_a_time, sizes_for
+from patarm_jax.rollout.draw import SamplingParams, row_sampling
+from patarm_jax.rollout.engine import Engine, places_for, prompts_at_a_time, sizes_for
 from patarm_jax.rollout.sampler import Admission
 
 # The share of the rows, one in so many, that must have ended before waiting ones take their places.
@@ -45,7 +44,7 @@ class Request:
 class Group:
     """The G completions of one request; numpy's."""
 
-    index: int  # of the request, among this process's
+    index: int  # the request's place among this process's
     tokens: np.ndarray  # [G, Tc] int32
     lengths: np.ndarray  # [G] int32, the end token included
     logprobs: np.ndarray  # [G, Tc] float32
@@ -61,7 +60,7 @@ class Finished:
     lengths: np.ndarray  # [n, G] int32, the end token included
     logprobs: np.ndarray  # [n, G, Tc] float32
     truncated: np.ndarray  # [n, G] bool
-    # Of each request [G, Tc, its number of named tokens] float32, the log-probs of those at every step; 0 past the end.
+    # One array for each request, [G, Tc, n] float32: the log-probs of its n named tokens at every step; 0 past the end.
     named: tuple[np.ndarray, ...] = ()
     row_steps: int = 0  # rows × steps computed, over all devices, where it is known: to compare with the lengths' sum
 
@@ -83,7 +82,7 @@ class _Device:
         return [row for row, work in enumerate(self.rows) if work is None]
 
 
-def complete(engine: Engine, params: Any, requests: Sequence[Request], key: jax.Array) -> Finished:
+def complete(engine: Engine, params: Params, requests: Sequence[Request], key: jax.Array) -> Finished:
     """Draws G completions of each request.
 
     Args:
@@ -105,10 +104,16 @@ def stacked(groups: Sequence[Group]) -> Finished:
     tokens, lengths, logprobs, truncated = (
         np.stack([getattr(group, name) for group in groups]) for name in ("tokens", "lengths", "logprobs", "truncated")
     )
-    return Finished(tokens, lengths, logprobs, truncated, tuple(group.named for group in groups))
+    return Finished(
+        tokens=tokens,
+        lengths=lengths,
+        logprobs=logprobs,
+        truncated=truncated,
+        named=tuple(group.named for group in groups),
+    )
 
 
-def completed_groups(engine: Engine, params: Any, requests: Sequence[Request], key: jax.Array) -> Iterator[Group]:
+def completed_groups(engine: Engine, params: Params, requests: Sequence[Request], key: jax.Array) -> Iterator[Group]:
     """Draws G completions of each request and gives each group as soon as it has ended, the longest prompts first.
 
     Arguments as of `complete`. What is drawn is the same; no more is held than is being written.
@@ -124,7 +129,7 @@ def _groups(schedule: "_Schedule") -> Iterator[Group]:
 class _Schedule:
     """One run. Every process holds the whole schedule; each feeds and reads its own devices alone."""
 
-    def __init__(self, engine: Engine, params: Any, requests: Sequence[Request], key: jax.Array) -> None:
+    def __init__(self, engine: Engine, params: Params, requests: Sequence[Request], key: jax.Array) -> None:
         self.engine, self.params, self.key, self.requests = engine, params, key, requests
         self.shards = batch_shards(engine.mesh)
         process, processes = process_in(engine.mesh)
@@ -198,9 +203,9 @@ class _Schedule:
                     lengths[index, n], ids[index, n], place[index, n] = len(given.tokens), given.sample_id, free
                     sampling[index * number + n] = self.sampling[request - self.first]
         flat = tuple(x.reshape(-1, *x.shape[2:]) for x in (tokens, lengths, ids))
-        choices = choices_of(sampling, self.sizes.stops, self.sizes.named)
-        read = place_batch(self.engine.mesh, (Prompts(*cast(Arrays, flat)), choices, place))
-        self.slots = self.engine.bring_in(self.params, self.slots, *read, self.key)
+        drawn_so = row_sampling(sampling, self.sizes.stops, self.sizes.named)
+        read, drawn_so, where = place_batch(self.engine.mesh, (flat, drawn_so, place))
+        self.slots = self.engine.bring_in(self.params, self.slots, Prompts(*read), drawn_so, where, self.key)
 
     # --------------------------------------------------------------------------------------------------------- rows
 
@@ -220,8 +225,9 @@ class _Schedule:
                     seat[index, row] = device.prompts.index(request) * engine.group + rollout
                     sample_id = self.requests[request - self.first].sample_id
                     ids[index, row] = sampler.completion_id(sample_id, rollout, engine.group, engine.vote_stride)
-        admission = place_batch(engine.mesh, Admission(*cast(Arrays, (begins, seat, ids))))
-        self.slots = engine.advance(self.params, self.slots, admission, self.key, np.int32(self._enough(size)))
+        admission = Admission(*place_batch(engine.mesh, (begins, seat, ids)))
+        enough = np.asarray(self._enough(size), np.int32)
+        self.slots = engine.advance(self.params, self.slots, admission, self.key, enough)
         done, drawn, steps = fetch((self.slots.done, self.slots.drawn, self.slots.steps))
         self.row_steps += (int(steps) - self.steps) * done.size
         self.steps = int(steps)
@@ -304,8 +310,8 @@ class _Schedule:
             device.prompts = [*living, *[None] * (prompts - len(living))]
             device.rows = [*(work for _, work in writing), *[None] * (size - len(writing))]
         mine = slice(self.mine.start, self.mine.stop)
-        arrays = place_batch(self.engine.mesh, (rows[mine], places[mine], seat[mine]))
-        self.slots, self.width = self.engine.resize(self.slots, *arrays, width), width
+        keep, kept, sits = place_batch(self.engine.mesh, (rows[mine], places[mine], seat[mine]))
+        self.slots, self.width = self.engine.resize(self.slots, keep, kept, sits, width), width
 
 
 def _allowed(asked: SamplingParams, engine: SamplingParams) -> SamplingParams:

@@ -17,17 +17,19 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from patarm_jax.arrays import Params, Tree
 from patarm_jax.run.checkpoint_files import FILES, Damage, damage_of, note_files, steps_in
 from patarm_jax.run.whose import refuse_another_run
 from patarm_jax.types import UserError
 
+Found = TypeVar("Found")
 STATE, DATA, FINGERPRINT = "state", "data", "fingerprint"
 UNFINISHED = "*.orbax-checkpoint-tmp"
 
@@ -41,11 +43,11 @@ class Checkpoints:
     """The checkpoints of one run; every method is called by all processes."""
 
     folder: Path
-    fingerprint: Mapping[str, Any]
+    fingerprint: Mapping[str, object]
     options: ocp.CheckpointManagerOptions
     tracks_best: bool = False  # else orbax takes the last one for the best
     on_damaged: Literal["stop", "previous"] = "stop"
-    say: Callable[[str], None] = _silent  # of a damaged checkpoint that is passed over
+    say: Callable[[str], None] = _silent  # told of a damaged checkpoint that is passed over
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
@@ -62,7 +64,7 @@ class Checkpoints:
         return step if step is not None and self.manager.metrics(step) else None
 
     def save(
-        self, step: int, state: Any, data_state: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+        self, step: int, state: Tree, data_state: Mapping[str, object], metrics: Mapping[str, float] | None = None
     ) -> None:
         """Begins to save; waits for an earlier save first. A step that is on disk already is not written again.
 
@@ -92,7 +94,7 @@ class Checkpoints:
                 ),
             )
 
-    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int]:
+    def restore(self, abstract_state: Found) -> tuple[Found, dict[str, object], int]:
         """The last checkpoint as (state, data state, step), each array straight into its sharding.
 
         With `on_damaged` "previous" the last one that is whole; those after it are put aside.
@@ -111,7 +113,7 @@ class Checkpoints:
             self._put_aside(damaged)
         return state, data_state, step
 
-    def restore_params(self, abstract_params: Any, step: int | None = None) -> tuple[Any, int]:
+    def restore_params(self, abstract_params: Params, step: int | None = None) -> tuple[Params, int]:
         """(parameters of one checkpoint without the optimiser's moments, straight into their shardings; its step).
 
         Args:
@@ -126,7 +128,7 @@ class Checkpoints:
             item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
         )
 
-        def read(step: int) -> Any:
+        def read(step: int) -> Params:
             return self._read(step, **{STATE: arguments})[STATE]["params"]
 
         remedy = "Name another checkpoint of the run, such as {}"
@@ -139,13 +141,13 @@ class Checkpoints:
 
     def updates(self, step: int) -> int:
         """Optimiser updates that the weights of a checkpoint have had: those tried, without those skipped."""
-        counters: dict[str, Any] = {"step": 0, "skipped": 0}
+        counters = {"step": 0, "skipped": 0}
         on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), counters)
         arguments = ocp.args.PyTreeRestore(item=counters, restore_args=on_host, partial_restore=True)
         found = self._read(step, **{STATE: arguments})[STATE]
         return int(found["step"]) - int(found["skipped"])
 
-    def _last_whole(self, read: Callable[[int], Any], remedy: str) -> tuple[Any, int]:
+    def _last_whole(self, read: Callable[[int], Found], remedy: str) -> tuple[Found, int]:
         """What the last checkpoint gives, or the last that is whole, and its step."""
         steps = steps_in(self.folder)
         if not steps:
@@ -166,7 +168,7 @@ class Checkpoints:
         assert first is not None
         raise first
 
-    def _restored(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    def _restored(self, step: int, abstract_state: Found) -> tuple[Found, dict[str, object]]:
         said = self._read(step, **{DATA: ocp.args.JsonRestore(), FINGERPRINT: ocp.args.JsonRestore()})
         refuse_another_run(str(self.folder / str(step)), expected=self.fingerprint, got=said[FINGERPRINT])
         return self._read(step, **{STATE: ocp.args.StandardRestore(abstract_state)})[STATE], said[DATA]
@@ -219,13 +221,13 @@ class Checkpoints:
             with self._failures():
                 note_files(self.folder / str(step))
 
-    def _read(self, step: int, **items: Any) -> Any:
+    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Tree:
         """Items of a checkpoint; raises Damage."""
         where = self.folder / str(step)
         if damage := _seen_by_all(damage_of(where) if where.is_dir() else "it is missing"):
             raise Damage(damage)
 
-        def read() -> Any:
+        def read() -> Tree:
             # Not by the manager, which looks at all checkpoints, when one of them is damaged.
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
                 return reader.restore(where.absolute(), args=ocp.args.Composite(**items))
@@ -264,7 +266,7 @@ def _seen_by_all(damage: str) -> str:
 def open_checkpoints(
     folder: Path,
     keep: int,
-    fingerprint: Mapping[str, Any],
+    fingerprint: Mapping[str, object],
     best: str = "",
     on_damaged: Literal["stop", "previous"] = "stop",
     say: Callable[[str], None] = _silent,
@@ -295,7 +297,14 @@ def open_checkpoints(
         )
     else:
         options = ocp.CheckpointManagerOptions(preservation_policy=latest)
-    checkpoints = Checkpoints(folder, json.loads(json.dumps(dict(fingerprint))), options, bool(best), on_damaged, say)
+    checkpoints = Checkpoints(
+        folder=folder,
+        fingerprint=json.loads(json.dumps(dict(fingerprint))),
+        options=options,
+        tracks_best=bool(best),
+        on_damaged=on_damaged,
+        say=say,
+    )
     if checkpoints.latest() is None:
         checkpoints.manager  # noqa: B018  # makes the folder, or says why not
     return checkpoints
@@ -313,7 +322,7 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "/orbax/" not in record.pathname
 
 
-def _or_damage(read: Callable[[], Any]) -> Any:
+def _or_damage(read: Callable[[], Found]) -> Found:
     """What is read; what orbax and tensorstore raise of a damaged checkpoint, as Damage."""
     try:
         return read()
@@ -331,7 +340,7 @@ def _silence_coroutines() -> None:
     if getattr(before, "__module__", "") == __name__:
         return
 
-    def complain(unraisable: Any) -> None:
+    def complain(unraisable: sys.UnraisableHookArgs) -> None:
         left = unraisable.object
         of_orbax = inspect.iscoroutine(left) and "/orbax/" in left.cr_code.co_filename
         if not of_orbax and not (left is None and str(unraisable.exc_value) == "Event loop is closed"):

@@ -8,7 +8,6 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 from patarm_jax.files import write_json
 from patarm_jax.types import UserError
@@ -83,7 +82,7 @@ def _names(step: Path) -> list[str]:
     return sorted(str(path.relative_to(step)) for path in found if path.name != FILES)
 
 
-def _about(path: Path) -> list[Any]:
+def _about(path: Path) -> list[object]:
     size = path.stat().st_size
     return [size, hashlib.sha256(path.read_bytes()).hexdigest() if size <= _SMALL else None]
 

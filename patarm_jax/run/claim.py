@@ -7,7 +7,6 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -61,7 +60,7 @@ def _is_archive(folder: Path) -> bool:
     return (folder / EXPORT).is_dir() and not is_writable(folder)
 
 
-def is_complete(section: RunSection, fingerprint: Mapping[str, Any], steps: int) -> bool:
+def is_complete(section: RunSection, fingerprint: Mapping[str, object], steps: int) -> bool:
     """Whether this run was finished and put away: nothing can be written there, or its checkpoints are gone.
 
     Raises:
@@ -142,12 +141,12 @@ def _see_one_folder(folder: Path, patience: float = 90.0) -> None:
         (folder / name).unlink()
 
 
-def _in_folder(folder: Path) -> list[Any]:
+def _in_folder(folder: Path) -> list[object]:
     """By what a run goes on: its checkpoints, and whether it has an export."""
     return [steps_in(folder / CHECKPOINTS), (folder / EXPORT).is_dir()]
 
 
-def refuse_another_begun(folder: Path, whose: Mapping[str, Any]) -> None:
+def refuse_another_begun(folder: Path, whose: Mapping[str, object]) -> None:
     """Refuses a folder in which another run was begun, also when it has saved no checkpoint."""
     found = read_json_object(folder / MARK)
     if found is not None and not steps_in(folder / CHECKPOINTS):
@@ -155,7 +154,7 @@ def refuse_another_begun(folder: Path, whose: Mapping[str, Any]) -> None:
         refuse_another_run(where, expected=json.loads(json.dumps(whose)), got=found, what="holds another run")
 
 
-def write_mark(folder: Path, config: TrainConfig, whose: Mapping[str, Any], keep_config: bool) -> None:
+def write_mark(folder: Path, config: TrainConfig, whose: Mapping[str, object], keep_config: bool) -> None:
     """Whose folder this is, and the resolved config, complete."""
     if jax.process_index() == 0:
         with writing(folder / MARK):

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 BYE = "bye"  # from process 0, when all have ended well; without it, it died
 LINGERS = 10.0  # seconds beyond the heartbeat that it stays for the others, which by then have heard of the end
@@ -41,7 +40,7 @@ class Lobby:
         """The ids of those that have not come, or have gone again."""
         return [one for one in range(self.processes) if one not in self.here]
 
-    def refusal(self, hello: Mapping[str, Any]) -> str:
+    def refusal(self, hello: Mapping[str, object]) -> str:
         """Why a process cannot take part; empty when it can."""
         number, who = hello["process"], hello["who"]
         if "failed" in hello:
@@ -58,13 +57,13 @@ class Lobby:
             )
         return ""
 
-    def tell_all(self, message: Mapping[str, Any]) -> None:
+    def tell_all(self, message: Mapping[str, object]) -> None:
         """Sends a line to each process that is here."""
         for writer, _ in self.here.values():
             _send(writer, message)
 
 
-def _send(writer: asyncio.StreamWriter, message: Mapping[str, Any]) -> None:
+def _send(writer: asyncio.StreamWriter, message: Mapping[str, object]) -> None:
     with contextlib.suppress(OSError):
         writer.write(json.dumps(message).encode() + b"\n")
 
@@ -142,7 +141,7 @@ def listen(port: int, patience: float) -> socket.socket:
         time.sleep(1)
 
 
-def _tell(message: Mapping[str, Any]) -> bool:
+def _tell(message: Mapping[str, object]) -> bool:
     """Tells process 0, which has started this process."""
     with contextlib.suppress(OSError):
         print(json.dumps(message), flush=True)
@@ -176,7 +175,7 @@ async def serve(port: int, processes: int, heartbeat: int) -> None:
         processes,
         heartbeat_timeout=heartbeat,
         shutdown_timeout=1,
-        recoverable=True,  # that one process is lost is told to those who ask, and aborts no other
+        recoverable=True,  # a lost process is told to those who ask, and aborts no other
     )
     lobby.tell_all({"go": True})
     if await parent != BYE:

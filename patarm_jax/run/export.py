@@ -11,13 +11,13 @@ from typing import Any
 import huggingface_hub
 import jax
 
+from patarm_jax.arrays import Params
 from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.data.tokenizer import Tokenizer, save_tokenizer
 from patarm_jax.files import appearing_whole
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.generation import Drawing
-from patarm_jax.model.transformer import Params
 from patarm_jax.run.drawing import exported_drawing, heldout_in_words
 from patarm_jax.run.open_model import Model, name_of
 from patarm_jax.run.soundness import refuse_ruined
@@ -53,11 +53,11 @@ def card_of(config: TrainConfig, model: Model, pairs: int | None = None) -> Mode
         pairs: preference pairs that were trained on; None where they were not counted.
     """
     return ModelCardFacts(
-        config.model.path,
-        config.recipe,
-        config.stage_in_words,
-        config.data.path,
-        pairs,
+        base_model=config.model.path,
+        recipe=config.recipe,
+        stage=config.stage_in_words,
+        data_path=config.data.path,
+        pairs=pairs,
         steps=0,
         reward=config.reward_in_words,
         rubrics=config.rubrics,

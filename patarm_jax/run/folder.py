@@ -17,17 +17,17 @@ import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 import jax
 import numpy as np
 
+from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import RunSection
-from patarm_jax.data.pipeline import EncodedPair, PairBatch, batches, batches_per_epoch
+from patarm_jax.data.pipeline import Batches, EncodedPair, PairBatch, batches, batches_per_epoch
 from patarm_jax.files import read_json_object, writing
 from patarm_jax.model.sharding import TRAIN_RULES, Program, fetch
-from patarm_jax.model.transformer import Params
 from patarm_jax.run.checkpoint import Checkpoints, open_checkpoints
 from patarm_jax.run.checkpoint_files import metrics_of, steps_in
 from patarm_jax.run.claim import (
@@ -58,8 +58,10 @@ from patarm_jax.run.whose import WEIGHTS, fingerprint, notes_no_digests, with_kn
 from patarm_jax.train.steps import TrainState
 from patarm_jax.types import LearntNothing, UserError
 
+Prepared = TypeVar("Prepared")
 
-class Evaluation(Protocol):
+
+class Evaluator(Protocol):
     """What judges the weights of a run now and then."""
 
     def due(self, step: int, steps: int) -> bool:
@@ -92,24 +94,24 @@ def length_of(section: RunSection, records: Sequence[EncodedPair], pairs_per_ste
 
 
 @dataclass
-class Step:
+class Step(Generic[Prepared]):
     """One step of a run, as the recipe that takes it sees it."""
 
     run: "Run"
     number: int  # from 1
     pairs: PairBatch  # this process's part of the step's pairs
-    batch: Any  # what the recipe has prepared of them
+    batch: Prepared  # what the recipe has prepared of them
     timer: Timer
-    metrics: dict[str, float] = field(default_factory=dict)  # of the step, beside those of the update
+    metrics: dict[str, float] = field(default_factory=dict)  # the step's own, beside those of the update
     rows: Sequence[RolloutRow] = ()  # its rollouts
-    tokens: int = 0  # of all its sequences, the prompts of all rollouts included, as TRL counts them
+    tokens: int = 0  # all its sequences have, the prompts of all rollouts included, as TRL counts them
     updates: list[dict[str, jax.Array]] = field(default_factory=list)  # metrics of each, on the devices
 
     def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Times a part of the step. Arrays are computed in the background: wait for them inside."""
         return self.timer.phase(name)
 
-    def update(self, batch: Any, times: int = 1) -> None:
+    def update(self, batch: Tree, times: int = 1) -> None:
         """Updates the weights on a batch; returns while the devices compute."""
         run = self.run
         with self.phase("update"):
@@ -126,24 +128,24 @@ class Run:
     folder: Path
     length: Length
     done: int  # steps, those of earlier starts included
-    learner: Learner
+    learner: Learner[Tree]
     state: TrainState
     model: Model
-    iterator: Any  # over the batches of pairs; stands behind `pairs`
-    pairs: PairBatch | None  # of the next step; None where none is left
+    iterator: Batches  # stands behind `pairs`
+    pairs: PairBatch | None  # the next step's; None where none is left
     checkpoints: Checkpoints
     writer: MetricsWriter
     watch: Watch
-    evaluation: Evaluation | None
+    evaluation: Evaluator | None
     began_at: int  # steps that were done when this process began
-    under_way: Generator[Step, None, None] | None = None
+    under_way: Generator[Step[Tree], None, None] | None = None
 
     def steps(
         self,
-        prepare: Callable[[PairBatch], Any],
-        programs: Callable[[Any], Mapping[str, Program]],
+        prepare: Callable[[PairBatch], Prepared],
+        programs: Callable[[Prepared], Mapping[str, Program]],
         shown: Callable[[Mapping[str, float]], Shown],
-    ) -> Iterator[Step]:
+    ) -> Iterator[Step[Prepared]]:
         """The steps that are left, one after another, until the run is done or asked to stop; taken once.
 
         Args:
@@ -157,18 +159,18 @@ class Run:
 
     def _steps(
         self,
-        prepare: Callable[[PairBatch], Any],
-        programs: Callable[[Any], Mapping[str, Program]],
+        prepare: Callable[[PairBatch], Prepared],
+        programs: Callable[[Prepared], Mapping[str, Program]],
         shown: Callable[[Mapping[str, float]], Shown],
-    ) -> Generator[Step, None, None]:
+    ) -> Generator[Step[Prepared], None, None]:
         with stop_after_steps() as stop_asked, progress(self.length.steps, self.done) as report:
             batch = None if self.pairs is None else prepare(self.pairs)
             if batch is not None:
                 compile_ahead(programs(batch))
             compilations().since_last()  # what was compiled before belongs to no step
             for number in range(self.done + 1, self.length.steps + 1):
-                assert self.pairs is not None
-                step = Step(self, number, self.pairs, batch, Timer(arrive, number))
+                assert self.pairs is not None and batch is not None
+                step = Step(run=self, number=number, pairs=self.pairs, batch=batch, timer=Timer(arrive, number))
                 data_state = self.iterator.get_state()
                 yield step
                 with step.phase("data"):  # beside the devices' work: "update" is the rest of it
@@ -189,7 +191,7 @@ class Run:
                 if stopping:
                     return
 
-    def _values(self, step: Step) -> dict[str, float]:
+    def _values(self, step: Step[Tree]) -> dict[str, float]:
         """The step's metrics, those of its updates in the mean; waits for the devices."""
         updates, counters = fetch((step.updates, (self.state.step, self.state.skipped)))
         tried, skipped = map(int, counters)
@@ -197,13 +199,13 @@ class Run:
         rate = float(self.learner.schedule(max(tried - 1 - skipped, 0)))
         return step.metrics | means | {"skipped_updates": float(skipped), "learning_rate": rate}
 
-    def _evaluated(self, step: Step) -> dict[str, float]:
+    def _evaluated(self, step: Step[Tree]) -> dict[str, float]:
         if self.evaluation is None or not self.evaluation.due(step.number, self.length.steps):
             return {}
         with step.phase("eval"):
             return self.evaluation(self.state.params)
 
-    def _write_rollouts(self, step: Step) -> None:
+    def _write_rollouts(self, step: Step[Tree]) -> None:
         if not step.rows:
             return
         if jax.process_index() == 0:
@@ -212,7 +214,7 @@ class Run:
             first = {row.side: row for row in reversed(step.rows)}
             show_judgements(step.number, [first["chosen"], first["rejected"]])
 
-    def _save(self, step: int, data_state: dict[str, Any], stopping: bool, measured: Mapping[str, float]) -> None:
+    def _save(self, step: int, data_state: dict[str, object], stopping: bool, measured: Mapping[str, float]) -> None:
         """A checkpoint every so many steps, when it was evaluated, at the end, and when the run is to stop."""
         if stopping or measured or step == self.length.steps or step % self.config.run.checkpoint_every == 0:
             self.checkpoints.save(step, self.state, data_state, measured or None)
@@ -263,7 +265,7 @@ class Run:
         is_whole = self.began_at >= self.length.steps
         complete = is_whole and told("whether there is an export", str(export.is_dir())) == "True"
         if not complete:
-            # Of the state: it may have done more steps than are asked for now, and skipped updates.
+            # Counted by the state: it may have done more steps than are asked for now, and skipped updates.
             updates = int(self.state.step) - int(self.state.skipped)
             card = dataclasses.replace(card, steps=updates, measured=metrics_of(self._checkpoint(self.done)))
             arch, tokenizer, dtype = self.model.arch, self.model.tokenizer, self.config.model.dtype
@@ -294,8 +296,8 @@ def open_run(
     model: Model,
     records: Sequence[EncodedPair],
     length: Length,
-    learner: Learner,
-    evaluation: Evaluation | None = None,
+    learner: Learner[Tree],
+    evaluation: Evaluator | None = None,
     reference: Model | None = None,
 ) -> Iterator["Run | None"]:
     """Begins a run, or resumes it: the state is the last checkpoint's, and the pairs go on from there.
@@ -334,16 +336,16 @@ def _begin_or_resume(
     model: Model,
     records: Sequence[EncodedPair],
     length: Length,
-    learner: Learner,
-    evaluation: Evaluation | None,
-    identity: Mapping[str, Any],
-    iterator: Any,
+    learner: Learner[Tree],
+    evaluation: Evaluator | None,
+    identity: Mapping[str, object],
+    iterator: Batches,
 ) -> Run:
     folder = folder_of(config.run)
     best = f"eval/{config.heldout.best}" if config.heldout.path else ""
     noted = read_json_object(folder / MARK)
     whose = with_known_start(identity, noted)
-    weights = {f"weights ({role})": one["digest"] for role, one in whose[WEIGHTS].items()}  # of any path
+    weights = {f"weights ({role})": one["digest"] for role, one in whose[WEIGHTS].items()}  # whatever their paths
     agree(
         "what they read", {"number of pairs": len(records), "pairs": whose["data"], "model": whose["model"], **weights}
     )
@@ -379,18 +381,18 @@ def _begin_or_resume(
         config=dataclasses.asdict(config),
     )
     return Run(
-        config,
-        folder,
-        length,
-        done,
-        learner,
-        state,
-        model,
-        iterator,
-        next(iterator) if done < length.steps else None,
-        checkpoints,
-        writer,
-        open_watch(config, folder, done, length.per_epoch),
-        evaluation,
+        config=config,
+        folder=folder,
+        length=length,
+        done=done,
+        learner=learner,
+        state=state,
+        model=model,
+        iterator=iterator,
+        pairs=next(iterator) if done < length.steps else None,
+        checkpoints=checkpoints,
+        writer=writer,
+        watch=open_watch(config, folder, done, length.per_epoch),
+        evaluation=evaluation,
         began_at=done,
     )

@@ -16,7 +16,7 @@ Symptom = Literal[
 class Health:
     """What the steps of a run add up to; whole numbers, on which processes can agree."""
 
-    updates: int = 0  # that were tried
+    updates: int = 0  # how many were tried
     skipped: int = 0
     in_a_row: int = 0  # skipped, up to the last one
     steps: int = 0

@@ -33,11 +33,11 @@ class Place:
     port: int
     processes: int
     process: int
-    devices: list[int] | None  # of this machine, that this process takes; None: all
+    devices: list[int] | None  # the devices of this machine that this process takes; None: all
 
     @property
     def address(self) -> str:
-        """As JAX has it."""
+        """host:port, an IPv6 host in brackets, as JAX wants it."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
@@ -79,7 +79,13 @@ def find_place(section: MeshSection) -> Place:
         raise UsageError(
             f"mesh.process_id is {process} and mesh.processes is {processes}; allowed is 0 to {processes - 1}."
         )
-    return Place(host.strip("[]"), int(port), processes, process, None if devices is None else list(devices))
+    return Place(
+        host=host.strip("[]"),
+        port=int(port),
+        processes=processes,
+        process=process,
+        devices=None if devices is None else list(devices),
+    )
 
 
 def _unknown(what: str) -> UsageError:
@@ -103,7 +109,7 @@ def join(place: Place, join_seconds: float, heartbeat: int) -> subprocess.Popen[
             _wait_in_lobby(place, join_seconds)
             _initialize(place, heartbeat)
     except BaseException as error:
-        dismiss(coordinator, str(error) or "it was stopped.")  # which is told to the others
+        dismiss(coordinator, str(error) or "it was stopped.")  # the others are told so
         raise
     return coordinator
 
@@ -131,7 +137,7 @@ def tell_why_absent(section: MeshSection, sentence: str) -> None:
             time.sleep(_REACHED_AGAIN)
 
 
-def _hello(place: Place) -> dict[str, Any]:
+def _hello(place: Place) -> dict[str, object]:
     return {
         "process": place.process,
         "processes": place.processes,
@@ -184,7 +190,7 @@ class Terminated(UserError):
 def _told_to_stop(place: Place) -> Iterator[None]:
     """SIGTERM while waiting is a sentence too."""
 
-    def stop(_number: int, _frame: Any) -> None:
+    def stop(_number: int, _frame: object) -> None:
         raise Terminated(
             f"process {place.process} was asked to stop while it waited for the others. Nothing had begun."
         )

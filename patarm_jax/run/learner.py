@@ -2,18 +2,19 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, OnMesh, Rules, batch_sharding, batch_shards
-from patarm_jax.model.transformer import Params, abstract_params, unstack_layers
+from patarm_jax.model.transformer import abstract_params, unstack_layers
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.steps import LossFn, TrainState, abstract_state, init_state, make_step
 from patarm_jax.types import UsageError
@@ -22,28 +23,27 @@ Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
-class Learner:
+class Learner(Generic[Batch]):
     """One jitted update with the state that it changes and what it only reads."""
 
     mesh: Mesh
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule  # updates that changed the weights → learning rate of the next one
     shape: TrainState  # shapes and shardings of the state
-    update: OnMesh  # (state, frozen, batch) → (state, metrics); the state is donated
-    frozen: Any = None  # a tree of arrays that is only read, such as base weights under adapters
+    update: OnMesh[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]  # the state is donated
+    frozen: Tree = None  # a tree of arrays that is only read, such as base weights under adapters
 
     def new_state(self, params: Params) -> TrainState:
         """The state before the first update: the parameters as they are given, moments of 0, each in its place."""
         create = OnMesh(
             self.mesh, partial(init_state, optimizer=self.optimizer), out_shardings=shardings_of(self.shape)
         )
-        state: TrainState = create(params)
-        return state
+        return create(params)
 
 
 def make_learner(
-    config: TrainConfig, trained: Params, mesh: Mesh, loss: LossFn[Batch], updates: int, frozen: Any = None
-) -> Learner:
+    config: TrainConfig, trained: Params, mesh: Mesh, loss: LossFn[Batch], updates: int, frozen: Tree = None
+) -> Learner[Batch]:
     """A learner of any parameters.
 
     Args:
@@ -64,10 +64,17 @@ def make_learner(
         out_shardings=(shardings, None),
         donate_argnums=0,
     )
-    return Learner(mesh, optimizer, make_schedule(config.optimizer, updates), shape, update, frozen)
+    return Learner(
+        mesh=mesh,
+        optimizer=optimizer,
+        schedule=make_schedule(config.optimizer, updates),
+        shape=shape,
+        update=update,
+        frozen=frozen,
+    )
 
 
-def shardings_of(shape: Any) -> Any:
+def shardings_of(shape: Tree) -> Tree:
     """Where each part of an abstract tree lies."""
     return jax.tree.map(lambda leaf: leaf.sharding, shape)
 
@@ -82,7 +89,7 @@ def check_batch(mesh: Mesh, units: int, micro_batches: int, what: str) -> None:
         )
 
 
-def weight_sync(arch: Architecture, mesh: Mesh, placement: MeshSection, dtype: str) -> OnMesh:
+def weight_sync(arch: Architecture, mesh: Mesh, placement: MeshSection, dtype: str) -> OnMesh[[Params], Params]:
     """The jitted program that makes the copy for sampling of trained parameters."""
     rollout = abstract_params(arch, mesh, rollout_rules(placement), dtype, unstacked=True)
     return OnMesh(

@@ -70,7 +70,7 @@ class MetricsWriter:
 
 
 def open_metrics(
-    run_folder: Path, step: int, *, tensorboard: bool, wandb_project: str, config: Mapping[str, Any]
+    run_folder: Path, step: int, *, tensorboard: bool, wandb_project: str, config: Mapping[str, object]
 ) -> MetricsWriter:
     """The metrics of a run that has done `step` steps: later lines, of a run that was cut off, are removed.
 
@@ -114,7 +114,7 @@ def _name_of_events(folder: Path) -> str:
     return f"events.out.tfevents.{max([int(time.time()), *(number + 1 for number in there)])}.{socket.gethostname()}"
 
 
-def _write_event(board: RecordWriter, step: int, **content: Any) -> None:
+def _write_event(board: RecordWriter, step: int, **content: object) -> None:
     with writing(Path(board.path), TO_RESUME):
         board.write(event_pb2.Event(step=step, wall_time=time.time(), **content).SerializeToString())
         board.flush()
@@ -136,7 +136,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: when a line is not metrics of a step.
     """
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, object]] = []
     *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
     for number, line in enumerate(lines, 1):
         try:
@@ -147,7 +147,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _open_wandb(run_folder: Path, project: str, config: Mapping[str, Any]) -> Any:
+def _open_wandb(run_folder: Path, project: str, config: Mapping[str, object]) -> object:
     """A run of Weights & Biases; a resumed run goes on in the one it began."""
     try:
         import wandb

@@ -3,17 +3,18 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
+from patarm_jax.arrays import Params
 from patarm_jax.config.sections import ModelSection
 from patarm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture, read_architecture
 from patarm_jax.model.sharding import Rules
-from patarm_jax.model.transformer import Params, init_params, unstack_layers
+from patarm_jax.model.transformer import init_params, unstack_layers
 from patarm_jax.model.weight_files import Stored, digest, read_stored
 from patarm_jax.run.process import say
 from patarm_jax.run.soundness import refuse_ruined
@@ -60,7 +61,7 @@ def open_model(section: ModelSection, scalar: bool = False) -> Model:
         folder = folder / EXPORT
     stored = None if section.weights == "random" else read_stored(folder)
     arch = read_architecture(folder) if stored is None else stored.arch
-    model = Model(folder, arch, load_tokenizer(folder), stored)
+    model = Model(folder=folder, arch=arch, tokenizer=load_tokenizer(folder), stored=stored)
     if model.arch.scalar_head != scalar:
         is_, needed = (
             ("a scalar reward model", "one that writes")
@@ -100,7 +101,7 @@ def judge_digest(model: Model) -> str:
 
 
 def load_params(
-    section: ModelSection, model: Model, mesh: Mesh, seed: int, rules: Rules, dtype: Any, unstacked: bool = False
+    section: ModelSection, model: Model, mesh: Mesh, seed: int, rules: Rules, dtype: DTypeLike, unstacked: bool = False
 ) -> Params:
     """The model's weights in their places, or random ones, when the config asks for them; `unstacked` for sampling."""
     if section.weights == "random":

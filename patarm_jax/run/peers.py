@@ -27,6 +27,7 @@ import jaxlib
 
 from patarm_jax import __version__
 from patarm_jax.config.load import shared_settings
+from patarm_jax.config.recipes import EvalConfig, JudgeConfig, TrainConfig
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.run.joining import dismiss, find_place, join, listed
 from patarm_jax.run.process import note_signals, print_aside
@@ -67,12 +68,12 @@ class Peers:
     processes: int
     heartbeat: int
     stall_seconds: float
-    coordinator: subprocess.Popen[bytes] | None  # of process 0
+    coordinator: subprocess.Popen[bytes] | None  # process 0's child that runs the service; None in the others
     position: Position = Position()
     arrived: float = field(default_factory=time.monotonic)
     gathered: int = 0  # how often values were exchanged
     is_ending: bool = False
-    stop_asked: bool = False  # of any process
+    stop_asked: bool = False  # by any process
     waiting: dict[int, _Waiting] = field(default_factory=dict)
     ends: threading.Lock = field(default_factory=threading.Lock)
 
@@ -101,7 +102,7 @@ class Peers:
             return values
         return [str(one) for one in json.loads(self._get(f"gathered/{number}"))]
 
-    def agree(self, what: str, values: Mapping[str, Any]) -> None:
+    def agree(self, what: str, values: Mapping[str, object]) -> None:
         """Refuses, on every process alike, to go on when these differ between processes.
 
         Args:
@@ -289,7 +290,7 @@ class Peers:
         return {int(key.rpartition("/")[2]): value for key, value in found}
 
 
-def _difference(what: str, digests: list[str], values: Mapping[int, Mapping[str, Any]]) -> str:
+def _difference(what: str, digests: list[str], values: Mapping[int, Mapping[str, object]]) -> str:
     """The first name in which processes differ, with each value and who has it.
 
     >>> _difference("their settings", ["a", "b", "a"], {0: {"seed": 0}, 1: {"seed": 7}})
@@ -328,7 +329,7 @@ def _exit(code: int, last_words: str = "") -> NoReturn:
 _peers: list[Peers] = []  # a process joins others once in its life
 
 
-def start_processes(config: Any, **more: Any) -> None:
+def start_processes(config: TrainConfig | JudgeConfig | EvalConfig, **more: object) -> None:
     """Joins the other processes, before any device is touched, where the config says that there are any.
 
     Args:
@@ -350,7 +351,12 @@ def start_processes(config: Any, **more: Any) -> None:
     coordinator = None if is_called else join(find_place(section), section.join_seconds, section.heartbeat_seconds)
     state, stall_seconds = distributed.global_state, 60 * section.stall_minutes
     peers = Peers(
-        state.client, state.process_id, state.num_processes, section.heartbeat_seconds, stall_seconds, coordinator
+        client=state.client,
+        process=state.process_id,
+        processes=state.num_processes,
+        heartbeat=section.heartbeat_seconds,
+        stall_seconds=stall_seconds,
+        coordinator=coordinator,
     )
     _peers.append(peers)
     if not is_called:
@@ -388,7 +394,7 @@ def _sources() -> str:
     return digest.hexdigest()[:12]
 
 
-def agree(what: str, values: Mapping[str, Any]) -> None:
+def agree(what: str, values: Mapping[str, object]) -> None:
     """`Peers.agree`; of a process that is alone, nothing."""
     for peers in _peers:
         peers.agree(what, values)

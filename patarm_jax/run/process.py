@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, TextIO
 
 import jax
 
@@ -49,7 +49,7 @@ def note_signals() -> dict[int, Any]:
     return {number: signal.signal(number, _note) for number in (signal.SIGTERM, signal.SIGINT)}
 
 
-def _note(number: int, _frame: Any) -> None:
+def _note(number: int, _frame: object) -> None:
     if _received and number == signal.SIGINT:
         raise KeyboardInterrupt
     _received.append(number)
@@ -65,7 +65,8 @@ def noted_signals() -> Iterator[None]:
     """
     before = {} if signal.getsignal(signal.SIGTERM) is _note else note_signals()
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = cast(Any, _Unread(streams[0])), cast(Any, _Unread(streams[1]))
+    unread: tuple[Any, Any] = _Unread(sys.stdout), _Unread(sys.stderr)  # all of a stream that is used
+    sys.stdout, sys.stderr = unread
     try:
         yield
     finally:
@@ -77,19 +78,19 @@ def noted_signals() -> Iterator[None]:
 class _Unread:
     """A stream whose reader may end before its writer, as `tee` does at the same Ctrl-C: then nothing is said."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """As the stream's."""
+        """Writes to the stream, or nowhere."""
         with contextlib.suppress(BrokenPipeError):
             return int(self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """As the stream's."""
+        """Flushes the stream, where somebody reads it."""
         with contextlib.suppress(BrokenPipeError):
             self._stream.flush()

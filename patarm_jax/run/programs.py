@@ -6,12 +6,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from patarm_jax.arrays import Tree
 from patarm_jax.data.pipeline import PairBatch
 from patarm_jax.data.tokenizer import Tokenizer, decode
 from patarm_jax.model.sharding import Program
@@ -75,7 +75,7 @@ def _describe(
     print(f"each device offers {limit / GIB:.1f} GiB" if limit else "this kind of device does not say what it offers")
 
 
-def summed_up(batch: Any) -> str:
+def summed_up(batch: Tree) -> str:
     """The shapes of a batch's arrays in a few words: each once, with how many have it.
 
     >>> import jax.numpy as jnp

@@ -12,7 +12,7 @@ from tqdm import tqdm
 Shown = Mapping[str, float | str]
 
 
-class Report(Protocol):
+class Progress(Protocol):
     """Takes note of a step that is done, what to show of it, and the tokens since the command began."""
 
     def __call__(self, step: int, values: Shown, tokens: int = 0) -> None:
@@ -37,7 +37,7 @@ def progress(
     every: float = 30.0,
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
-) -> Iterator[Report]:
+) -> Iterator[Progress]:
     """Yields `report(step, values, tokens)`, to be called after each step.
 
     On a terminal it moves a bar; elsewhere it prints a line after the first step, after the last one, and in between
@@ -62,7 +62,7 @@ def progress(
         return
     begun, last = clock(), (done, 0)
 
-    def noted(report: Report) -> Report:
+    def noted(report: Progress) -> Progress:
         def note(step: int, values: Shown, tokens: int = 0) -> None:
             nonlocal last
             last = step, tokens
@@ -81,7 +81,7 @@ def progress(
         print(f"{count:,} {unit}s in {_span(seconds)}: {pace} over all of them", file=stream, flush=True)
 
 
-def _bar(bar: "tqdm[Never]") -> Report:
+def _bar(bar: "tqdm[Never]") -> Progress:
     def move(step: int, values: Shown, tokens: int = 0) -> None:
         bar.set_postfix_str("  ".join(_named(values)), refresh=False)
         bar.update(step - bar.n)
@@ -89,7 +89,7 @@ def _bar(bar: "tqdm[Never]") -> Report:
     return move
 
 
-def _lines(steps: int, done: int, unit: str, every: float, stream: TextIO, clock: Callable[[], float]) -> Report:
+def _lines(steps: int, done: int, unit: str, every: float, stream: TextIO, clock: Callable[[], float]) -> Progress:
     first, (last_step, last_time, last_tokens) = done + 1, (done, clock(), 0)
 
     def report(step: int, values: Shown, tokens: int = 0) -> None:

@@ -82,14 +82,14 @@ def show_judgements(step: int, rows: Sequence[RolloutRow], characters: int = 600
         score = "" if row.score is None else f" · score {row.score:g}"
         title = f"{row.pair_id} · {row.side} · {row.status.name}{score} · reward {row.reward:+.2f}"
         # As Text: what stands in brackets is the model's, no markup of ours.
-        body = rich.text.Text(_printable(_shortened(row.text, characters)))
+        body = rich.text.Text(_printable(_head_and_tail(row.text, characters)))
         console.print(rich.panel.Panel(body, title=rich.text.Text(_printable(title)), title_align="left", width=100))
 
 
-def _shortened(text: str, characters: int) -> str:
+def _head_and_tail(text: str, characters: int) -> str:
     """The beginning and the end, where the score is.
 
-    >>> _shortened("abcdefghijklmnop", 9)
+    >>> _head_and_tail("abcdefghijklmnop", 9)
     'abcdef … nop'
     """
     tail = characters // 3

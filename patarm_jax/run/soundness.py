@@ -1,15 +1,14 @@
 """Weights that no judge can be made of: not finite, or larger than any engine in half precision can hold."""
 
-from typing import Any
-
 import jax
 
+from patarm_jax.arrays import Params
 from patarm_jax.model.sharding import fetch
 from patarm_jax.train.steps import LARGEST_WEIGHT, are_sound
 from patarm_jax.types import UserError
 
 
-def refuse_ruined(params: Any, where: str, remedy: str) -> None:
+def refuse_ruined(params: Params, where: str, remedy: str) -> None:
     """Refuses parameters of which one is not finite or beyond `LARGEST_WEIGHT`; all processes must call it.
 
     Args:

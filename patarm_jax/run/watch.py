@@ -27,8 +27,8 @@ class Watch:
     told: Told
     per_epoch: int  # steps
     health: Health
-    tokens: int  # that were read and written in training since the run began; of process 0, which writes them down
-    new_tokens: int = 0  # of them, those since it was started the last time
+    tokens: int  # read and written in training since the run began; counted by process 0, which writes them down
+    new_tokens: int = 0  # those among them since it was started the last time
     stop: str = ""  # why the run must not go on; empty where it may
 
     def line(self, step: int, metrics: Mapping[str, float], tokens: int, timer: Timer) -> dict[str, float]:
@@ -95,5 +95,11 @@ def open_watch(config: TrainConfig, folder: Path, done: int, per_epoch: int) -> 
         arrive("reading what the run has done")
         numbers = np.array([dataclasses.astuple(before), dataclasses.astuple(health)], np.int32)
         before, health = (Health(*map(int, row)) for row in multihost_utils.broadcast_one_to_all(numbers))
-    # Of a run that was stopped at its last step nothing is left to do, and its end is the same.
-    return Watch(told, per_epoch, health, tokens, stop=reason_to_stop(before, health, told) if done else "")
+    # A run that was stopped at its last step has nothing left to do, and it ends in the same way.
+    return Watch(
+        told=told,
+        per_epoch=per_epoch,
+        health=health,
+        tokens=tokens,
+        stop=reason_to_stop(before, health, told) if done else "",
+    )

@@ -22,7 +22,7 @@ _CALLED = {START: "model.path", REFERENCE: "update.reference"}
 
 def fingerprint(
     config: TrainConfig, model: Model, records: Sequence[EncodedPair], reference: Model | None = None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What must not change between a checkpoint and its continuation; placement, logging and batching may.
 
     Args:
@@ -60,7 +60,7 @@ def _as_written_now(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_another_run(
-    where: str, expected: Mapping[str, Any], got: Mapping[str, Any], what: str = "is a checkpoint of another run"
+    where: str, expected: Mapping[str, Any], got: Mapping[str, object], what: str = "is a checkpoint of another run"
 ) -> None:
     """Refuses what another run has written, naming the first setting that differs.
 
@@ -86,7 +86,7 @@ def refuse_another_run(
         _refuse_other_weights(f"{where} {what}", role, ours.get(role), theirs.get(role))
 
 
-def notes_no_digests(got: Mapping[str, Any] | None) -> bool:
+def notes_no_digests(got: Mapping[str, object] | None) -> bool:
     """Whether a fingerprint is of a version that knew weights by their path."""
     return got is not None and WEIGHTS not in got
 
@@ -101,8 +101,8 @@ def with_known_start(fingerprint: Mapping[str, Any], got: Mapping[str, Any] | No
     return dict(fingerprint)
 
 
-def _refuse_another_path(where: str, what: str, ours: Mapping[str, Any], got: Mapping[str, Any]) -> None:
-    """Of a run that knew its reference by path, the path must be the same, letter for letter."""
+def _refuse_another_path(where: str, what: str, ours: Mapping[str, Any], got: Mapping[str, object]) -> None:
+    """Refuses another path where a run knew its reference by path: it must be the same, letter for letter."""
     reference, stored = ours.get(REFERENCE), got.get(REFERENCE)
     if reference is not None and stored is not None and reference["path"] != stored:
         raise UserError(
@@ -135,7 +135,7 @@ def _known_by(weights: Mapping[str, str]) -> str:
     return f"random ones for {weights['path']}" if digest == "random" else f"{weights['path']} (digest {digest})"
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(tree: object, prefix: str = "") -> dict[str, object]:
     """Nested mappings as one, with dotted keys.
 
     >>> _flat({"model": {"layers": 2, "heads": {}}, "data": "ab"})

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from patarm_jax.arrays import Rollouts
+from patarm_jax.arrays import Array, Rollouts
 from patarm_jax.reward import advantages_within
 from patarm_jax.train.losses import Loss, mask_from_lengths
 
@@ -31,8 +31,8 @@ class SampledTokens(NamedTuple):
     weights: jax.Array  # float32, of the token in the sum that is minimised; 0 on padding
     counts: jax.Array  # float32, which add up to what that sum is divided by; 0 on padding
     advantages: jax.Array  # float32
-    old_logprobs: jax.Array  # float32
-    ref_logprobs: jax.Array | None  # float32
+    old_logprobs: Array  # float32
+    ref_logprobs: Array | None  # float32
 
 
 Advantages = Callable[[jax.Array, jax.Array, Rollouts], jax.Array]
@@ -199,7 +199,7 @@ def clipped_surrogate(
     return -jnp.minimum(free, bound), bound < free
 
 
-def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
+def kl_k3(logprobs: jax.Array, ref_logprobs: Array) -> jax.Array:
     """Schulman's k3 estimate of KL(policy ‖ reference) per token: expm1(d) − d ≥ 0 with d = ref − logprob."""
     difference = ref_logprobs - logprobs
     return jnp.expm1(difference) - difference

@@ -5,10 +5,12 @@ The vocabulary is met only here, in chunks of tokens: [tokens, V] never exists f
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+from patarm_jax.arrays import Array, Tree
 
 # Tokens whose logits exist at a time on a device: enough for the matmul to be bound by arithmetic, and 0.3 GB of
 # float32 at 151,936 tokens of vocabulary.
@@ -16,7 +18,7 @@ HEAD_TOKENS = 512
 
 
 # A sum and what it is to be divided by, both [] float32.
-Mean = tuple[jax.Array, jax.Array]
+Mean: TypeAlias = tuple[jax.Array, jax.Array]
 
 
 class Loss(NamedTuple):
@@ -27,7 +29,7 @@ class Loss(NamedTuple):
 
 
 def token_logprobs(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, temperature: float = 1.0, shards: int = 1
+    hidden: jax.Array, head: jax.Array, targets: Array, *, temperature: float = 1.0, shards: int = 1
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and entropy of each distribution, without a gradient.
 
@@ -55,15 +57,15 @@ def token_logprobs(
     return _unchunked(logprobs, targets.shape, shards), _unchunked(entropy, targets.shape, shards)
 
 
-# Of logprobs, entropies, whether the target has the largest logit, and what else is known of the same tokens, all [n]:
-# a sum to minimise and sums to report.
-TokenSum = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+# Takes logprobs, entropies, whether the target has the largest logit, and what else is known of the same tokens, all
+# [n]; gives a sum to minimise and sums to report.
+TokenSum: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, Tree], tuple[jax.Array, Tree]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def sum_over_tokens(
-    fn: TokenSum, temperature: float, shards: int, hidden: jax.Array, head: jax.Array, targets: jax.Array, known: Any
-) -> tuple[jax.Array, Any]:
+    fn: TokenSum, temperature: float, shards: int, hidden: jax.Array, head: jax.Array, targets: Array, known: Tree
+) -> tuple[jax.Array, Tree]:
     """Adds up a function of every token's log-prob and entropy, with the gradient of the sum by its log-probs.
 
     The gradient by hidden states and head is taken along with the value, chunk by chunk, while the chunk's logits are
@@ -84,7 +86,7 @@ def sum_over_tokens(
     """
     chunks = jax.tree.map(lambda x: _chunked(x, shards), (hidden, targets, known))
 
-    def one(sums: Any, part: tuple[jax.Array, jax.Array, Any]) -> tuple[Any, None]:
+    def one(sums: Tree, part: tuple[jax.Array, jax.Array, Tree]) -> tuple[Tree, None]:
         states, wanted, known = part
         logprobs, entropy, hit, _ = _read(states, wanted, head, temperature)
         return jax.tree.map(jnp.add, sums, fn(logprobs, entropy, hit, known)), None
@@ -93,11 +95,11 @@ def sum_over_tokens(
 
 
 def _sum_forward(
-    fn: TokenSum, temperature: float, shards: int, hidden: jax.Array, head: jax.Array, targets: jax.Array, known: Any
-) -> tuple[tuple[jax.Array, Any], Any]:
+    fn: TokenSum, temperature: float, shards: int, hidden: jax.Array, head: jax.Array, targets: Array, known: Tree
+) -> tuple[tuple[jax.Array, Tree], tuple[jax.Array, jax.Array]]:
     chunks = jax.tree.map(lambda x: _chunked(x, shards), (hidden, targets, known))
 
-    def one(carry: Any, part: tuple[jax.Array, jax.Array, Any]) -> tuple[Any, jax.Array]:
+    def one(carry: Tree, part: tuple[jax.Array, jax.Array, Tree]) -> tuple[Tree, jax.Array]:
         sums, d_head = carry
         states, wanted, known = part
         logprobs, entropy, hit, (weights, total) = _read(states, wanted, head, temperature)
@@ -117,7 +119,9 @@ def _sum_forward(
     return sums, (_unchunked(d_hidden, hidden.shape, shards), d_head.sum(axis=0).astype(head.dtype))
 
 
-def _sum_backward(fn: TokenSum, temperature: float, shards: int, saved: Any, gradient: Any) -> tuple[Any, ...]:
+def _sum_backward(
+    fn: TokenSum, temperature: float, shards: int, saved: tuple[jax.Array, ...], gradient: Tree
+) -> tuple[jax.Array | None, ...]:
     return (*((gradient[0] * x).astype(x.dtype) for x in saved), None, None)
 
 
@@ -127,7 +131,7 @@ sum_over_tokens.defvjp(_sum_forward, _sum_backward)
 def _read(
     states: jax.Array, targets: jax.Array, head: jax.Array, temperature: float
 ) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
-    """Of n tokens: log-probs [n], entropies [n], hits [n], and the softmax [n, V] with its divisor [n]."""
+    """Log-probs [n], entropies [n] and hits [n] of n tokens, and the softmax [n, V] with its divisor [n]."""
     logits = jnp.einsum("nd,vd->nv", states, head, preferred_element_type=jnp.float32) / temperature
     peak = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - peak)
@@ -139,7 +143,7 @@ def _read(
     return taken - normaliser, entropy, taken == peak[:, 0], (weights, total)
 
 
-def _zero_sums(fn: TokenSum, chunks: Any) -> Any:
+def _zero_sums(fn: TokenSum, chunks: Tree) -> Tree:
     _, targets, known = jax.tree.map(lambda x: x[0], chunks)
     nothing = jnp.zeros(targets.shape, jnp.float32)
     hits = jnp.zeros(targets.shape, bool)
@@ -166,6 +170,6 @@ def _unchunked(x: jax.Array, shape: tuple[int, ...], shards: int) -> jax.Array:
     return tokens[:, : shape[0] * shape[1] // shards].reshape(shape)
 
 
-def mask_from_lengths(lengths: jax.Array, width: int) -> jax.Array:
+def mask_from_lengths(lengths: Array, width: int) -> jax.Array:
     """True on the first `lengths` of `width` positions: [...] → [..., width]."""
     return jnp.arange(width) < lengths[..., None]

@@ -8,20 +8,37 @@ pairs where a loss couples the sides of a pair.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from patarm_jax.arrays import Rollouts, SFTBatch
+from patarm_jax.arrays import Array, Params, Rollouts, SFTBatch, Tree, abstract
 from patarm_jax.train.algorithms import Aggregation, Algorithm, SampledTokens, sampled_tokens
 from patarm_jax.train.losses import Loss, Mean, mask_from_lengths, sum_over_tokens, token_logprobs
 
-Params = Any
 Batch = TypeVar("Batch")
-Forward = Callable[..., Any]  # (params, frozen, arrays …) → hidden states .prompt and .completion, and the .head
+
+
+class Hidden(Protocol):
+    """What a network says before the vocabulary."""
+
+    @property
+    def prompt(self) -> jax.Array:
+        """[R, Tp, D], final hidden states."""
+
+    @property
+    def completion(self) -> jax.Array | None:
+        """[R, G, Tc, D], those of completions; None where there are none."""
+
+    @property
+    def head(self) -> jax.Array:
+        """[V, D]."""
+
+
+Forward: TypeAlias = Callable[..., Hidden]  # from (params, frozen, arrays …)
 
 
 @jax.tree_util.register_dataclass
@@ -39,8 +56,8 @@ class TrainState:
 LARGEST_WEIGHT = 65504.0
 
 
-LossFn = Callable[[Params, Params, Batch], Loss]  # of what is trained, what is only read, and a (micro-)batch
-Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]
+LossFn: TypeAlias = Callable[[Params, Tree, Batch], Loss]  # from what is trained, what is only read, a (micro-)batch
+Step: TypeAlias = Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 class _Sums(NamedTuple):
@@ -54,7 +71,7 @@ class _Sums(NamedTuple):
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
+    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params), skipped=jnp.int32(0))
 
 
 def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -68,8 +85,8 @@ def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh
         params,
         transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
     )
-    counter: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    return TrainState(counter, params, moments, counter)
+    counter = abstract((), jnp.int32, whole)
+    return TrainState(step=counter, params=params, opt_state=moments, skipped=counter)
 
 
 def are_sound(params: Params) -> jax.Array:
@@ -88,7 +105,7 @@ def sft_loss(forward: Forward, shards: int = 1) -> LossFn[SFTBatch]:
         shards: into how many parts the devices share the batch.
     """
 
-    def loss(params: Params, frozen: Params, batch: SFTBatch) -> Loss:
+    def loss(params: Params, frozen: Tree, batch: SFTBatch) -> Loss:
         out = forward(params, frozen, batch.tokens, batch.starts)
         states = jnp.take_along_axis(out.prompt, batch.read[..., None], axis=1)
         mask = mask_from_lengths(batch.counts, batch.read.shape[1])
@@ -109,26 +126,37 @@ def _cross_entropy(
 
 
 def rollout_logprobs(
-    forward: Forward, params: Params, frozen: Params, rollouts: Rollouts, temperature: float, shards: int = 1
+    forward: Forward, params: Params, frozen: Tree, rollouts: Rollouts, temperature: float, shards: int = 1
 ) -> jax.Array:
     """Log-probs of sampled tokens, [R, G, Tc]; each prompt is computed once for its group. Has no gradient."""
-    states, head, targets = _predicting(forward, params, frozen, rollouts)
-    logprobs, _ = token_logprobs(states, head, targets, temperature=temperature, shards=shards)
+    predicted = _predicted(forward, params, frozen, rollouts)
+    logprobs, _ = token_logprobs(*predicted, temperature=temperature, shards=shards)
     return logprobs.reshape(rollouts.completion_tokens.shape)
 
 
-def _predicting(
-    forward: Forward, params: Params, frozen: Params, rollouts: Rollouts
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The states [R, G·Tc, D] that predict the sampled tokens, the head, and those tokens [R, G·Tc]."""
+class _Predicted(NamedTuple):
+    """Sampled tokens, and what predicts them; a head that reads states in chunks sees no groups."""
+
+    states: jax.Array  # [R, G·Tc, D]
+    head: jax.Array  # [V, D]
+    targets: Array  # [R, G·Tc] int32
+
+
+def _predicted(forward: Forward, params: Params, frozen: Tree, rollouts: Rollouts) -> _Predicted:
+    """The sampled tokens with the states that predict them; each prompt is computed once for its group."""
     completion, lengths = rollouts.completion_tokens, rollouts.prompt_lengths
     rows, group, width = completion.shape
     out = forward(params, frozen, rollouts.prompt_tokens, lengths, completion)
+    assert out.completion is not None, "a forward of rollouts gives their completions' states"
     # The first token is predicted by the prompt's last state, the others by the token before them.
     last = jnp.take_along_axis(out.prompt, (lengths - 1)[:, None, None], axis=1)[:, None]
     last = jnp.broadcast_to(last, (rows, group, 1, last.shape[-1]))
     hidden = jnp.concatenate([last, out.completion[:, :, :-1]], axis=2)
-    return hidden.reshape(rows, group * width, -1), out.head, completion.reshape(rows, group * width)
+    return _Predicted(
+        states=hidden.reshape(rows, group * width, -1),
+        head=out.head,
+        targets=completion.reshape(rows, group * width),
+    )
 
 
 def policy_loss(
@@ -145,23 +173,14 @@ def policy_loss(
     """
     of_states = _fused if algorithm.adds_up else _exact
 
-    def loss(params: Params, frozen: Params, rollouts: Rollouts) -> Loss:
-        states, head, targets = _predicting(forward, params, frozen, rollouts)
-        tokens = sampled_tokens(rollouts, aggregation)
-        return of_states(algorithm, temperature, shards, states, head, targets, tokens)
+    def loss(params: Params, frozen: Tree, rollouts: Rollouts) -> Loss:
+        predicted = _predicted(forward, params, frozen, rollouts)
+        return of_states(algorithm, temperature, shards, predicted, sampled_tokens(rollouts, aggregation))
 
     return loss
 
 
-def _fused(
-    algorithm: Algorithm,
-    temperature: float,
-    shards: int,
-    states: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    tokens: SampledTokens,
-) -> Loss:
+def _fused(algorithm: Algorithm, temperature: float, shards: int, predicted: _Predicted, tokens: SampledTokens) -> Loss:
     """A loss that adds up over tokens, taken chunk by chunk while the chunk's logits are there: three head matmuls."""
 
     def of_chunk(
@@ -170,20 +189,12 @@ def _fused(
         (total, denominator), metrics = algorithm.loss(logprobs, tokens)
         return total, (denominator, metrics | {"entropy": _mean_entropy(entropy, tokens.mask)})
 
-    flat = jax.tree.map(lambda x: x.reshape(targets.shape), tokens)
-    total, (denominator, metrics) = sum_over_tokens(of_chunk, temperature, shards, states, head, targets, flat)
+    flat = jax.tree.map(lambda x: x.reshape(predicted.targets.shape), tokens)
+    total, (denominator, metrics) = sum_over_tokens(of_chunk, temperature, shards, *predicted, flat)
     return Loss((total, denominator), metrics)
 
 
-def _exact(
-    algorithm: Algorithm,
-    temperature: float,
-    shards: int,
-    states: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    tokens: SampledTokens,
-) -> Loss:
+def _exact(algorithm: Algorithm, temperature: float, shards: int, predicted: _Predicted, tokens: SampledTokens) -> Loss:
     """A loss of whole sequences or pairs, by way of its gradient g by the log-probs: four head matmuls.
 
         L = f(logprobs),   g = ∂f/∂logprobs,   ∂L/∂weights = ∂/∂weights Σ g·logprob   with g held fixed
@@ -191,14 +202,14 @@ def _exact(
     The log-probs are computed first, without a gradient; then Σ g·logprob adds up over tokens, and goes the fused way.
     It is exact where f depends on the weights through the log-probs alone.
     """
-    logprobs, entropy = token_logprobs(states, head, targets, temperature=temperature, shards=shards)
+    logprobs, entropy = token_logprobs(*predicted, temperature=temperature, shards=shards)
 
     def value(logprobs: jax.Array) -> tuple[jax.Array, Loss]:
         found = algorithm.loss(logprobs.reshape(tokens.mask.shape), tokens)
         return found.loss[0], found
 
     gradient, found = jax.grad(value, has_aux=True)(logprobs)
-    linear, _ = sum_over_tokens(_weighted, temperature, shards, states, head, targets, gradient)
+    linear, _ = sum_over_tokens(_weighted, temperature, shards, *predicted, gradient)
     total, denominator = found.loss
     total = jax.lax.stop_gradient(total - linear) + linear
     entropy_mean = _mean_entropy(entropy.reshape(tokens.mask.shape), tokens.mask)
@@ -225,7 +236,7 @@ def make_step(loss_fn: LossFn[Batch], optimizer: optax.GradientTransformation, m
     weight that is not finite or beyond `LARGEST_WEIGHT`. So weights that were sound stay sound.
     """
 
-    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         sums = _accumulate(loss_fn, state.params, frozen, batch, micro_batches)
         gradient = jax.tree.map(lambda g: g / jnp.maximum(sums.loss[1], 1.0), sums.gradient)
         norm = optax.tree.norm(gradient)
@@ -238,12 +249,12 @@ def make_step(loss_fn: LossFn[Batch], optimizer: optax.GradientTransformation, m
         skipped = state.skipped + ~sound
         metrics = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in sums.metrics.items()}
         metrics |= {"grad_norm": norm, "skipped_updates": skipped}
-        return TrainState(state.step + 1, params, opt_state, skipped), metrics
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, skipped=skipped), metrics
 
     return step
 
 
-def _accumulate(loss_fn: LossFn[Batch], params: Params, frozen: Params, batch: Batch, micro_batches: int) -> _Sums:
+def _accumulate(loss_fn: LossFn[Batch], params: Params, frozen: Tree, batch: Batch, micro_batches: int) -> _Sums:
     """Gradient of the loss's sum, and every sum, over all micro-batches."""
 
     def value(params: Params, micro: Batch) -> tuple[jax.Array, Loss]:
@@ -264,11 +275,11 @@ def _accumulate(loss_fn: LossFn[Batch], params: Params, frozen: Params, batch: B
 
 
 def map_micro_batches(
-    fn: Callable[[Params, Params, Batch], jax.Array], micro_batches: int
-) -> Callable[[Params, Params, Batch], jax.Array]:
+    fn: Callable[[Params, Tree, Batch], jax.Array], micro_batches: int
+) -> Callable[[Params, Tree, Batch], jax.Array]:
     """The function [B, …] → [B, …] applied to micro-batches one after another, units back in their places."""
 
-    def mapped(params: Params, frozen: Params, batch: Batch) -> jax.Array:
+    def mapped(params: Params, frozen: Tree, batch: Batch) -> jax.Array:
         slices = jax.tree.map(lambda x: _interleaved(x, micro_batches), batch)
         parts = jax.lax.map(lambda micro: fn(params, frozen, micro), slices)
         return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])

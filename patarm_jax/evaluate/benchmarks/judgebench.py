@@ -55,8 +55,8 @@ def _read(row: Row, given: _Row) -> Iterator[Item]:
 
 
 BENCHMARK = Benchmark(
-    "judgebench",
-    Layout(
+    name="judgebench",
+    layout=Layout(
         sections={
             "Knowledge": ("mmlu-pro-",),
             "Reasoning": ("livebench-reasoning",),
@@ -67,8 +67,8 @@ BENCHMARK = Benchmark(
         official="strict",
         paper="arXiv 2410.12784",
     ),
-    (_Row,),
-    _read,
+    shapes=(_Row,),
+    read=_read,
     hub="ScalerLab/JudgeBench",
     split="gpt",
     unwanted="/outputs/|response_model=(?!SPLIT)",

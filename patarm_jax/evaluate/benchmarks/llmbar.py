@@ -49,8 +49,8 @@ def _read(row: Row, given: _Row) -> Iterator[Item]:
 
 
 BENCHMARK = Benchmark(
-    "llmbar",
-    Layout(
+    name="llmbar",
+    layout=Layout(
         sections={"Natural": ("Natural",), "Adversarial": ("Neighbor", "GPTInst", "GPTOut", "Manual")},
         overall="mean of subsets",
         official="half",
@@ -60,8 +60,8 @@ BENCHMARK = Benchmark(
             "The benchmark itself takes the mean over both orders, the unreadable being wrong: `right per answer`."
         ),
     ),
-    (_Row,),
-    _read,
+    shapes=(_Row,),
+    read=_read,
     hub="princeton-nlp/LLMBar",
     # On the Hub it is a script, which nothing runs any more.
     repository="github.com/princeton-nlp/LLMBar, Dataset/LLMBar",

@@ -1,7 +1,6 @@
 """Any file of preference pairs, read as training reads it: all rows alike, with a number for each source."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from patarm_jax.data.rows import Row
 from patarm_jax.evaluate.benchmark import Benchmark
@@ -25,20 +24,20 @@ def item_of(one: Preference) -> Item:
     )
 
 
-def _read(row: Row, _given: Any) -> Iterator[Item]:
+def _read(row: Row, _given: object) -> Iterator[Item]:
     raise TypeError(f"{row.where}: pairs have no official form; they are read as training reads them")
 
 
 BENCHMARK = Benchmark(
-    "pairs",
-    Layout(
+    name="pairs",
+    layout=Layout(
         sections={},
         overall="pooled",
         official="strict",
         paper="no benchmark: a file of pairs",
         rare_as_other=True,
     ),
-    (),
-    _read,
+    shapes=(),
+    read=_read,
     official=(write_outputs,),
 )

@@ -84,8 +84,8 @@ def _read_correctness(row: Row, given: _Correctness) -> Iterator[Item]:
 
 
 BENCHMARK = Benchmark(
-    "ppe",
-    Layout(
+    name="ppe",
+    layout=Layout(
         sections={
             "Human preference": ("human",),
             "MMLU-Pro": ("mmlu_pro",),
@@ -98,8 +98,8 @@ BENCHMARK = Benchmark(
         official="half",
         paper="arXiv 2410.14872; ties and overall by our own rule",
     ),
-    (_Human, _Correctness),
-    _read,
+    shapes=(_Human, _Correctness),
+    read=_read,
     hub="lmarena-ai/PPE-Human-Preference-V1",
     split="test",
     further=("-Best-of-K", "train"),

@@ -91,8 +91,8 @@ def _read(row: Row, given: _Row) -> Iterator[Item]:
 
 
 BENCHMARK = Benchmark(
-    "rewardbench",
-    Layout(
+    name="rewardbench",
+    layout=Layout(
         sections={
             "Chat": ("alpacaeval-", "mt-bench-easy", "mt-bench-med"),
             "Chat Hard": ("mt-bench-hard", "llmbar-"),
@@ -108,8 +108,8 @@ BENCHMARK = Benchmark(
             "The benchmark itself asks a judge of pairs in one order, drawn at random; the unreadable is ½."
         ),
     ),
-    (_Row,),
-    _read,
+    shapes=(_Row,),
+    read=_read,
     hub="allenai/reward-bench",
     split="filtered",
     official=(write_eval_set, write_outputs, write_eval_set_scores),

@@ -60,7 +60,7 @@ def _read(row: Row, given: _Row) -> Iterator[Item]:
 
 
 def _who_won(judged: Scores | Choices, rule: Rule = "mean") -> np.ndarray:
-    """As `outcomes`, what cannot be read rated below all else.
+    """`outcomes`, where what cannot be read is rated below all else.
 
     An answer that never came is neither the judge's failure nor its luck: pairs of a response that is unknown for that
     reason are ties.
@@ -138,8 +138,8 @@ def _squashed(margin: float, spread: float) -> float:
 
 
 BENCHMARK = Benchmark(
-    "rewardbench2",
-    Layout(
+    name="rewardbench2",
+    layout=Layout(
         sections={name: (name,) for name in DOMAINS},
         overall="mean of sections",
         official="half",
@@ -150,8 +150,8 @@ BENCHMARK = Benchmark(
         chance=0.25,
         of_unreadable="What cannot be read is the lowest rating, as in the benchmark's code; what never came is a tie.",
     ),
-    (_Row,),
-    _read,
+    shapes=(_Row,),
+    read=_read,
     hub="allenai/reward-bench-2",
     split="test",
     official=(write_eval_set,),

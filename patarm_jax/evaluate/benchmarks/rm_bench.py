@@ -30,7 +30,7 @@ DOMAINS: Mapping[str, Domain] = {
 }
 
 
-# Of how many comparisons of an item a column is the mean; a cell is one.
+# How many comparisons of an item each column is the mean of; a cell is one comparison.
 _TRIALS = {"accuracy": 9.0, "hard": 3.0, "normal": 3.0, "easy": 3.0}
 _CELLS = tuple(f"cell_{i}{j}" for i in range(3) for j in range(3))
 _RM_R1 = "arXiv 2505.02387, Tables 6 and 7"
@@ -96,8 +96,8 @@ def _write_official(folder: Path, result: Evaluation, said: Scores | Choices) ->
 
 
 BENCHMARK = Benchmark(
-    "rm-bench",
-    Layout(
+    name="rm-bench",
+    layout=Layout(
         sections={"Chat": ("chat",), "Math": ("math",), "Code": ("code",), "Safety": ("safety-",)},
         overall="mean of sections",
         official="strict",
@@ -106,8 +106,8 @@ BENCHMARK = Benchmark(
         trials=_TRIALS,
         measure=_measure,
     ),
-    (_Row,),
-    _read,
+    shapes=(_Row,),
+    read=_read,
     hub="THU-KEG/RM-Bench",
     split="train",
     unwanted=r"/total_dataset\.json$",

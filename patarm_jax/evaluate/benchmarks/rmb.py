@@ -47,15 +47,15 @@ def _read(row: Row, given: _Row) -> Iterator[Item]:
 
 
 BENCHMARK = Benchmark(
-    "rmb",
-    Layout(
+    name="rmb",
+    layout=Layout(
         sections={"Helpfulness": ("Helpfulness",), "Harmlessness": ("Harmlessness",)},
         overall="mean of sections",
         official="strict",
         paper="arXiv 2410.09893",
     ),
-    (_Row,),
-    _read,
+    shapes=(_Row,),
+    read=_read,
     hub="Zhou-Zoey/RMB-Reward-Model-Benchmark",
     repository="github.com/Zhou-Zoey/RMB-Reward-Model-Benchmark, RMB_dataset/Pairwise_set",
     unwanted="/BoN_set/",

@@ -1,0 +1,76 @@
+"""What a recipe that trains begins with, and what its dry run shows: devices, model and pairs, all of them checked."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import jax
+from jax.sharding import Mesh
+
+from patarm_jax.config.recipes import TrainConfig
+from patarm_jax.config.sections import DataSection
+from patarm_jax.data.limits import Room
+from patarm_jax.data.pipeline import Batches, EncodedPair, batches, encode_pairs
+from patarm_jax.data.preferences import Report
+from patarm_jax.data.sft import JudgedPreference
+from patarm_jax.evaluate.heldout import Heldout, open_heldout
+from patarm_jax.model.sharding import make_mesh
+from patarm_jax.run.drawing import with_heldout_sampling
+from patarm_jax.run.folder import Length, length_of
+from patarm_jax.run.learner import check_batch
+from patarm_jax.run.open_model import Model, open_model
+from patarm_jax.run.process import say
+from patarm_jax.types import Preference
+
+Config = TypeVar("Config", bound=TrainConfig)
+ReadPairs = Callable[[DataSection], tuple[Sequence[Preference | JudgedPreference], Report]]
+
+
+@dataclass(frozen=True)
+class Ready(Generic[Config]):
+    """What a run, or a dry run, begins with."""
+
+    config: Config  # complete: with what the model's own files say
+    mesh: Mesh
+    model: Model
+    reference: Model | None  # what the KL is measured from; None where there is no KL
+    records: list[EncodedPair]
+    length: Length
+    heldout: Heldout | None  # the judge's evaluation while it trains; None where there are no held-out pairs
+
+    def batches(self) -> Batches:
+        """This process's part of the run's batches, from the first one on."""
+        shares = (jax.process_index(), jax.process_count())
+        return batches(self.records, self.config.pairs_per_step, self.length.epochs, self.config.run.seed, *shares)
+
+
+def make_ready(
+    config: Config, read_pairs: ReadPairs, open_reference: Callable[[Model], Model] | None = None
+) -> Ready[Config]:
+    """Opens all that a run needs, the cheapest to refuse first.
+
+    Args:
+        config: of the run.
+        read_pairs: reads what the recipe learns from.
+        open_reference: opens the model that the KL is measured from; None where there is no KL.
+    """
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, 2 * config.pairs_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}")
+    model = open_model(config.model)
+    config = with_heldout_sampling(config, model)
+    reference = open_reference(model) if open_reference else None
+    pairs, read = read_pairs(config.data)
+    written = config.rollout_sampling.max_new_tokens if config.rollout_sampling else 0
+    room = Room(model.arch.max_position_embeddings, written)
+    records, encoded = encode_pairs(model.tokenizer, pairs, config.rubrics, config.data, room)
+    say(f"{config.data.path}: {read}. Encoded: {encoded}.")
+    preferences = [pair.preference if isinstance(pair, JudgedPreference) else pair for pair in pairs]
+    return Ready(
+        config=config,
+        mesh=mesh,
+        model=model,
+        reference=reference,
+        records=records,
+        length=length_of(config.run, records, config.pairs_per_step),
+        heldout=open_heldout(config, model, mesh, preferences),
+    )
