@@ -11,8 +11,8 @@ cd "$(dirname "$0")/.."
 # shellcheck source=launch/venv.sh
 . launch/venv.sh
 
-slow_files="tests/test_algorithms.py tests/test_another_recipe.py tests/test_archive.py tests/test_bench.py
-tests/test_checkpoint.py tests/test_coverage.py tests/test_damaged_checkpoints.py tests/test_demo.py
+slow_files="tests/test_algorithm_goldens.py tests/test_algorithms.py tests/test_another_recipe.py tests/test_archive.py
+tests/test_bench.py tests/test_checkpoint.py tests/test_coverage.py tests/test_damaged_checkpoints.py tests/test_demo.py
 tests/test_endpoint.py tests/test_evaluate.py tests/test_export.py tests/test_kernels.py tests/test_launch.py
 tests/test_locks.py tests/test_outputs.py tests/test_processes.py tests/test_programs.py tests/test_real_inputs.py
 tests/test_recipes.py tests/test_report.py tests/test_rewardbench.py tests/test_same_weights.py tests/test_sampler.py

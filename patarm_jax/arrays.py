@@ -79,3 +79,4 @@ class Rollouts:
     old_logprobs: Array  # [R, G, Tc] float32, under the policy that sampled
     ref_logprobs: Array | None  # [R, G, Tc] float32, under the reference; None where nothing is measured from one
     advantages: Array  # [R, G] float32, or [R, G, Tc] where tokens have their own
+    sampler_logprobs: Array | None = None  # [R, G, Tc] float32, where old_logprobs are the trainer's and not these

@@ -117,18 +117,34 @@ def group_advantages(
     sizes = {"response": rewards.shape[2], "pair": 2 * rewards.shape[2]}
     if group_by not in sizes:
         raise ValueError(f"group_by must be one of {', '.join(sizes)}, got {group_by!r}")
-    return advantages_within(rewards.reshape(-1, sizes[group_by]), ddof, eps, normalise_std).reshape(rewards.shape)
+    groups = rewards.astype(jnp.float32).reshape(-1, sizes[group_by])
+    centred, equal, count = centred_within(groups, jnp.ones(groups.shape, bool))
+    return (normalised(centred, equal, count, ddof, eps) if normalise_std else centred).reshape(rewards.shape)
 
 
-def advantages_within(groups: jax.Array, ddof: int = 1, eps: float = 1e-6, normalise_std: bool = True) -> jax.Array:
-    """`group_advantages` of groups [N, n] of any kind."""
-    groups = groups.astype(jnp.float32)
-    # Rounding can set the mean of equal rewards beside them; what is equal is measured without it.
-    equal = groups.max(axis=1, keepdims=True) == groups.min(axis=1, keepdims=True)
-    centred = jnp.where(equal, 0.0, groups - groups.mean(axis=1, keepdims=True))
-    if not normalise_std:
-        return centred
-    variance = (centred**2).sum(axis=1, keepdims=True) / max(groups.shape[1] - ddof, 1)
+def centred_within(groups: jax.Array, member: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """How far members lie from their group's mean.
+
+    Rounding can set the mean of equal rewards beside them; what is equal is measured without it.
+
+    Args:
+        groups: [N, n] float32; 0 where there is no member.
+        member: [N, n] bool.
+
+    Returns:
+        r − mean [N, n], 0 for what is no member; whether all members are equal [N, 1]; how many there are [N, 1].
+    """
+    count = member.sum(axis=1, keepdims=True)
+    mean = groups.sum(axis=1, keepdims=True) / jnp.maximum(count, 1)
+    low = jnp.where(member, groups, jnp.inf).min(axis=1, keepdims=True)
+    high = jnp.where(member, groups, -jnp.inf).max(axis=1, keepdims=True)
+    equal = low >= high
+    return jnp.where(member & ~equal, groups - mean, 0.0), equal, count
+
+
+def normalised(centred: jax.Array, equal: jax.Array, count: jax.Array, ddof: int, eps: float) -> jax.Array:
+    """What `centred_within` gives, divided by std + ε."""
+    variance = jnp.square(centred).sum(axis=1, keepdims=True) / jnp.maximum(count - ddof, 1)
     return centred / (jnp.sqrt(jnp.where(equal, 1.0, variance)) + eps)
 
 

@@ -76,7 +76,7 @@ def config_file(world, name, recipe, **sections):
         base |= {
             "data": {"path": str(world / "pairs.jsonl")},
             # Against another model the KL gives every token a gradient, so that a wrong draw is a wrong weight.
-            "update": {"kl_coef": 0.5, "reference": str(world / "reference"), "updates_per_rollout": 2},
+            "update": {"kl": {"coef": 0.5}, "reference": str(world / "reference"), "updates_per_rollout": 2},
             "sampling": {"max_new_tokens": 8},
             "group_size": 3,
         }

@@ -10,8 +10,10 @@ import yaml
 from patarm_jax.config.flags import dotted_keys
 from patarm_jax.config.help import comments_of, settings_in_words
 from patarm_jax.config.load import from_mapping, load, load_run, override, read_yaml, to_yaml
+from patarm_jax.config.presets import CHOSEN_BY_ALGORITHM, PRESETS, WEIGHS_SEQUENCES, value_at
 from patarm_jax.config.recipes import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, SFTConfig
 from patarm_jax.config.sections import limits_of
+from patarm_jax.recipes.programs import algorithm_of
 from patarm_jax.types import UsageError, UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -233,10 +235,13 @@ def test_a_section_of_another_name_is_said_and_a_run_of_an_earlier_version_is_re
     mapping = {"recipe": "grpo", "policy": {"kl_coef": 0.5}}
     with pytest.raises(UsageError, match=r"there: the section policy is called update now. Rename it."):
         from_mapping(GRPOConfig, mapping, "there")
-    with pytest.raises(UsageError, match=r"the section policy is called update now. Say --update.kl_coef."):
+    with pytest.raises(UsageError, match=r"--policy.kl_coef is called --update.kl.coef now. Say so."):
         override(GRPOConfig(), ["--policy.kl_coef", "1"])
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(mapping))
-    assert load_run(tmp_path).update.kl_coef == 0.5
+    with pytest.raises(UsageError, match=r"there: update.kl_coef is called update.kl.coef now. Rename it."):
+        from_mapping(GRPOConfig, {"update": {"kl_coef": 0.5}}, "there")
+    for name in ("policy", "update"):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"recipe": "grpo", name: {"kl_coef": 0.5}}))
+        assert load_run(tmp_path).update.kl.coef == 0.5
     (tmp_path / "config.yaml").write_text("recipe: other")
     with pytest.raises(UserError, match="is of the recipe 'other'; known are sft, grpo"):
         load_run(tmp_path)
@@ -261,11 +266,62 @@ def test_help_says_every_setting_with_its_default_its_limits_and_what_it_does(cl
 
 def test_help_reads_comments_beside_a_setting_and_above_it():
     said = settings_in_words(GRPOConfig())
-    assert "  --update.clip_low 0.2\n      how far a ratio may fall below 1 (0 to 1)\n" in said
+    assert "  --update.clip_low null\n      how far a ratio may fall below 1 (0 or more or null)\n" in said
     assert "  --run.on_damaged stop\n      What resuming and export do where a file" in said
-    assert "update: How rollouts become an update.\n  --update.algorithm grpo\n" in said
+    assert "update: How rollouts become an update; a setting that is null is as the algorithm has it.\n" in said
 
 
 def test_dotted_keys_name_every_setting():
     keys = dotted_keys(GRPOConfig)
     assert "update.clip_high" in keys and "group_size" in keys and "update" not in keys
+
+
+# ---------------------------------------------------------------------------------------------------------- algorithms
+
+
+@pytest.mark.parametrize("algorithm", PRESETS)
+def test_an_algorithm_has_values_of_its_own_for_what_is_unset(algorithm):
+    config = override(GRPOConfig(), ["--update.algorithm", algorithm]).complete()
+    for name, value in PRESETS[algorithm].items():
+        assert value_at(config, name) == value
+    unused = set(CHOSEN_BY_ALGORITHM) - PRESETS[algorithm].keys()
+    assert all(value_at(config, name) is None for name in unused)
+    assert config.complete() == config == from_mapping(GRPOConfig, yaml.safe_load(to_yaml(config)), "there")
+    assert algorithm_of(config).adds_up == (algorithm not in WEIGHS_SEQUENCES)
+
+
+def test_what_is_set_stays():
+    arguments = ["--update.algorithm", "dapo", "--update.clip_high", "0.3", "--update.kl.coef", "0.5"]
+    config = override(GRPOConfig(), arguments).complete()
+    assert (config.update.clip_low, config.update.clip_high, config.update.kl.coef) == (0.2, 0.3, 0.5)
+    assert config.kl_reference is not None and override(GRPOConfig(), arguments[:2]).kl_reference is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["gspo", "--update.dual_clip", "3"], "update.dual_clip is 3.0, and update.algorithm gspo does not use it"),
+        (["rloo", "--reward.normalise_std", "true"], "reward.normalise_std is True, and update.algorithm rloo does"),
+        (["reinforce_pp", "--reward.group_by", "pair"], "reward.group_by is pair, and update.algorithm reinforce_pp"),
+        (["gspo", "--update.aggregation", "token_mean"], "update.aggregation is token_mean, and update.algorithm gspo"),
+        (["grpo", "--update.importance_cap", "2"], "update.importance_cap is 2.0, and update.old_logprobs is sampler"),
+        (["rloo", "--update.kl.by_ratio", "true"], "update.kl.by_ratio is true, and update.kl.place is reward"),
+        (["grpo", "--update.dual_clip", "1"], "update.dual_clip is 1.0; allowed is above 1"),
+        (["grop"], "--update.algorithm is 'grop'; allowed is one of 'grpo', .* Did you mean grpo?"),
+    ],
+)
+def test_what_an_algorithm_does_not_use_is_refused_by_name(arguments, says):
+    with pytest.raises(UsageError, match=says):
+        override(GRPOConfig(), ["--update.algorithm", *arguments])
+
+
+def test_an_algorithm_in_a_file_that_does_not_exist_is_refused_with_the_nearest():
+    with pytest.raises(UsageError, match=r"there: .*'dapoo'.* for update.algorithm. Did you mean dapo\?"):
+        from_mapping(GRPOConfig, {"update": {"algorithm": "dapoo"}}, "there")
+
+
+def test_a_judgement_alone_may_be_its_whole_group_where_there_are_no_groups():
+    override(GRPOConfig(), ["--update.algorithm", "reinforce_pp", "--group_size", "1"])
+    for algorithm in PRESETS.keys() - {"reinforce_pp"}:
+        with pytest.raises(UsageError, match="group_size is 1"):
+            override(GRPOConfig(), ["--update.algorithm", algorithm, "--group_size", "1"])

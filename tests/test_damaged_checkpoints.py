@@ -186,7 +186,7 @@ def config_of(world, recipe, folder, **run):
         "pairs_per_step": 8,
     }  # fmt: skip
     if recipe == "grpo":
-        base |= {"update": {"kl_coef": 0.0}, "sampling": {"max_new_tokens": 6}, "group_size": 2}
+        base |= {"update": {"kl": {"coef": 0.0}}, "sampling": {"max_new_tokens": 6}, "group_size": 2}
     (world / "config.yaml").write_text(yaml.safe_dump(base))
     return world / "config.yaml"
 

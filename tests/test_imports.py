@@ -51,7 +51,11 @@ PURE = [
     "rollout.draw",
     "rollout.sampler",
     "run.health",
+    "train.advantages",
+    "train.algorithms",
     "train.losses",
+    "train.penalties",
+    "train.policy_losses",
     "train.steps",
 ]
 IMPURE = {"os", "io", "time", "pathlib", "shutil", "logging", "sys", "socket", "subprocess", "random", "datetime"}

@@ -1,12 +1,13 @@
 """What a recipe compiles, without data or weights, on a mesh of eight devices."""
 
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import jax
 import pytest
 
 from patarm_jax.config.recipes import GRPOConfig, SFTConfig
-from patarm_jax.config.sections import DataSection, MeshSection, ModelSection, SamplingSection
+from patarm_jax.config.sections import DataSection, KLSection, MeshSection, ModelSection, SamplingSection, UpdateSection
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.recipes.programs import programs
@@ -45,8 +46,19 @@ def test_every_program_of_a_recipe_is_there_and_takes_its_arguments(recipe):
 
 
 def test_without_a_kl_there_is_no_reference():
-    config = replace(CONFIGS["grpo"], update=replace(CONFIGS["grpo"].update, kl_coef=0.0, algorithm="gspo"))
+    config = replace(CONFIGS["grpo"], update=UpdateSection(algorithm="gspo", kl=KLSection(coef=0.0)))
     found = programs(config, Architecture(**TINY), make_mesh(MeshSection()))
     assert found.keys() == NAMES["grpo"] - {"reference log-probs"}
     update, arguments = found["update"]
     assert "kl" not in update.lower(*arguments).out_info[1]
+
+
+@pytest.mark.parametrize("name", get_args(get_type_hints(UpdateSection)["algorithm"]))
+def test_every_algorithm_has_its_programs(name):
+    update = UpdateSection(algorithm=name, old_logprobs="trainer", importance_cap=2.0, kl=KLSection(coef=0.1))
+    found = programs(replace(CONFIGS["grpo"], update=update), Architecture(**TINY), make_mesh(MeshSection()))
+    assert found.keys() == NAMES["grpo"] | {"old log-probs"}
+    program, arguments = found["advantages"]
+    assert program.lower(*arguments).out_info.shape[:2] == (16, 8)
+    program, arguments = found["update"]
+    assert {"kl", "sampling/ratio_outside"} <= program.lower(*arguments).out_info[1].keys()

@@ -69,7 +69,7 @@ def test_every_verb_on_real_input(folder, real_inputs):
         model={**model, "path": str(folder / "sft")},
         data={"path": str(folder / "multi_turn.jsonl"), "domain": "chat", "max_prompt_tokens": 768},
         sampling={"max_new_tokens": 8},
-        update={"kl_coef": 0.1},
+        update={"kl": {"coef": 0.1}},
         pairs_per_step=2,
         group_size=2,
     )

@@ -47,7 +47,8 @@ from tests.toys import tiny_model_folder
 ALONE = jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
 
 
-@pytest.mark.parametrize("recipe", ["sft", pytest.param("grpo", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["sft", "grpo"])
 def test_a_killed_run_ends_like_an_uninterrupted_one(world, started, recipe):
     held_out = {} if recipe == "grpo" else {"heldout": {"path": ""}}  # of one of the two: it is what compiles longest
     whole = started(recipe, config_file(world, f"{recipe}_whole", recipe, **held_out))

@@ -12,7 +12,7 @@ import yaml
 
 from patarm_jax.cli import main
 from patarm_jax.config.recipes import GRPOConfig
-from patarm_jax.config.sections import ModelSection, UpdateSection
+from patarm_jax.config.sections import KLSection, ModelSection, UpdateSection
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import read_architecture
 from patarm_jax.model.transformer import init_params
@@ -104,7 +104,8 @@ def models(tmp_path_factory):
 def whose(models, start="start", reference="", kl=0.1, random=False):
     section = ModelSection(path=str(models / start), weights="random" if random else "load")
     path = str(models / reference) if reference else ""
-    config = GRPOConfig(model=section, update=UpdateSection(kl_coef=kl, reference=path))
+    config = GRPOConfig(model=section, update=UpdateSection(kl=KLSection(coef=kl), reference=path))
+    config = config.complete()
     model = open_model(section)
     other = open_model(replace(section, path=path, weights="load")) if reference else model
     return json.loads(json.dumps(fingerprint(config, model, [], other if kl else None)))
@@ -232,8 +233,10 @@ def test_a_run_that_has_a_checkpoint_needs_its_first_weights_no_more(models, tmp
 def test_a_run_begun_when_the_update_was_called_policy_goes_on(models):
     now = whose(models)
     then = {name: value for name, value in now.items() if name != "update"}
-    then["policy"] = {name: value for name, value in now["update"].items() if name != "algorithm"}
+    known = {name: now["update"][name] for name in ("clip_low", "clip_high", "aggregation", "updates_per_rollout")}
+    then["policy"] = known | {"kl_coef": now["update"]["kl"]["coef"]}
     refuse_another_run("it", now, then)
+    refuse_another_run("it", now, {**now, "update": then["policy"] | {"algorithm": "grpo"}})
     changed = then | {"policy": then["policy"] | {"clip_low": 0.1}}
     with pytest.raises(
         UserError, match=r"it is a checkpoint of another run: update.clip_low is 0.1 there and 0.2 here"

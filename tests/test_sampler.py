@@ -191,7 +191,13 @@ def plain_completion(params, prompt, sample, key):
     return tokens[len(prompt) :], logprobs
 
 
-@pytest.mark.parametrize("sample", [SamplingParams((5, 6), 10), SamplingParams((), 6, temperature=0.7, top_k=5)])
+@pytest.mark.parametrize(
+    "sample",
+    [
+        pytest.param(SamplingParams((5, 6), 10), id="all"),
+        pytest.param(SamplingParams((), 6, temperature=0.7, top_k=5), id="cut", marks=pytest.mark.long),
+    ],
+)
 def test_a_completion_equals_the_plain_loop(sample):
     """The key of a token is that of its row folded by its place; a row's is the run's folded by R·G + g."""
     params, requests = lively(), requests_for(np.random.default_rng(12), 3, 10, ids=[4, 0, 7])
@@ -224,7 +230,7 @@ MANNERS = [
 
 @pytest.mark.parametrize(
     ("section", "rows"),
-    [pytest.param(None, 3, marks=pytest.mark.long), (MeshSection(data=2, fsdp=2, tensor=2), 8)],
+    [(None, 3), pytest.param(MeshSection(data=2, fsdp=2, tensor=2), 8, marks=pytest.mark.long)],
     ids=["refilled", "2x2x2, refilled"],
 )
 def test_each_request_is_drawn_in_its_own_manner(section, rows):

@@ -20,6 +20,8 @@ from patarm_jax.model.sharding import batch_sharding, make_mesh, place_batch
 from patarm_jax.model.transformer import abstract_params, forward
 from patarm_jax.train.algorithms import grpo
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
+from patarm_jax.train.penalties import KLPenalty
+from patarm_jax.train.policy_losses import sampled_tokens
 from patarm_jax.train.steps import (
     LARGEST_WEIGHT,
     abstract_state,
@@ -36,8 +38,9 @@ from tests.toys import TINY, hf_model
 CONFIG = Architecture(**TINY)
 SECTION = OptimizerSection(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
 CLIP_LOW, CLIP_HIGH, KL_COEF = 0.05, 0.1, 0.3
-GRPO = grpo(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, kl_coef=KL_COEF)
+GRPO = grpo(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, kl=KLPenalty(KL_COEF))
 TEMPERATURE = 0.8
+TOKEN_MEAN, SEQUENCE_MEAN = (partial(sampled_tokens, aggregation=how) for how in ("token_mean", "sequence_mean"))
 SHARDS = 2  # parts of a batch; with one device they are worked through all the same
 
 
@@ -156,7 +159,7 @@ def torch_grpo(model, batch, aggregation):
     """GRPO by the papers: every completion behind its own prompt, one sequence at a time, double loop."""
     torch = pytest.importorskip("torch")
     totals, tokens, sequences = 0.0, 0, []
-    arrays = {name: torch.tensor(np.asarray(getattr(batch, name))) for name in batch.__dataclass_fields__}
+    arrays = {name: torch.tensor(np.asarray(array)) for name, array in vars(batch).items() if array is not None}
     prompts, group, _ = batch.completion_tokens.shape
     for r in range(prompts):
         prompt = arrays["prompt_tokens"][r, : int(arrays["prompt_lengths"][r])].long()
@@ -181,21 +184,23 @@ def test_grpo_loss_and_gradient_equal_torch(model, model_params, tmp_path, aggre
     model.zero_grad()
     expected = torch_grpo(model, batch, aggregation)
     expected.backward()
-    loss, gradient = mean_gradient(policy_loss(run, GRPO, aggregation, TEMPERATURE), model_params, batch)
+    loss, gradient = mean_gradient(
+        policy_loss(run, GRPO, partial(sampled_tokens, aggregation=aggregation), TEMPERATURE), model_params, batch
+    )
     assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-4)
     assert_close(gradient, gradient_as_params(model, tmp_path / "g"), 1e-4)
 
 
 def test_without_kl_there_is_no_reference(params):
     bare = dataclasses.replace(grpo_case(prompts=2), ref_logprobs=None)
-    result = policy_loss(run, GRPO, "token_mean", TEMPERATURE)(params, None, bare)
+    result = policy_loss(run, GRPO, TOKEN_MEAN, TEMPERATURE)(params, None, bare)
     assert "kl" not in result.metrics
 
 
 CASES = {
     "sft": (sft_loss(partial(run_packed, remat="full"), SHARDS), sft_case),
-    "grpo": (policy_loss(run, GRPO, "token_mean", TEMPERATURE, SHARDS), grpo_case),
-    "grpo, sequence mean": (policy_loss(run, GRPO, "sequence_mean", TEMPERATURE, SHARDS), grpo_case),
+    "grpo": (policy_loss(run, GRPO, TOKEN_MEAN, TEMPERATURE, SHARDS), grpo_case),
+    "grpo, sequence mean": (policy_loss(run, GRPO, SEQUENCE_MEAN, TEMPERATURE, SHARDS), grpo_case),
 }
 
 

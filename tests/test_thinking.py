@@ -140,7 +140,7 @@ def test_sft_grpo_and_judging_agree_on_the_thinking_that_a_template_opened(learn
         "data": {"path": str(learnt / "pairs.jsonl")},
         "run": {"folder": str(learnt / "grpo"), "steps": 1, "show_every": 0, "tensorboard": False},
         "sampling": {"max_new_tokens": 64, "temperature": 0.1},
-        "update": {"kl_coef": 0.0},
+        "update": {"kl": {"coef": 0.0}},
         "pairs_per_step": 2,
         "group_size": 2,
     }

@@ -37,7 +37,7 @@ def started(world, recipe, name, *, code, **sections):
         "pairs_per_step": 8,
     }
     if recipe == "grpo":
-        base |= {"update": {"kl_coef": 0.0}, "sampling": {"max_new_tokens": 1}, "group_size": 2}
+        base |= {"update": {"kl": {"coef": 0.0}}, "sampling": {"max_new_tokens": 1}, "group_size": 2}
     for section, values in sections.items():
         base[section] = {**base.get(section, {}), **values}
     path = world / f"{name}.yaml"

@@ -17,7 +17,7 @@ from patarm_jax.arrays import Params, Rollouts, SFTBatch
 from patarm_jax.bench.measure import Timing, clock, time_calls, timed
 from patarm_jax.bench.shapes import SHAPES, cache_bytes, forward_flops, layer_weights
 from patarm_jax.config.recipes import BenchConfig, GRPOConfig, SFTConfig
-from patarm_jax.config.sections import ModelSection
+from patarm_jax.config.sections import KLSection, ModelSection
 from patarm_jax.model import kernels
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Streams
@@ -118,7 +118,7 @@ def sampling(bench: Bench) -> Callable[[], object]:
 
 def _grpo_config(bench: Bench) -> GRPOConfig:
     c, default = bench.config, GRPOConfig()
-    update = replace(default.update, kl_coef=c.kl_coef)
+    update = replace(default.update, kl=KLSection(coef=c.kl_coef))
     return replace(default, model=bench.section, update=update, micro_batches=c.micro_batches)
 
 

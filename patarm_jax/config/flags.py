@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from patarm_jax.types import UsageError
 
-RENAMED = {"policy": "update"}  # sections, before → now
+RENAMED = {"policy": "update", "update.kl_coef": "update.kl.coef"}  # dotted names, before → now, one after another
 _BOOLEANS = {"true": True, "True": True, "false": False, "False": False}
 
 
@@ -53,6 +53,30 @@ def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, objec
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = merged(result[key], value) if both else value
     return result
+
+
+def now_called(name: str) -> str:
+    """The dotted name of a setting or section today.
+
+    >>> now_called("policy.kl_coef"), now_called("policy.clip_low"), now_called("run.seed")
+    ('update.kl.coef', 'update.clip_low', 'run.seed')
+    """
+    for before, now in RENAMED.items():
+        if name == before or name.startswith(f"{before}."):
+            name = now + name.removeprefix(before)
+    return name
+
+
+def with_names_of_now(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings of an earlier version, nested, under the names they have today."""
+    found: dict[str, Any] = {}
+    for key, value in mapping.items():
+        here = f"{prefix}{key}"
+        renamed: Any = with_names_of_now(value, f"{now_called(here)}.") if isinstance(value, dict) else value
+        for part in reversed(now_called(here).removeprefix(prefix).split(".")):
+            renamed = {part: renamed}
+        found = merged(found, renamed)
+    return found
 
 
 def dotted_keys(cls: object, prefix: str = "") -> list[str]:
@@ -112,9 +136,8 @@ def _example(flag: str) -> str:
 
 def _unknown(cls: type, flag: str) -> UsageError:
     every = dotted_keys(cls)
-    section, _, key = flag.partition(".")
-    if (now := RENAMED.get(section)) and f"{now}.{key}" in every:
-        return UsageError(f"the section {section} is called {now} now. Say --{now}.{key}.")
+    if (now := now_called(flag)) != flag and now in every:
+        return UsageError(f"--{flag} is called --{now} now. Say so.")
     known = [f"--{key}" for key in every]
     if (positive := flag.replace("no-", "", 1)) in every:
         return UsageError(f"unknown option --{flag}. Say --{positive} false.")
@@ -140,8 +163,9 @@ def _value(name: str, kind: object, words: Sequence[str]) -> object:
             return plain(word)
     except (KeyError, ValueError):
         raise UsageError(f"--{name} is {word!r}; allowed is {_allowed(kind)}.") from None
-    if get_origin(kind) is Literal and word not in get_args(kind):
-        raise UsageError(f"--{name} is {word!r}; allowed is {_allowed(kind)}.")
+    if get_origin(plain) is Literal and word not in get_args(plain):
+        meant = nearest(word, [str(each) for each in get_args(plain)])
+        raise UsageError(f"--{name} is {word!r}; allowed is {_allowed(kind)}.{meant if 'mean' in meant else ''}")
     return word
 
 

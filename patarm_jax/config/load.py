@@ -5,16 +5,17 @@ Nothing is changed after loading, and an unknown key is an error that names the 
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 import yaml
 
-from patarm_jax.config.flags import RENAMED, merged, nearest, settings_of
+from patarm_jax.config.flags import merged, nearest, now_called, settings_of, with_names_of_now
 from patarm_jax.config.recipes import GRPOConfig, SFTConfig, TrainConfig
 from patarm_jax.config.sections import Section, limits_of
 from patarm_jax.files import one_line
@@ -32,7 +33,7 @@ def load(cls: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config
 def load_run(folder: Path) -> TrainConfig:
     """The config.yaml of a run folder, of an earlier version too."""
     path = folder / "config.yaml"
-    mapping = {RENAMED.get(key, key): value for key, value in read_yaml(path).items()}
+    mapping = with_names_of_now(read_yaml(path))
     recipe = mapping.get("recipe")
     if recipe not in TRAINING:
         raise UserError(f"{path} is of the recipe {recipe!r}; known are {', '.join(TRAINING)}. Give a run's folder.")
@@ -70,13 +71,22 @@ def from_mapping(cls: type[Config], mapping: Mapping[str, object], where: str) -
         config = msgspec.convert(_floats(cls, mapping), cls)
     except msgspec.ValidationError as error:
         message = re.sub(r" - at `\$\.?(.*?)`$", r" for \1", str(error))
-        raise UsageError(f"{where}{message}.") from error
+        raise UsageError(f"{where}{message}.{_meant(cls, message)}") from error
     _refuse_out_of_range(config, where)
     try:
         config.check()
     except UsageError as error:
         raise UsageError(f"{where}{error}") from None
     return config
+
+
+def _meant(cls: type, message: str) -> str:
+    """What msgspec's message is about, where a word is none of those that its setting may be."""
+    if not (found := re.fullmatch(r"Invalid enum value '(.*)' for ([\w.]+)", message)):
+        return ""
+    kind = functools.reduce(lambda kind, name: get_type_hints(kind)[name], found[2].split("."), cls)
+    plain = next((part for part in (kind, *get_args(kind)) if get_origin(part) is Literal), None)
+    return nearest(found[1], [str(word) for word in get_args(plain)])
 
 
 def override(config: Config, arguments: Sequence[str]) -> Config:
@@ -121,8 +131,9 @@ def _refuse_unknown_keys(cls: object, mapping: object, where: str, prefix: str) 
         raise UsageError(f"{where}{prefix.rstrip('.')} is a section of keys, got {mapping!r}.")
     kinds = get_type_hints(cls)
     for key, value in mapping.items():
-        if not prefix and key in RENAMED and RENAMED[key] in kinds:
-            raise UsageError(f"{where}the section {key} is called {RENAMED[key]} now. Rename it.")
+        if key not in kinds and (now := now_called(f"{prefix}{key}")) != f"{prefix}{key}":
+            what = "the section " if isinstance(value, Mapping) else ""
+            raise UsageError(f"{where}{what}{prefix}{key} is called {now} now. Rename it.")
         if key not in kinds:
             raise UsageError(f"{where}unknown key {prefix}{key}.{nearest(str(key), list(kinds), prefix)}")
         if dataclasses.is_dataclass(kinds[key]):

@@ -1,8 +1,9 @@
 """The config of each verb: which sections it has, and what must hold between its settings."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
+from patarm_jax.config.presets import CHOSEN_BY_ALGORITHM, IN_WORDS, completed, value_at, with_values
 from patarm_jax.config.sections import (
     FREE,
     PLACE,
@@ -26,6 +27,8 @@ from patarm_jax.config.sections import (
 )
 from patarm_jax.types import BenchmarkName, JudgeKind, RubricMode, UsageError
 
+Training = TypeVar("Training", bound="TrainConfig")
+
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
@@ -42,6 +45,10 @@ class TrainConfig(Section):
     rubrics: RubricMode = "adaptive"  # the rubrics that the judge's prompt holds, or asks for
     pairs_per_step: Positive = 32  # each gives two prompts, the chosen response's and the rejected one's
     micro_batches: Positive = field(default=1, metadata=FREE)  # slices summed in one update; never changes the result
+
+    def complete(self: Training) -> Training:
+        """With what other settings decide for those that are unset."""
+        return self
 
     @property
     def stage_in_words(self) -> str:
@@ -95,9 +102,8 @@ class GRPOConfig(TrainConfig):
     @property
     def stage_in_words(self) -> str:
         """What the recipe is, for the model card."""
-        return (
-            f"reinforcement learning ({self.update.algorithm.upper()}) on preference pairs with Preference-Aware Reward"
-        )
+        algorithm = IN_WORDS[self.update.algorithm]
+        return f"reinforcement learning ({algorithm}) on preference pairs with Preference-Aware Reward"
 
     @property
     def updates_per_step(self) -> int:
@@ -112,7 +118,17 @@ class GRPOConfig(TrainConfig):
     @property
     def kl_reference(self) -> str | None:
         """The model folder that the KL is measured from; None where there is no KL."""
-        return self.update.reference or self.model.path if self.update.kl_coef else None
+        return self.update.reference or self.model.path if self.charges_kl else None
+
+    @property
+    def algorithm_settings(self) -> dict[str, Any]:
+        """What the algorithm uses by dotted name: what is set, and its own value for what is not."""
+        return completed(self.update.algorithm, {name: value_at(self, name) for name in CHOSEN_BY_ALGORITHM})
+
+    @property
+    def charges_kl(self) -> bool:
+        """Whether a KL to the reference is charged at all."""
+        return bool(self.algorithm_settings["update.kl.coef"])
 
     @property
     def reference_model(self) -> ModelSection:
@@ -126,12 +142,27 @@ class GRPOConfig(TrainConfig):
         """What is rewarded, for the model card."""
         return f"PAR with the {self.reward.margin} margin, {self.group_size} judgements of each response"
 
+    def complete(self) -> "GRPOConfig":
+        """With the algorithm's own values for what is unset."""
+        return with_values(self, self.algorithm_settings)
+
     def check(self) -> None:
-        """Refuses settings that are right one by one, and together leave every advantage at 0."""
-        if self.group_size == 1 and self.reward.group_by == "response":
+        """Refuses settings that are right one by one and together make no sense."""
+        settings = self.algorithm_settings
+        if self.group_size == 1 and settings.get("reward.group_by") == "response":
             raise UsageError(
                 "group_size is 1 where reward.group_by is response; allowed is 2 or more: a judgement that is "
                 "compared with itself teaches nothing. Raise group_size."
+            )
+        if settings["update.kl.by_ratio"] and settings["update.kl.place"] != "loss":
+            raise UsageError(
+                "update.kl.by_ratio is true, and update.kl.place is reward; only a KL in the loss has ratios. Set "
+                "update.kl.place to loss, or leave by_ratio out."
+            )
+        if self.update.importance_cap is not None and self.update.old_logprobs != "trainer":
+            raise UsageError(
+                f"update.importance_cap is {self.update.importance_cap}, and update.old_logprobs is sampler: the "
+                "sampler's own log-probs make every weight 1. Set update.old_logprobs to trainer, or leave the cap out."
             )
         for always_the_same, got, allowed in (
             (self.sampling.temperature == 0, "temperature is 0", "above 0, such as 1"),

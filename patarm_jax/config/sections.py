@@ -62,6 +62,7 @@ def limits_of(kind: object) -> Range | None:
 
 Positive = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
+AboveOne = Annotated[float, Range(1, open_low=True)]
 NotNegative = Annotated[float, Range(0)]
 AboveZero = Annotated[float, Range(0, open_low=True)]
 Share = Annotated[float, Range(0, 1)]
@@ -220,22 +221,42 @@ class RewardSection(Section):
     """Preference-Aware Reward and how rewards become advantages."""
 
     margin: Literal["graded", "constant"] = "graded"  # f of PAR: 1.2, above a margin of 2 1.4; or 1.3 throughout
-    # Whether advantages compare the judgements of one response, or those of both responses of a pair.
-    group_by: Literal["response", "pair"] = "response"
-    normalise_std: bool = True  # whether advantages are divided by their group's standard deviation
+    # Whether advantages compare the judgements of one response, or those of both responses of a pair. Null, here and
+    # below: as update.algorithm has it.
+    group_by: Literal["response", "pair"] | None = None
+    normalise_std: bool | None = None  # whether advantages are divided by their group's standard deviation
+
+
+@dataclass(frozen=True)
+class KLSection(Section):
+    """The KL to the reference, and where it is charged; null: as update.algorithm has it."""
+
+    coef: NotNegative | None = None  # its weight; 0: no reference is loaded
+    kind: Literal["k1", "k2", "k3"] | None = None  # which estimate; k3 is unbiased and never negative
+    place: Literal["loss", "reward"] | None = None  # added to the loss, or taken off the reward
+    by_ratio: bool | None = None  # whether a token's estimate in the loss is multiplied by its ratio, as in TRL 1.16
 
 
 @dataclass(frozen=True)
 class UpdateSection(Section):
-    """How rollouts become an update."""
+    """How rollouts become an update; a setting that is null is as the algorithm has it."""
 
-    algorithm: Literal["grpo", "gspo"] = "grpo"  # gspo: one ratio for each sequence; clip it at some 3e-4 and 4e-4
-    clip_low: Share = 0.2  # how far a ratio may fall below 1
-    clip_high: NotNegative = 0.2  # how far it may rise above 1
-    kl_coef: NotNegative = 0.001  # weight of the k3 KL to the reference; 0: no reference is loaded
+    # Its values for what is null stand in patarm_jax/config/presets.py. A setting that it does not use is refused.
+    algorithm: Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gspo", "cispo"] = (
+        "grpo"
+    )
+    clip_low: NotNegative | None = None  # how far a ratio may fall below 1
+    clip_high: NotNegative | None = None  # how far it may rise above 1
+    dual_clip: AboveOne | None = None  # times -A, the most that a token of negative advantage A may cost; 3 in verl
+    # How tokens are weighed: all alike, those of each sequence as one, or all alike by sampling.max_new_tokens.
+    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] | None = None
+    kl: KLSection = field(default_factory=KLSection)
     # The model that the KL is measured from; empty: model.path. It is known by its weights when a run is resumed.
     reference: str = field(default="", metadata=PLACE | FREE)
-    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"  # how tokens are weighed against one another
+    # Whose log-probs are the old ones: the sampler's own, or the trainer's, computed once more for the same tokens.
+    old_logprobs: Literal["sampler", "trainer"] = "sampler"
+    # With the trainer's: the most that a token's loss is multiplied by, exp(old - sampler); null: by nothing.
+    importance_cap: AboveZero | None = None
     updates_per_rollout: Positive = 1  # optimiser updates on the rollouts of a step
 
 

@@ -7,6 +7,7 @@ from patarm_jax.config.recipes import GRPOConfig, JudgeConfig, SFTConfig
 from patarm_jax.config.sections import (
     DataSection,
     JudgingSection,
+    KLSection,
     ModelSection,
     OptimizerSection,
     RunSection,
@@ -77,7 +78,7 @@ def demo_configs(folder: Path, seed: int, sizes: DemoSizes) -> tuple[SFTConfig, 
         run=RunSection(folder=str(folder / "grpo"), seed=seed, steps=sizes.grpo_steps, checkpoint_every=20),
         sampling=_sampling(),
         # Without it, the first ten steps spoil one judgement in ten: what earns nothing drifts at this learning rate.
-        update=UpdateSection(kl_coef=0.02),
+        update=UpdateSection(kl=KLSection(coef=0.02)),
         pairs_per_step=16,
         group_size=8,
     )

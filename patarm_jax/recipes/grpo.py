@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import numpy as np
 
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import GRPOConfig
@@ -31,7 +32,7 @@ from patarm_jax.run.process import say
 from patarm_jax.run.programs import describe
 from patarm_jax.run.progress import Shown, percent
 from patarm_jax.run.rollouts import gather_rows
-from patarm_jax.types import Status, UserError
+from patarm_jax.types import UserError
 
 
 def main(config: GRPOConfig) -> bool:
@@ -42,7 +43,7 @@ def main(config: GRPOConfig) -> bool:
 
 
 def _ready(config: GRPOConfig) -> Ready[GRPOConfig]:
-    return make_ready(config, read_preferences, partial(_open_reference, config) if config.update.kl_coef else None)
+    return make_ready(config, read_preferences, partial(_open_reference, config) if config.charges_kl else None)
 
 
 def _train(ready: Ready[GRPOConfig]) -> bool:
@@ -76,10 +77,15 @@ def _train(ready: Ready[GRPOConfig]) -> bool:
                 widest = completion_width(int(lengths.max()), config.sampling.max_new_tokens)
                 rollouts = rollouts_of(mesh, requests, finished, step.batch, widest)
             with step.phase("logprobs"):
+                sampled = rollouts
                 if reference is not None:
-                    rollouts = replace(rollouts, ref_logprobs=rollout.logprobs(reference, None, rollouts))
+                    rollouts = replace(rollouts, ref_logprobs=rollout.logprobs(reference, None, sampled))
+                if config.update.old_logprobs == "trainer":
+                    anew = rollout.logprobs(run.state.params, learner.frozen, sampled)
+                    rollouts = replace(rollouts, old_logprobs=anew, sampler_logprobs=sampled.old_logprobs)
                 rewarded = jax.device_put(rewards.total.reshape(status.shape), batch_sharding(mesh))
-                valid = jax.device_put(status == Status.OK, batch_sharding(mesh))
+                # What could not be read has a reward, its penalty: every judgement is a member of its group.
+                valid = jax.device_put(np.ones(status.shape, bool), batch_sharding(mesh))
                 rollouts = replace(rollouts, advantages=rollout.advantages(rewarded, valid, rollouts))
                 jax.block_until_ready(rollouts)
             step.update(rollouts, config.update.updates_per_rollout)

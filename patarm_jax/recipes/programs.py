@@ -6,12 +6,14 @@ Nothing here reads a file or a text, so that benchmarks and compilation ahead of
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from patarm_jax.arrays import Params, Rollouts, SFTBatch, SFTShape, Tree, abstract
+from patarm_jax.config.presets import WEIGHS_SEQUENCES
 from patarm_jax.config.recipes import GRPOConfig, SFTConfig, TrainConfig
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import Form, kernel_for
@@ -22,6 +24,8 @@ from patarm_jax.rollout.draw import SamplingParams
 from patarm_jax.rollout.engine import Engine, abstract_programs, make_engine, network_of
 from patarm_jax.run.learner import Learner, make_learner, rollout_rules, weight_sync
 from patarm_jax.train.algorithms import ALGORITHMS, Algorithm
+from patarm_jax.train.penalties import KLPenalty
+from patarm_jax.train.policy_losses import Aggregation, SampledTokens, sampled_tokens
 from patarm_jax.train.steps import Forward, map_micro_batches, policy_loss, rollout_logprobs, sft_loss
 
 
@@ -96,26 +100,29 @@ class RolloutPrograms:
 
 def grpo_learner(config: GRPOConfig, arch: Architecture, mesh: Mesh, updates: int = 1) -> Learner[Rollouts]:
     """All weights, by the loss of the config's algorithm."""
-    loss = policy_loss(
-        _two_streams(config, arch, mesh),
-        algorithm_of(config),
-        config.update.aggregation,
-        config.sampling.temperature,
-        batch_shards(mesh),
-    )
+    forward, temperature = _two_streams(config, arch, mesh), config.sampling.temperature
+    loss = policy_loss(forward, algorithm_of(config), partial(_tokens_of, config), temperature, batch_shards(mesh))
     return make_learner(config, abstract_params(arch, mesh), mesh, loss, updates)
 
 
 def algorithm_of(config: GRPOConfig) -> Algorithm:
     """The algorithm with the settings of a config."""
-    update, reward = config.update, config.reward
-    return ALGORITHMS[update.algorithm](
-        clip_low=update.clip_low,
-        clip_high=update.clip_high,
-        kl_coef=update.kl_coef,
-        prompts_per_group={"response": 1, "pair": 2}[reward.group_by],
-        normalise_std=reward.normalise_std,
-    )
+    own = {name.removeprefix("update."): value for name, value in config.algorithm_settings.items()}
+    settings: dict[str, Any] = {name: own[name] for name in ("clip_low", "clip_high", "dual_clip") if name in own}
+    settings["kl"] = KLPenalty(**{field: own[f"kl.{field}"] for field in KLPenalty._fields})
+    if "reward.group_by" in own:
+        settings["prompts_per_group"] = {"response": 1, "pair": 2}[own["reward.group_by"]]
+    if "reward.normalise_std" in own:
+        settings["normalise_std"] = own["reward.normalise_std"]
+    return ALGORITHMS[config.update.algorithm](**settings)
+
+
+def _tokens_of(config: GRPOConfig, rollouts: Rollouts) -> SampledTokens:
+    """The batch as the config's algorithm weighs its tokens."""
+    aggregation: Aggregation = "sequence_mean"
+    if config.update.algorithm not in WEIGHS_SEQUENCES:
+        aggregation = config.algorithm_settings["update.aggregation"]
+    return sampled_tokens(rollouts, aggregation, config.sampling.max_new_tokens, config.update.importance_cap)
 
 
 def make_rollout_programs(config: GRPOConfig, arch: Architecture, mesh: Mesh) -> RolloutPrograms:
@@ -156,17 +163,20 @@ def grpo_programs(
     mesh, dtype = learner.mesh, config.model.dtype
     sampled = abstract_params(arch, mesh, rollout_rules(config.mesh), dtype, unstacked=True)
     rollouts = _abstract_rollouts(config, mesh, width)
-    bare, of_rollouts = replace(rollouts, ref_logprobs=None), rollouts.completion_lengths.shape
+    sampled_alone = replace(rollouts, ref_logprobs=None, sampler_logprobs=None)
+    of_rollouts = rollouts.completion_lengths.shape
     rewards, valid = (abstract(of_rollouts, dtype, batch_sharding(mesh)) for dtype in (jnp.float32, jnp.bool))
     shown: dict[str, Program] = {
         "copy for sampling": (rollout.to_rollout, (learner.shape.params,)),
         **abstract_programs(engine, sampled, 2 * config.pairs_per_step, width),
-        "advantages": (rollout.advantages, (rewards, valid, bare)),
+        "advantages": (rollout.advantages, (rewards, valid, rollouts)),
         "update": (learner.update, (learner.shape, learner.frozen, rollouts)),
     }
-    if config.update.kl_coef:
+    if config.update.old_logprobs == "trainer":
+        shown["old log-probs"] = (rollout.logprobs, (learner.shape.params, learner.frozen, sampled_alone))
+    if config.charges_kl:
         reference = abstract_params(arch, mesh, dtype=dtype)
-        shown["reference log-probs"] = (rollout.logprobs, (reference, None, bare))
+        shown["reference log-probs"] = (rollout.logprobs, (reference, None, sampled_alone))
     return shown
 
 
@@ -181,12 +191,14 @@ def _abstract_rollouts(config: GRPOConfig, mesh: Mesh, width: int) -> Rollouts:
         completion_tokens=new_array((prompts, group, new), jnp.int32),
         completion_lengths=new_array((prompts, group), jnp.int32),
         old_logprobs=logprobs,
-        ref_logprobs=logprobs if config.update.kl_coef else None,
+        ref_logprobs=logprobs if config.charges_kl else None,
         advantages=new_array((prompts, group), jnp.float32),
+        sampler_logprobs=logprobs if config.update.old_logprobs == "trainer" else None,
     )
 
 
-LARGE = ("prefill", "decode", "reference log-probs", "update")  # what is compiled ahead of a run's first step
+# What is compiled ahead of a run's first step.
+LARGE = ("prefill", "decode", "old log-probs", "reference log-probs", "update")
 
 
 def large(every: Mapping[str, Program]) -> dict[str, Program]:

@@ -54,6 +54,7 @@ def make_ready(
         read_pairs: reads what the recipe learns from.
         open_reference: opens the model that the KL is measured from; None where there is no KL.
     """
+    config = config.complete()
     mesh = make_mesh(config.mesh)
     check_batch(mesh, 2 * config.pairs_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}")
     model = open_model(config.model)

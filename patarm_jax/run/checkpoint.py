@@ -340,7 +340,7 @@ def _silence_coroutines() -> None:
     if getattr(before, "__module__", "") == __name__:
         return
 
-    def complain(unraisable: sys.UnraisableHookArgs) -> None:
+    def complain(unraisable: "sys.UnraisableHookArgs") -> None:
         left = unraisable.object
         of_orbax = inspect.iscoroutine(left) and "/orbax/" in left.cr_code.co_filename
         if not of_orbax and not (left is None and str(unraisable.exc_value) == "Event loop is closed"):

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from patarm_jax.config.flags import with_names_of_now
 from patarm_jax.config.load import lasting_settings
 from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.data.pipeline import EncodedPair, digest_of
@@ -53,9 +54,13 @@ def _weights_of(config: TrainConfig, model: Model, reference: Model | None) -> d
 
 def _as_written_now(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """The fingerprint that a run of an earlier version would have had from this one."""
-    found = dict(fingerprint)
-    if "policy" in found:  # `update` was called so, and knew one algorithm
-        found["update"] = {"algorithm": "grpo"} | found.pop("policy")
+    found = with_names_of_now(dict(fingerprint))
+    if "policy" in fingerprint:  # `update` was called so, and knew one algorithm
+        found["update"] = {"algorithm": "grpo"} | found["update"]
+    if "update" in found and "dual_clip" not in found["update"]:  # every setting stood there, and these were not known
+        kl = {"kind": "k3", "place": "loss", "by_ratio": False} | found["update"]["kl"]
+        further = {"dual_clip": None, "old_logprobs": "sampler", "importance_cap": None}
+        found["update"] = found["update"] | further | {"kl": kl}
     return found
 
 

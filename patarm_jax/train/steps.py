@@ -16,8 +16,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from patarm_jax.arrays import Array, Params, Rollouts, SFTBatch, Tree, abstract
-from patarm_jax.train.algorithms import Aggregation, Algorithm, SampledTokens, sampled_tokens
+from patarm_jax.train.algorithms import Algorithm
 from patarm_jax.train.losses import Loss, Mean, mask_from_lengths, sum_over_tokens, token_logprobs
+from patarm_jax.train.policy_losses import SampledTokens
 
 Batch = TypeVar("Batch")
 
@@ -160,22 +161,26 @@ def _predicted(forward: Forward, params: Params, frozen: Tree, rollouts: Rollout
 
 
 def policy_loss(
-    forward: Forward, algorithm: Algorithm, aggregation: Aggregation, temperature: float, shards: int = 1
+    forward: Forward,
+    algorithm: Algorithm,
+    tokens_of: Callable[[Rollouts], SampledTokens],
+    temperature: float,
+    shards: int = 1,
 ) -> LossFn[Rollouts]:
     """The loss of an algorithm over sampled tokens.
 
     Args:
         forward: (params, frozen, prompt [R, Tp], prompt_lengths [R], completion [R, G, Tc]) → Output.
         algorithm: whose loss is minimised.
-        aggregation: how tokens are weighed against one another.
-        temperature: of sampling.
+        tokens_of: `policy_losses.sampled_tokens` with its settings.
+        temperature: that of sampling.
         shards: into how many parts the devices share the batch.
     """
     of_states = _fused if algorithm.adds_up else _exact
 
     def loss(params: Params, frozen: Tree, rollouts: Rollouts) -> Loss:
         predicted = _predicted(forward, params, frozen, rollouts)
-        return of_states(algorithm, temperature, shards, predicted, sampled_tokens(rollouts, aggregation))
+        return of_states(algorithm, temperature, shards, predicted, tokens_of(rollouts))
 
     return loss
 

@@ -1,0 +1,88 @@
+"""Which settings each algorithm uses, and its own values for those that are left unset.
+
+The values are those of the implementation that an algorithm's functions equal, or of its paper; PaTaRM's run has the
+KL of GRPO. A setting that is not listed for an algorithm is not used by it, and refused.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from patarm_jax.config.sections import Section
+from patarm_jax.types import UsageError
+
+Config = TypeVar("Config", bound=Section)
+
+_CLIP = {"update.clip_low": 0.2, "update.clip_high": 0.2}
+_DUAL = {"update.dual_clip": None}  # None: without it
+_GROUP = {"reward.group_by": "response"}
+_SPREAD = {"reward.normalise_std": True}
+_TOKENS = {"update.aggregation": "token_mean"}
+
+
+def _kl(coef: float, kind: str = "k3", place: str = "loss") -> dict[str, object]:
+    return {
+        "update.kl.coef": coef,
+        "update.kl.kind": kind,
+        "update.kl.place": place,
+        "update.kl.by_ratio": False,
+    }
+
+
+PRESETS: Mapping[str, Mapping[str, object]] = {
+    "grpo": {**_CLIP, **_DUAL, **_TOKENS, **_GROUP, **_SPREAD, **_kl(0.001)},
+    "dr_grpo": {**_CLIP, **_DUAL, "update.aggregation": "constant_length", **_GROUP, **_kl(0.0)},
+    "dapo": {**_CLIP, "update.clip_high": 0.28, **_DUAL, **_TOKENS, **_GROUP, **_SPREAD, **_kl(0.0)},
+    "rloo": {**_CLIP, **_GROUP, **_kl(0.05, "k1", "reward")},
+    "reinforce_pp": {**_CLIP, **_DUAL, **_TOKENS, **_kl(0.001, "k1", "reward")},
+    "reinforce_pp_baseline": {**_CLIP, **_DUAL, **_TOKENS, **_GROUP, **_kl(0.001)},
+    "gspo": {"update.clip_low": 3e-4, "update.clip_high": 4e-4, **_GROUP, **_SPREAD, **_kl(0.0)},
+    "cispo": {"update.clip_low": None, "update.clip_high": 4.0, **_TOKENS, **_GROUP, **_SPREAD, **_kl(0.0)},
+}
+IN_WORDS = {
+    "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "dapo": "the loss of DAPO",
+    "rloo": "RLOO",
+    "reinforce_pp": "REINFORCE++",
+    "reinforce_pp_baseline": "REINFORCE++-baseline",
+    "gspo": "GSPO",
+    "cispo": "CISPO",
+}
+# Those that compare whole sequences weigh each of them alike.
+WEIGHS_SEQUENCES = ("rloo", "gspo")
+CHOSEN_BY_ALGORITHM = tuple(dict.fromkeys(name for preset in PRESETS.values() for name in preset))
+
+
+def value_at(config: Section, name: str) -> Any:
+    """The value of a setting by its dotted name."""
+    return functools.reduce(getattr, name.split("."), config)
+
+
+def with_values(config: Config, values: Mapping[str, object]) -> Config:
+    """The config with settings by their dotted names."""
+    for name, value in values.items():
+        config = _replaced(config, name.split("."), value)
+    return config
+
+
+def _replaced(section: Config, path: Sequence[str], value: object) -> Config:
+    first, *rest = path
+    return dataclasses.replace(section, **{first: _replaced(getattr(section, first), rest, value) if rest else value})
+
+
+def completed(algorithm: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an algorithm by dotted name: what is given, and its own value for what is None.
+
+    Raises:
+        UsageError: when a setting is given that the algorithm does not use.
+    """
+    preset = PRESETS[algorithm]
+    for name, value in given.items():
+        if value is not None and name not in preset:
+            raise UsageError(
+                f"{name} is {value}, and update.algorithm {algorithm} does not use it; it uses "
+                f"{', '.join(preset)}. Leave it out, or choose another algorithm."
+            )
+    return {name: own if given.get(name) is None else given[name] for name, own in preset.items()}

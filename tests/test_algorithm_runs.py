@@ -1,0 +1,34 @@
+"""Every algorithm trains by the command, says the settings it has, and ends alike whether or not it is killed."""
+
+import signal
+
+import pytest
+import yaml
+
+from patarm_jax.config.load import load_run
+from patarm_jax.config.presets import PRESETS, value_at
+from tests.runs import VAIN, config_file, exported, lines_of, timeless
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("algorithm", PRESETS)
+def test_a_killed_run_of_any_algorithm_ends_like_a_whole_one(world, started, algorithm):
+    """With the trainer's log-probs as the old ones, and a KL where the algorithm has it."""
+    update = {"algorithm": algorithm, "old_logprobs": "trainer", "importance_cap": 2.0}
+    names = [f"{algorithm}_{fate}" for fate in ("whole", "killed")]
+    configs = [config_file(world, name, "grpo", update=update, heldout={"path": ""}) for name in names]
+    whole, killed = (started("grpo", config) for config in configs)
+    folders = [world / name for name in names]
+    killed.until(lambda: len(lines_of(folders[1])) >= 3)
+    killed.process.send_signal(signal.SIGKILL)
+    killed.end(-signal.SIGKILL)
+    started("grpo", configs[1]).end(VAIN["grpo"])
+    whole.end(VAIN["grpo"])
+    assert timeless(folders[0]) == timeless(folders[1]) and exported(folders[0]) == exported(folders[1])
+    last = lines_of(folders[0])[-1]
+    # One device, one kind of number: the sampler's log-probs and the trainer's are the same but for rounding.
+    assert last["sampling/logprob_gap_mean"] < 1e-3 and last["sampling/ratio_outside"] == 0 and last["kl"] > 0
+    set_here = yaml.safe_load(configs[0].read_text())["update"]["kl"]["coef"]
+    resolved = load_run(folders[0])
+    for name, value in PRESETS[algorithm].items():
+        assert value_at(resolved, name) == (set_here if name == "update.kl.coef" else value)
