@@ -104,8 +104,12 @@ def test_advantages_equal_verls(case):
     found = advantages_of(function, groups, rewards, mask, *log_probs, **settings, **kl)
     found = found if found.ndim == 2 else found[:, None] * mask
     sizes = np.asarray([groups.count(group) for group in groups])
-    # A group of one is 0 here, and its reward there: nothing is learnt from a judgement compared with itself.
-    alone = (sizes == 1) & (kind not in ("reinforce_pp", "reinforce_pp_baseline"))
+    # A group of one is 0 here, and its reward there: nothing is learnt from a judgement compared with itself. Where
+    # tokens are whitened this moves those of all.
+    alone = (sizes == 1) & (kind != "reinforce_pp")
+    if alone.any() and kind == "reinforce_pp_baseline":
+        assert np.abs(found - expected * mask).max() > 0.1
+        return
     np.testing.assert_allclose(found[~alone], (expected * mask)[~alone], rtol=1e-4, atol=5e-6)
     assert (found[alone] == 0).all()
 

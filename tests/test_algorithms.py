@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from patarm_jax.arrays import Rollouts
-from patarm_jax.config.sections import OptimizerSection
+from patarm_jax.config.sections import MeshSection, OptimizerSection
+from patarm_jax.model.sharding import MESH_AXES, OnMesh, batch_sharding, batch_shards, make_mesh, place_batch
 from patarm_jax.train import losses
 from patarm_jax.train.algorithms import ALGORITHMS
 from patarm_jax.train.losses import Loss, mask_from_lengths
@@ -20,6 +22,7 @@ from patarm_jax.train.steps import init_state, make_step, policy_loss
 
 RNG = np.random.default_rng(0)
 SETTINGS = {"clip_low": 0.05, "clip_high": 0.1, "kl": KLPenalty(0.3)}
+ALONE = jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
 LOSSES = ("grpo", "rloo", "gspo", "cispo")  # one algorithm for each kind of loss
 TEMPERATURE, VOCAB, WIDTH = 0.8, 23, 6
 SEQUENCES = partial(sampled_tokens, aggregation="sequence_mean", importance_cap=1.1)
@@ -276,7 +279,14 @@ def coupled(params, frozen, batch):
     return Loss((total, count), {"loss": (total, count), "margin": (margin.sum(), count)})
 
 
+def own_advantages():
+    return rollouts(tokens_of_their_own=True)
+
+
+CONSTANT = partial(sampled_tokens, aggregation="constant_length", longest=9)
 CASES = {
+    "constant length": (policy_loss(forward, ALGORITHMS["dr_grpo"](**SETTINGS), CONSTANT, TEMPERATURE), rollouts),
+    "of tokens": (policy_loss(forward, ALGORITHMS["reinforce_pp"](**SETTINGS), SEQUENCES, TEMPERATURE), own_advantages),
     "coupled": (coupled, lambda: jnp.asarray(RNG.integers(0, VOCAB, (8, 2, 5)))),
     **{name: (policy_loss(forward, ALGORITHMS[name](**SETTINGS), SEQUENCES, TEMPERATURE), rollouts) for name in LOSSES},
 }
@@ -344,3 +354,25 @@ def test_k3_is_the_kl_on_average_and_never_negative():
     estimates = np.asarray(estimated_kl(jnp.log(p), jnp.log(q), "k3"))
     assert (estimates >= 0).all()
     assert float((p * estimates).sum()) == pytest.approx(float((p * np.log(p / q)).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_eight_devices_equal_one(name):
+    """Advantages over groups and over the batch's tokens, and the update by them."""
+    rng = np.random.default_rng(8)
+    rewards, valid = rng.normal(size=(8, 3)).astype(np.float32), rng.random((8, 3)) > 0.2
+    (params, frozen), batch = toy(), rollouts()
+    settings = {"clip_low": 0.05, "clip_high": 0.1, "kl": KLPenalty(0.3, "k1", "reward")}
+    algorithm, optimizer = ALGORITHMS[name](**settings), make_optimizer(OptimizerSection(learning_rate=1e-2), 10)
+    found = []
+    for mesh in (ALONE, make_mesh(MeshSection(data=8, fsdp=1))):
+        here = place_batch(mesh, jax.tree.map(np.asarray, (rewards, valid, batch)))
+        advantages = OnMesh(mesh, algorithm.advantages, out_shardings=batch_sharding(mesh))(*here)
+        loss = policy_loss(forward, algorithm, SEQUENCES, TEMPERATURE, batch_shards(mesh))
+        step = OnMesh(mesh, make_step(loss, optimizer, 1))
+        state, metrics = step(init_state(params, optimizer), frozen, replace(here[2], advantages=advantages))
+        found.append((np.asarray(advantages), state.opt_state, float(metrics["loss"])))
+    (one, moments, value), (eight, others, other) = found
+    np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-6)
+    assert_close(others, moments)
+    assert other == pytest.approx(value, rel=1e-5)

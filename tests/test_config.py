@@ -14,6 +14,7 @@ from patarm_jax.config.presets import CHOSEN_BY_ALGORITHM, PRESETS, WEIGHS_SEQUE
 from patarm_jax.config.recipes import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, SFTConfig
 from patarm_jax.config.sections import limits_of
 from patarm_jax.recipes.programs import algorithm_of
+from patarm_jax.train.penalties import KLPenalty
 from patarm_jax.types import UsageError, UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -242,6 +243,14 @@ def test_a_section_of_another_name_is_said_and_a_run_of_an_earlier_version_is_re
     for name in ("policy", "update"):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({"recipe": "grpo", name: {"kl_coef": 0.5}}))
         assert load_run(tmp_path).update.kl.coef == 0.5
+    gspo = {"algorithm": "gspo", "aggregation": "token_mean", "kl_coef": 0.5}
+    domains = {"v1.5": "chat"}
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"recipe": "grpo", "update": gspo, "data": {"domains": domains}})
+    )
+    assert load_run(tmp_path).update.aggregation is None and load_run(tmp_path).data.domains == domains
+    with pytest.raises(UsageError, match=r"unknown key policy\."):
+        from_mapping(SFTConfig, {"policy": {}}, "there")
     (tmp_path / "config.yaml").write_text("recipe: other")
     with pytest.raises(UserError, match="is of the recipe 'other'; known are sft, grpo"):
         load_run(tmp_path)
@@ -290,6 +299,27 @@ def test_an_algorithm_has_values_of_its_own_for_what_is_unset(algorithm):
     assert algorithm_of(config).adds_up == (algorithm not in WEIGHS_SEQUENCES)
 
 
+def test_what_is_set_reaches_the_algorithm():
+    arguments = ["grpo", "--update.clip_low", "0.1", "--update.clip_high", "0.3", "--update.dual_clip", "2"]
+    kl = [
+        "--update.kl.coef",
+        "0.5",
+        "--update.kl.kind",
+        "k2",
+        "--update.kl.place",
+        "loss",
+        "--update.kl.by_ratio",
+        "true",
+    ]
+    group = ["--reward.group_by", "pair", "--reward.normalise_std", "false"]
+    algorithm = algorithm_of(override(GRPOConfig(), ["--update.algorithm", *arguments, *kl, *group]))
+    charged = KLPenalty(coef=0.5, kind="k2", place="loss", by_ratio=True)
+    assert algorithm.advantages.keywords == {"prompts_per_group": 2, "normalise_std": False, "kl": charged}
+    assert algorithm.loss.keywords == {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 2.0, "kl": charged}
+    none = algorithm_of(override(GRPOConfig(), ["--update.algorithm", "cispo"])).loss.keywords
+    assert none == {"clip_low": None, "clip_high": 4.0, "kl": KLPenalty(coef=0.0)}
+
+
 def test_what_is_set_stays():
     arguments = ["--update.algorithm", "dapo", "--update.clip_high", "0.3", "--update.kl.coef", "0.5"]
     config = override(GRPOConfig(), arguments).complete()
@@ -305,14 +335,28 @@ def test_what_is_set_stays():
         (["reinforce_pp", "--reward.group_by", "pair"], "reward.group_by is pair, and update.algorithm reinforce_pp"),
         (["gspo", "--update.aggregation", "token_mean"], "update.aggregation is token_mean, and update.algorithm gspo"),
         (["grpo", "--update.importance_cap", "2"], "update.importance_cap is 2.0, and update.old_logprobs is sampler"),
-        (["rloo", "--update.kl.by_ratio", "true"], "update.kl.by_ratio is true, and update.kl.place is reward"),
+        (["reinforce_pp", "--update.kl.by_ratio", "true"], "update.kl.by_ratio is true, and update.kl.place is reward"),
         (["grpo", "--update.dual_clip", "1"], "update.dual_clip is 1.0; allowed is above 1"),
+        (
+            ["gspo", "--update.kl.by_ratio", "true"],
+            "update.kl.by_ratio is True, and update.algorithm gspo does",
+        ),
+        (["rloo", "--update.importance_cap", "2"], "update.importance_cap is 2.0, and update.algorithm rloo does not"),
         (["grop"], "--update.algorithm is 'grop'; allowed is one of 'grpo', .* Did you mean grpo?"),
     ],
 )
 def test_what_an_algorithm_does_not_use_is_refused_by_name(arguments, says):
     with pytest.raises(UsageError, match=says):
         override(GRPOConfig(), ["--update.algorithm", *arguments])
+
+
+@pytest.mark.parametrize("said", [["kl.kind", "k2"], ["kl.place", "reward"], ["reference", "somewhere"]])
+def test_nothing_is_said_of_a_kl_that_is_not_charged(said):
+    name, value = said
+    config = override(GRPOConfig(), ["--update.algorithm", "dapo", f"--update.{name}", value])
+    with pytest.raises(UsageError, match=f"update.{name} is {value}, and update.kl.coef is 0, which it is with dapo"):
+        config.complete()
+    override(config, ["--update.kl.coef", "0.1"]).complete()
 
 
 def test_an_algorithm_in_a_file_that_does_not_exist_is_refused_with_the_nearest():

@@ -55,10 +55,11 @@ def test_without_a_kl_there_is_no_reference():
 
 @pytest.mark.parametrize("name", get_args(get_type_hints(UpdateSection)["algorithm"]))
 def test_every_algorithm_has_its_programs(name):
-    update = UpdateSection(algorithm=name, old_logprobs="trainer", importance_cap=2.0, kl=KLSection(coef=0.1))
+    update = UpdateSection(algorithm=name, old_logprobs="trainer", kl=KLSection(coef=0.1))
     found = programs(replace(CONFIGS["grpo"], update=update), Architecture(**TINY), make_mesh(MeshSection()))
     assert found.keys() == NAMES["grpo"] | {"old log-probs"}
     program, arguments = found["advantages"]
-    assert program.lower(*arguments).out_info.shape[:2] == (16, 8)
+    earned = program.lower(*arguments).out_info
     program, arguments = found["update"]
+    assert arguments[2].advantages.shape == earned.shape and earned.shape[:2] == (16, 8)
     assert {"kl", "sampling/ratio_outside"} <= program.lower(*arguments).out_info[1].keys()

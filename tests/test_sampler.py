@@ -112,7 +112,7 @@ def assert_same(one, other):
     ("section", "rules", "rows"),
     [
         pytest.param(MeshSection(data=2, fsdp=2, tensor=2), ROLLOUT_RULES, 0, marks=pytest.mark.long),
-        (MeshSection(data=2, fsdp=2, tensor=2), TRAIN_RULES, 8),
+        pytest.param(MeshSection(data=2, fsdp=2, tensor=2), TRAIN_RULES, 8, marks=pytest.mark.long),
         pytest.param(MeshSection(data=1, fsdp=8, tensor=1), ROLLOUT_RULES, 8, marks=pytest.mark.long),
         (MeshSection(data=1, fsdp=8, tensor=1), TRAIN_RULES, 0),
     ],
@@ -137,7 +137,7 @@ def test_the_same_draws_on_one_and_on_eight_devices(section, rules, rows):
         pytest.param(4, 8, 5, 30, "never", 4, marks=pytest.mark.long),
         pytest.param(3, 5, 4, 30, "at once", 5, marks=pytest.mark.long),
         pytest.param(9, 4, 7, 70, "often", 6, marks=pytest.mark.long),
-        (2, 7, 6, 11, "often", 7),
+        pytest.param(2, 7, 6, 11, "often", 7, marks=pytest.mark.long),
         pytest.param(3, 6, 4, 9, "often", 8, marks=pytest.mark.long),
     ],
 )

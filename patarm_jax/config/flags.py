@@ -71,9 +71,10 @@ def with_names_of_now(mapping: dict[str, Any], prefix: str = "") -> dict[str, An
     """Settings of an earlier version, nested, under the names they have today."""
     found: dict[str, Any] = {}
     for key, value in mapping.items():
-        here = f"{prefix}{key}"
-        renamed: Any = with_names_of_now(value, f"{now_called(here)}.") if isinstance(value, dict) else value
-        for part in reversed(now_called(here).removeprefix(prefix).split(".")):
+        here, now = f"{prefix}{key}", now_called(f"{prefix}{key}")
+        renamed: Any = with_names_of_now(value, f"{now}.") if isinstance(value, dict) else value
+        # Keys of a mapping may hold dots of their own.
+        for part in reversed(now.removeprefix(prefix).split(".") if now != here else [key]):
             renamed = {part: renamed}
         found = merged(found, renamed)
     return found

@@ -34,6 +34,9 @@ def load_run(folder: Path) -> TrainConfig:
     """The config.yaml of a run folder, of an earlier version too."""
     path = folder / "config.yaml"
     mapping = with_names_of_now(read_yaml(path))
+    update = mapping.get("update")
+    if isinstance(update, dict) and update.get("algorithm") == "gspo" and "dual_clip" not in update:
+        update.pop("aggregation", None)  # it has weighed sequences alike ever since
     recipe = mapping.get("recipe")
     if recipe not in TRAINING:
         raise UserError(f"{path} is of the recipe {recipe!r}; known are {', '.join(TRAINING)}. Give a run's folder.")
@@ -131,9 +134,10 @@ def _refuse_unknown_keys(cls: object, mapping: object, where: str, prefix: str) 
         raise UsageError(f"{where}{prefix.rstrip('.')} is a section of keys, got {mapping!r}.")
     kinds = get_type_hints(cls)
     for key, value in mapping.items():
-        if key not in kinds and (now := now_called(f"{prefix}{key}")) != f"{prefix}{key}":
+        now = now_called(f"{prefix}{key}").removeprefix(prefix)
+        if key not in kinds and now.partition(".")[0] in kinds:
             what = "the section " if isinstance(value, Mapping) else ""
-            raise UsageError(f"{where}{what}{prefix}{key} is called {now} now. Rename it.")
+            raise UsageError(f"{where}{what}{prefix}{key} is called {prefix}{now} now. Rename it.")
         if key not in kinds:
             raise UsageError(f"{where}unknown key {prefix}{key}.{nearest(str(key), list(kinds), prefix)}")
         if dataclasses.is_dataclass(kinds[key]):

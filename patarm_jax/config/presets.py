@@ -1,7 +1,6 @@
 """Which settings each algorithm uses, and its own values for those that are left unset.
 
-The values are those of the implementation that an algorithm's functions equal, or of its paper; PaTaRM's run has the
-KL of GRPO. A setting that is not listed for an algorithm is not used by it, and refused.
+Where a value is from stands beside each. A setting that is not listed for an algorithm is not used by it, and refused.
 """
 
 import dataclasses
@@ -21,24 +20,56 @@ _SPREAD = {"reward.normalise_std": True}
 _TOKENS = {"update.aggregation": "token_mean"}
 
 
+_CAP = {"update.importance_cap": None}
+_BY_RATIO = {"update.kl.by_ratio": False}  # of algorithms with a ratio for each token
+
+
 def _kl(coef: float, kind: str = "k3", place: str = "loss") -> dict[str, object]:
-    return {
-        "update.kl.coef": coef,
-        "update.kl.kind": kind,
-        "update.kl.place": place,
-        "update.kl.by_ratio": False,
-    }
+    return {"update.kl.coef": coef, "update.kl.kind": kind, "update.kl.place": place}
 
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
-    "grpo": {**_CLIP, **_DUAL, **_TOKENS, **_GROUP, **_SPREAD, **_kl(0.001)},
-    "dr_grpo": {**_CLIP, **_DUAL, "update.aggregation": "constant_length", **_GROUP, **_kl(0.0)},
-    "dapo": {**_CLIP, "update.clip_high": 0.28, **_DUAL, **_TOKENS, **_GROUP, **_SPREAD, **_kl(0.0)},
-    "rloo": {**_CLIP, **_GROUP, **_kl(0.05, "k1", "reward")},
-    "reinforce_pp": {**_CLIP, **_DUAL, **_TOKENS, **_kl(0.001, "k1", "reward")},
-    "reinforce_pp_baseline": {**_CLIP, **_DUAL, **_TOKENS, **_GROUP, **_kl(0.001)},
-    "gspo": {"update.clip_low": 3e-4, "update.clip_high": 4e-4, **_GROUP, **_SPREAD, **_kl(0.0)},
-    "cispo": {"update.clip_low": None, "update.clip_high": 4.0, **_TOKENS, **_GROUP, **_SPREAD, **_kl(0.0)},
+    # The KL is RM-R1's and Rubric-ARM's, as PaTaRM publishes none; the rest are verl's values and TRL's.
+    "grpo": {**_CLIP, **_DUAL, **_CAP, **_TOKENS, **_GROUP, **_SPREAD, **_kl(0.001), **_BY_RATIO},
+    # Its paper's, which has no KL.
+    "dr_grpo": {
+        **_CLIP,
+        **_DUAL,
+        **_CAP,
+        "update.aggregation": "constant_length",
+        **_GROUP,
+        **_kl(0.0),
+        **_BY_RATIO,
+    },
+    # Its paper's, which has no KL.
+    "dapo": {
+        **_CLIP,
+        "update.clip_high": 0.28,
+        **_DUAL,
+        **_CAP,
+        **_TOKENS,
+        **_GROUP,
+        **_SPREAD,
+        **_kl(0.0),
+        **_BY_RATIO,
+    },
+    "rloo": {**_CLIP, **_GROUP, **_kl(0.05, "k1", "reward")},  # TRL's
+    "reinforce_pp": {**_CLIP, **_DUAL, **_CAP, **_TOKENS, **_kl(0.001, "k1", "reward"), **_BY_RATIO},  # verl's
+    # Its KL stands in the loss as its paper has it; the weight is GRPO's here.
+    "reinforce_pp_baseline": {**_CLIP, **_DUAL, **_CAP, **_TOKENS, **_GROUP, **_kl(0.001), **_BY_RATIO},
+    # Its paper's.
+    "gspo": {"update.clip_low": 3e-4, "update.clip_high": 4e-4, **_CAP, **_GROUP, **_SPREAD, **_kl(0.0)},
+    # ScaleRL's, by TRL: no floor, and a cap of 5.
+    "cispo": {
+        "update.clip_low": None,
+        "update.clip_high": 4.0,
+        **_CAP,
+        **_TOKENS,
+        **_GROUP,
+        **_SPREAD,
+        **_kl(0.0),
+        **_BY_RATIO,
+    },
 }
 IN_WORDS = {
     "grpo": "GRPO",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from patarm_jax.config.presets import CHOSEN_BY_ALGORITHM, IN_WORDS, completed, value_at, with_values
+from patarm_jax.config.presets import CHOSEN_BY_ALGORITHM, IN_WORDS, PRESETS, completed, value_at, with_values
 from patarm_jax.config.sections import (
     FREE,
     PLACE,
@@ -143,8 +143,21 @@ class GRPOConfig(TrainConfig):
         return f"PAR with the {self.reward.margin} margin, {self.group_size} judgements of each response"
 
     def complete(self) -> "GRPOConfig":
-        """With the algorithm's own values for what is unset."""
-        return with_values(self, self.algorithm_settings)
+        """With the algorithm's own values for what is unset.
+
+        Raises:
+            UsageError: when something is said of a KL that is not charged.
+        """
+        settings = self.algorithm_settings
+        own = PRESETS[self.update.algorithm]
+        said = [name for name in settings if name.startswith("update.kl.") and settings[name] != own[name]]
+        said = [name for name in said if name != "update.kl.coef"] + ["update.reference"] * bool(self.update.reference)
+        if said and not self.charges_kl:
+            raise UsageError(
+                f"{said[0]} is {value_at(self, said[0])}, and update.kl.coef is 0, which it is with "
+                f"{self.update.algorithm} unless it is set: no KL is charged. Set update.kl.coef, or leave it out."
+            )
+        return with_values(self, settings)
 
     def check(self) -> None:
         """Refuses settings that are right one by one and together make no sense."""
@@ -154,7 +167,7 @@ class GRPOConfig(TrainConfig):
                 "group_size is 1 where reward.group_by is response; allowed is 2 or more: a judgement that is "
                 "compared with itself teaches nothing. Raise group_size."
             )
-        if settings["update.kl.by_ratio"] and settings["update.kl.place"] != "loss":
+        if settings.get("update.kl.by_ratio") and settings["update.kl.place"] != "loss":
             raise UsageError(
                 "update.kl.by_ratio is true, and update.kl.place is reward; only a KL in the loss has ratios. Set "
                 "update.kl.place to loss, or leave by_ratio out."

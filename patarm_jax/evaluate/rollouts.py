@@ -55,6 +55,15 @@ def rollout_metrics(
     return {name: float(value) for name, value in metrics.items()}
 
 
+def advantages_by_rollout(advantages: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[R, G]: the advantages themselves, or of those by token [R, G, Tc] the mean over a rollout's own tokens."""
+    if advantages.ndim == 2:
+        return advantages
+    mask = np.arange(advantages.shape[-1]) < lengths[..., None]
+    mean: np.ndarray = np.where(mask, advantages, 0.0).sum(axis=-1) / np.maximum(lengths, 1)
+    return mean
+
+
 def rollout_rows(
     ids: Sequence[str], judgements: Sequence[Sequence[Judgement]], rewards: np.ndarray, advantages: np.ndarray
 ) -> list[RolloutRow]:

@@ -14,7 +14,7 @@ import numpy as np
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import GRPOConfig
 from patarm_jax.data.preferences import read_preferences
-from patarm_jax.evaluate.rollouts import rollout_metrics, rollout_rows
+from patarm_jax.evaluate.rollouts import advantages_by_rollout, rollout_metrics, rollout_rows
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.sharding import TRAIN_RULES, batch_sharding, fetch, gather, local_part
 from patarm_jax.padding import bucket
@@ -89,9 +89,11 @@ def _train(ready: Ready[GRPOConfig]) -> bool:
                 rollouts = replace(rollouts, advantages=rollout.advantages(rewarded, valid, rollouts))
                 jax.block_until_ready(rollouts)
             step.update(rollouts, config.update.updates_per_rollout)
-            step.metrics |= rollout_metrics(*by_pair, rewards, fetch(rollouts.advantages), lengths, truncated)
+            advantages = advantages_by_rollout(fetch(rollouts.advantages), lengths)
+            step.metrics |= rollout_metrics(*by_pair, rewards, advantages, lengths, truncated)
             ids = [record.preference.id for record in step.pairs.records]
-            rows = rollout_rows(ids, judgements, local_part(rewarded), local_part(rollouts.advantages))
+            own = advantages_by_rollout(local_part(rollouts.advantages), finished.lengths)
+            rows = rollout_rows(ids, judgements, local_part(rewarded), own)
             step.rows = gather_rows(mesh, rows)
             step.tokens = config.group_size * sum(prompt for prompt, _ in step.pairs.lengths) + int(lengths.sum())
         return run.finish(card_of(config, model, len(records)))

@@ -109,7 +109,7 @@ def algorithm_of(config: GRPOConfig) -> Algorithm:
     """The algorithm with the settings of a config."""
     own = {name.removeprefix("update."): value for name, value in config.algorithm_settings.items()}
     settings: dict[str, Any] = {name: own[name] for name in ("clip_low", "clip_high", "dual_clip") if name in own}
-    settings["kl"] = KLPenalty(**{field: own[f"kl.{field}"] for field in KLPenalty._fields})
+    settings["kl"] = KLPenalty(**{field: own[f"kl.{field}"] for field in KLPenalty._fields if f"kl.{field}" in own})
     if "reward.group_by" in own:
         settings["prompts_per_group"] = {"response": 1, "pair": 2}[own["reward.group_by"]]
     if "reward.normalise_std" in own:
@@ -166,11 +166,14 @@ def grpo_programs(
     sampled_alone = replace(rollouts, ref_logprobs=None, sampler_logprobs=None)
     of_rollouts = rollouts.completion_lengths.shape
     rewards, valid = (abstract(of_rollouts, dtype, batch_sharding(mesh)) for dtype in (jnp.float32, jnp.bool))
+    # Some algorithms give each token an advantage of its own.
+    earned = jax.eval_shape(algorithm_of(config).advantages, rewards, valid, rollouts)
+    learnt_from = replace(rollouts, advantages=abstract(earned.shape, earned.dtype, batch_sharding(mesh)))
     shown: dict[str, Program] = {
         "copy for sampling": (rollout.to_rollout, (learner.shape.params,)),
         **abstract_programs(engine, sampled, 2 * config.pairs_per_step, width),
         "advantages": (rollout.advantages, (rewards, valid, rollouts)),
-        "update": (learner.update, (learner.shape, learner.frozen, rollouts)),
+        "update": (learner.update, (learner.shape, learner.frozen, learnt_from)),
     }
     if config.update.old_logprobs == "trainer":
         shown["old log-probs"] = (rollout.logprobs, (learner.shape.params, learner.frozen, sampled_alone))

@@ -192,10 +192,16 @@ class Run:
                     return
 
     def _values(self, step: Step[Tree]) -> dict[str, float]:
-        """The step's metrics, those of its updates in the mean; waits for the devices."""
+        """The step's metrics, those of its updates in the mean; waits for the devices.
+
+        What compares the sampler with the trainer is of the first update alone: later ones have other weights.
+        """
         updates, counters = fetch((step.updates, (self.state.step, self.state.skipped)))
         tried, skipped = map(int, counters)
-        means = {name: float(np.mean([one[name] for one in updates])) for name in (updates[0] if updates else {})}
+        means = {
+            name: float(first if name.startswith("sampling/") else np.mean([one[name] for one in updates]))
+            for name, first in (updates[0] if updates else {}).items()
+        }
         rate = float(self.learner.schedule(max(tried - 1 - skipped, 0)))
         return step.metrics | means | {"skipped_updates": float(skipped), "learning_rate": rate}
 

@@ -61,6 +61,10 @@ def _as_written_now(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         kl = {"kind": "k3", "place": "loss", "by_ratio": False} | found["update"]["kl"]
         further = {"dual_clip": None, "old_logprobs": "sampler", "importance_cap": None}
         found["update"] = found["update"] | further | {"kl": kl}
+        if found["update"]["algorithm"] == "gspo":
+            kl["by_ratio"] = None
+            if found["update"]["aggregation"] == "sequence_mean":  # what it weighs by in any case
+                found["update"]["aggregation"] = None
     return found
 
 

@@ -2,8 +2,9 @@
 
 Every function takes rewards [R, G] and `valid` [R, G], whether a rollout has a reward at all. A rollout without one is
 left out of its group's baseline and spread, and its advantage is 0; what stands in its place is not looked at, be it a
-NaN. A judgement that cannot be read has a reward, its penalty, and is valid. Members that are equal have an advantage
-of exactly 0, although the mean of equal floats may lie beside them.
+NaN. A judgement that cannot be read has a reward, its penalty, and is valid. Members that are equal lie exactly 0 from
+their mean, although the mean of equal floats may lie beside them, and so does one that is alone, where verl keeps its
+reward. Whitened advantages are 0 only where those of the whole batch are equal.
 
 Axis letters: R prompts · G rollouts per prompt · Tc completion tokens
 """
@@ -47,7 +48,7 @@ def group_advantages(
         [R, G] float32.
 
     Equals: verl `compute_grpo_outcome_advantage` (ε 1e-6) and TRL's `scale_rewards` "group" and "none" (ε 1e-4), its
-    rewards that are None as not valid; but where all rewards of a group are equal, it is exactly 0 here.
+    rewards that are None as not valid; but a group of one, or of equal rewards, gives exactly 0 here.
     """
     centred, equal, count = _centred(_penalised(rewards, valid, rollouts, kl), valid, prompts_per_group)
     return (normalised(centred, equal, count, 1, eps) if normalise_std else centred).reshape(rewards.shape)
@@ -112,11 +113,11 @@ def centred_whitened(
     prompts_per_group: int = 1,
     kl: KLPenalty | None = None,
 ) -> jax.Array:
-    """R − the group's mean, the same for each token, whitened over all tokens of the batch; as `returns_whitened`.
+    """Rewards minus their group's mean, the same for each token, whitened as in `returns_whitened`.
 
     A KL in the reward is summed over its sequence before the mean is taken.
 
-    Equals: verl `compute_reinforce_plus_plus_baseline_outcome_advantage`.
+    Equals: verl `compute_reinforce_plus_plus_baseline_outcome_advantage` where no group has one member.
 
     Source: REINFORCE++ (arXiv 2501.03262), with the baseline of its section on reasoning.
     """

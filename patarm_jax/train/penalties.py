@@ -16,7 +16,7 @@ class KLPenalty(NamedTuple):
     coef: float
     kind: KLKind = "k3"
     place: Literal["loss", "reward"] = "loss"
-    by_ratio: bool = False  # in a loss: each token's estimate times its ratio, as TRL has it from 1.16 on
+    by_ratio: bool = False  # in a loss of ratios by token: each estimate times its ratio, as TRL has it from 1.16 on
 
 
 def estimated_kl(logprobs: Array, ref_logprobs: Array, kind: KLKind) -> jax.Array:

@@ -89,7 +89,7 @@ def token_weights(
     sequence_mean:    Σ over sequences of each one's token mean / number of sequences     (GRPO's paper; TRL "grpo")
     constant_length:  Σ over all tokens / (number of sequences · longest)         (Dr. GRPO; TRL "dr_grpo")
 
-    A sequence without tokens is none, so that what is left out of a batch changes no mean.
+    A sequence without tokens is none, as in verl, so that what is left out of a batch changes no mean; TRL counts it.
     """
     if aggregation == "token_mean":
         return mask.astype(jnp.float32), mask.astype(jnp.float32)
@@ -121,7 +121,7 @@ def clipped_loss(
     """The clipped surrogate with a ratio for each token; adds up over tokens.
 
     Equals: verl `compute_policy_loss_vanilla`, which has a dual clip of 3; TRL's losses "grpo" (sequence_mean), "dapo"
-    (token_mean) and "dr_grpo" (constant_length), with the KL k3 in the loss.
+    (token_mean) and "dr_grpo" (constant_length), with the KL k3 in the loss, while |log ρ| ≤ 20 and no row is empty.
     """
     log_ratio = _log_ratio(logprobs, tokens)
     per_token, clipped = clipped_surrogate(
@@ -148,8 +148,8 @@ def clipped_sequence_loss(
         clip_high: ε_high.
         kl: of each token, where its place is the loss.
 
-    Equals: verl `compute_policy_loss_gspo` and TRL's importance_sampling_level "sequence", with tokens weighed by
-    sequence_mean.
+    Equals: verl `compute_policy_loss_gspo` and, while log s ≤ 10, TRL's importance_sampling_level "sequence", with
+    tokens weighed by sequence_mean.
 
     Source: GSPO (arXiv 2507.18071) eq. 5, in the form of its GSPO-token, eq. 14.
     """
@@ -175,7 +175,7 @@ def clipped_product_loss(
         clip_high: ε_high.
         kl: of each token, where its place is the loss.
 
-    Equals: TRL's RLOOTrainer.
+    Equals: TRL's RLOOTrainer while |log ρ| ≤ 20; beyond, where TRL's exponential grows on, nothing is learnt here.
     """
     log_ratio = _log_ratio(logprobs, tokens).sum(axis=-1, keepdims=True)
     per_sequence, clipped = clipped_surrogate(
@@ -206,7 +206,7 @@ def clipped_weight_loss(
         clip_high: ρ is no more than 1 + clip_high.
         kl: of each token, where its place is the loss.
 
-    Equals: verl `compute_policy_loss_cispo`; TRL's "cispo", whose epsilon_high is 1 + clip_high.
+    Equals: verl `compute_policy_loss_cispo`; TRL's "cispo", whose epsilon_high is 1 + clip_high, while |log ρ| ≤ 20.
 
     Source: CISPO, of MiniMax-M1 (arXiv 2506.13585) eq. 4; without a floor and capped at 5 as in ScaleRL (arXiv
     2510.13786).
@@ -282,7 +282,7 @@ def _loss_of(
         if kl is not None and kl.place == "loss":
             charged = estimated_kl(logprobs, ref_logprobs, kl.kind)
             if kl.by_ratio:
-                charged = charged * jnp.exp(_log_ratio(logprobs, tokens))
+                charged = charged * jnp.exp(jnp.clip(_log_ratio(logprobs, tokens), -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
             total += kl.coef * (charged * tokens.weights).sum()
     return Loss((total, denominator), metrics | {"loss": (total, denominator)})
 
