@@ -275,7 +275,7 @@ def test_help_says_every_setting_with_its_default_its_limits_and_what_it_does(cl
 
 def test_help_reads_comments_beside_a_setting_and_above_it():
     said = settings_in_words(GRPOConfig())
-    assert "  --update.clip_low null\n      how far a ratio may fall below 1 (0 or more or null)\n" in said
+    assert "  --update.clip_low null\n      how far a ratio may fall below 1 (0 to 1 or null)\n" in said
     assert "  --run.on_damaged stop\n      What resuming and export do where a file" in said
     assert "update: How rollouts become an update; a setting that is null is as the algorithm has it.\n" in said
 
@@ -342,6 +342,8 @@ def test_what_is_set_stays():
             "update.kl.by_ratio is True, and update.algorithm gspo does",
         ),
         (["rloo", "--update.importance_cap", "2"], "update.importance_cap is 2.0, and update.algorithm rloo does not"),
+        (["grpo", "--update.clip_low", "1.5"], "update.clip_low is 1.5; allowed is 0 to 1"),
+        (["grpo", "--update.aggregation", "sum"], "'constant_length', or null\\.$"),
         (["grop"], "--update.algorithm is 'grop'; allowed is one of 'grpo', .* Did you mean grpo?"),
     ],
 )

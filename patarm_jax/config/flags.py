@@ -89,9 +89,14 @@ def dotted_keys(cls: object, prefix: str = "") -> list[str]:
 
 
 def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
-    """A sentence on what was meant, to stand behind another."""
+    """A sentence on what was meant, or on what is known, to stand behind another."""
+    return did_you_mean(name, known, prefix) or f" Known are: {', '.join(known)}."
+
+
+def did_you_mean(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """A sentence on what was meant, to stand behind another; empty where nothing is near."""
     close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {prefix}{close[0]}?" if close else f" Known are: {', '.join(known)}."
+    return f" Did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _grouped(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -165,8 +170,8 @@ def _value(name: str, kind: object, words: Sequence[str]) -> object:
     except (KeyError, ValueError):
         raise UsageError(f"--{name} is {word!r}; allowed is {_allowed(kind)}.") from None
     if get_origin(plain) is Literal and word not in get_args(plain):
-        meant = nearest(word, [str(each) for each in get_args(plain)])
-        raise UsageError(f"--{name} is {word!r}; allowed is {_allowed(kind)}.{meant if 'mean' in meant else ''}")
+        meant = did_you_mean(word, [str(each) for each in get_args(plain)])
+        raise UsageError(f"--{name} is {word!r}; allowed is {_allowed(kind)}.{meant}")
     return word
 
 

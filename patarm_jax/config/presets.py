@@ -18,10 +18,8 @@ _DUAL = {"update.dual_clip": None}  # None: without it
 _GROUP = {"reward.group_by": "response"}
 _SPREAD = {"reward.normalise_std": True}
 _TOKENS = {"update.aggregation": "token_mean"}
-
-
 _CAP = {"update.importance_cap": None}
-_BY_RATIO = {"update.kl.by_ratio": False}  # of algorithms with a ratio for each token
+_BY_RATIO = {"update.kl.by_ratio": False}  # for algorithms with a ratio for each token
 
 
 def _kl(coef: float, kind: str = "k3", place: str = "loss") -> dict[str, object]:

@@ -245,7 +245,7 @@ class UpdateSection(Section):
     algorithm: Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gspo", "cispo"] = (
         "grpo"
     )
-    clip_low: NotNegative | None = None  # how far a ratio may fall below 1
+    clip_low: Share | None = None  # how far a ratio may fall below 1
     clip_high: NotNegative | None = None  # how far it may rise above 1
     dual_clip: AboveOne | None = None  # times -A, the most that a token of negative advantage A may cost; 3 in verl
     # How tokens are weighed: all alike, those of each sequence as one, or all alike by sampling.max_new_tokens.
