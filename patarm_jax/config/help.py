@@ -71,8 +71,9 @@ def _shown(value: object) -> str:
 
 
 def _allowed(kind: object) -> str:
-    if get_origin(kind) is Literal:
-        return ", ".join(map(str, get_args(kind)))
-    limits = limits_of(kind)
     unset = " or null" if type(None) in get_args(kind) else ""
+    for plain in (kind, *get_args(kind)):
+        if get_origin(plain) is Literal:
+            return f"{', '.join(map(str, get_args(plain)))}{unset}"
+    limits = limits_of(kind)
     return f"{limits}{unset}" if limits else "true, false" if kind is bool else ""
