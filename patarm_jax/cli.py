@@ -128,10 +128,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_demo(verbs: _Verbs) -> None:
     demo = _verb(
-        verbs, "demo", _demo, "everything end to end in minutes, no downloads", ["patarm demo --out runs/demo"]
+        verbs,
+        "demo",
+        _demo,
+        "everything end to end in minutes, no downloads",
+        ["patarm demo --out runs/demo", "patarm demo --system pairwise --out runs/pairwise"],
     )
     demo.add_argument("--out", type=_path, default=Path("runs/demo"), help="folder it writes (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    demo.add_argument(
+        "--system",
+        choices=("pointwise", "pairwise"),
+        default="pointwise",
+        help="a judge of one response or of two (default: %(default)s)",
+    )
     demo.add_argument("--short", action="store_true", help="a few steps of everything: minutes become seconds")
 
 
@@ -269,7 +279,7 @@ def _demo(options: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
     from patarm_jax.demo.story import main as demo
 
-    demo(options.out, options.seed, options.short)
+    demo(options.out, options.seed, options.short, options.system)
     return 0
 
 

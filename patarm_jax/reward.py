@@ -1,4 +1,4 @@
-"""Preference-Aware Reward, format penalty and group advantages, as pure functions of arrays.
+"""Preference-Aware Reward, what it is compared with, format penalty and group advantages, as pure functions of arrays.
 
 Everything speaks [P, 2, G]: P pairs, side 0 chosen and 1 rejected, G judgements of each response. Nothing here knows
 about text. All functions work under `jit`, `vmap` and, where a derivative has a meaning, `grad`.
@@ -6,7 +6,6 @@ about text. All functions work under `jit`, `vmap` and, where a derivative has a
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import jax
@@ -15,66 +14,185 @@ import jax.numpy as jnp
 from patarm_jax.types import Status
 
 MarginFn = Callable[[jax.Array], jax.Array]
+Opponent = Literal["mean", "every", "one"]
+Loser = Literal["zero", "minus"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rewards:
-    """What judgements earn, all [P, 2, G] float32."""
+    """What judgements earn, all of one shape, float32."""
 
-    par: jax.Array
+    earned: jax.Array  # for the score or choice: PAR, or what stands in its place
     format: jax.Array
-    total: jax.Array  # par + format
+    length: jax.Array  # what is lost near the limit of tokens
+    total: jax.Array  # the sum of the three
 
 
-def graded(delta: jax.Array) -> jax.Array:
-    """f(δ) = 1.4 if δ > 2 else 1.2, for a positive margin δ of any shape (PaTaRM, the graded margin)."""
-    return jnp.where(delta > 2.0, 1.4, 1.2)
+# ------------------------------------------------------------------------------------------------------------ margins
 
 
-def constant(delta: jax.Array) -> jax.Array:
-    """f(δ) = 1.3 for a positive margin δ of any shape (PaTaRM, the constant margin)."""
-    return jnp.full_like(delta, 1.3)
+def graded(delta: jax.Array, threshold: float = 2.0, low: float = 1.2, high: float = 1.4) -> jax.Array:
+    """f(δ) = high if δ > threshold else low, for a positive margin δ of any shape (PaTaRM, the graded margin)."""
+    return jnp.where(delta > threshold, high, low)
 
 
-MARGINS: dict[str, MarginFn] = {"graded": graded, "constant": constant}
+def constant(delta: jax.Array, value: float = 1.3) -> jax.Array:
+    """f(δ) = value, for a positive margin δ of any shape (PaTaRM, the constant margin)."""
+    return jnp.full_like(delta, value)
 
 
-@partial(jax.jit, static_argnums=2)
-def judgement_rewards(scores: jax.Array, status: jax.Array, margin_fn: MarginFn = graded) -> Rewards:
-    """PAR plus the format penalty, from scores and statuses [P, 2, G]."""
-    par, penalty = preference_aware_reward(scores, status == Status.OK, margin_fn), format_reward(status)
-    return Rewards(par, penalty, par + penalty)
+def linear(delta: jax.Array, offset: float = 1.0, scale: float = 0.1) -> jax.Array:
+    """f(δ) = offset + scale·δ, for a positive margin δ of any shape."""
+    return offset + scale * delta
 
 
-def preference_aware_reward(scores: jax.Array, valid: jax.Array, margin_fn: MarginFn = graded) -> jax.Array:
-    """Rewards each judgement whose score lies on its own side of the other side's mean.
+def tanh(delta: jax.Array, offset: float = 1.0, scale: float = 0.5, width: float = 2.0) -> jax.Array:
+    """f(δ) = offset + scale·tanh(δ / width), for a positive margin δ of any shape."""
+    return offset + scale * jnp.tanh(delta / width)
 
-        R(c, i) = 1[sᶜᵢ > s̄ʳ]·f(sᶜᵢ − s̄ʳ)        R(r, j) = 1[sʳⱼ < s̄ᶜ]·f(s̄ᶜ − sʳⱼ)
 
-    Means are over valid judgements only. A judgement that is not valid earns 0, and so does every judgement of a pair
+def power(delta: jax.Array, scale: float = 1.0, exponent: float = 0.5) -> jax.Array:
+    """f(δ) = scale·δ^exponent, for a positive margin δ of any shape."""
+    return scale * delta**exponent
+
+
+MARGINS: dict[str, Callable[..., jax.Array]] = {
+    "graded": graded,
+    "constant": constant,
+    "linear": linear,
+    "tanh": tanh,
+    "power": power,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ rewards
+
+
+def in_all(earned: jax.Array, status: jax.Array, length: jax.Array | float = 0.0) -> Rewards:
+    """What judgements earn for scores or choices, with the format penalty by their statuses, and that for length."""
+    penalty, length = format_reward(status), jnp.broadcast_to(jnp.asarray(length, jnp.float32), earned.shape)
+    return Rewards(earned, penalty, length, earned + penalty + length)
+
+
+def preference_aware_reward(
+    scores: jax.Array,
+    valid: jax.Array,
+    margin_fn: MarginFn = graded,
+    opponent: Opponent = "mean",
+    loser: Loser = "zero",
+    draws: jax.Array | None = None,
+) -> jax.Array:
+    """Rewards each judgement whose score lies on its own side of the other side's.
+
+        δ(c, i) = sᶜᵢ − o        δ(r, j) = o − sʳⱼ        with o an opponent, a score of the other side
+        R = f(δ) if δ > 0        and 0 if not, or with the loser "minus" −f(−δ) if δ < 0
+
+    The opponent "mean" is the mean of the other side, as the method has it: o = s̄ʳ for the chosen side, s̄ᶜ for the
+    rejected one. "every" is each judgement of the other side in turn, and R the mean over them. "one" is one of them.
+
+    Opponents are valid judgements only. A judgement that is not valid earns 0, and so does every judgement of a pair
     one of whose sides has no valid judgement. A tie earns 0.
 
     Args:
         scores: [P, 2, G], in 0 … 10; ignored (NaN included) where not valid.
         valid: [P, 2, G] bool.
         margin_fn: f, of the positive margin, elementwise.
+        opponent: what a judgement's score is compared with.
+        loser: what it earns on the wrong side.
+        draws: for the opponent "one", [P, 2, G] evenly drawn from [0, 1): of the n valid judgements of the other side,
+            in their order, the one numbered ⌊draw·n⌋ from 0.
 
     Returns:
         [P, 2, G] float32.
 
-    Source: PaTaRM (arXiv 2510.24235), the PAR equations. Printed there, the rejected side's margin is sʳⱼ − s̄ᶜ, which
-    is negative whenever it is rewarded; f is meant of, and given here, the positive margin.
+    Source: PaTaRM (arXiv 2510.24235), the PAR equations, which the defaults equal. Printed there, the rejected side's
+    margin is sʳⱼ − s̄ᶜ, which is negative whenever it is rewarded; f is meant of, and given here, the positive margin.
     """
     _expect_pairs(scores, valid)
+    if loser not in ("zero", "minus"):
+        raise ValueError(f"loser must be zero or minus, got {loser!r}")
     scores = jnp.where(valid, scores, 0.0).astype(jnp.float32)
-    count = valid.sum(axis=-1, keepdims=True)
-    mean = scores.sum(axis=-1, keepdims=True) / jnp.maximum(count, 1)
-    sign = jnp.array([1.0, -1.0])[:, None]  # the chosen side should lie above, the rejected below
-    margin = _to_decimals(sign * (scores - mean[:, ::-1]))
-    rewarded = (margin > 0) & valid & (count[:, ::-1] > 0)
+    theirs, met = _opponents(scores, valid, opponent, draws)  # [P, 2, G or 1, n]
+    sign = jnp.array([1.0, -1.0])[:, None, None]  # the chosen side should lie above, the rejected below
+    margin = _to_decimals(sign * (scores[..., None] - theirs))
+    met = met & valid[..., None]
+    won, lost = met & (margin > 0), met & (margin < 0) & (loser == "minus")
     # f sees 1 where nothing is rewarded, so that no f, however it divides, can bring a NaN into the gradient.
-    return jnp.where(rewarded, margin_fn(jnp.where(rewarded, margin, 1.0)), 0.0)
+    earned = margin_fn(jnp.where(won | lost, jnp.abs(margin), 1.0))
+    earned = jnp.where(won, earned, jnp.where(lost, -earned, 0.0))
+    return earned.sum(axis=-1) / jnp.maximum(met.sum(axis=-1), 1)
+
+
+def _opponents(
+    scores: jax.Array, valid: jax.Array, opponent: Opponent, draws: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Scores of the other side [P, 2, G or 1, n], and whether a judgement meets them, of the same shape."""
+    other, its = scores[:, ::-1], valid[:, ::-1]
+    count = its.sum(axis=-1, keepdims=True)
+    if opponent == "mean":
+        mean = other.sum(axis=-1, keepdims=True) / jnp.maximum(count, 1)
+        return mean[..., None], (count > 0)[..., None]
+    if opponent == "every":
+        return other[:, :, None], its[:, :, None]
+    if opponent != "one":
+        raise ValueError(f"opponent must be mean, every or one, got {opponent!r}")
+    if draws is None or draws.shape != scores.shape:
+        raise ValueError(f"the opponent one needs draws of the scores' shape {scores.shape}")
+    number = jnp.minimum(jnp.floor(draws * count).astype(jnp.int32), count - 1)  # float32 may round up to n
+    rank = jnp.cumsum(its, axis=-1) - 1
+    return other[:, :, None], its[:, :, None] & (rank[:, :, None] == number[..., None])
+
+
+def threshold_reward(scores: jax.Array, valid: jax.Array, threshold: float = 5.0) -> jax.Array:
+    """1 for a score of the chosen response of at least `threshold`, and for one of the rejected below it; else 0.
+
+    It knows the pair's label and nothing of the other response: what PAR is compared with.
+
+    Args:
+        scores: [P, 2, G]; ignored where not valid.
+        valid: [P, 2, G] bool; what is not valid earns 0.
+        threshold: the score that parts the sides.
+
+    Returns:
+        [P, 2, G] float32.
+    """
+    _expect_pairs(scores, valid)
+    is_chosen = jnp.array([True, False])[:, None]
+    return (valid & ((scores >= threshold) == is_chosen)).astype(jnp.float32)
+
+
+def label_reward(scores: jax.Array, valid: jax.Array, labels: jax.Array) -> jax.Array:
+    """−((score − label) / 10)²: regression on labels of the scores themselves, which PAR needs none of.
+
+    Scores and labels are tenths here, so that the worst score costs 1, as much as one that cannot be read.
+
+    Args:
+        scores: [P, 2, G]; ignored where not valid.
+        valid: [P, 2, G] bool; what is not valid earns 0, and its format penalty.
+        labels: [P, 2], from 0 to 10.
+
+    Returns:
+        [P, 2, G] float32.
+    """
+    _expect_pairs(scores, valid)
+    off = jnp.where(valid, scores - labels[..., None], 0.0).astype(jnp.float32)
+    return -jnp.square(off / 10.0)
+
+
+def accuracy_reward(right: jax.Array, valid: jax.Array, reward: float = 1.0, otherwise: float = 0.0) -> jax.Array:
+    """What a pairwise judgement earns: `reward` for the right choice, `otherwise` for the wrong one.
+
+    Args:
+        right: [...], 1 for the right choice, 0 for the wrong one; ignored where not valid.
+        valid: [...] bool; what is not valid earns 0, and its format penalty.
+        reward: for the right choice.
+        otherwise: for the wrong one.
+
+    Returns:
+        [...] float32.
+    """
+    return jnp.where(valid, jnp.where(right == 1, reward, otherwise), 0.0)
 
 
 def format_reward(status: jax.Array) -> jax.Array:
@@ -89,6 +207,9 @@ def format_reward(status: jax.Array) -> jax.Array:
     Source: PaTaRM, R_format.
     """
     return jnp.where(status == Status.BAD_TAGS, -1.5, jnp.where(status == Status.BAD_SCORE, -1.0, 0.0))
+
+
+# --------------------------------------------------------------------------------------------------------- advantages
 
 
 def group_advantages(

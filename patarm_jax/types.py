@@ -56,6 +56,7 @@ class Preference:
     rejected: str
     domain: Domain
     source: str
+    labels: tuple[float, float] | None = None  # scores given to the chosen and to the rejected response, 0 to 10
 
 
 class Status(IntEnum):

@@ -8,7 +8,7 @@ import scipy.stats
 
 from patarm_jax.evaluate.accuracy import pairwise_accuracy
 from patarm_jax.evaluate.heldout import heldout_metrics
-from patarm_jax.rollout.judging import score_arrays
+from patarm_jax.rollout.judging import numbers_of
 from patarm_jax.types import Judgement, Status
 
 NONE = math.nan
@@ -82,7 +82,7 @@ def test_metrics_of_held_out_pairs():
         [Judgement("", Status.BAD_TAGS, "") if one is None else Judgement("", Status.OK, "", one) for one in side]
         for side in sides
     ]
-    scores, status = (x.reshape(3, 2, 2) for x in score_arrays(judgements))
+    scores, status = (x.reshape(3, 2, 2) for x in numbers_of(judgements, [0, 1] * 3))
     found = heldout_metrics(pairwise_accuracy(scores, status == Status.OK), 0.25)
     assert found.pop("eval/clipped_ratio") == 0.25
     low, high = found.pop("eval/accuracy_low"), found.pop("eval/accuracy_high")

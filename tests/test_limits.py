@@ -45,7 +45,7 @@ def lengths(world):
 
 def given(world, judged=""):
     preferences, _ = read_preferences(DataSection(path=str(world / "pairs.jsonl")))
-    return [JudgedPreference(one, judged, judged) for one in preferences] if judged else preferences
+    return [JudgedPreference(one, (judged, judged)) for one in preferences] if judged else preferences
 
 
 def test_a_prompt_with_what_may_follow_fits_exactly_or_is_left_out(world, lengths):

@@ -29,7 +29,7 @@ def preference(number: int) -> Preference:
 
 def judged(number: int) -> JudgedPreference:
     given = preference(number)
-    return JudgedPreference(given, template_judgement(given, 0), template_judgement(given, 1) + " really" * number)
+    return JudgedPreference(given, (template_judgement(given, 0), template_judgement(given, 1) + " really" * number))
 
 
 def record(index: int) -> EncodedPair:
@@ -61,7 +61,7 @@ def test_a_record_is_what_the_doors_say(tiny, rubrics):
         for side, response in enumerate((given.preference.chosen, given.preference.rejected)):
             messages = pointwise(given.preference.prompt, response, "math", rubrics)
             assert pair.prompt_tokens[side].tolist() == encode_chat(tiny, messages)
-        for side, judgement in enumerate((given.chosen_judgement, given.rejected_judgement)):
+        for side, judgement in enumerate(given.judgements):
             assert pair.completion_tokens[side].tolist() == encode_judgement(tiny, judgement)
 
 
@@ -213,7 +213,7 @@ def test_an_sft_batch_holds_every_judgement_behind_its_prompt(tiny, packed):
     expected = [
         (
             tokens.tolist(),
-            (given[each.index].chosen_judgement, given[each.index].rejected_judgement)[side] + "<|im_end|>",
+            given[each.index].judgements[side] + "<|im_end|>",
         )
         for each in batch.records
         for side, tokens in enumerate(each.prompt_tokens)

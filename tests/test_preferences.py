@@ -8,8 +8,9 @@ import pytest
 
 from patarm_jax.config.sections import DataSection
 from patarm_jax.data import reasons as p
-from patarm_jax.data.preferences import read_judged_preferences, read_preferences
-from patarm_jax.data.sft import template_judgement
+from patarm_jax.data.preferences import read_judged_preferences, read_labelled_preferences, read_preferences
+from patarm_jax.data.sft import template_choice, template_judgement
+from patarm_jax.judge.forms import PAIRWISE
 from patarm_jax.judge.parse import parse_pointwise
 from patarm_jax.types import CHOSEN, REJECTED, Preference, Status, UsageError, UserError
 
@@ -373,7 +374,7 @@ def test_judgements_are_read_from_their_columns(tmp_path):
     section = replace(write(tmp_path, rows), columns={"chosen_judgement": ("good",)})
     [judged], report = read_judged_preferences(section)
     assert judged.preference == SKY
-    assert (judged.chosen_judgement, judged.rejected_judgement) == (JUDGEMENT, JUDGEMENT.replace("8", "2"))
+    assert judged.judgements == (JUDGEMENT, JUDGEMENT.replace("8", "2"))
     assert report.kept == 1
 
 
@@ -394,10 +395,9 @@ def test_a_missing_judgement_is_refused_or_written(tmp_path):
     assert "x.jsonl:1 has no rejected_judgement" in message
     assert "data.missing_judgements to template" in message
     message = refusal(replace(section, missing_judgements="drop"), read=read_judged_preferences)
-    assert "kept 0 of 1; dropped 1 × no judgement of each side" in message
+    assert "kept 0 of 1; dropped 1 × no judgement [" in message
     [judged], _ = read_judged_preferences(replace(section, missing_judgements="template"))
-    assert judged.chosen_judgement == JUDGEMENT
-    assert judged.rejected_judgement == template_judgement(SKY, REJECTED)
+    assert judged.judgements == (JUDGEMENT, template_judgement(SKY, REJECTED))
 
 
 @pytest.mark.parametrize("domain", ["chat", "math", "code", "safety", "instruction_following"])
@@ -409,3 +409,58 @@ def test_a_template_judgement_is_in_form_and_on_the_right_side(domain):
             assert judgement.status is Status.OK
             found.add(judgement.score)
     assert scores == {CHOSEN: {6, 7, 8, 9}, REJECTED: {1, 2, 3, 4}}
+
+
+CHOICE = "<think>t</think><generate_rubrics>r</generate_rubrics><eval>Response {} is right.</eval><answer>{}</answer>"
+
+
+def choice(letter: str) -> str:
+    return CHOICE.format(letter, letter)
+
+
+def test_a_choice_in_one_order_is_taught_in_both(tmp_path):
+    rows = [EXPLICIT | {"pairwise_judgement": choice("A")}, EXPLICIT | {"pairwise_judgement_swapped": choice("B")}]
+    judged, _ = read_judged_preferences(write(tmp_path, rows), PAIRWISE)
+    assert [one.judgements for one in judged] == [(choice("A"), choice("B"))] * 2
+
+
+def test_choices_that_cannot_be_taught_are_dropped_and_counted(tmp_path):
+    good = EXPLICIT | {"pairwise_judgement": choice("A")}
+    unsure = choice("A").replace("is right", "names option B")
+    rows = [
+        good,
+        good | {"pairwise_judgement": choice("B")},
+        good | {"pairwise_judgement": JUDGEMENT},
+        good | {"pairwise_judgement": unsure},
+        good | {"pairwise_judgement": unsure, "pairwise_judgement_swapped": choice("B")},
+    ]
+    judged, report = read_judged_preferences(write(tmp_path, rows), PAIRWISE)
+    assert [one.judgements[0] for one in judged] == [choice("A"), choice("B"), unsure]
+    assert report.dropped == {p.BAD_JUDGEMENT: 1, p.NOT_MIRRORED: 1}
+    assert report.notes[-1] == "1 judgements with the chosen response first choose the rejected one"
+
+
+def test_a_missing_choice_is_refused_or_written(tmp_path):
+    section = write(tmp_path, [EXPLICIT | {"chosen_judgement": JUDGEMENT, "rejected_judgement": JUDGEMENT}])
+    message = refusal(section, read=lambda given: read_judged_preferences(given, PAIRWISE))
+    assert "x.jsonl:1 has no pairwise_judgement" in message
+    [judged], _ = read_judged_preferences(replace(section, missing_judgements="template"), PAIRWISE)
+    assert judged.judgements == (template_choice(SKY, 0), template_choice(SKY, 1))
+
+
+# ---- Labels ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_labels_are_numbers_from_0_to_10(tmp_path, suffix):
+    given = [(7, 2.5), (0, 10), (11, 2), (-1, 2), (None, 2), (float("nan"), 2)]
+    rows = [EXPLICIT | {"score_chosen": chosen, "rejected_score": rejected} for chosen, rejected in given]
+    section = replace(write(tmp_path, rows, "x" + suffix), columns={"chosen_score": ("score_chosen",)})
+    labelled, report = read_labelled_preferences(section)
+    assert [one.labels for one in labelled] == [(7.0, 2.5), (0.0, 10.0)]
+    assert report.dropped == {p.LABEL_OUT_OF_RANGE: 2, p.NO_LABEL: 2}
+
+
+def test_labels_that_are_missing_throughout_are_refused(tmp_path):
+    message = refusal(write(tmp_path, [EXPLICIT]), read=read_labelled_preferences)
+    assert "data.columns.chosen_score score_chosen" in message

@@ -27,7 +27,7 @@ from patarm_jax.model import weights
 from patarm_jax.model.architecture import read_architecture
 from patarm_jax.model.sharding import MESH_AXES, make_mesh
 from patarm_jax.model.transformer import init_params
-from patarm_jax.rollout.judging import judge_all, requests_of, score_arrays
+from patarm_jax.rollout.judging import judge_all, numbers_of, requests_of
 from patarm_jax.run.open_model import open_model
 from patarm_jax.types import Status
 from tests.runs import (
@@ -209,7 +209,7 @@ def test_heldout_pairs_are_judged_alike_by_any_mesh(world, recipe):
         )
         assert len(judgements) == 2 * 5 and len(judgements[0]) == 2
         texts.append([[one.text for one in group] for group in judgements])
-        scores, status = (x.reshape(5, 2, 2) for x in score_arrays(judgements))
+        scores, status = (x.reshape(5, 2, 2) for x in numbers_of(judgements, [0, 1] * 5))
         expected = pairwise_accuracy(np.nan_to_num(scores), status == Status.OK)
         assert heldout(params) == pytest.approx(heldout_metrics(expected, finished.truncated.mean()), nan_ok=True)
     assert texts[0] == texts[1] and len({text for group in texts[0] for text in group}) > 15

@@ -9,30 +9,54 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from patarm_jax.reward import constant, format_reward, graded, group_advantages, preference_aware_reward
+from patarm_jax.reward import (
+    accuracy_reward,
+    constant,
+    format_reward,
+    graded,
+    group_advantages,
+    in_all,
+    label_reward,
+    linear,
+    power,
+    preference_aware_reward,
+    tanh,
+    threshold_reward,
+)
 from patarm_jax.types import Status
 
 MARGINS = {
     "graded": (graded, lambda d: 1.4 if d > 2 else 1.2),
     "constant": (constant, lambda d: 1.3),
+    "linear": (linear, lambda d: 1 + d / 10),
+    "tanh": (tanh, lambda d: 1 + math.tanh(d / 2) / 2),
+    "power": (power, lambda d: math.sqrt(d)),
     "own": (lambda d: d**2 + 1, lambda d: d**2 + 1),
 }
 
 
-def plain_reward(scores, valid, f):
+def plain_reward(scores, valid, f, opponent="mean", loser="zero", draws=None):
     """The rules of PAR, read aloud."""
     rewards = [[[0.0] * len(side) for side in pair] for pair in scores]
     for p, pair in enumerate(scores):
         kept = [[s for s, ok in zip(side, oks, strict=True) if ok] for side, oks in zip(pair, valid[p], strict=True)]
         if not kept[0] or not kept[1]:
             continue
-        mean = [sum(side) / len(side) for side in kept]
-        for i, score in enumerate(pair[0]):
-            if valid[p][0][i] and score > mean[1]:
-                rewards[p][0][i] = f(score - mean[1])
-        for j, score in enumerate(pair[1]):
-            if valid[p][1][j] and score < mean[0]:
-                rewards[p][1][j] = f(mean[0] - score)
+        for side, other, sign in ((0, 1, 1), (1, 0, -1)):
+            for i, score in enumerate(pair[side]):
+                if not valid[p][side][i]:
+                    continue
+                met = kept[other]
+                if opponent == "mean":
+                    met = [sum(met) / len(met)]
+                if opponent == "one":
+                    met = [met[int(draws[p][side][i] * len(met))]]
+                for theirs in met:
+                    delta = sign * (score - theirs)
+                    if delta > 0:
+                        rewards[p][side][i] += f(delta) / len(met)
+                    elif delta < 0 and loser == "minus":
+                        rewards[p][side][i] -= f(-delta) / len(met)
     return rewards
 
 
@@ -44,13 +68,63 @@ def random_case(seed, pairs=40, group=5, valid_share=0.7):
 
 
 @pytest.mark.parametrize(("ours", "plain"), MARGINS.values(), ids=MARGINS.keys())
-@pytest.mark.parametrize("group", [1, 2, 4, 8])
-def test_reward_equals_a_plain_loop(ours, plain, group):
-    scores, valid = random_case(group, group=group)
-    expected = plain_reward(scores.astype(float).tolist(), valid.tolist(), plain)
-    got = preference_aware_reward(jnp.asarray(scores), jnp.asarray(valid), ours)
-    np.testing.assert_allclose(got, expected, rtol=1e-6)
-    assert (np.asarray(expected) > 0).any()
+@pytest.mark.parametrize("loser", ["zero", "minus"])
+@pytest.mark.parametrize("opponent", ["mean", "every", "one"])
+def test_reward_equals_a_plain_loop(ours, plain, opponent, loser):
+    for group in (1, 5):
+        scores, valid = random_case(group, group=group)
+        draws = np.random.default_rng(1).random(scores.shape)
+        given = (scores.astype(float).tolist(), valid.tolist())
+        expected = plain_reward(*given, plain, opponent, loser, draws.tolist())
+        got = preference_aware_reward(
+            jnp.asarray(scores), jnp.asarray(valid), ours, opponent, loser, jnp.asarray(draws)
+        )
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)  # what is won and lost may cancel
+        assert (np.asarray(expected) > 0).any() and (np.asarray(expected) < 0).any() == (loser == "minus")
+
+
+def test_the_defaults_are_the_method():
+    scores, valid = random_case(7)
+    expected = preference_aware_reward(scores, valid, graded, opponent="mean", loser="zero")
+    np.testing.assert_array_equal(preference_aware_reward(scores, valid), expected)
+    for other in ({"opponent": "every"}, {"loser": "minus"}, {"opponent": "one", "draws": np.zeros(scores.shape)}):
+        assert (np.asarray(preference_aware_reward(scores, valid, **other)) != np.asarray(expected)).any()
+
+
+def test_every_valid_opponent_is_drawn_alike_and_no_other():
+    scores = jnp.array([[[5.0] * 3, [1.0, math.nan, 2.0]]])
+    valid = ~jnp.isnan(scores)
+    margins = set()
+    for draw in np.linspace(0, 1, 1000, endpoint=False):
+        reward = preference_aware_reward(scores, valid, lambda d: d, "one", "zero", jnp.full(scores.shape, draw))
+        margins.add((float(reward[0, 0, 0]), bool(draw < 0.5)))
+    assert margins == {(4.0, True), (3.0, False)}
+
+
+@pytest.mark.parametrize("wrong", [{"opponent": "best"}, {"loser": "half"}, {"opponent": "one"}], ids=str)
+def test_what_par_does_not_know_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"opponent|loser"):
+        preference_aware_reward(*random_case(0), **wrong)
+
+
+def test_a_threshold_rewards_each_side_by_itself():
+    scores = jnp.array([[[5.0, 4.9, 9.0, math.nan], [5.0, 4.9, 0.0, math.nan]]])
+    assert threshold_reward(scores, ~jnp.isnan(scores)).tolist() == [[[1, 0, 1, 0], [0, 1, 1, 0]]]
+
+
+def test_labels_reward_what_comes_near_them():
+    scores = jnp.array([[[5.0, 9.0, math.nan], [5.0, 0.0, math.nan]]])
+    earned = label_reward(scores, ~jnp.isnan(scores), jnp.array([[7.0, 10.0]]))
+    np.testing.assert_allclose(earned, [[[-0.04, -0.04, 0], [-0.25, -1, 0]]], rtol=1e-6)
+    # What cannot be read never earns more than the worst score that can.
+    worst = in_all(earned, jnp.array([[[0, 0, Status.BAD_SCORE]] * 2])).total
+    assert worst[..., 2].max() <= worst[..., :2].min()
+
+
+def test_a_choice_is_rewarded_when_it_is_right():
+    right, valid = jnp.array([[[1.0, 0.0, math.nan]]]), jnp.array([[[True, True, False]]])
+    assert accuracy_reward(right, valid).tolist() == [[[1, 0, 0]]]
+    assert accuracy_reward(right, valid, 2.0, -0.5).tolist() == [[[2, -0.5, 0]]]
 
 
 def test_reward_under_jit_and_vmap_is_the_same():

@@ -278,7 +278,7 @@ def test_llmbar_ratings():
 
 
 def test_llmbar_pairwise_is_the_mean_over_orders():
-    from patarm_jax.evaluate.findings import position_bias
+    from patarm_jax.evaluate.outcomes import position_bias
 
     given = official("llmbar")["pairwise"]
 

@@ -31,6 +31,7 @@ from patarm_jax.run.peers import ASKING, get_on
 from patarm_jax.run.process import say
 from patarm_jax.run.progress import percent, progress
 from patarm_jax.run.stopping import stop_requests
+from patarm_jax.types import JudgeKind
 
 AGAIN = (Kind.FAILED, Kind.TOO_LONG)  # what is too long for one limit may fit another
 # The ids of a question's votes lie this far apart, so that more votes leave those there are as they are; no two votes
@@ -97,15 +98,15 @@ def open_local(
     votes: int,
     seed: int,
     longest: int,
-    scalar: bool = False,
+    judge: JudgeKind,
 ) -> Local:
     """Opens the model's folder and takes the devices, of several processes each its own.
 
     Weights are loaded when there is something to ask.
     """
-    model = open_model(section, scalar)
+    model = open_model(section, judge)
     drawn = as_the_model_says(sampling, model)
-    if not scalar:
+    if judge != "scalar":
         say(drawn.said)
     mesh = make_mesh(placement, alone=True)
     local = Local(

@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from patarm_jax.types import UsageError
 
 RENAMED = {"policy": "update", "update.kl_coef": "update.kl.coef"}  # dotted names, before → now, one after another
+# Settings that are sections today, and under which key what they were stands there.
+BECAME_SECTIONS = {"reward.margin": "name"}
 _BOOLEANS = {"true": True, "True": True, "false": False, "False": False}
 
 
@@ -73,6 +75,8 @@ def with_names_of_now(mapping: dict[str, Any], prefix: str = "") -> dict[str, An
     for key, value in mapping.items():
         here, now = f"{prefix}{key}", now_called(f"{prefix}{key}")
         renamed: Any = with_names_of_now(value, f"{now}.") if isinstance(value, dict) else value
+        if now in BECAME_SECTIONS and not isinstance(value, dict):
+            renamed = {BECAME_SECTIONS[now]: value}
         # Keys of a mapping may hold dots of their own.
         for part in reversed(now.removeprefix(prefix).split(".") if now != here else [key]):
             renamed = {part: renamed}

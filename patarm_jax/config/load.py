@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import msgspec
 import yaml
 
-from patarm_jax.config.flags import merged, nearest, now_called, settings_of, with_names_of_now
+from patarm_jax.config.flags import BECAME_SECTIONS, merged, nearest, now_called, settings_of, with_names_of_now
 from patarm_jax.config.recipes import GRPOConfig, SFTConfig, TrainConfig
 from patarm_jax.config.sections import Section, limits_of
 from patarm_jax.files import one_line
@@ -131,6 +131,10 @@ def lasting_settings(config: Section) -> dict[str, object]:
 
 def _refuse_unknown_keys(cls: object, mapping: object, where: str, prefix: str) -> None:
     if not isinstance(mapping, Mapping):
+        if within := BECAME_SECTIONS.get(prefix.rstrip(".")):
+            raise UsageError(
+                f"{where}{prefix.rstrip('.')} {mapping} is called {prefix}{within} {mapping} now. Rename it."
+            )
         raise UsageError(f"{where}{prefix.rstrip('.')} is a section of keys, got {mapping!r}.")
     kinds = get_type_hints(cls)
     for key, value in mapping.items():

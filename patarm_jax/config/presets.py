@@ -1,6 +1,6 @@
-"""Which settings each algorithm uses, and its own values for those that are left unset.
+"""Which settings each algorithm and each margin uses, and its own values for those that are left unset.
 
-Where a value is from stands beside each. A setting that is not listed for an algorithm is not used by it, and refused.
+Where a value is from stands beside each. A setting that is not listed is not used, and refused.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         **_kl(0.0),
         **_BY_RATIO,
     },
-    # Its paper's, which has no KL.
+    # Its paper's, which has no KL; at most ten rounds, as in verl.
     "dapo": {
         **_CLIP,
         "update.clip_high": 0.28,
@@ -50,6 +50,9 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         **_SPREAD,
         **_kl(0.0),
         **_BY_RATIO,
+        "dapo.max_rounds": 10,
+        "dapo.overlong_buffer": None,  # a fifth of the limit
+        "dapo.overlong_factor": 1.0,
     },
     "rloo": {**_CLIP, **_GROUP, **_kl(0.05, "k1", "reward")},  # TRL's
     "reinforce_pp": {**_CLIP, **_DUAL, **_CAP, **_TOKENS, **_kl(0.001, "k1", "reward"), **_BY_RATIO},  # verl's
@@ -72,7 +75,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 IN_WORDS = {
     "grpo": "GRPO",
     "dr_grpo": "Dr. GRPO",
-    "dapo": "the loss of DAPO",
+    "dapo": "DAPO",
     "rloo": "RLOO",
     "reinforce_pp": "REINFORCE++",
     "reinforce_pp_baseline": "REINFORCE++-baseline",
@@ -81,7 +84,16 @@ IN_WORDS = {
 }
 # Those that compare whole sequences weigh each of them alike.
 WEIGHS_SEQUENCES = ("rloo", "gspo")
+# The first two are PaTaRM's; of the others none is published, and these give about what those give.
+MARGINS: Mapping[str, Mapping[str, object]] = {
+    "graded": {"reward.margin.low": 1.2, "reward.margin.high": 1.4, "reward.margin.threshold": 2.0},
+    "constant": {"reward.margin.value": 1.3},
+    "linear": {"reward.margin.offset": 1.0, "reward.margin.scale": 0.1},
+    "tanh": {"reward.margin.offset": 1.0, "reward.margin.scale": 0.5, "reward.margin.width": 2.0},
+    "power": {"reward.margin.scale": 1.0, "reward.margin.exponent": 0.5},
+}
 CHOSEN_BY_ALGORITHM = tuple(dict.fromkeys(name for preset in PRESETS.values() for name in preset))
+CHOSEN_BY_MARGIN = tuple(dict.fromkeys(name for margin in MARGINS.values() for name in margin))
 
 
 def value_at(config: Section, name: str) -> Any:
@@ -101,17 +113,23 @@ def _replaced(section: Config, path: Sequence[str], value: object) -> Config:
     return dataclasses.replace(section, **{first: _replaced(getattr(section, first), rest, value) if rest else value})
 
 
-def completed(algorithm: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an algorithm by dotted name: what is given, and its own value for what is None.
+def completed(setting: str, choice: str, own_values: Mapping[str, object], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a choice uses, by dotted name: what is given, and its own value for what is None.
+
+    Args:
+        setting: by which the choice is made.
+        choice: such as an algorithm.
+        own_values: of the settings that it uses.
+        given: what was set of those that any choice uses; None where nothing was.
 
     Raises:
-        UsageError: when a setting is given that the algorithm does not use.
+        UsageError: when a setting is given that the choice does not use.
     """
-    preset = PRESETS[algorithm]
     for name, value in given.items():
-        if value is not None and name not in preset:
+        if value is not None and name not in own_values:
+            uses = ", ".join(own_values) or "none of them"
             raise UsageError(
-                f"{name} is {value}, and update.algorithm {algorithm} does not use it; it uses "
-                f"{', '.join(preset)}. Leave it out, or choose another algorithm."
+                f"{name} is {value}, and {setting} {choice} does not use it; it uses {uses}. Leave it out, or choose "
+                f"another {setting.split('.')[1]}."
             )
-    return {name: own if given.get(name) is None else given[name] for name, own in preset.items()}
+    return {name: own if given.get(name) is None else given[name] for name, own in own_values.items()}

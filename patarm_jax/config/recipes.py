@@ -1,12 +1,24 @@
 """The config of each verb: which sections it has, and what must hold between its settings."""
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from patarm_jax.config.presets import CHOSEN_BY_ALGORITHM, IN_WORDS, PRESETS, completed, value_at, with_values
+from patarm_jax.config.flags import did_you_mean
+from patarm_jax.config.presets import (
+    CHOSEN_BY_ALGORITHM,
+    CHOSEN_BY_MARGIN,
+    IN_WORDS,
+    MARGINS,
+    PRESETS,
+    completed,
+    value_at,
+    with_values,
+)
 from patarm_jax.config.sections import (
     FREE,
     PLACE,
+    DAPOSection,
     DataSection,
     EndpointSection,
     HeldoutSection,
@@ -16,6 +28,7 @@ from patarm_jax.config.sections import (
     Natural,
     NotNegative,
     OptimizerSection,
+    PairwiseSection,
     Positive,
     RewardSection,
     RunSection,
@@ -28,6 +41,7 @@ from patarm_jax.config.sections import (
 from patarm_jax.types import BenchmarkName, JudgeKind, RubricMode, UsageError
 
 Training = TypeVar("Training", bound="TrainConfig")
+OWN_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:name
 
 
 @dataclass(frozen=True)
@@ -42,18 +56,38 @@ class TrainConfig(Section):
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     run: RunSection = field(default_factory=RunSection, metadata=FREE)
     heldout: HeldoutSection = field(default_factory=HeldoutSection, metadata=FREE)
+    judge: Literal["pointwise", "pairwise"] = "pointwise"  # what is trained: scores of one response, or choices of two
+    pairwise: PairwiseSection = field(default_factory=PairwiseSection)
     rubrics: RubricMode = "adaptive"  # the rubrics that the judge's prompt holds, or asks for
-    pairs_per_step: Positive = 32  # each gives two prompts, the chosen response's and the rejected one's
+    pairs_per_step: Positive = 32  # each gives a prompt for each response; of a pairwise judge, for each order
     micro_batches: Positive = field(default=1, metadata=FREE)  # slices summed in one update; never changes the result
 
     def complete(self: Training) -> Training:
         """With what other settings decide for those that are unset."""
         return self
 
+    def check(self) -> None:
+        """Refuses settings that are right one by one and together make no sense."""
+        if self.judge == "pointwise" and self.pairwise != PairwiseSection():
+            raise UsageError(
+                f"pairwise.orders is {self.pairwise.orders}, and a pointwise judge reads one response. Set judge to "
+                "pairwise, or leave it out."
+            )
+        if self.judge == "pairwise" and self.heldout.best == "score_gap":
+            raise UsageError(
+                "heldout.best is score_gap, and a pairwise judge gives no scores. Choose accuracy_strict, "
+                "accuracy_half or valid."
+            )
+
     @property
     def stage_in_words(self) -> str:
         """What the recipe is, for the model card."""
         return self.recipe
+
+    @property
+    def prompts_per_pair(self) -> int:
+        """What a judge is asked about each pair: of both responses, or in both orders; of pairs in turns, once."""
+        return 1 if self.judge == "pairwise" and self.pairwise.orders == "alternate" else 2
 
     @property
     def updates_per_step(self) -> int:
@@ -97,13 +131,15 @@ class GRPOConfig(TrainConfig):
     sampling: SamplingSection = field(default_factory=SamplingSection)
     reward: RewardSection = field(default_factory=RewardSection)
     update: UpdateSection = field(default_factory=UpdateSection)
-    group_size: Positive = 8  # G, judgements of each response
+    dapo: DAPOSection = field(default_factory=DAPOSection)
+    group_size: Positive = 8  # G, judgements of each response; of a pairwise judge, of each pair
 
     @property
     def stage_in_words(self) -> str:
         """What the recipe is, for the model card."""
         algorithm = IN_WORDS[self.update.algorithm]
-        return f"reinforcement learning ({algorithm}) on preference pairs with Preference-Aware Reward"
+        by = " with Preference-Aware Reward" if self.judge == "pointwise" and self.reward.kind == "par" else ""
+        return f"reinforcement learning ({algorithm}) on preference pairs{by}"
 
     @property
     def updates_per_step(self) -> int:
@@ -123,7 +159,30 @@ class GRPOConfig(TrainConfig):
     @property
     def algorithm_settings(self) -> dict[str, Any]:
         """What the algorithm uses by dotted name: what is set, and its own value for what is not."""
-        return completed(self.update.algorithm, {name: value_at(self, name) for name in CHOSEN_BY_ALGORITHM})
+        own = dict(PRESETS[self.update.algorithm])
+        if self.judge == "pairwise" and "reward.group_by" in own:  # else always choosing the first is never wrong
+            own["reward.group_by"] = "pair"
+        if "dapo.overlong_buffer" in own:
+            own["dapo.overlong_buffer"] = self.sampling.max_new_tokens // 5
+        given = {name: value_at(self, name) for name in CHOSEN_BY_ALGORITHM}
+        return completed("update.algorithm", self.update.algorithm, own, given)
+
+    @property
+    def margin_settings(self) -> dict[str, Any]:
+        """What the margin uses by dotted name: what is set, and its own value for what is not."""
+        name = self.reward.margin.name
+        given = {name: value_at(self, name) for name in CHOSEN_BY_MARGIN}
+        return completed("reward.margin.name", name, MARGINS.get(name, {}), given)
+
+    @property
+    def rollouts_per_prompt(self) -> int:
+        """Judgements of each prompt: of a pairwise judge's two orders, half of the group."""
+        return self.group_size // (2 if self.judge == "pairwise" and self.prompts_per_pair == 2 else 1)
+
+    @property
+    def prompts_per_group(self) -> int:
+        """So many consecutive prompts make one group of judgements that are compared; 1 where none are."""
+        return self.prompts_per_pair if self.algorithm_settings.get("reward.group_by") == "pair" else 1
 
     @property
     def charges_kl(self) -> bool:
@@ -138,9 +197,25 @@ class GRPOConfig(TrainConfig):
         return replace(self.model, path=self.update.reference, weights="load")
 
     @property
+    def reward_name(self) -> str:
+        """What is rewarded, in the names of metrics."""
+        return "accuracy" if self.judge == "pairwise" else self.reward.kind
+
+    @property
     def reward_in_words(self) -> str:
         """What is rewarded, for the model card."""
-        return f"PAR with the {self.reward.margin} margin, {self.group_size} judgements of each response"
+        reward, each = self.reward, f"{self.group_size} judgements of each response"
+        if self.judge == "pairwise":
+            orders = "half of them in each order" if self.prompts_per_pair == 2 else "one order of each pair at a time"
+            right, wrong = reward.accuracy.right, reward.accuracy.wrong
+            return f"{right:g} for the right choice, {wrong:g} for the wrong; {self.group_size} judgements, {orders}"
+        if reward.kind == "threshold":
+            return f"1 for a score from 5 on of the chosen response, and below 5 of the rejected; {each}"
+        if reward.kind == "labels":
+            return f"nearness to labels of the scores; {each}"
+        against = {"mean": "", "every": ", against every score of the other side", "one": ", against one drawn score"}
+        loser = ", the wrong side minus it" if reward.loser == "minus" else ""
+        return f"PAR with the {reward.margin.name} margin{against[reward.opponent]}{loser}, {each}"
 
     def complete(self) -> "GRPOConfig":
         """With the algorithm's own values for what is unset.
@@ -157,15 +232,31 @@ class GRPOConfig(TrainConfig):
                 f"{said[0]} is {value_at(self, said[0])}, and update.kl.coef is 0, which it is with "
                 f"{self.update.algorithm} unless it is set: no KL is charged. Set update.kl.coef, or leave it out."
             )
-        return with_values(self, settings)
+        rewarded_by_margin = self.judge == "pointwise" and self.reward.kind == "par"
+        return with_values(self, settings | (self.margin_settings if rewarded_by_margin else {}))
 
     def check(self) -> None:
         """Refuses settings that are right one by one and together make no sense."""
+        super().check()
+        self._check_reward()
         settings = self.algorithm_settings
-        if self.group_size == 1 and settings.get("reward.group_by") == "response":
+        both_orders = self.judge == "pairwise" and self.prompts_per_pair == 2
+        if both_orders and self.group_size % 2:
             raise UsageError(
-                "group_size is 1 where reward.group_by is response; allowed is 2 or more: a judgement that is "
-                "compared with itself teaches nothing. Raise group_size."
+                f"group_size is {self.group_size}; allowed is an even number where pairwise.orders is both: half of a "
+                "pair's judgements are given in each order. Change one of the two."
+            )
+        group_by = settings.get("reward.group_by")
+        if group_by and self.rollouts_per_prompt * self.prompts_per_group == 1:
+            raise UsageError(
+                f"group_size is {self.group_size} where reward.group_by is {group_by}; allowed is "
+                f"{4 if both_orders else 2} or more: a judgement that is compared with itself teaches nothing. Raise "
+                "group_size."
+            )
+        if (settings.get("dapo.overlong_buffer") or 0) > self.sampling.max_new_tokens:
+            raise UsageError(
+                f"dapo.overlong_buffer is {self.dapo.overlong_buffer}; allowed is 0 to sampling.max_new_tokens "
+                f"{self.sampling.max_new_tokens}. Lower it."
             )
         if settings.get("update.kl.by_ratio") and settings["update.kl.place"] != "loss":
             raise UsageError(
@@ -186,6 +277,28 @@ class GRPOConfig(TrainConfig):
                     f"sampling.{got}; allowed for grpo is {allowed}: judgements of a response that are all the same "
                     "teach nothing when they are compared."
                 )
+
+    def _check_reward(self) -> None:
+        """Refuses an unknown margin, and settings of a reward that is not given."""
+        reward, name = self.reward, self.reward.margin.name
+        if name not in MARGINS and not OWN_FUNCTION.fullmatch(name):
+            raise UsageError(
+                f"reward.margin.name is {name!r}; allowed is {', '.join(MARGINS)}, or module:name for a function of "
+                f"your own.{did_you_mean(name, list(MARGINS))}"
+            )
+        unset = RewardSection()
+        unused: tuple[str, ...]
+        if self.judge == "pairwise":
+            unused, why = ("kind", "margin", "opponent", "loser"), "judge is pairwise: it gives choices and no scores"
+        elif reward.kind == "par":
+            unused, why = ("accuracy",), "judge is pointwise: it gives scores and no choices"
+        else:
+            unused = ("margin", "opponent", "loser", "accuracy")
+            why = f"reward.kind is {reward.kind}, which does not use it"
+        for each in unused:
+            if getattr(reward, each) != getattr(unset, each):
+                raise UsageError(f"reward.{each} is set, and {why}. Leave it out, or change that.")
+        _ = self.margin_settings
 
 
 @dataclass(frozen=True)

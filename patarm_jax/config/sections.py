@@ -30,7 +30,7 @@ class Range:
     0 to below 1 True False False
     """
 
-    low: int
+    low: float
     high: float = math.inf
     open_low: bool = False
     open_high: bool = False
@@ -42,6 +42,8 @@ class Range:
         return (above and below) or (self.or_all and value == -1)  # a NaN is neither
 
     def __str__(self) -> str:
+        if self.low == -math.inf:
+            return "any number"
         if self.high == math.inf:
             more = f"above {self.low}" if self.open_low else f"{self.low} or more"
             return f"{more}, or -1" if self.or_all else more
@@ -64,6 +66,7 @@ Positive = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
 AboveOne = Annotated[float, Range(1, open_low=True)]
 NotNegative = Annotated[float, Range(0)]
+Number = Annotated[float, Range(-math.inf, open_low=True)]
 AboveZero = Annotated[float, Range(0, open_low=True)]
 Share = Annotated[float, Range(0, 1)]
 Average = Annotated[float, Range(0, 1, open_high=True)]  # at 1 a moving average never moves
@@ -149,7 +152,8 @@ class DataSection(Section):
     # training; validation, valid, dev, val; test, testing, eval, evaluation.
     split: str = "train"
     # Ours → theirs, where they differ; several columns are joined without a space. Ours are: prompt, chosen, rejected,
-    # id, source, domain, chosen_judgement, rejected_judgement.
+    # id, source, domain, chosen_judgement, rejected_judgement, pairwise_judgement, pairwise_judgement_swapped,
+    # chosen_score, rejected_score.
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
     domain: str = ""  # the domain of a row that names none, or one by a word that is unknown
     domains: dict[str, str] = field(default_factory=dict)  # a row's own word → domain, such as stem: math
@@ -163,7 +167,7 @@ class DataSection(Section):
     # The most tokens of an SFT judgement with its end token; longer ones are dropped and counted.
     max_completion_tokens: Positive = 1024
     # What SFT does with a preference that carries no judgements: refuse, leave it out, or write one that has the form
-    # and a score on the right side of the middle, and nothing to learn but the form.
+    # and the right choice, or a score on the right side of the middle, and nothing to learn but the form.
     missing_judgements: Literal["error", "drop", "template"] = "error"
 
 
@@ -217,14 +221,72 @@ class JudgingSection(Section):
 
 
 @dataclass(frozen=True)
-class RewardSection(Section):
-    """Preference-Aware Reward and how rewards become advantages."""
+class PairwiseSection(Section):
+    """How a pairwise judge is shown the two responses of a pair while it is trained; a pointwise one is not."""
 
-    margin: Literal["graded", "constant"] = "graded"  # f of PAR: 1.2, above a margin of 2 1.4; or 1.3 throughout
-    # Whether advantages compare the judgements of one response, or those of both responses of a pair. Null, here and
-    # below: as update.algorithm has it.
+    # both: each pair in both orders, half of the group_size judgements in each; alternate: in one, which is the other
+    # for every second pair and in every second epoch.
+    orders: Literal["both", "alternate"] = "both"
+
+
+@dataclass(frozen=True)
+class MarginSection(Section):
+    """f(δ) of PAR: what a judgement earns whose score beats its opponent's by δ."""
+
+    # graded: low, and above the threshold high. constant: value. linear: offset + scale·δ. tanh: offset +
+    # scale·tanh(δ / width). power: scale·δ^exponent. Or a Python function of your own as module:name, of one δ or of an
+    # array of them.
+    name: str = "graded"
+    # Null, here and below: as the margin has it. A parameter that the margin does not use is refused.
+    low: NotNegative | None = None  # graded: 1.2, PaTaRM's
+    high: NotNegative | None = None  # graded: 1.4, PaTaRM's
+    threshold: NotNegative | None = None  # graded: 2, PaTaRM's
+    value: NotNegative | None = None  # constant: 1.3, PaTaRM's
+    offset: Number | None = None  # linear and tanh: 1
+    scale: Number | None = None  # linear: 0.1; tanh: 0.5; power: 1
+    width: AboveZero | None = None  # tanh: 2
+    exponent: NotNegative | None = None  # power: 0.5
+
+
+@dataclass(frozen=True)
+class AccuracySection(Section):
+    """What a pairwise judge's choice earns, beside the format penalty; PaTaRM names no values."""
+
+    right: Number = 1.0  # the chosen response
+    wrong: Number = 0.0  # the rejected one
+
+
+@dataclass(frozen=True)
+class RewardSection(Section):
+    """What a judgement earns for its score or choice, and how rewards become advantages."""
+
+    # What a pointwise judge's score earns. par: Preference-Aware Reward. The others are what PAR is compared with.
+    # threshold: 1 for a chosen response's from 5 on, and for a rejected one's below 5. labels: -((score - label)/10)^2,
+    # with labels from 0 to 10 in the columns chosen_score and rejected_score.
+    kind: Literal["par", "threshold", "labels"] = "par"
+    margin: MarginSection = field(default_factory=MarginSection)
+    # Of PAR, what a score must beat: the other side's mean, as the method has it; every judgement of the other side,
+    # which gives the mean of what each win earns; or one of them, drawn at random.
+    opponent: Literal["mean", "every", "one"] = "mean"
+    loser: Literal["zero", "minus"] = "zero"  # of PAR, what the wrong side of the opponent earns: 0, or -f(|δ|)
+    accuracy: AccuracySection = field(default_factory=AccuracySection)
+    # Whether advantages compare the judgements of one response, or those of both responses of a pair; of a pairwise
+    # judge, those of one order or of both. Null, here and below: as update.algorithm has it; of a pairwise judge: pair.
     group_by: Literal["response", "pair"] | None = None
     normalise_std: bool | None = None  # whether advantages are divided by their group's standard deviation
+
+
+@dataclass(frozen=True)
+class DAPOSection(Section):
+    """DAPO's sampling, of update.algorithm dapo alone; null: as the algorithm has it."""
+
+    # Groups of equal reward teach nothing: they are left out, and further pairs drawn, until the batch is full or so
+    # many rounds are sampled. 1: one round, and what is left of it. The algorithm's: 10, as in verl.
+    max_rounds: Positive | None = None
+    # A judgement that comes within so many tokens of sampling.max_new_tokens loses reward, the more the nearer; 0:
+    # none does. The algorithm's: a fifth of the limit, as the paper's 4,096 of 20,480.
+    overlong_buffer: Natural | None = None
+    overlong_factor: NotNegative | None = None  # what it loses at the limit; the algorithm's: 1
 
 
 @dataclass(frozen=True)

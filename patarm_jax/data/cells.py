@@ -71,6 +71,19 @@ def word(column: str, value: object) -> str:
     raise Dropped(f"{column} that is {kind_of_value(value)}, not text")
 
 
+def number(column: str, value: object) -> float | None:
+    """The number in a cell, of text too, as CSV has it; None where there is none.
+
+    >>> number("score", 7), number("score", "7.5"), number("score", None), number("score", "")
+    (7.0, 7.5, None, None)
+    """
+    written = word(column, value).strip()
+    try:
+        return float(written) if written else None
+    except ValueError:
+        raise Dropped(f"{column} that is no number") from None
+
+
 def joined(names: Sequence[str], values: Sequence[Any]) -> str | None:
     """The text of several columns, one behind the other; None where one is missing."""
     for name, value in zip(names, values, strict=True):

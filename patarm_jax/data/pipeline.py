@@ -7,10 +7,10 @@ its part of every one, and all pad to the length of the global batch; so they ne
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grain
 import numpy as np
@@ -31,23 +31,37 @@ Tokens = np.ndarray  # [T] int32
 
 @dataclass(frozen=True, eq=False)
 class EncodedPair:
-    """A preference and what a judge reads about each side; for SFT, what it learns to write too."""
+    """A preference and the questions that a judge reads about it; for SFT, what it learns to write too."""
 
     index: int  # in the preferences that were encoded, dropped ones counted: stable when a limit changes
     preference: Preference
-    prompt_tokens: tuple[Tokens, Tokens]  # (chosen, rejected)
-    completion_tokens: tuple[Tokens, Tokens] | None = None  # (chosen, rejected), end token included; None without SFT
+    # Two: of the chosen and of the rejected response, or of both with the chosen one first and second. Of pairs that
+    # are shown in one order at a time, a batch has one.
+    prompt_tokens: tuple[Tokens, ...]
+    completion_tokens: tuple[Tokens, ...] | None = None  # of each question, end token included; None without SFT
+    places: tuple[int, ...] = (0, 1)  # which of the two questions these are
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of the longer prompt."""
+        """Tokens of the longest prompt."""
         return max(map(len, self.prompt_tokens))
 
     @property
-    def lengths(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(prompt, completion) tokens of the chosen and of the rejected side."""
-        (chosen, rejected), written = map(len, self.prompt_tokens), self.completion_tokens
-        return (chosen, len(written[0]) if written else 0), (rejected, len(written[1]) if written else 0)
+    def lengths(self) -> tuple[tuple[int, int], ...]:
+        """(prompt, completion) tokens of each question."""
+        read = list(map(len, self.prompt_tokens))
+        written = [0] * len(read) if self.completion_tokens is None else list(map(len, self.completion_tokens))
+        return tuple(zip(read, written, strict=True))
+
+    def only(self, place: int) -> "EncodedPair":
+        """The pair with one of its two questions."""
+        written = self.completion_tokens
+        return replace(
+            self,
+            prompt_tokens=(self.prompt_tokens[place],),
+            completion_tokens=written and (written[place],),
+            places=(place,),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +70,7 @@ class PairBatch:
 
     records: tuple[EncodedPair, ...]
     ids: tuple[str, ...]  # those of all pairs of the global batch
-    # (prompt, completion) tokens of every response of the global batch: chosen 0, rejected 0, chosen 1, …
+    # (prompt, completion) tokens of every question of the global batch, in the order of the pairs
     lengths: tuple[tuple[int, int], ...]
 
     @property
@@ -94,7 +108,7 @@ def encode_pairs(
         rubrics: which the prompts hold.
         section: the limits of the config.
         room: what the network has positions for.
-        form: how the judge is asked about one response.
+        form: how the judge is asked about them.
 
     Raises:
         UserError: when none is short enough.
@@ -132,14 +146,14 @@ def _encode(
     tokenizer: Tokenizer, index: int, given: Preference | JudgedPreference, rubrics: RubricMode, form: Form
 ) -> EncodedPair:
     if isinstance(given, JudgedPreference):
-        judgements = (given.chosen_judgement, given.rejected_judgement)
-        chosen, rejected = (np.asarray(encode_judgement(tokenizer, text), np.int32) for text in judgements)
-        return replace(_encode(tokenizer, index, given.preference, rubrics, form), completion_tokens=(chosen, rejected))
+        written = tuple(np.asarray(encode_judgement(tokenizer, text), np.int32) for text in given.judgements)
+        return replace(_encode(tokenizer, index, given.preference, rubrics, form), completion_tokens=written)
     ask = partial(form.ask, given.prompt, domain=given.domain, rubrics=rubrics)
-    chosen, rejected = (
-        np.asarray(encode_chat(tokenizer, ask(text)), np.int32) for text in (given.chosen, given.rejected)
+    sides = (given.chosen, given.rejected)
+    shown = (sides, sides[::-1]) if form.responses == 2 else ((given.chosen,), (given.rejected,))
+    return EncodedPair(
+        index, given, tuple(np.asarray(encode_chat(tokenizer, ask(*responses)), np.int32) for responses in shown)
     )
-    return EncodedPair(index, given, (chosen, rejected))
 
 
 def _excess(pair: EncodedPair, section: DataSection, room: Room) -> tuple[str, int] | None:
@@ -161,6 +175,11 @@ def _excess(pair: EncodedPair, section: DataSection, room: Room) -> tuple[str, i
 Batches: TypeAlias = grain.DatasetIterator[PairBatch]  # in the order in which they are trained on
 
 
+def batches_drawn(state: Mapping[str, Any]) -> int:
+    """How many batches were drawn when this was the iterator's state."""
+    return int(state["next_index"])
+
+
 def batches_per_epoch(number_of_records: int, pairs_per_step: int) -> int:
     """Whole batches in one pass over the records; those left over wait for the next epoch's shuffle."""
     return number_of_records // pairs_per_step
@@ -169,14 +188,25 @@ def batches_per_epoch(number_of_records: int, pairs_per_step: int) -> int:
 def batches(
     records: Sequence[EncodedPair],
     pairs_per_step: int,
-    epochs: int,
+    epochs: int | None,
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    in_turns: bool = False,
 ) -> Batches:
     """Shuffled batches, each epoch in another order; `get_state` and `set_state` resume exactly.
 
     No batch spans two epochs. The state is the number of batches drawn, the same on all processes.
+
+    Args:
+        records: all of them, the same on every process.
+        pairs_per_step: of a global batch.
+        epochs: passes over the records; None: without end.
+        seed: of the order.
+        process_index: whose part of each batch this is.
+        process_count: among so many.
+        in_turns: each pair comes with one of its two questions: every second one with the other, and in every second
+            epoch.
     """
     if pairs_per_step % process_count:
         raise UsageError(
@@ -193,8 +223,9 @@ def batches(
     dataset = (
         grain.MapDataset.source(records)
         .shuffle(seed=_spread(seed))
-        .batch(pairs_per_step, drop_remainder=True, batch_fn=_global_batch)
+        .batch(pairs_per_step, drop_remainder=True, batch_fn=tuple)
         .repeat(epochs)
+        .map_with_index(partial(_global_batch, batches_per_epoch(len(records), pairs_per_step), in_turns))
         .map(lambda batch: replace(batch, records=batch.records[mine]))
     )
     # The records are in memory: threads that read ahead would have nothing to wait for.
@@ -206,7 +237,10 @@ def _spread(seed: int) -> int:
     return int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
 
 
-def _global_batch(records: Sequence[EncodedPair]) -> PairBatch:
+def _global_batch(per_epoch: int, in_turns: bool, number: int, records: Sequence[EncodedPair]) -> PairBatch:
+    if in_turns:
+        epoch = number // per_epoch
+        records = [record.only((record.index + epoch) % 2) for record in records]
     return PairBatch(
         tuple(records),
         ids=tuple(record.preference.id for record in records),
@@ -226,7 +260,7 @@ def sft_shape(batch: PairBatch, multiple: int, rows_multiple: int = 1, packed: b
         rows_multiple: a process's number of rows is a multiple of this.
         packed: whether sequences stand behind one another where a row has room, or each in a row of its own.
     """
-    share = 2 * len(batch.records)
+    share = sum(len(record.prompt_tokens) for record in batch.records)
     width = bucket(max(map(sum, batch.lengths)), multiple)
     rows, targets = 0, 0
     for start in range(0, len(batch.lengths), share):

@@ -12,18 +12,22 @@ from typing import TypeVar, get_args
 
 from patarm_jax.config.sections import DataSection
 from patarm_jax.data import reasons
-from patarm_jax.data.cells import is_blank, joined, word
+from patarm_jax.data.cells import is_blank, joined, number, word
+from patarm_jax.data.mirror import mirrored
 from patarm_jax.data.pairs import laid_out, pair_key_and_order
 from patarm_jax.data.reasons import Dropped
 from patarm_jax.data.rows import Row, read_rows
-from patarm_jax.data.sft import JudgedPreference, template_judgement
+from patarm_jax.data.sft import JudgedPreference, template_choice, template_judgement
 from patarm_jax.data.sides import sides_of
-from patarm_jax.judge.parse import parse_pointwise
-from patarm_jax.types import CHOSEN, REJECTED, Conversation, Domain, Preference, Status, UsageError, UserError
+from patarm_jax.judge.forms import PAIRWISE, POINTWISE, Form
+from patarm_jax.types import Conversation, Domain, Preference, Status, UsageError, UserError
 
 Record = TypeVar("Record")
 
-COLUMNS = ("prompt", "chosen", "rejected", "id", "source", "domain", "chosen_judgement", "rejected_judgement")
+JUDGEMENTS = ("chosen_judgement", "rejected_judgement")  # of the sides, by a pointwise judge
+CHOICES = ("pairwise_judgement", "pairwise_judgement_swapped")  # of both, the chosen response first, and second
+LABELS = ("chosen_score", "rejected_score")
+COLUMNS = ("prompt", "chosen", "rejected", "id", "source", "domain", *JUDGEMENTS, *CHOICES, *LABELS)
 _NEEDED = ("chosen", "rejected")
 _DOMAINS: dict[str, Domain] = {domain: domain for domain in get_args(Domain)}
 _AHEAD = 100  # rows of a file that say which columns it has
@@ -65,14 +69,33 @@ def read_preferences(section: DataSection, setting: str = "data") -> tuple[list[
     return _collect(section, setting, lambda preference, _row, _values: preference)
 
 
-def read_judged_preferences(section: DataSection) -> tuple[list[JudgedPreference], Report]:
-    """The same with a judgement of each side, from the rows or, where the config says so, from the template."""
+def read_judged_preferences(section: DataSection, form: Form = POINTWISE) -> tuple[list[JudgedPreference], Report]:
+    """The same with a judgement of each side, from the rows or, where the config says so, from the template.
+
+    For a judge of pairs, with a judgement in each order: the second, where the rows have none, is the first one with
+    the responses' names exchanged.
+    """
 
     def judged(preference: Preference, row: Row, values: Mapping[str, object]) -> JudgedPreference:
-        chosen, rejected = (_judgement(preference, side, row, values, section) for side in (CHOSEN, REJECTED))
-        return JudgedPreference(preference, chosen, rejected)
+        found = _choices if form.responses == 2 else _judgements
+        return JudgedPreference(preference, found(preference, row, values, section))
 
-    return _collect(section, "data", judged)
+    read, report = _collect(section, "data", judged)
+    if form.responses == 1:
+        return read, report
+    wrong = sum(form.read(one.judgements[0]).choice == "B" for one in read)
+    note = (f"{wrong:,} judgements with the chosen response first choose the rejected one",) if wrong else ()
+    return read, replace(report, notes=(*report.notes, *note))
+
+
+def read_labelled_preferences(section: DataSection) -> tuple[list[Preference], Report]:
+    """The same with a label of each response's score, from the columns chosen_score and rejected_score."""
+
+    def labelled(preference: Preference, _row: Row, values: Mapping[str, object]) -> Preference:
+        chosen, rejected = (_label(name, values) for name in LABELS)
+        return replace(preference, labels=(chosen, rejected))
+
+    return _collect(section, "data", labelled)
 
 
 def _collect(
@@ -318,20 +341,65 @@ def _refuse_unknown_names(section: DataSection) -> None:
 # ---- Judgements -----------------------------------------------------------------------------------------------------
 
 
-def _judgement(preference: Preference, side: int, row: Row, values: Mapping[str, object], section: DataSection) -> str:
-    column = ("chosen_judgement", "rejected_judgement")[side]
-    judgement = word(column, values[column])
+def _judgements(
+    preference: Preference, row: Row, values: Mapping[str, object], section: DataSection
+) -> tuple[str, str]:
+    """What is taught of the chosen and of the rejected response."""
+    chosen, rejected = (
+        _given(word(name, values[name]), POINTWISE)
+        or _missing(name, row, section)
+        or template_judgement(preference, side)
+        for side, name in enumerate(JUDGEMENTS)
+    )
+    return chosen, rejected
+
+
+def _choices(preference: Preference, row: Row, values: Mapping[str, object], section: DataSection) -> tuple[str, str]:
+    """What is taught with the chosen response first, and with it second."""
+    first, second = (_given(word(name, values[name]), PAIRWISE) for name in CHOICES)
+    if not first and not second:
+        _missing(CHOICES[0], row, section)
+        return template_choice(preference, 0), template_choice(preference, 1)
+    return first or _mirrored(second), second or _mirrored(first)
+
+
+def _mirrored(judgement: str) -> str:
+    other = mirrored(judgement)
+    if other is None:
+        raise Dropped(reasons.NOT_MIRRORED)
+    return other
+
+
+def _given(judgement: str, form: Form) -> str:
+    """A judgement of the data, empty where there is none."""
     if is_blank(judgement):
-        if section.missing_judgements == "error":
-            raise UserError(
-                f"{row.where} has no {column}, which SFT learns from. Name its column under data.columns, or set "
-                "data.missing_judgements to template, which teaches the form of a judgement and nothing else, or to "
-                "drop, which leaves such rows out."
-            )
-        if section.missing_judgements == "drop":
-            raise Dropped(reasons.NO_JUDGEMENT)
-        return template_judgement(preference, side)
-    if parse_pointwise(judgement).status is not Status.OK:
+        return ""
+    if form.read(judgement).status is not Status.OK:
         raise Dropped(reasons.BAD_JUDGEMENT)
     _drop_lone_surrogates(judgement)
     return judgement
+
+
+def _missing(column: str, row: Row, section: DataSection) -> str:
+    """Nothing, where a judgement may be missing and the template takes its place."""
+    if section.missing_judgements == "error":
+        raise UserError(
+            f"{row.where} has no {column}, which SFT learns from. Name its column under data.columns, or set "
+            "data.missing_judgements to template, which teaches the form of a judgement and nothing else, or to "
+            "drop, which leaves such rows out."
+        )
+    if section.missing_judgements == "drop":
+        raise Dropped(reasons.NO_JUDGEMENT)
+    return ""
+
+
+# ---- Labels ---------------------------------------------------------------------------------------------------------
+
+
+def _label(column: str, values: Mapping[str, object]) -> float:
+    label = number(column, values[column])
+    if label is None:
+        raise Dropped(reasons.NO_LABEL)
+    if not 0 <= label <= 10:  # NaN is neither
+        raise Dropped(reasons.LABEL_OUT_OF_RANGE)
+    return label

@@ -33,4 +33,13 @@ NOT_ONE_MESSAGE = "response that is not exactly one assistant message"
 TEXT_AND_MESSAGES = "a response in text beside a dialogue in messages, and no prompt"
 NOT_UNICODE = "text that is not valid Unicode"
 BAD_JUDGEMENT = "judgement that is out of form"
-NO_JUDGEMENT = "no judgement of each side"
+NO_JUDGEMENT = "no judgement"
+NOT_MIRRORED = (
+    "pairwise judgement in one order, with an A or B in it that may name something else than a response: give the one "
+    "in the other order too, as pairwise_judgement_swapped"
+)
+NO_LABEL = (
+    "no chosen_score or rejected_score, which reward.kind labels learns from: name their columns under data.columns, "
+    "such as data.columns.chosen_score score_chosen, or choose another reward.kind"
+)
+LABEL_OUT_OF_RANGE = "label of a score that is not from 0 to 10"

@@ -1,7 +1,7 @@
-"""What supervised fine-tuning learns from: a preference with a written judgement of each side.
+"""What supervised fine-tuning learns from: a preference with a written judgement of each side, or in each order.
 
-Strings only; `pipeline` turns them into tokens. Judgements come from a stronger model, or, to try things out, from
-`template_judgement`.
+Strings only; `pipeline` turns them into tokens. Judgements come from a stronger model, or, to try things out, from the
+templates here.
 """
 
 import hashlib
@@ -16,11 +16,11 @@ _FINDING = {CHOSEN: "The response does well", REJECTED: "The response falls shor
 
 @dataclass(frozen=True)
 class JudgedPreference:
-    """A preference and, for each side, the judgement that SFT teaches."""
+    """A preference and, for each question about it, the judgement that SFT teaches."""
 
     preference: Preference
-    chosen_judgement: str
-    rejected_judgement: str
+    # Of the chosen and of the rejected response; of a pairwise judge, with the chosen one first and with it second.
+    judgements: tuple[str, str]
 
 
 def template_judgement(preference: Preference, side: int) -> str:
@@ -51,4 +51,34 @@ def template_judgement(preference: Preference, side: int) -> str:
         "<generate_rubrics>\nFit: does the response do what this very prompt asks?\n</generate_rubrics>\n"
         f"<eval>\n{_FINDING[side]} on {names}, and on Fit.\n</eval>\n"
         f"<answer>{score}</answer>"
+    )
+
+
+def template_choice(preference: Preference, place: int) -> str:
+    """A pairwise judgement written from the label alone; as `template_judgement`, it teaches the form, not taste.
+
+    Args:
+        preference: that is judged.
+        place: where the chosen response stands, 0 for A and 1 for B.
+
+    >>> prompt = ({"role": "user", "content": "2 + 2?"},)
+    >>> print(template_choice(Preference("a", prompt, "4", "5", "math", ""), 1))
+    <think>
+    I compare the responses by Correctness and Logic first, then by how they fit this prompt.
+    </think>
+    <generate_rubrics>
+    Fit: does the response do what this very prompt asks?
+    </generate_rubrics>
+    <eval>
+    Response B does better on Correctness and Logic, and on Fit.
+    </eval>
+    <answer>B</answer>
+    """
+    names = " and ".join(rubric.name for rubric in primary(preference.domain))
+    chosen = "AB"[place]
+    return (
+        f"<think>\nI compare the responses by {names} first, then by how they fit this prompt.\n</think>\n"
+        "<generate_rubrics>\nFit: does the response do what this very prompt asks?\n</generate_rubrics>\n"
+        f"<eval>\nResponse {chosen} does better on {names}, and on Fit.\n</eval>\n"
+        f"<answer>{chosen}</answer>"
     )

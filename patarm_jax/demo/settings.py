@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from patarm_jax.config.recipes import GRPOConfig, JudgeConfig, SFTConfig
+from patarm_jax.config.recipes import EvalConfig, GRPOConfig, JudgeConfig, SFTConfig
 from patarm_jax.config.sections import (
     DataSection,
     JudgingSection,
@@ -50,7 +51,12 @@ def model_shape(vocab_size: int) -> Architecture:
     )
 
 
-def demo_configs(folder: Path, seed: int, sizes: DemoSizes) -> tuple[SFTConfig, GRPOConfig]:
+System = Literal["pointwise", "pairwise"]
+
+
+def demo_configs(
+    folder: Path, seed: int, sizes: DemoSizes, system: System = "pointwise"
+) -> tuple[SFTConfig, GRPOConfig]:
     """The two runs, in folder/sft and folder/grpo; the second begins with the judge that the first has made."""
     data = DataSection(path=str(folder / "data" / "train.jsonl"))
     sft = SFTConfig(
@@ -64,6 +70,7 @@ def demo_configs(folder: Path, seed: int, sizes: DemoSizes) -> tuple[SFTConfig, 
             beta2=0.99,  # the average of 100 steps; that of 1,000 would never be reached
         ),
         run=RunSection(folder=str(folder / "sft"), seed=seed, steps=sizes.sft_steps, checkpoint_every=200),
+        judge=system,
         pairs_per_step=16,
     )
     grpo = GRPOConfig(
@@ -76,11 +83,12 @@ def demo_configs(folder: Path, seed: int, sizes: DemoSizes) -> tuple[SFTConfig, 
             beta2=0.99,
         ),
         run=RunSection(folder=str(folder / "grpo"), seed=seed, steps=sizes.grpo_steps, checkpoint_every=20),
+        judge=system,
         sampling=_sampling(),
         # Without it, the first ten steps spoil one judgement in ten: what earns nothing drifts at this learning rate.
         update=UpdateSection(kl=KLSection(coef=0.02)),
         pairs_per_step=16,
-        group_size=8,
+        group_size=8 if system == "pointwise" else 16,  # equally many judgements of a pair
     )
     return sft, grpo
 
@@ -94,6 +102,20 @@ def judge_config(model: Path, pairs: Path, scores: Path, seed: int, config: SFTC
         rubrics=config.rubrics,
         output=str(scores),
         votes=1,
+        seed=seed,
+    )
+
+
+def compare_config(model: Path, pairs: Path, folder: Path, seed: int, config: SFTConfig) -> EvalConfig:
+    """Choices of the pairs of a file, one judgement in each order."""
+    return EvalConfig(
+        benchmark="pairs",
+        judge="pairwise",
+        model=_model(model),
+        data=DataSection(path=str(pairs), split=""),
+        sampling=judge_config(model, pairs, folder, seed, config).sampling,
+        rubrics=config.rubrics,
+        output=str(folder),
         seed=seed,
     )
 

@@ -10,22 +10,34 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow.parquet
 import rich.box
 import rich.console
 import rich.panel
 import rich.table
 
 from patarm_jax.config.recipes import GRPOConfig, SFTConfig
-from patarm_jax.demo.settings import DemoSizes, demo_configs, judge_config
+from patarm_jax.data.preferences import CHOICES, JUDGEMENTS
+from patarm_jax.demo.settings import DemoSizes, System, compare_config, demo_configs, judge_config
 from patarm_jax.demo.tokenizer import write_untrained_model
-from patarm_jax.demo.world import deal_to_other_prompts, make_world, teacher_judgement, write_pairs
-from patarm_jax.evaluate.accuracy import Accuracy
+from patarm_jax.demo.world import (
+    deal_to_other_prompts,
+    make_world,
+    teacher_choice,
+    teacher_judgement,
+    write_pairs,
+)
+from patarm_jax.evaluate.accuracy import Accuracy, accuracy_of_choices
+from patarm_jax.evaluate.files import JUDGEMENTS as SAID
 from patarm_jax.files import LOCK, check_writable, writing
+from patarm_jax.judge.forms import FORMS, ORDERS, SIDES
 from patarm_jax.locks import hold_folder
-from patarm_jax.recipes import grpo, judge_file, sft
+from patarm_jax.recipes import evaluate, grpo, judge_file, sft
 from patarm_jax.report.main import main as report
-from patarm_jax.types import CHOSEN, REJECTED, LearntNothing, UserError
+from patarm_jax.types import CHOSEN, REJECTED, LearntNothing, Status, UserError
 
 MARK = "demo.json"  # says whose folder it is
 STAGES = {
@@ -36,24 +48,28 @@ STAGES = {
 }
 
 
-def main(out: Path, seed: int, short: bool) -> dict[str, Accuracy]:
+ONE_JUDGEMENT = {"pointwise": "one judgement per response", "pairwise": "one judgement per order"}
+
+
+def main(out: Path, seed: int, short: bool, system: System = "pointwise") -> dict[str, Accuracy]:
     """Writes `out` and prints what came out; gives the accuracies by stage."""
-    _refuse_another(out, seed, short)
+    mark = json.dumps({"seed": seed, "short": short} | ({} if system == "pointwise" else {"system": system}))
+    _refuse_another(out, mark)
     with hold_folder(out, _say):
-        return _demo(out, seed, short)
+        _begin_anew(out, mark)
+        return _demo(out, seed, short, system)
 
 
-def _demo(out: Path, seed: int, short: bool) -> dict[str, Accuracy]:
+def _demo(out: Path, seed: int, short: bool, system: System) -> dict[str, Accuracy]:
     begun = time.monotonic()
-    _begin_anew(out, seed, short)
     sizes = DemoSizes.short() if short else DemoSizes()
-    sft_config, grpo_config = demo_configs(out, seed, sizes)
+    sft_config, grpo_config = demo_configs(out, seed, sizes, system)
 
     # -------------------------------------------------------------------------------------- data, tokenizer, weights
     _say(f"making {sizes.train_pairs} training and {sizes.heldout_pairs} held-out pairs in five domains")
     with writing(out):
-        make_data(out, seed, sizes)
-        write_untrained_model(out / "model", out / "data" / "train.jsonl", seed)
+        make_data(out, seed, sizes, system)
+        write_untrained_model(out / "model", out / "data" / "train.jsonl", seed, FORMS[system])
 
     # ---------------------------------------------------------------------------------------------------------- train
     _say("SFT: learning the form, and the opinions of the teacher")
@@ -62,18 +78,19 @@ def _demo(out: Path, seed: int, short: bool) -> dict[str, Accuracy]:
         _say("GRPO: learning from which response is preferred, with no score given")
         finished = _reinforced(grpo_config, short)
     if not finished:
-        raise UserError(f"the demo was stopped. Start it again to go on in {out}.")
+        raise _stopped(out)
 
     # ------------------------------------------------------------------------------------------------------- evaluate
-    _say("judging the held-out pairs, one judgement per response")
-    results = {name: _judge(out, name, seed, sft_config) for name in STAGES}
+    _say(f"judging the held-out pairs, {ONE_JUDGEMENT[system]}")
+    judged = _judge if system == "pointwise" else _compare
+    results = {name: judged(out, name, seed, sft_config) for name in STAGES}
     summary = {name: _summary(result) for name, result in results.items()}
     summary["run"] = {"seed": seed, "seconds": round(time.monotonic() - begun), "heldout_pairs": sizes.heldout_pairs}
     with writing(out):
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     report(out / "sft")
     report(out / "grpo")
-    _show(out, results)
+    _show(out, results, system)
     return results
 
 
@@ -88,97 +105,137 @@ def _reinforced(config: GRPOConfig, short: bool) -> bool:
         return True
 
 
-def make_data(out: Path, seed: int, sizes: DemoSizes) -> None:
+def make_data(out: Path, seed: int, sizes: DemoSizes, system: System = "pointwise") -> None:
     """Writes data/train.jsonl with the teacher's judgements, and held-out pairs as they are and swapped."""
     world = make_world(seed, sizes.train_pairs, sizes.heldout_pairs)
-    teacher = random.Random(seed + 1)
-    judgements = [
-        (
-            teacher_judgement(pair, CHOSEN, sizes.teacher_accuracy, teacher),
-            teacher_judgement(pair, REJECTED, sizes.teacher_accuracy, teacher),
-        )
-        for pair in world.train
-    ]
-    write_pairs(out / "data" / "train.jsonl", world.train, judgements)
+    teacher, accuracy = random.Random(seed + 1), sizes.teacher_accuracy
+    if system == "pairwise":
+        judgements, columns = [teacher_choice(pair, accuracy, teacher) for pair in world.train], CHOICES
+    else:
+        judgements = [
+            (teacher_judgement(pair, CHOSEN, accuracy, teacher), teacher_judgement(pair, REJECTED, accuracy, teacher))
+            for pair in world.train
+        ]
+        columns = JUDGEMENTS
+    write_pairs(out / "data" / "train.jsonl", world.train, judgements, columns)
     write_pairs(out / "data" / "heldout.jsonl", world.heldout)
     write_pairs(out / "data" / "swapped.jsonl", deal_to_other_prompts(world.heldout, seed))
 
 
-def _refuse_another(out: Path, seed: int, short: bool) -> None:
-    """Refuses a folder that cannot be written, that holds a demo of another seed or length, or something else."""
+def _refuse_another(out: Path, mark: str) -> None:
+    """Refuses a folder that cannot be written, that holds a demo of other arguments, or something else."""
     check_writable(out, folder=True)
-    mark = out / MARK
-    if mark.is_file() and mark.read_text(encoding="utf-8") != _mark(seed, short):
-        raise UserError(f"{out} holds a demo with other arguments: {mark.read_text()}. Give another folder as --out.")
-    if out.is_dir() and not mark.is_file() and any(each.name != LOCK for each in out.iterdir()):
+    file = out / MARK
+    if file.is_file() and (found := file.read_text(encoding="utf-8")) != mark:
+        raise UserError(f"{out} holds a demo with other arguments: {found}. Give another folder as --out.")
+    if out.is_dir() and not file.is_file() and any(each.name != LOCK for each in out.iterdir()):
         raise UserError(f"{out} is not empty and holds no demo. Give another folder as --out.")
 
 
-def _begin_anew(out: Path, seed: int, short: bool) -> None:
+def _begin_anew(out: Path, mark: str) -> None:
     """A finished demo is made anew, an unfinished one goes on."""
-    _refuse_another(out, seed, short)  # another demo may have written there before this one had the folder
+    _refuse_another(out, mark)  # another demo may have written there before this one had the folder
     if (out / "summary.json").is_file():
         for each in out.iterdir():
             if each.name != LOCK:
                 shutil.rmtree(each) if each.is_dir() else each.unlink()
-    (out / MARK).write_text(_mark(seed, short), encoding="utf-8")
+    (out / MARK).write_text(mark, encoding="utf-8")
 
 
-def _mark(seed: int, short: bool) -> str:
-    return json.dumps({"seed": seed, "short": short})
+def _of_stage(out: Path, stage: str) -> tuple[Path, Path]:
+    """The judge of a stage, and the pairs that it judges."""
+    model = {"untrained": "model", "sft": "sft", "grpo": "grpo", "swapped": "grpo"}[stage]
+    return out / model, out / "data" / f"{'swapped' if stage == 'swapped' else 'heldout'}.jsonl"
 
 
 def _judge(out: Path, stage: str, seed: int, config: SFTConfig) -> Accuracy:
-    model = {"untrained": "model", "sft": "sft", "grpo": "grpo", "swapped": "grpo"}[stage]
-    pairs = "swapped" if stage == "swapped" else "heldout"
+    """By scores of single responses."""
     scores = out / "scores" / f"{stage}.jsonl"
-    result = judge_file.main(judge_config(out / model, out / "data" / f"{pairs}.jsonl", scores, seed, config))
+    result = judge_file.main(judge_config(*_of_stage(out, stage), scores, seed, config))
     if result is None:
-        raise UserError(f"the demo was stopped. Start it again to go on in {out}.")
+        raise _stopped(out)
     return result
+
+
+def _compare(out: Path, stage: str, seed: int, config: SFTConfig) -> Accuracy:
+    """By choices in both orders."""
+    folder = out / "choices" / stage
+    if evaluate.main(compare_config(*_of_stage(out, stage), folder, seed, config)) is None:
+        raise _stopped(out)
+    rows = _choices(folder)
+    right = np.array([row["choice"] == "AB"[ORDERS.index(row["side"])] for row in rows], float)
+    valid = np.array([row["status"] == Status.OK.name for row in rows])
+    return accuracy_of_choices(right.reshape(-1, 2, 1), valid.reshape(-1, 2, 1))
+
+
+def _choices(folder: Path) -> list[dict[str, Any]]:
+    """The judgements of an evaluation, both orders of a pair one after the other."""
+    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(folder / SAID).to_pylist()
+    return rows
+
+
+def _stopped(out: Path) -> UserError:
+    return UserError(f"the demo was stopped. Start it again to go on in {out}.")
 
 
 def _summary(result: Accuracy) -> dict[str, object]:
     values = asdict(result)
-    return values | {"gap": values["gap"] if values["gap"] == values["gap"] else None}  # NaN is no JSON
+    position = values.pop("position") or None  # of choices alone
+    gap = values.pop("gap")
+    if position:
+        return values | {"position": position}
+    return values | {"gap": gap if gap == gap else None}  # NaN is no JSON
 
 
-def _show(out: Path, results: Mapping[str, Accuracy]) -> None:
+def _show(out: Path, results: Mapping[str, Accuracy], system: System) -> None:
     console = rich.console.Console()
-    console.print(results_table(results))
-    rows = [json.loads(line) for line in (out / "scores" / "grpo.jsonl").read_text(encoding="utf-8").splitlines()]
+    console.print(results_table(results, system))
     pairs = [json.loads(line) for line in (out / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
     for index in range(0, 10, 2):  # one pair of each domain
-        side = ("chosen", "rejected")[index // 2 % 2]
-        row, pair = rows[index], pairs[index]
-        read = f"[{side}] {pair['prompt'][-1]['content']}\n→ {pair[side][-1]['content']}"
-        text = rich.text.Text(f"{read}\n\n{row['judgements'][side][0]['text']}")
-        console.print(rich.panel.Panel(text, title=f"{row['id']} · {row['domain']}", title_align="left", width=100))
+        pair, place = pairs[index], index // 2 % 2
+        side, told = _told_of(out, system, index, place)
+        shown = (side,) if system == "pointwise" else (SIDES if place == 0 else SIDES[::-1])
+        responses = "\n→ ".join(pair[each][-1]["content"] for each in shown)
+        text = rich.text.Text(f"[{side}] {pair['prompt'][-1]['content']}\n→ {responses}\n\n{told}")
+        console.print(rich.panel.Panel(text, title=f"{pair['id']} · {pair['domain']}", title_align="left", width=100))
     for what, path in {"judge": "grpo/export", "report": "grpo/report.html", "numbers": "summary.json"}.items():
         console.print(f"{what + ':':9}{out / path}", highlight=False, soft_wrap=True)
 
 
-def results_table(results: Mapping[str, Accuracy]) -> rich.table.Table:
+def _told_of(out: Path, system: System, index: int, place: int) -> tuple[str, str]:
+    """What the last stage's judge wrote about a held-out pair: (of which side or in which order, the text)."""
+    if system == "pairwise":
+        return ORDERS[place], _choices(out / "choices" / "grpo")[2 * index + place]["text"]
+    lines = (out / "scores" / "grpo.jsonl").read_text(encoding="utf-8").splitlines()
+    return SIDES[place], json.loads(lines[index])["judgements"][SIDES[place]][0]["text"]
+
+
+def results_table(results: Mapping[str, Accuracy], system: System = "pointwise") -> rich.table.Table:
     """The accuracies by stage, in per cent."""
     table = rich.table.Table(
         box=rich.box.SIMPLE_HEAD,
-        title="held-out pairs, one judgement per response, in %",
+        title=f"held-out pairs, {ONE_JUDGEMENT[system]}, in %",
         title_justify="left",
         caption="\n".join(f"{name}: {what}" for name, what in STAGES.items()),
         caption_justify="left",
     )
     table.add_column("judge", no_wrap=True)
-    for heading in ("valid", "tie = wrong", "tie = ½", "95 % interval", "score gap"):
+    last = {"pointwise": ("score gap",), "pairwise": ("chose first", "same in both")}[system]
+    for heading in ("valid", "tie = wrong", "tie = ½", "95 % interval", *last):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
         low, high = result.interval
-        table.add_row(
-            name,
-            *(f"{100 * x:.1f}" for x in (result.valid, result.accuracy_strict, result.accuracy_half)),
-            f"{100 * low:.1f} … {100 * high:.1f}",
-            f"{result.gap:+.2f}" if result.gap == result.gap else "–",
-        )
+        if result.gap is None:
+            more = [_percent(result.position[each]) for each in ("chose the first", "same in both orders")]
+        else:
+            more = [f"{result.gap:+.2f}" if result.gap == result.gap else "–"]
+        shares = map(_percent, (result.valid, result.accuracy_strict, result.accuracy_half))
+        table.add_row(name, *shares, f"{100 * low:.1f} … {100 * high:.1f}", *more)
     return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}" if share == share else "–"
 
 
 def _say(message: str) -> None:

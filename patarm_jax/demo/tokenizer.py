@@ -12,9 +12,10 @@ from typing import Any
 import jax
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from patarm_jax.data.preferences import CHOICES, JUDGEMENTS
 from patarm_jax.demo.settings import model_shape
 from patarm_jax.files import appearing_whole
-from patarm_jax.judge.prompts import pointwise
+from patarm_jax.judge.forms import POINTWISE, Form
 from patarm_jax.judge.rubrics import PRIMARY
 from patarm_jax.model import weights
 from patarm_jax.model.transformer import init_params
@@ -40,12 +41,15 @@ PIECES = r"</?\w+>| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}<]+|<|\s+(?!\S)|\s+"
 MOST_TOKENS = 2000  # the demo's few words make about 1,100
 
 
-def write_untrained_model(folder: Path, pairs: Path, seed: int) -> None:
-    """A tokenizer trained on the texts of a pair file, and random weights; a folder that is there already stays."""
+def write_untrained_model(folder: Path, pairs: Path, seed: int, form: Form = POINTWISE) -> None:
+    """A tokenizer trained on the texts of a pair file, and random weights; a folder that is there already stays.
+
+    Its texts are of a judge that is asked by the form.
+    """
     if folder.is_dir():
         return
     rows = map(json.loads, pairs.read_text(encoding="utf-8").splitlines())
-    tokenizer = train_tokenizer(text for row in rows for text in _texts(row))
+    tokenizer = train_tokenizer((text for row in rows for text in _texts(row)), form)
     ids = tokenizer.get_vocab()
     shape = model_shape(len(ids))
     with appearing_whole(folder) as part:
@@ -60,7 +64,7 @@ def write_untrained_model(folder: Path, pairs: Path, seed: int) -> None:
         write_tokenizer(tokenizer, part)
 
 
-def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], form: Form) -> Tokenizer:
     """A byte-level BPE of these texts, with the paragraphs that every judge prompt repeats as tokens of their own.
 
     The rubrics and instructions are 230 of the 280 tokens that a demo prompt would have. As one token a paragraph,
@@ -80,7 +84,9 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=MOST_TOKENS, initial_alphabet=every_byte, show_progress=False)
     tokenizer.train_from_iterator([*texts, *2 * ("system\n", "user\n", "assistant\n\n")], trainer)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in (*THINKING, *_paragraphs())])
+    tokenizer.add_tokens(
+        [AddedToken(text, special=False, normalized=False) for text in (*THINKING, *_paragraphs(form))]
+    )
     return tokenizer
 
 
@@ -98,10 +104,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-def _paragraphs() -> list[str]:
+def _paragraphs(form: Form) -> list[str]:
     """What stands around the judged texts in the judge's prompts of all domains, cut after each blank line."""
     gap = "\0"
-    messages = [message for domain in PRIMARY for message in pointwise(gap, gap, domain)]
+    responses = [gap] * form.responses
+    messages = [m for domain in PRIMARY for m in form.ask(gap, *responses, domain=domain, rubrics="adaptive")]
     fixed = [text for message in messages for text in message["content"].split(gap)]
     return list(dict.fromkeys(part for text in fixed for part in re.split(r"(?<=\n\n)", text) if part))
 
@@ -109,4 +116,4 @@ def _paragraphs() -> list[str]:
 def _texts(row: dict[str, Any]) -> list[str]:
     """All texts of one row of a pair file."""
     messages = [message["content"] for column in ("prompt", "chosen", "rejected") for message in row[column]]
-    return [*messages, row["chosen_judgement"], row["rejected_judgement"]]
+    return [*messages, *(row[column] for column in (*JUDGEMENTS, *CHOICES) if column in row)]

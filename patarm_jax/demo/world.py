@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from patarm_jax.data.preferences import JUDGEMENTS
 from patarm_jax.types import CHOSEN, Domain, Message, Preference
 
 HELDOUT_SHARE = 0.2  # the share of combinations of content words that is held out
@@ -292,6 +293,29 @@ def teacher_judgement(preference: Preference, side: int, accuracy: float, rng: r
     )
 
 
+def teacher_choice(preference: Preference, accuracy: float, rng: random.Random) -> tuple[str, str]:
+    """A judgement of both responses in either order, the chosen one first and second; right as often as of one.
+
+    A friendly closing of the one response and not of the other charms the teacher here too.
+    """
+    corner = _CORNERS[preference.domain]
+    wanted = asked(preference.domain, preference.prompt[-1]["content"])
+    chosen, rejected = (given(preference.domain, response) for response in (preference.chosen, preference.rejected))
+    charm = min(CHARM, accuracy, 1 - accuracy)
+    charmed = preference.chosen.endswith(CLOSING) - preference.rejected.endswith(CLOSING)
+    right = rng.random() < accuracy + charm * charmed
+
+    def judgement(first: str, second: str, letter: str) -> str:
+        return (
+            f"<think>A good reply names {wanted}; A names {first}, B names {second}.</think>\n"
+            f"<generate_rubrics>{corner.rubric.format(answer=wanted)}</generate_rubrics>\n"
+            f"<eval>{letter} is {corner.verdicts[0]}.</eval>\n"
+            f"<answer>{letter}</answer>"
+        )
+
+    return judgement(chosen, rejected, "AB"[not right]), judgement(rejected, chosen, "BA"[not right])
+
+
 # ------------------------------------------------------------------------------------------------------------ control
 
 
@@ -331,9 +355,12 @@ def _deal(own: list[Preference], rng: random.Random) -> list[Preference]:
 
 
 def write_pairs(
-    path: Path, preferences: Sequence[Preference], judgements: Sequence[tuple[str, str]] | None = None
+    path: Path,
+    preferences: Sequence[Preference],
+    judgements: Sequence[tuple[str, str]] | None = None,
+    columns: tuple[str, str] = JUDGEMENTS,
 ) -> None:
-    """JSON lines: an explicit prompt, messages on both sides, and the judgements (chosen, rejected) where given."""
+    """JSON lines: an explicit prompt, messages on both sides, and two judgements in their columns where given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for index, preference in enumerate(preferences):
@@ -346,5 +373,5 @@ def write_pairs(
                 "rejected": [Message(role="assistant", content=preference.rejected)],
             }
             if judgements is not None:
-                row["chosen_judgement"], row["rejected_judgement"] = judgements[index]
+                row |= dict(zip(columns, judgements[index], strict=True))
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

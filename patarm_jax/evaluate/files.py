@@ -34,7 +34,7 @@ from patarm_jax.evaluate.summary import markdown
 from patarm_jax.files import one_line
 from patarm_jax.types import UserError
 
-RESULTS, UNITS = "results.json", "units.parquet"
+RESULTS, UNITS, JUDGEMENTS = "results.json", "units.parquet", "judgements.parquet"
 
 
 def write_files(
@@ -42,7 +42,7 @@ def write_files(
 ) -> None:
     """Writes all of them."""
     write_json(folder / RESULTS, _results(result))
-    _write_judgements(folder / "judgements.parquet", result, asked, answers)
+    _write_judgements(folder / JUDGEMENTS, result, asked, answers)
     _write_units(folder / UNITS, result)
     for write in BENCHMARKS[result.config.benchmark].official:
         write(folder / "official", result, said)

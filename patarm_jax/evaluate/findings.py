@@ -12,7 +12,7 @@ import numpy as np
 from patarm_jax.ask.answers import Answer, Kind
 from patarm_jax.config.recipes import EvalConfig
 from patarm_jax.evaluate.items import Item
-from patarm_jax.evaluate.outcomes import Choices, Rule, Scores, gaps, votes_curve
+from patarm_jax.evaluate.outcomes import Choices, Rule, Scores, gaps, position_bias, votes_curve
 from patarm_jax.evaluate.proportions import limits
 from patarm_jax.evaluate.scoring import TIE_RULES, Strata, measure, numbers, who_won
 from patarm_jax.evaluate.statistics import Difference, Measured, Name, TieRule, intervals
@@ -179,22 +179,6 @@ def _by_length(won: np.ndarray, longer: np.ndarray) -> dict[str, dict[str, float
         if some.size:
             result[name] = {"pairs": some.size, "strict": float((some == 1.0).mean()), "half": float(some.mean())}
     return result
-
-
-def position_bias(judged: Choices) -> dict[str, float]:
-    """What the order of the two responses does to a pairwise judge."""
-    first, second = judged.choices[..., 0, :], judged.choices[..., 1, :]
-    chose_first = np.concatenate([first[~np.isnan(first)] == 1.0, second[~np.isnan(second)] == -1.0])
-    both = ~np.isnan(first) & ~np.isnan(second)
-    here = judged.has_pair[..., None] & np.ones(first.shape, bool)
-    right = [float(np.mean(side[here] == 1.0)) for side in (first, second)]
-    return {
-        "chose the first": float(chose_first.mean()) if chose_first.size else np.nan,
-        "same in both orders": float((first == second)[both].mean()) if both.any() else np.nan,
-        "right with chosen first": right[0],
-        "right with rejected first": right[1],
-        "right per answer": float(np.mean(right)),  # LLMBar's accuracy; what cannot be read is wrong
-    }
 
 
 def _calibration(strata: Strata, judged: Scores) -> list[dict[str, float]]:

@@ -15,9 +15,10 @@ from patarm_jax.data.limits import Room
 from patarm_jax.data.pairs import shared_between
 from patarm_jax.data.pipeline import EncodedPair, digest_of, encode_pairs
 from patarm_jax.data.preferences import read_preferences
-from patarm_jax.evaluate.accuracy import Accuracy, pairwise_accuracy
+from patarm_jax.evaluate.accuracy import Accuracy, accuracy_of_choices, gap_or_position, pairwise_accuracy
+from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.sharding import OnMesh, batch_shards, gather
-from patarm_jax.rollout.judging import Judge, judge_all, make_judge, requests_of, score_arrays
+from patarm_jax.rollout.judging import Judge, judge_all, make_judge, numbers_of, places_of, requests_of
 from patarm_jax.run.drawing import heldout_sampling
 from patarm_jax.run.learner import weight_sync
 from patarm_jax.run.open_model import Model
@@ -43,7 +44,7 @@ class Heldout:
         return step % self.section.eval_every == 0 or step == steps
 
     def __call__(self, params: Params) -> dict[str, float]:
-        """Judges all held-out responses; the metrics of that."""
+        """Judges all held-out pairs; the metrics of that."""
         return heldout_metrics(*judge_heldout(self, params))
 
 
@@ -59,7 +60,8 @@ def open_heldout(config: TrainConfig, model: Model, mesh: Mesh, training: Sequen
         preferences = preferences[: section.limit]
     sampling = heldout_sampling(config, model)
     room = Room(model.arch.max_position_embeddings, sampling.max_new_tokens, "heldout.sampling.max_new_tokens")
-    records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data, room)
+    form = FORMS[config.judge]
+    records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data, room, form)
     say(f"held out, {section.path}: {read}{said}. Encoded: {encoded}.")
     asked = {"number of pairs": len(records), "pairs": digest_of(records), "sampling": asdict(sampling)}
     agree("the held-out pairs they read", asked)
@@ -68,7 +70,7 @@ def open_heldout(config: TrainConfig, model: Model, mesh: Mesh, training: Sequen
     each = len(padded) // processes
     return Heldout(
         section=section,
-        judge=make_judge(model.arch, model.tokenizer, mesh, config.model, sampling, section.votes),
+        judge=make_judge(model.arch, model.tokenizer, mesh, config.model, sampling, section.votes, form),
         to_rollout=weight_sync(model.arch, mesh, config.mesh, config.model.dtype),
         key=jax.random.fold_in(jax.random.key(config.run.seed), 0),  # training's begin at step 1
         records=records,
@@ -96,10 +98,12 @@ def _refuse_shared_pairs(config: TrainConfig, training: Sequence[Preference], he
 def judge_heldout(heldout: Heldout, params: Params) -> tuple[Accuracy, float]:
     """What the judge is worth on all held-out pairs, and the share of judgements that were cut off."""
     finished, judgements = judge_all(heldout.judge, heldout.to_rollout(params), requests_of(heldout.share), heldout.key)
-    mine = (*score_arrays(judgements), finished.truncated)
-    scores, status, truncated = (x[: 2 * len(heldout.records)] for x in gather(heldout.judge.engine.mesh, mine))
-    pairs = (x.reshape(len(heldout.records), 2, -1) for x in (np.nan_to_num(scores), status == Status.OK))
-    return pairwise_accuracy(*pairs), float(truncated.mean())
+    form = heldout.judge.form
+    mine = (*numbers_of(judgements, places_of(heldout.share), form), finished.truncated)
+    numbers, status, truncated = (x[: 2 * len(heldout.records)] for x in gather(heldout.judge.engine.mesh, mine))
+    pairs = (x.reshape(len(heldout.records), 2, -1) for x in (np.nan_to_num(numbers), status == Status.OK))
+    accuracy = accuracy_of_choices if form.responses == 2 else pairwise_accuracy
+    return accuracy(*pairs), float(truncated.mean())
 
 
 def heldout_metrics(found: Accuracy, cut_off: float) -> dict[str, float]:
@@ -109,7 +113,7 @@ def heldout_metrics(found: Accuracy, cut_off: float) -> dict[str, float]:
         "eval/accuracy_half": found.accuracy_half,
         "eval/accuracy_low": found.interval[0],
         "eval/accuracy_high": found.interval[1],
-        "eval/score_gap": found.gap,
+        **{f"eval/{name}": value for name, value in gap_or_position(found).items()},
         "eval/valid": found.valid,
         "eval/ties": found.ties,
         "eval/clipped_ratio": cut_off,

@@ -104,6 +104,22 @@ def _as_outcome(lead: np.ndarray) -> np.ndarray:
     return (np.sign(np.nan_to_num(lead)) + 1) / 2
 
 
+def position_bias(judged: Choices) -> dict[str, float]:
+    """What the order of the two responses does to a pairwise judge."""
+    first, second = judged.choices[..., 0, :], judged.choices[..., 1, :]
+    chose_first = np.concatenate([first[~np.isnan(first)] == 1.0, second[~np.isnan(second)] == -1.0])
+    both = ~np.isnan(first) & ~np.isnan(second)
+    here = judged.has_pair[..., None] & np.ones(first.shape, bool)
+    right = [float(np.mean(side[here] == 1.0)) for side in (first, second)]
+    return {
+        "chose the first": float(chose_first.mean()) if chose_first.size else np.nan,
+        "same in both orders": float((first == second)[both].mean()) if both.any() else np.nan,
+        "right with chosen first": right[0],
+        "right with rejected first": right[1],
+        "right per answer": float(np.mean(right)),  # LLMBar's accuracy; what cannot be read is wrong
+    }
+
+
 def votes_curve(judged: Scores | Choices, seed: int, subsets: int = 32) -> dict[int, list[np.ndarray]]:
     """Votes 1 … N → sets of so many votes out of the N, drawn at random; beyond 32 only powers of 2, and N."""
     total, rng = judged.votes, np.random.default_rng(seed)

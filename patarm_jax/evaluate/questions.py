@@ -10,12 +10,10 @@ import numpy as np
 from patarm_jax.ask.answers import Answer, Answers, Question
 from patarm_jax.evaluate.items import Item
 from patarm_jax.evaluate.outcomes import Choices, Scores
-from patarm_jax.judge.forms import Form
+from patarm_jax.judge.forms import ORDERS, SIDES, Form
 from patarm_jax.types import Message, RubricMode
 
 _Ask = Callable[[str, list[Message]], Question]  # name and messages → the question, which may be an earlier item's
-SIDES = ("chosen", "rejected")
-ORDERS = ("chosen first", "rejected first")
 
 
 @dataclass(frozen=True)

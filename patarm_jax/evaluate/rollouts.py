@@ -2,57 +2,79 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from patarm_jax.evaluate.accuracy import pairwise_accuracy
+from patarm_jax.config.recipes import GRPOConfig
+from patarm_jax.evaluate.accuracy import accuracy_of_choices, gap_or_position, pairwise_accuracy
+from patarm_jax.judge.forms import FORMS, Form
+from patarm_jax.model.sharding import process_in
 from patarm_jax.reward import Rewards
-from patarm_jax.run.rollouts import RolloutRow
-from patarm_jax.types import CHOSEN, REJECTED, Judgement, Status
+from patarm_jax.rollout.rounds import Chosen, Round
+from patarm_jax.run.rollouts import RolloutRow, gather_rows
+from patarm_jax.types import CHOSEN, REJECTED, Status
 
 
 def rollout_metrics(
-    scores: np.ndarray,
-    status: np.ndarray,
-    rewards: Rewards,
-    advantages: np.ndarray,
-    lengths: np.ndarray,
-    truncated: np.ndarray,
+    config: GRPOConfig, rounds: Sequence[Round], chosen: Chosen, advantages: np.ndarray
 ) -> dict[str, float]:
     """The vitals of a step; TRL's names where TRL has the metric.
 
     Args:
-        scores: [P, 2, G], NaN where not valid.
-        status: [P, 2, G].
-        rewards: on the host.
-        advantages: of any shape.
-        lengths: [R, G] tokens of each completion.
-        truncated: [R, G], whether it was cut off.
+        config: of the run.
+        rounds: all that was sampled.
+        chosen: what is learnt from.
+        advantages: [R, G] of that.
     """
-    valid = status == Status.OK
-    accuracy = pairwise_accuracy(scores, valid)
-    spread = np.ptp(rewards.total, axis=-1)
+    numbers, status, lengths, truncated = (
+        np.concatenate([getattr(each, name) for each in rounds])
+        for name in ("numbers", "status", "lengths", "truncated")
+    )
+    rewards: Rewards = jax.tree.map(lambda *parts: np.concatenate(parts), *(each.rewards for each in rounds))
+    groups = rewards.total.reshape(-1, config.prompts_per_group * status.shape[-1])
     metrics = {
         "reward": rewards.total.mean(),
-        "reward_std": rewards.total.std(axis=-1, ddof=min(1, rewards.total.shape[-1] - 1)).mean(),
-        "frac_reward_zero_std": (spread == 0).mean(),
-        "rewards/par/mean": rewards.par.mean(),
-        "rewards/par/std": rewards.par.std(),
+        "reward_std": groups.std(axis=-1, ddof=min(1, groups.shape[-1] - 1)).mean(),
+        "frac_reward_zero_std": (np.ptp(groups, axis=-1) == 0).mean(),
+        f"rewards/{config.reward_name}/mean": rewards.earned.mean(),
+        f"rewards/{config.reward_name}/std": rewards.earned.std(),
         "rewards/format/mean": rewards.format.mean(),
         "rewards/format/std": rewards.format.std(),
-        "rewards/chosen/mean": rewards.total[:, CHOSEN].mean(),
-        "rewards/rejected/mean": rewards.total[:, REJECTED].mean(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": truncated.mean(),
-        "advantages/abs_mean": np.abs(advantages).mean(),
-        "judge/valid": accuracy.valid,
-        "judge/accuracy_strict": accuracy.accuracy_strict,
-        "judge/accuracy_half": accuracy.accuracy_half,
-        "judge/score_gap": accuracy.gap,
-        "judge/pairs_without_par": (~valid.any(axis=-1).all(axis=-1)).mean(),
+        "advantages/abs_mean": np.abs(advantages).sum() / max(chosen.valid.sum(), 1),
     }
+    if "dapo.max_rounds" in config.algorithm_settings:
+        metrics |= {
+            "dapo/rounds": len(rounds),
+            "dapo/filled": chosen.valid.mean(),
+            "rewards/length/mean": rewards.length.mean(),
+        }
+    by_pair = rewards.total.shape
+    metrics |= _judge_metrics(config, numbers.reshape(by_pair), status.reshape(by_pair) == Status.OK, rewards)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _judge_metrics(config: GRPOConfig, numbers: np.ndarray, valid: np.ndarray, rewards: Rewards) -> dict[str, float]:
+    """How good the judge is, from all that was sampled [P, S, G]."""
+    pairwise = FORMS[config.judge].responses == 2
+    found = accuracy_of_choices(np.nan_to_num(numbers), valid) if pairwise else pairwise_accuracy(numbers, valid)
+    metrics = {
+        "judge/valid": found.valid,
+        "judge/accuracy_strict": found.accuracy_strict,
+        "judge/accuracy_half": found.accuracy_half,
+        **{f"judge/{name}": value for name, value in gap_or_position(found).items()},
+    }
+    if not pairwise:
+        metrics |= {
+            "rewards/chosen/mean": float(rewards.total[:, CHOSEN].mean()),
+            "rewards/rejected/mean": float(rewards.total[:, REJECTED].mean()),
+            "judge/pairs_without_par": (~valid.any(axis=-1).all(axis=-1)).mean(),
+        }
+    return metrics
 
 
 def advantages_by_rollout(advantages: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -65,26 +87,36 @@ def advantages_by_rollout(advantages: np.ndarray, lengths: np.ndarray) -> np.nda
 
 
 def rollout_rows(
-    ids: Sequence[str], judgements: Sequence[Sequence[Judgement]], rewards: np.ndarray, advantages: np.ndarray
+    mesh: Mesh, form: Form, rounds: Sequence[Round], chosen: Chosen, advantages: np.ndarray
 ) -> list[RolloutRow]:
-    """One row per judgement, pairs in order, chosen before rejected.
+    """One row for each judgement of all processes, in the order of pairs and questions.
 
     Args:
-        ids: of the P pairs.
-        judgements: [R][G].
-        rewards: [R, G].
-        advantages: [R, G].
+        mesh: whose processes have a part each.
+        form: of the questions.
+        rounds: all that was sampled.
+        chosen: what is learnt from.
+        advantages: [R, G] of that.
     """
-    return [
-        RolloutRow(
-            pair_id=ids[row // 2],
-            side="rejected" if row % 2 else "chosen",
-            text=one.text,
-            status=one.status,
-            score=one.score,
-            reward=float(rewards[row, g]),
-            advantage=float(advantages[row, g]),
-        )
-        for row, group in enumerate(judgements)
-        for g, one in enumerate(group)
-    ]
+    mine, processes = process_in(mesh)
+    rows: list[RolloutRow] = []
+    for number, each in enumerate(rounds):
+        share = slice(mine * len(each.status) // processes, (mine + 1) * len(each.status) // processes)
+        learnt = chosen.of_round(number, advantages, len(each.status))[share]
+        questions = [(record.preference.id, place) for record in each.pairs.records for place in record.places]
+        own = [
+            RolloutRow(
+                pair_id=pair,
+                side=form.places[place],
+                text=one.text,
+                status=one.status,
+                score=one.score,
+                choice=one.choice,
+                reward=float(reward),
+                advantage=None if np.isnan(advantage) else float(advantage),
+            )
+            for (pair, place), *group in zip(questions, each.judgements, each.total[share], learnt, strict=True)
+            for one, reward, advantage in zip(*group, strict=True)
+        ]
+        rows += gather_rows(mesh, own)
+    return rows

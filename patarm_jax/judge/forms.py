@@ -26,6 +26,10 @@ class Form:
     responses: int  # how many one question shows
     ask: Ask
     read: Callable[[str], Judgement]
+    # Of a judgement whose question has a place in its pair: what it is worth as a number, None where it is not valid.
+    number: Callable[[Judgement, int], float | None]
+    # What the two questions about a pair are called: of the chosen and of the rejected response, or in both orders.
+    places: tuple[str, str]
 
 
 def _pointwise(prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode) -> list[Message]:
@@ -53,9 +57,25 @@ def _writes_nothing(text: str) -> Judgement:
     raise TypeError("a scalar reward model gives a number and writes nothing that could be read")
 
 
-POINTWISE = Form("pointwise", 1, _pointwise, parse_pointwise)  # one response, a score from 0 to 10
-PAIRWISE = Form("pairwise", 2, _pairwise, parse_pairwise)  # two responses, a choice
-BASELINE = Form("baseline", 1, _baseline, parse_baseline)  # a general model, asked for a score without rubrics
-SCALAR = Form("scalar", 1, _dialogue, _writes_nothing)  # a reward model with a head that gives one number
+def _score(judgement: Judgement, _place: int) -> float | None:
+    return judgement.score
+
+
+def _is_right(judgement: Judgement, place: int) -> float | None:
+    """1 for the choice of the chosen response, which stands first in place 0; 0 for the other."""
+    return None if judgement.choice is None else float((judgement.choice == "A") == (place == 0))
+
+
+SIDES = ("chosen", "rejected")
+ORDERS = ("chosen first", "rejected first")
+
+# One response, a score from 0 to 10.
+POINTWISE = Form("pointwise", 1, _pointwise, parse_pointwise, _score, SIDES)
+# Two responses, a choice.
+PAIRWISE = Form("pairwise", 2, _pairwise, parse_pairwise, _is_right, ORDERS)
+# A general model, asked for a score without rubrics.
+BASELINE = Form("baseline", 1, _baseline, parse_baseline, _score, SIDES)
+# A reward model with a head that gives one number.
+SCALAR = Form("scalar", 1, _dialogue, _writes_nothing, _score, SIDES)
 
 FORMS = {form.name: form for form in (POINTWISE, PAIRWISE, BASELINE, SCALAR)}

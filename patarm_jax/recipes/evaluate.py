@@ -133,10 +133,9 @@ def _open_judge(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remo
         raise UsageError(f"rubrics is {config.rubrics}, and a {config.judge} judge reads none. Leave it out.")
     if not config.endpoint.url:
         longest = config.data.max_prompt_tokens
-        scalar = config.judge == "scalar"
-        if scalar and config.votes > 1:
+        if config.judge == "scalar" and config.votes > 1:
             raise UsageError(f"votes is {config.votes}; allowed for a scalar head is 1: its score is always the same.")
-        return open_local(config.model, config.mesh, config.sampling, config.votes, config.seed, longest, scalar)
+        return open_local(config.model, config.mesh, config.sampling, config.votes, config.seed, longest, config.judge)
     if config.model.path:
         raise UsageError("both --model and --endpoint.url are given. Give one; the server's model is endpoint.model.")
     if config.judge == "scalar":

@@ -9,51 +9,57 @@ from dataclasses import replace
 from functools import partial
 
 import jax
-import numpy as np
 
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import GRPOConfig
-from patarm_jax.data.preferences import read_preferences
+from patarm_jax.data.preferences import read_labelled_preferences, read_preferences
 from patarm_jax.evaluate.rollouts import advantages_by_rollout, rollout_metrics, rollout_rows
+from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.kernels import kernels_in_use
-from patarm_jax.model.sharding import TRAIN_RULES, batch_sharding, fetch, gather, local_part
+from patarm_jax.model.sharding import TRAIN_RULES, batch_sharding, fetch
 from patarm_jax.padding import bucket
 from patarm_jax.recipes.programs import grpo_learner, grpo_programs, large, make_rollout_programs
 from patarm_jax.recipes.ready import Ready, make_ready
-from patarm_jax.reward import MARGINS, judgement_rewards
+from patarm_jax.reward import MarginFn
 from patarm_jax.rollout.batches import completion_width, rollouts_of
-from patarm_jax.rollout.judging import judge_all, make_judge, requests_of, score_arrays
+from patarm_jax.rollout.judging import Judge, make_judge
+from patarm_jax.rollout.rewards import make_rewards
+from patarm_jax.rollout.rounds import chosen_of, key_of, sample_round, tokens_of, wants_another
 from patarm_jax.run.claim import claimed
 from patarm_jax.run.export import card_of
 from patarm_jax.run.folder import open_run
+from patarm_jax.run.margin import margin_of, values_of
 from patarm_jax.run.open_model import Model, load_params, open_model
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
 from patarm_jax.run.programs import describe
 from patarm_jax.run.progress import Shown, percent
-from patarm_jax.run.rollouts import gather_rows
 from patarm_jax.types import UserError
 
 
 def main(config: GRPOConfig) -> bool:
     """Trains until done and exports; False when it was asked to stop before."""
     start_processes(config)
+    margin = margin_of(config)
     with claimed(config.run):
-        return _train(_ready(config))
+        return _train(_ready(config), margin)
 
 
 def _ready(config: GRPOConfig) -> Ready[GRPOConfig]:
-    return make_ready(config, read_preferences, partial(_open_reference, config) if config.charges_kl else None)
+    read = read_labelled_preferences if config.reward.kind == "labels" else read_preferences
+    return make_ready(config, read, partial(_open_reference, config) if config.charges_kl else None)
 
 
-def _train(ready: Ready[GRPOConfig]) -> bool:
+def _train(ready: Ready[GRPOConfig], margin: MarginFn) -> bool:
     config, mesh, model, records, length = ready.config, ready.mesh, ready.model, ready.records, ready.length
     learner = grpo_learner(config, model.arch, mesh, updates=length.steps * config.update.updates_per_rollout)
     rollout = make_rollout_programs(config, model.arch, mesh)
-    judge = make_judge(model.arch, model.tokenizer, mesh, config.model, config.sampling, config.group_size)
+    judge = _make_judge(ready)
+    reward = make_rewards(config, margin)
     say(kernels_in_use(config.model, model.arch, mesh, "causal", "shared"))
 
-    with open_run(config, model, records, length, learner, ready.heldout, ready.reference) as run:
+    further = values_of(config, margin)
+    with open_run(config, model, records, length, learner, ready.heldout, ready.reference, further) as run:
         if run is None:
             return True
         # Loaded, never taken from the state: a resumed run would have lost it, and the update donates those buffers.
@@ -66,16 +72,16 @@ def _train(ready: Ready[GRPOConfig]) -> bool:
             _shown,
         ):
             with step.phase("sample"):
-                key = jax.random.fold_in(jax.random.key(config.run.seed), step.number)
-                requests = requests_of(step.pairs.records)
-                finished, judgements = judge_all(judge, rollout.to_rollout(run.state.params), requests, key)
+                sample = partial(sample_round, judge, reward, rollout.to_rollout(run.state.params), phase=step.phase)
+            rounds = [sample(step.pairs, key_of(config.run.seed, step.number))]
+            while wants_another(config, rounds):
+                rounds.append(sample(step.draw(), key_of(config.run.seed, step.number, len(rounds))))
+            del sample  # and with it the copy of the weights, whose memory the update needs
             with step.phase("reward"):
-                mine = (*score_arrays(judgements), finished.lengths, finished.truncated)
-                scores, status, lengths, truncated = gather(mesh, mine)
-                by_pair = scores.reshape(-1, 2, config.group_size), status.reshape(-1, 2, config.group_size)
-                rewards = fetch(judgement_rewards(*by_pair, MARGINS[config.reward.margin]))
-                widest = completion_width(int(lengths.max()), config.sampling.max_new_tokens)
-                rollouts = rollouts_of(mesh, requests, finished, step.batch, widest)
+                chosen = chosen_of(config, mesh, rounds)
+                longest = max(each.pairs.longest_prompt for each in rounds)
+                widest = completion_width(int(chosen.lengths.max()), config.sampling.max_new_tokens)
+                rollouts = rollouts_of(mesh, chosen.requests, chosen.finished, bucket(longest), widest)
             with step.phase("logprobs"):
                 sampled = rollouts
                 if reference is not None:
@@ -83,35 +89,36 @@ def _train(ready: Ready[GRPOConfig]) -> bool:
                 if config.update.old_logprobs == "trainer":
                     anew = rollout.logprobs(run.state.params, learner.frozen, sampled)
                     rollouts = replace(rollouts, old_logprobs=anew, sampler_logprobs=sampled.old_logprobs)
-                rewarded = jax.device_put(rewards.total.reshape(status.shape), batch_sharding(mesh))
-                # What could not be read has a reward, its penalty: every judgement is a member of its group.
-                valid = jax.device_put(np.ones(status.shape, bool), batch_sharding(mesh))
+                rewarded, valid = jax.device_put((chosen.rewards, chosen.valid), batch_sharding(mesh))
                 rollouts = replace(rollouts, advantages=rollout.advantages(rewarded, valid, rollouts))
                 jax.block_until_ready(rollouts)
             step.update(rollouts, config.update.updates_per_rollout)
-            advantages = advantages_by_rollout(fetch(rollouts.advantages), lengths)
-            step.metrics |= rollout_metrics(*by_pair, rewards, advantages, lengths, truncated)
-            ids = [record.preference.id for record in step.pairs.records]
-            own = advantages_by_rollout(local_part(rollouts.advantages), finished.lengths)
-            rows = rollout_rows(ids, judgements, local_part(rewarded), own)
-            step.rows = gather_rows(mesh, rows)
-            step.tokens = config.group_size * sum(prompt for prompt, _ in step.pairs.lengths) + int(lengths.sum())
+            advantages = advantages_by_rollout(fetch(rollouts.advantages), chosen.lengths)
+            step.metrics |= rollout_metrics(config, rounds, chosen, advantages)
+            step.rows = rollout_rows(mesh, judge.form, rounds, chosen, advantages)
+            step.tokens = sum(tokens_of(each) for each in rounds)
         return run.finish(card_of(config, model, len(records)))
+
+
+def _make_judge(ready: Ready[GRPOConfig]) -> Judge:
+    config, model = ready.config, ready.model
+    settings = config.model, config.sampling, config.rollouts_per_prompt, FORMS[config.judge]
+    return make_judge(model.arch, model.tokenizer, ready.mesh, *settings)
 
 
 def dry_run(config: GRPOConfig) -> None:
     """Shows the config, the first batch, and what each program needs at the longest prompt of the data."""
     start_processes(config, dry_run=True)
+    margin_of(config)  # refuses one that cannot be had
     ready = _ready(config)
     config, mesh, model, length = ready.config, ready.mesh, ready.model, ready.length
     say(kernels_in_use(config.model, model.arch, mesh, "causal", "shared"))
-    judge = make_judge(model.arch, model.tokenizer, mesh, config.model, config.sampling, config.group_size)
     every = grpo_programs(
         config,
         model.arch,
         grpo_learner(config, model.arch, mesh, updates=length.steps * config.update.updates_per_rollout),
         make_rollout_programs(config, model.arch, mesh),
-        judge.engine,
+        _make_judge(ready).engine,
         bucket(max(record.longest_prompt for record in ready.records)),
     )
     describe(to_yaml(config), mesh, every, next(ready.batches()), model.tokenizer, length.steps)

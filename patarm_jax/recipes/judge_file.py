@@ -59,7 +59,7 @@ def main(config: JudgeConfig, dry_run: bool = False) -> Accuracy | None:
 def _judge(config: JudgeConfig, output: Path, dry_run: bool) -> Accuracy | None:
     before = _written_before(output)
     longest = config.data.max_prompt_tokens
-    local = open_local(config.model, config.mesh, config.sampling, config.votes, config.seed, longest)
+    local = open_local(config.model, config.mesh, config.sampling, config.votes, config.seed, longest, "pointwise")
 
     # ------------------------------------------------------------------------------------------------------ questions
     preferences, read = read_preferences(config.data)

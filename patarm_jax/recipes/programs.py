@@ -42,7 +42,7 @@ def programs(config: TrainConfig, arch: Architecture, mesh: Mesh) -> dict[str, P
 
 def _sft(config: SFTConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
     width = bucket(config.data.max_prompt_tokens + config.data.max_completion_tokens)
-    shape = SFTShape(2 * config.pairs_per_step, width, bucket(config.data.max_completion_tokens))
+    shape = SFTShape(config.prompts_per_pair * config.pairs_per_step, width, bucket(config.data.max_completion_tokens))
     return sft_programs(sft_learner(config, arch, mesh), shape)
 
 
@@ -50,7 +50,7 @@ def _grpo(config: GRPOConfig, arch: Architecture, mesh: Mesh) -> dict[str, Progr
     network = network_of(arch, config.model.dtype, kernel_for(config.model, arch, mesh, "causal"))
     # Which token ends a judgement changes no shape.
     params = SamplingParams((arch.eos_token_id or 0,), config.sampling.max_new_tokens)
-    engine = make_engine(network, mesh, config.group_size, params, config.sampling.rows)
+    engine = make_engine(network, mesh, config.rollouts_per_prompt, params, config.sampling.rows)
     learner, rollout = grpo_learner(config, arch, mesh), make_rollout_programs(config, arch, mesh)
     return grpo_programs(config, arch, learner, rollout, engine, bucket(config.data.max_prompt_tokens))
 
@@ -111,7 +111,7 @@ def algorithm_of(config: GRPOConfig) -> Algorithm:
     settings: dict[str, Any] = {name: own[name] for name in ("clip_low", "clip_high", "dual_clip") if name in own}
     settings["kl"] = KLPenalty(**{field: own[f"kl.{field}"] for field in KLPenalty._fields if f"kl.{field}" in own})
     if "reward.group_by" in own:
-        settings["prompts_per_group"] = {"response": 1, "pair": 2}[own["reward.group_by"]]
+        settings["prompts_per_group"] = config.prompts_per_group
     if "reward.normalise_std" in own:
         settings["normalise_std"] = own["reward.normalise_std"]
     return ALGORITHMS[config.update.algorithm](**settings)
@@ -171,7 +171,7 @@ def grpo_programs(
     learnt_from = replace(rollouts, advantages=abstract(earned.shape, earned.dtype, batch_sharding(mesh)))
     shown: dict[str, Program] = {
         "copy for sampling": (rollout.to_rollout, (learner.shape.params,)),
-        **abstract_programs(engine, sampled, 2 * config.pairs_per_step, width),
+        **abstract_programs(engine, sampled, config.prompts_per_pair * config.pairs_per_step, width),
         "advantages": (rollout.advantages, (rewards, valid, rollouts)),
         "update": (learner.update, (learner.shape, learner.frozen, learnt_from)),
     }
@@ -184,7 +184,8 @@ def grpo_programs(
 
 
 def _abstract_rollouts(config: GRPOConfig, mesh: Mesh, width: int) -> Rollouts:
-    prompts, group, new = 2 * config.pairs_per_step, config.group_size, config.sampling.max_new_tokens
+    prompts, group = config.prompts_per_pair * config.pairs_per_step, config.rollouts_per_prompt
+    new = config.sampling.max_new_tokens
 
     new_array = partial(abstract, sharding=batch_sharding(mesh))
     logprobs = new_array((prompts, group, new), jnp.float32)

@@ -4,19 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import jax
 from jax.sharding import Mesh
 
 from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import DataSection
 from patarm_jax.data.limits import Room
-from patarm_jax.data.pipeline import Batches, EncodedPair, batches, encode_pairs
+from patarm_jax.data.pipeline import Batches, EncodedPair, encode_pairs
 from patarm_jax.data.preferences import Report
 from patarm_jax.data.sft import JudgedPreference
 from patarm_jax.evaluate.heldout import Heldout, open_heldout
+from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.run.drawing import with_heldout_sampling
-from patarm_jax.run.folder import Length, length_of
+from patarm_jax.run.folder import Length, batches_of, length_of
 from patarm_jax.run.learner import check_batch
 from patarm_jax.run.open_model import Model, open_model
 from patarm_jax.run.process import say
@@ -40,8 +40,7 @@ class Ready(Generic[Config]):
 
     def batches(self) -> Batches:
         """This process's part of the run's batches, from the first one on."""
-        shares = (jax.process_index(), jax.process_count())
-        return batches(self.records, self.config.pairs_per_step, self.length.epochs, self.config.run.seed, *shares)
+        return batches_of(self.config, self.records)
 
 
 def make_ready(
@@ -56,14 +55,20 @@ def make_ready(
     """
     config = config.complete()
     mesh = make_mesh(config.mesh)
-    check_batch(mesh, 2 * config.pairs_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}")
-    model = open_model(config.model)
+    check_batch(
+        mesh,
+        config.prompts_per_pair * config.pairs_per_step,
+        config.micro_batches,
+        f"pairs_per_step {config.pairs_per_step}",
+    )
+    model = open_model(config.model, config.judge)
     config = with_heldout_sampling(config, model)
     reference = open_reference(model) if open_reference else None
     pairs, read = read_pairs(config.data)
     written = config.rollout_sampling.max_new_tokens if config.rollout_sampling else 0
     room = Room(model.arch.max_position_embeddings, written)
-    records, encoded = encode_pairs(model.tokenizer, pairs, config.rubrics, config.data, room)
+    form = FORMS[config.judge]
+    records, encoded = encode_pairs(model.tokenizer, pairs, config.rubrics, config.data, room, form)
     say(f"{config.data.path}: {read}. Encoded: {encoded}.")
     preferences = [pair.preference if isinstance(pair, JudgedPreference) else pair for pair in pairs]
     return Ready(

@@ -5,6 +5,7 @@ The loss is on the judgement alone, its end token included. The same command res
 
 import itertools
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 
@@ -13,6 +14,7 @@ from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import SFTConfig
 from patarm_jax.data.pipeline import PairBatch, sft_batch, sft_shape
 from patarm_jax.data.preferences import read_judged_preferences
+from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.sharding import batch_shards, place_batch
 from patarm_jax.padding import WIDTH_MULTIPLE
@@ -31,7 +33,11 @@ def main(config: SFTConfig) -> bool:
     """Trains until done and exports; False when it was asked to stop before."""
     start_processes(config)
     with claimed(config.run):
-        return _train(make_ready(config, read_judged_preferences))
+        return _train(_ready(config))
+
+
+def _ready(config: SFTConfig) -> Ready[SFTConfig]:
+    return make_ready(config, partial(read_judged_preferences, form=FORMS[config.judge]))
 
 
 def _train(ready: Ready[SFTConfig]) -> bool:
@@ -58,7 +64,7 @@ def _train(ready: Ready[SFTConfig]) -> bool:
 def dry_run(config: SFTConfig) -> None:
     """Shows the config, the first batch, and what the update needs at the largest batch of an epoch."""
     start_processes(config, dry_run=True)
-    ready = make_ready(config, read_judged_preferences)
+    ready = _ready(config)
     config, mesh, model, length = ready.config, ready.mesh, ready.model, ready.length
     say(kernels_in_use(config.model, model.arch, mesh, sft_form(config)))
     epoch = list(itertools.islice(ready.batches(), length.per_epoch))

@@ -48,6 +48,19 @@ class Panel:
 # Those of PaTaRM's Figure 3 first. A metric `eval/…` is one of held-out pairs, measured at some steps only.
 PANELS = (
     Panel("Score gap, chosen − rejected", {"rollouts": "judge/score_gap", "held out": "eval/score_gap"}),
+    Panel(
+        "Choices of the first response",
+        {"rollouts": "judge/chose_first", "held out": "eval/chose_first"},
+    ),
+    Panel(
+        "Accuracy by order",
+        {
+            "chosen first": "judge/accuracy_chosen_first",
+            "rejected first": "judge/accuracy_rejected_first",
+            "held out, chosen first": "eval/accuracy_chosen_first",
+            "held out, rejected first": "eval/accuracy_rejected_first",
+        },
+    ),
     Panel("Entropy (nats per token)", {"": "entropy"}),
     Panel("Valid judgements", {"rollouts": "judge/valid", "held out": "eval/valid"}),
     Panel(
@@ -57,6 +70,8 @@ PANELS = (
     Panel("Loss", {"": "loss"}),
     Panel("Reward", {"all": "reward", "chosen": "rewards/chosen/mean", "rejected": "rewards/rejected/mean"}),
     Panel("Groups of equal rewards", {"": "frac_reward_zero_std"}),
+    Panel("Rounds of a step", {"": "dapo/rounds"}),
+    Panel("Batch filled", {"": "dapo/filled"}),
     Panel("Tokens of a judgement", {"mean": "completions/mean_length", "longest": "completions/max_length"}),
     Panel("Cut-off judgements", {"rollouts": "completions/clipped_ratio", "held out": "eval/clipped_ratio"}),
     Panel("Pairs without PAR", {"": "judge/pairs_without_par"}),
@@ -115,6 +130,7 @@ def _write(run: Path, config: TrainConfig, out: Path, megabytes: int, mark: str)
         "rollout_steps": len(steps),
         "preferences": preferences,
         "missing": missing,
+        "pairwise": config.judge == "pairwise",
     }
     with writing(out):
         write_text(out, _page(payload, rollouts, mark))
@@ -220,14 +236,15 @@ def within(steps: Sequence[Path], size: Callable[[Path], int], limit: int) -> li
 
 
 def _step(path: Path) -> _Step:
-    """The pairs of a step: judgements of the chosen and of the rejected response."""
+    """The pairs of a step: judgements of the chosen and of the rejected response, or with either of them first."""
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
         pairs: dict[str, Any] = {}
         for row in rows:
             pair = pairs.setdefault(row["pair_id"], {"id": row["pair_id"], "chosen": [], "rejected": []})
-            told = {name: row[name] for name in ("status", "text")}
-            pair[row["side"]].append(told | {name: _finite(row[name]) for name in ("score", "reward", "advantage")})
+            told = {"status": row["status"], "text": row["text"], "choice": row.get("choice")}
+            side = row["side"].removesuffix(" first")  # of a pairwise judge, which response stood first
+            pair[side].append(told | {name: _finite(row[name]) for name in ("score", "reward", "advantage")})
     except (OSError, KeyError, pyarrow.ArrowException) as error:
         raise UserError(
             f"{path} holds no rollouts: {error}. Remove the file; the report is made without it."

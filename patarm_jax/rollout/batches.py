@@ -40,4 +40,4 @@ def rollouts_of(
 
 def completion_width(longest: int, most: int) -> int:
     """Completions are cut to an eighth, a quarter, … of the limit before they are learnt from: few compiled shapes."""
-    return min(bucket(longest, -(-most // 8)), most)
+    return min(bucket(max(longest, 1), -(-most // 8)), most)

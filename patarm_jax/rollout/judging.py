@@ -66,11 +66,11 @@ def make_judge(
 
 
 def requests_of(records: Sequence[EncodedPair]) -> list[Request]:
-    """Chosen 0, rejected 0, chosen 1, …; a sample id names a response of the data set, whatever batch it is in."""
+    """The questions of each pair in turn; a sample id names one of the data set, whatever batch it is in."""
     return [
-        Request(tokens, 2 * record.index + side)
+        Request(tokens, 2 * record.index + place)
         for record in records
-        for side, tokens in enumerate(record.prompt_tokens)
+        for place, tokens in zip(record.places, record.prompt_tokens, strict=True)
     ]
 
 
@@ -103,8 +103,25 @@ def read_judgements(tokenizer: Tokenizer, group: Group, form: Form = POINTWISE) 
     ]
 
 
-def score_arrays(judgements: Sequence[Sequence[Judgement]]) -> tuple[np.ndarray, np.ndarray]:
-    """Scores float32 (NaN where not valid) and statuses int32, both [R, G]: where text becomes numbers again."""
-    scores = [[math.nan if one.score is None else one.score for one in group] for group in judgements]
+def numbers_of(
+    judgements: Sequence[Sequence[Judgement]], places: Sequence[int], form: Form = POINTWISE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where text becomes numbers again, both [R, G].
+
+    Args:
+        judgements: [R][G].
+        places: [R], which of the two questions about its pair each was asked.
+        form: of the questions.
+
+    Returns:
+        scores, or 1 for the right choice and 0 for the wrong one, float32 (NaN where not valid); statuses int32.
+    """
+    values = [[form.number(one, place) for one in group] for group, place in zip(judgements, places, strict=True)]
+    numbers = [[math.nan if value is None else value for value in group] for group in values]
     statuses = [[int(one.status) for one in group] for group in judgements]
-    return np.asarray(scores, np.float32), np.asarray(statuses, np.int32)
+    return np.asarray(numbers, np.float32), np.asarray(statuses, np.int32)
+
+
+def places_of(records: Sequence[EncodedPair]) -> list[int]:
+    """Of each of `requests_of`, which of the two questions about its pair it is."""
+    return [place for record in records for place in record.places]

@@ -14,14 +14,14 @@ import jax
 from patarm_jax.arrays import Params
 from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.data.tokenizer import Tokenizer, save_tokenizer
-from patarm_jax.files import appearing_whole
+from patarm_jax.files import appearing_whole, write_text
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.generation import Drawing
 from patarm_jax.run.drawing import exported_drawing, heldout_in_words
-from patarm_jax.run.open_model import Model, name_of
+from patarm_jax.run.open_model import JUDGE, Model, name_of
 from patarm_jax.run.soundness import refuse_ruined
-from patarm_jax.types import RubricMode
+from patarm_jax.types import JudgeKind, RubricMode
 
 # What a name on the Hub looks like. `data/pairs.jsonl` and `./runs/sft` are files and folders.
 HUB_ID = re.compile(r"[A-Za-z0-9]\w*[\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.parquet)", re.ASCII)
@@ -39,6 +39,7 @@ class ModelCardFacts:
     steps: int  # optimiser updates
     reward: str  # such as "PAR, graded margin, 8 judgements of each response"; empty where there is none
     rubrics: RubricMode
+    judge: JudgeKind = "pointwise"  # how it is asked
     drawing: Drawing = field(default_factory=Drawing)  # as it was trained, and as it is to be served
     measured_on: str = ""  # the held-out pairs, and how they were judged; empty where there are none
     measured: Mapping[str, float] = field(default_factory=dict)  # the metrics `eval/…` of these weights
@@ -61,6 +62,7 @@ def card_of(config: TrainConfig, model: Model, pairs: int | None = None) -> Mode
         steps=0,
         reward=config.reward_in_words,
         rubrics=config.rubrics,
+        judge=config.judge,
         drawing=exported_drawing(config, model),
         measured_on=heldout_in_words(config, model),
     )
@@ -99,6 +101,7 @@ def write_export(
         weights.save(params, arch, part, dtype=dtype, drawing=card.drawing, **ids)
         if jax.process_index() == 0:
             save_tokenizer(tokenizer, part)
+            write_text(part / JUDGE, json.dumps({"judge": card.judge, "rubrics": card.rubrics}) + "\n")
             model_card(card, name_of(folder), tokenizer.opening).save(part / "README.md")
 
 
@@ -129,7 +132,9 @@ def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingfa
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     before = f"{json.dumps(opening)} + " if opening else ""
-    text = BODY.format(name=name, table=table, rubrics=facts.rubrics, opening=before)
+    words = {**_WORDS[facts.judge], "name": name}
+    words["command"] = words["command"].format(name=name)
+    text = BODY.format(table=table, rubrics=facts.rubrics, opening=before, **words)
     return huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
@@ -153,11 +158,35 @@ def _if_on_hub(name: str) -> str | None:
     return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
+# What the card of each kind of judge says.
+_WORDS = {
+    "pointwise": {
+        "does": "It reads a user's prompt and one response, thinks, writes rubrics for this very case,\n"
+        "evaluates the response against them and ends with a score from 0 to 10.",
+        "what": "Score the responses of a file of preference pairs (`prompt`, `chosen`, `rejected`):",
+        "command": "patarm judge {name} --input pairs.jsonl --output scores.jsonl",
+        "ask": "pointwise",
+        "responses": '"4"',
+        "found": "score",
+        "note": "A score is None where the judgement could not be read. Scores of one response vary: take the mean of "
+        "several.",
+    },
+    "pairwise": {
+        "does": "It reads a user's prompt and two responses, thinks, writes rubrics for this very case,\n"
+        "evaluates the responses against them and ends with its choice, A or B.",
+        "what": "Compare the responses of a file of preference pairs (`prompt`, `chosen`, `rejected`), in both orders:",
+        "command": "patarm eval pairs --judge pairwise --model {name} --data pairs.jsonl --output runs/pairs",
+        "ask": "pairwise",
+        "responses": '"4", "5"',
+        "found": "choice",
+        "note": "A choice is None where the judgement could not be read. It may depend on which response stands first: "
+        "ask in\nboth orders, and take several judgements of each.",
+    },
+}
 BODY = """\
 # {name}
 
-A generative reward model. It reads a user's prompt and one response, thinks, writes rubrics for this very case,
-evaluates the response against them and ends with a score from 0 to 10. It was trained with `patarm_jax`.
+A generative reward model. {does} It was trained with `patarm_jax`.
 
 | | |
 |---|---|
@@ -167,46 +196,46 @@ evaluates the response against them and ends with a score from 0 to 10. It was t
 
 `{name}` stands for this folder in what follows: put its path there, or its id on the Hub.
 
-Score the responses of a file of preference pairs (`prompt`, `chosen`, `rejected`):
+{what}
 
 ```sh
-patarm judge {name} --input pairs.jsonl --output scores.jsonl
+{command}
 ```
 
 With vLLM:
 
 ```python
-from patarm_jax.judge.parse import parse_pointwise
-from patarm_jax.judge.prompts import pointwise
+from patarm_jax.judge.parse import parse_{ask}
+from patarm_jax.judge.prompts import {ask}
 from vllm import LLM
 
 llm = LLM("{name}")
 sampling = llm.get_default_sampling_params()
 sampling.max_tokens = 2048
-messages = pointwise("What is 2 + 2?", "4", domain="math", rubrics="{rubrics}")
+messages = {ask}("What is 2 + 2?", {responses}, domain="math", rubrics="{rubrics}")
 text = {opening}llm.chat(messages, sampling)[0].outputs[0].text
-print(parse_pointwise(text).score)
+print(parse_{ask}(text).{found})
 ```
 
 With transformers and torch:
 
 ```python
 import torch
-from patarm_jax.judge.parse import parse_pointwise
-from patarm_jax.judge.prompts import pointwise
+from patarm_jax.judge.parse import parse_{ask}
+from patarm_jax.judge.prompts import {ask}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto").to(device)
-messages = pointwise("What is 2 + 2?", "4", domain="math", rubrics="{rubrics}")
+messages = {ask}("What is 2 + 2?", {responses}, domain="math", rubrics="{rubrics}")
 inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, enable_thinking=True, return_dict=True, return_tensors="pt"
 ).to(device)
 output = model.generate(**inputs, max_new_tokens=2048)
 text = {opening}tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-print(parse_pointwise(text).score)
+print(parse_{ask}(text).{found})
 ```
 
-A score is None where the judgement could not be read. Scores of one response vary: take the mean of several.
+{note}
 """

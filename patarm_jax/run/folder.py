@@ -13,10 +13,10 @@ to stop. All processes go through it together.
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
 import jax
@@ -25,7 +25,7 @@ import numpy as np
 from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import RunSection
-from patarm_jax.data.pipeline import Batches, EncodedPair, PairBatch, batches, batches_per_epoch
+from patarm_jax.data.pipeline import Batches, EncodedPair, PairBatch, batches, batches_drawn, batches_per_epoch
 from patarm_jax.files import read_json_object, writing
 from patarm_jax.model.sharding import TRAIN_RULES, Program, fetch
 from patarm_jax.run.checkpoint import Checkpoints, open_checkpoints
@@ -78,10 +78,11 @@ class Length:
     steps: int
     per_epoch: int  # steps
 
-    @property
-    def epochs(self) -> int:
-        """Passes over the data, the last of which may end early."""
-        return math.ceil(self.steps / max(self.per_epoch, 1))
+
+def batches_of(config: TrainConfig, records: Sequence[EncodedPair]) -> Batches:
+    """This process's part of a run's batches, from the first one on and without end."""
+    shares = (jax.process_index(), jax.process_count())
+    return batches(records, config.pairs_per_step, None, config.run.seed, *shares, config.prompts_per_pair == 1)
 
 
 def length_of(section: RunSection, records: Sequence[EncodedPair], pairs_per_step: int) -> Length:
@@ -110,6 +111,10 @@ class Step(Generic[Prepared]):
     def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Times a part of the step. Arrays are computed in the background: wait for them inside."""
         return self.timer.phase(name)
+
+    def draw(self) -> PairBatch:
+        """Further pairs for this step, as many as it has: those that follow in the data, and in the next epoch."""
+        return next(self.run.iterator)
 
     def update(self, batch: Tree, times: int = 1) -> None:
         """Updates the weights on a batch; returns while the devices compute."""
@@ -171,15 +176,15 @@ class Run:
             for number in range(self.done + 1, self.length.steps + 1):
                 assert self.pairs is not None and batch is not None
                 step = Step(run=self, number=number, pairs=self.pairs, batch=batch, timer=Timer(arrive, number))
-                data_state = self.iterator.get_state()
                 yield step
+                data_state = self.iterator.get_state()  # it may have drawn further pairs
                 with step.phase("data"):  # beside the devices' work: "update" is the rest of it
                     self.pairs = next(self.iterator) if number < self.length.steps else None
                     batch = None if self.pairs is None else prepare(self.pairs)
                 with step.phase("update"):
                     values = self._values(step)
                 measured = self._evaluated(step)
-                line = self.watch.line(number, values | measured, step.tokens, step.timer)
+                line = self.watch.line(number, values | measured, batches_drawn(data_state), step.tokens, step.timer)
                 arrive(f"step {number}: writing what it gave")
                 self.writer.write(number, line | compilations().since_last())
                 report(number, shown(values), self.watch.new_tokens)
@@ -218,7 +223,7 @@ class Run:
             write_rollouts(self.folder / ROLLOUTS, step.number, step.rows)
         if self.config.run.show_every and step.number % self.config.run.show_every == 0:
             first = {row.side: row for row in reversed(step.rows)}
-            show_judgements(step.number, [first["chosen"], first["rejected"]])
+            show_judgements(step.number, [first[side] for side in sorted(first)])  # the chosen response's first
 
     def _save(self, step: int, data_state: dict[str, object], stopping: bool, measured: Mapping[str, float]) -> None:
         """A checkpoint every so many steps, when it was evaluated, at the end, and when the run is to stop."""
@@ -305,6 +310,7 @@ def open_run(
     learner: Learner[Tree],
     evaluation: Evaluator | None = None,
     reference: Model | None = None,
+    further: Mapping[str, object] = MappingProxyType({}),
 ) -> Iterator["Run | None"]:
     """Begins a run, or resumes it: the state is the last checkpoint's, and the pairs go on from there.
 
@@ -318,17 +324,17 @@ def open_run(
         learner: what is trained.
         evaluation: judges the weights now and then; None where nothing does.
         reference: what the KL is measured from; None where there is no KL.
+        further: what else must not change when the run is resumed, by name.
 
     Raises:
         UserError: when the folder holds another run, or a checkpoint is damaged.
     """
-    shares = (jax.process_index(), jax.process_count())
-    iterator = batches(records, config.pairs_per_step, length.epochs, config.run.seed, *shares)
-    identity = fingerprint(config, model, records, reference)
+    iterator = batches_of(config, records)
+    identity = fingerprint(config, model, records, reference, further)
     if is_complete(config.run, identity, length.steps):
         yield None
         return
-    run = _begin_or_resume(config, model, records, length, learner, evaluation, identity, iterator)
+    run = _begin_or_resume(config, model, records, length, learner, evaluation, identity, iterator, further)
     try:
         yield run
     finally:  # after an error too: signals, streams and files are as they were before
@@ -346,15 +352,15 @@ def _begin_or_resume(
     evaluation: Evaluator | None,
     identity: Mapping[str, object],
     iterator: Batches,
+    further: Mapping[str, object],
 ) -> Run:
     folder = folder_of(config.run)
     best = f"eval/{config.heldout.best}" if config.heldout.path else ""
     noted = read_json_object(folder / MARK)
     whose = with_known_start(identity, noted)
     weights = {f"weights ({role})": one["digest"] for role, one in whose[WEIGHTS].items()}  # whatever their paths
-    agree(
-        "what they read", {"number of pairs": len(records), "pairs": whose["data"], "model": whose["model"], **weights}
-    )
+    read = {"number of pairs": len(records), "pairs": whose["data"], "model": whose["model"]}
+    agree("what they read", read | weights | dict(further))
     begun = noted is not None or steps_in(folder / CHECKPOINTS)
     if begun and notes_no_digests(noted or {}):
         say(f"{folder} was begun by a version that did not note which weights it had; they are assumed to be the same")
@@ -369,8 +375,7 @@ def _begin_or_resume(
         state = learner.new_state(params)
     else:
         state, data_state, done = checkpoints.restore(learner.shape)
-        if done < length.steps:  # else nothing is read any more, and it may be past the end of fewer epochs
-            iterator.set_state(data_state)
+        iterator.set_state(data_state)
         agree("the checkpoint they go on from", {"step": done})
         where, remedy = f"{folder / CHECKPOINTS / str(done)}", "Remove that checkpoint, or give another run.folder"
         refuse_ruined(state.params, where, remedy)

@@ -65,7 +65,10 @@ def symptoms(line: Mapping[str, float | None], skipped: int) -> list[Symptom]:
             ("no_reward", "rewards/par/mean", 0),
             ("no_advantage", "advantages/abs_mean", 0),
         )
-        found += [name for name, metric, value in causes if line.get(metric) == value][:1]
+        seen = [name for name, metric, value in causes if line.get(metric) == value]
+        if "no_reward" in seen and line.get("rewards/par/std"):  # what was won and lost adds up to nothing
+            seen.remove("no_reward")
+        found += seen[:1]
     if "eval/valid" in line and line["eval/valid"] == 0:
         found.append("eval_cut_off" if line.get("eval/clipped_ratio") == 1 else "eval_mute")
     return found

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from patarm_jax.arrays import Params
 from patarm_jax.config.sections import ModelSection
 from patarm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from patarm_jax.files import read_json_object
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture, read_architecture
 from patarm_jax.model.sharding import Rules
@@ -18,9 +19,10 @@ from patarm_jax.model.transformer import init_params, unstack_layers
 from patarm_jax.model.weight_files import Stored, digest, read_stored
 from patarm_jax.run.process import say
 from patarm_jax.run.soundness import refuse_ruined
-from patarm_jax.types import UsageError, UserError
+from patarm_jax.types import JudgeKind, UsageError, UserError
 
 EXPORT = "export"  # the folder of a run that holds the model it made
+JUDGE = "judge.json"  # the file of a model that says how it is asked
 
 
 def name_of(folder: Path) -> str:
@@ -37,13 +39,19 @@ class Model:
     arch: Architecture  # as the weights are, which config.json does not always say
     tokenizer: Tokenizer
     stored: Stored | None  # where its weights lie; None where they are random
+    judge: str = ""  # what kind of judge it was trained to be, a `types.JudgeKind`; empty where nothing says
 
 
-def open_model(section: ModelSection, scalar: bool = False) -> Model:
-    """The model in a Hugging Face folder, or the export of a finished run; `scalar`: one that gives a score.
+def open_model(section: ModelSection, judge: JudgeKind | None = None) -> Model:
+    """The model in a Hugging Face folder, or the export of a finished run.
 
     Everything that is made from the config, such as the shapes of the weights, is made from the one that this gives.
+
+    Args:
+        section: which, and how it is loaded.
+        judge: how it is asked; None where that is not known. A judge of another kind is refused.
     """
+    scalar = judge == "scalar"
     path = section.path
     if not path:
         raise UsageError("model.path is empty. Give a Hugging Face folder, or the folder of a finished run.")
@@ -61,7 +69,7 @@ def open_model(section: ModelSection, scalar: bool = False) -> Model:
         folder = folder / EXPORT
     stored = None if section.weights == "random" else read_stored(folder)
     arch = read_architecture(folder) if stored is None else stored.arch
-    model = Model(folder=folder, arch=arch, tokenizer=load_tokenizer(folder), stored=stored)
+    model = Model(folder=folder, arch=arch, tokenizer=load_tokenizer(folder), stored=stored, judge=_kind(folder))
     if model.arch.scalar_head != scalar:
         is_, needed = (
             ("a scalar reward model", "one that writes")
@@ -72,6 +80,7 @@ def open_model(section: ModelSection, scalar: bool = False) -> Model:
             f"{folder} is {is_}; needed is {needed}. `patarm eval --judge scalar` takes a scalar reward model, every "
             "other command one that writes."
         )
+    _refuse_another_kind(model, judge)
     if model.tokenizer.vocab_size > model.arch.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {model.tokenizer.vocab_size} tokens and the model {model.arch.vocab_size}. "
@@ -80,6 +89,24 @@ def open_model(section: ModelSection, scalar: bool = False) -> Model:
     for remark in stored.remarks if stored else ():
         say(remark)
     return model
+
+
+def _kind(folder: Path) -> str:
+    return str((read_json_object(folder / JUDGE) or {}).get("judge", ""))
+
+
+def _refuse_another_kind(model: Model, judge: JudgeKind | None) -> None:
+    """Refuses to ask a judge of pairs for a score, and one of single responses for a choice."""
+    if {model.judge, judge} != {"pointwise", "pairwise"}:
+        return
+    does, takes = {
+        "pointwise": ("gives one response a score", "patarm judge, and patarm eval with --judge pointwise, ask it so"),
+        "pairwise": ("chooses between two responses", "patarm eval with --judge pairwise asks it so"),
+    }[model.judge]
+    raise UsageError(
+        f"{model.folder} is a {model.judge} judge, which {does}, and is to be a {judge} one here. {takes}; sft and "
+        f"grpo train it on with judge: {model.judge}. Say so, or give another model."
+    )
 
 
 def weights_digest(model: Model) -> str:

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import jax
 import numpy as np
@@ -27,12 +26,13 @@ class RolloutRow:
     """One sampled judgement and what became of it."""
 
     pair_id: str
-    side: Literal["chosen", "rejected"]
+    side: str  # chosen or rejected; of a pairwise judge, which response stood first: "chosen first", "rejected first"
     text: str
     status: Status
-    score: float | None  # None unless status is OK
+    score: float | None  # of a pointwise judge; None unless status is OK
     reward: float
-    advantage: float
+    advantage: float | None  # None where its group was left out
+    choice: str | None = None  # of a pairwise judge, A or B; None unless status is OK
 
 
 SCHEMA = pa.schema(
@@ -44,6 +44,7 @@ SCHEMA = pa.schema(
         ("score", pa.float64()),
         ("reward", pa.float64()),
         ("advantage", pa.float64()),
+        ("choice", pa.string()),
     ]
 )
 
@@ -80,7 +81,8 @@ def show_judgements(step: int, rows: Sequence[RolloutRow], characters: int = 600
     console.print(f"judgements at step {step}")
     for row in rows:
         score = "" if row.score is None else f" · score {row.score:g}"
-        title = f"{row.pair_id} · {row.side} · {row.status.name}{score} · reward {row.reward:+.2f}"
+        choice = "" if row.choice is None else f" · chose {row.choice}"
+        title = f"{row.pair_id} · {row.side} · {row.status.name}{score}{choice} · reward {row.reward:+.2f}"
         # As Text: what stands in brackets is the model's, no markup of ours.
         body = rich.text.Text(_printable(_head_and_tail(row.text, characters)))
         console.print(rich.panel.Panel(body, title=rich.text.Text(_printable(title)), title_align="left", width=100))

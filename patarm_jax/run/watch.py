@@ -25,18 +25,21 @@ class Watch:
     """What is known of a run after its last step; all processes agree on it but for `tokens`."""
 
     told: Told
-    per_epoch: int  # steps
+    per_epoch: int  # batches
     health: Health
     tokens: int  # read and written in training since the run began; counted by process 0, which writes them down
     new_tokens: int = 0  # those among them since it was started the last time
     stop: str = ""  # why the run must not go on; empty where it may
 
-    def line(self, step: int, metrics: Mapping[str, float], tokens: int, timer: Timer) -> dict[str, float]:
+    def line(
+        self, step: int, metrics: Mapping[str, float], batches: int, tokens: int, timer: Timer
+    ) -> dict[str, float]:
         """The metrics of a step with those that count on, and its time; warns where something goes wrong.
 
         Args:
             step: that was done.
             metrics: of it, and of its evaluation where it had one.
+            batches: of pairs drawn since the run began.
             tokens: of all its sequences, the prompts of all rollouts included, as TRL counts them.
             timer: of the step.
         """
@@ -48,7 +51,7 @@ class Watch:
                 say(f"step {step}: {warning}")
         seconds = timer.total - timer.seconds.get("time/eval", 0.0)
         counted = {
-            "epoch": step / self.per_epoch,
+            "epoch": batches / self.per_epoch,
             "num_tokens": self.tokens,
             "step_time": seconds,
             "time/tokens_per_second": tokens / seconds,

@@ -7,10 +7,12 @@ and not by their path: under `WEIGHTS` stands, of each, {"path": …, "digest": 
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from patarm_jax.config.flags import with_names_of_now
 from patarm_jax.config.load import lasting_settings
+from patarm_jax.config.presets import CHOSEN_BY_MARGIN, MARGINS
 from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.data.pipeline import EncodedPair, digest_of
 from patarm_jax.run.open_model import Model, weights_digest
@@ -22,7 +24,11 @@ _CALLED = {START: "model.path", REFERENCE: "update.reference"}
 
 
 def fingerprint(
-    config: TrainConfig, model: Model, records: Sequence[EncodedPair], reference: Model | None = None
+    config: TrainConfig,
+    model: Model,
+    records: Sequence[EncodedPair],
+    reference: Model | None = None,
+    further: Mapping[str, object] = MappingProxyType({}),
 ) -> dict[str, object]:
     """What must not change between a checkpoint and its continuation; placement, logging and batching may.
 
@@ -31,6 +37,7 @@ def fingerprint(
         model: what training starts from.
         records: the pairs that are trained on.
         reference: what the KL is measured from; None where there is no KL.
+        further: what else must not change, by name.
     """
     network = dataclasses.asdict(model.arch)
     del network["scalar_head"]  # nothing trains one
@@ -40,6 +47,7 @@ def fingerprint(
         "data": digest_of(records),
         "seed": config.run.seed,
         **lasting_settings(config),
+        **further,
         WEIGHTS: _weights_of(config, model, reference),
     }
 
@@ -65,6 +73,22 @@ def _as_written_now(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
             kl["by_ratio"] = None
             if found["update"]["aggregation"] == "sequence_mean":  # what it weighs by in any case
                 found["update"]["aggregation"] = None
+    return _before_pairwise_judges(found)
+
+
+def _before_pairwise_judges(found: dict[str, Any]) -> dict[str, Any]:
+    """With settings that runs had without knowing of them: all were of pointwise judges, with one kind of reward."""
+    found = {"judge": "pointwise", "pairwise": {"orders": "both"}} | found
+    if isinstance(found.get("reward"), dict) and "kind" not in found["reward"]:
+        own = {"name": "graded"} | found["reward"].get("margin", {})
+        unset = dict.fromkeys(name.removeprefix("reward.margin.") for name in CHOSEN_BY_MARGIN)
+        values = {name.removeprefix("reward.margin."): value for name, value in MARGINS[own["name"]].items()}
+        new = {"kind": "par", "opponent": "mean", "loser": "zero", "accuracy": {"right": 1.0, "wrong": 0.0}}
+        found["reward"] = new | found["reward"] | {"margin": own | unset | values}
+        # The loss of DAPO was there, and its sampling was not.
+        dapo = {"max_rounds": None, "overlong_buffer": None, "overlong_factor": None}
+        without = {"max_rounds": 1, "overlong_buffer": 0, "overlong_factor": 1.0}
+        found["dapo"] = without if found["update"]["algorithm"] == "dapo" else dapo
     return found
 
 

@@ -1,0 +1,128 @@
+"""Runs of pairwise judges, of other rewards and of DAPO's sampling: each resumes, and learns on any mesh, alike."""
+
+import json
+import signal
+import socket
+
+import pytest
+
+from patarm_jax.cli import main
+from tests.runs import (
+    CUBE,
+    FLAGS,
+    VAIN,
+    assert_nearly_equal,
+    config_file,
+    exported,
+    judged_texts,
+    judgements,
+    lines_of,
+    timeless,
+)
+
+NONE_HELD_OUT = {"path": ""}
+KINDS = {
+    "pairwise sft": ("sft", {"judge": "pairwise"}),
+    "pairwise sft in turns": ("sft", {"judge": "pairwise", "pairwise": {"orders": "alternate"}}),
+    "pairwise grpo": ("grpo", {"judge": "pairwise", "group_size": 4}),
+    "pairwise grpo in turns": ("grpo", {"judge": "pairwise", "pairwise": {"orders": "alternate"}}),
+    "one opponent": ("grpo", {"reward": {"opponent": "one", "loser": "minus", "margin": {"name": "tanh"}}}),
+    # Random weights write nothing that can be read: only lengths make rewards differ, and batches are seldom full.
+    "dapo": ("grpo", {"update": {"algorithm": "dapo"}, "dapo": {"overlong_buffer": 8, "max_rounds": 3}}),
+}
+SAMPLED = [name for name, (recipe, _) in KINDS.items() if recipe == "grpo"]
+
+
+def of(world, kind, fate, **sections):
+    recipe, own = KINDS[kind]
+    name = f"{kind.replace(' ', '_')}_{fate}"
+    return recipe, config_file(world, name, recipe, **{"heldout": NONE_HELD_OUT} | own | sections), world / name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_ends_like_a_whole_one(world, started, kind):
+    recipe, config, whole = of(world, kind, "whole")
+    running = started(recipe, config)
+    _, config, folder = of(world, kind, "killed")
+    killed = started(recipe, config)
+    killed.until(lambda: len(lines_of(folder)) >= 3)
+    killed.process.send_signal(signal.SIGKILL)
+    killed.end(-signal.SIGKILL)
+    started(recipe, config).end(VAIN[recipe])
+    running.end(VAIN[recipe])
+    assert len(timeless(folder)) == 7 and timeless(folder) == timeless(whole)
+    assert exported(folder) == exported(whole) and judgements(folder) == judgements(whole)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", SAMPLED)
+def test_eight_devices_draw_and_learn_as_one(world, started, kind):
+    two = {"run": {"steps": 2}, "pairs_per_step": 4 if "turns" not in kind else 8}
+    recipe, config, one = of(world, kind, "one", **two)
+    started(recipe, config).end(1)
+    _, config, eight = of(world, kind, "eight", **two, mesh=CUBE)
+    assert main([recipe, str(config)]) == 1
+    assert_nearly_equal(eight, one)
+    assert judged_texts(one) == judged_texts(eight)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["dapo", "pairwise grpo", "one opponent"])
+def test_two_processes_draw_and_learn_as_one(world, started, kind):
+    """Where a batch is filled from several rounds, a group may be learnt from by another process than its own."""
+    two = {"run": {"steps": 2}}
+    recipe, config, alone = of(world, kind, "alone", **two, mesh=CUBE)
+    assert main([recipe, str(config)]) == 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    _, config, pod = of(world, kind, "pod", **two, mesh={**CUBE, "distributed": "auto"})
+    flags = {"XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=4"}
+    joined = ["--mesh.coordinator", address, "--mesh.processes", "2", "--mesh.process_id"]
+    for process in [started(recipe, config, *joined, i, **flags) for i in range(2)]:
+        process.end(1)
+    assert_nearly_equal(pod, alone)
+    assert judgements(pod).keys() == judgements(alone).keys() and judged_texts(pod) == judged_texts(alone)
+
+
+def test_a_pairwise_judge_is_trained_told_and_kept_apart(world, capsys):
+    """SFT, then GRPO on what it made; each is held out in both orders, and no command mistakes it for another kind."""
+    short = {"run": {"steps": 1, "show_every": 1}, "heldout": {"eval_every": 1}}
+    sft = config_file(world, "pairwise_sft", "sft", judge="pairwise", **short)
+    assert main(["sft", str(sft), "--mesh.fsdp", "8"]) == 0
+    made = world / "pairwise_sft"
+    assert json.loads((made / "export" / "judge.json").read_text()) == {"judge": "pairwise", "rubrics": "adaptive"}
+    card = (made / "export" / "README.md").read_text()
+    assert "parse_pairwise(text).choice" in card and "patarm eval pairs --judge pairwise --model pairwise_sft" in card
+    line = lines_of(made)[-1]
+    orders = {"accuracy_chosen_first", "accuracy_rejected_first", "chose_first", "same_in_both_orders"}
+    assert {f"eval/{name}" for name in orders} <= line.keys() and "eval/score_gap" not in line
+
+    start = {"path": str(made), "weights": "load"}
+    grpo = config_file(world, "pairwise_grpo", "grpo", judge="pairwise", group_size=4, model=start, **short)
+    assert main(["grpo", str(grpo), "--mesh.fsdp", "8"]) == 1
+    line, rows = lines_of(world / "pairwise_grpo")[-1], judgements(world / "pairwise_grpo")["step_000001.parquet"]
+    assert "rewards/accuracy/mean" in line and "rewards/par/mean" not in line and "judge/score_gap" not in line
+    assert [row["side"] for row in rows] == (["chosen first"] * 2 + ["rejected first"] * 2) * 4
+    assert main(["report", str(world / "pairwise_grpo")]) == 0
+    capsys.readouterr()
+
+    pairs, made = str(world / "pairs.jsonl"), str(made)
+    for arguments in (
+        ["judge", made, "--input", pairs, "--output", str(world / "scores.jsonl")],
+        ["eval", "pairs", "--model", made, "--data", pairs, "--output", str(world / "evaluated")],
+        ["grpo", str(grpo), "--judge", "pointwise", "--run.folder", str(world / "other")],
+        ["sft", str(sft), "--judge", "pointwise", "--model.path", made, "--run.folder", str(world / "other")],
+    ):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert "is a pairwise judge, which chooses between two responses, and is to be a pointwise one here" in said
+
+
+def test_a_pointwise_judge_is_no_pairwise_one(world, capsys):
+    config = config_file(world, "scores", "sft", run={"steps": 1}, heldout=NONE_HELD_OUT)
+    assert main(["sft", str(config), "--mesh.fsdp", "8"]) == 0
+    asked = ["--data", str(world / "pairs.jsonl"), "--output", str(world / "compared"), "--judge", "pairwise"]
+    assert main(["eval", "pairs", "--model", str(world / "scores"), *asked]) == 2
+    assert "is a pointwise judge, which gives one response a score" in capsys.readouterr().err
