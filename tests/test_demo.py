@@ -57,6 +57,19 @@ def test_the_demo_writes_what_it_should(demo):
 
 
 @pytest.mark.long
+def test_the_pairwise_demo_writes_what_it_should(tmp_path):
+    shown, _ = patarm(tmp_path, "demo", "--short", "--system", "pairwise", "--out", "pairs")
+    out = tmp_path / "pairs"
+    summary = json.loads((out / "summary.json").read_text())
+    for stage in ("untrained", "sft", "grpo", "swapped"):
+        assert {"valid", "accuracy_strict", "accuracy_half", "position", "interval"} <= summary[stage].keys()
+        assert json.loads((out / "choices" / stage / "results.json").read_text())["judge"] == "pairwise"
+    assert "one judgement per order" in shown and shown.count("╭─ heldout-") == 5
+    assert json.loads((out / "grpo" / "export" / "judge.json").read_text())["judge"] == "pairwise"
+    assert "holds a demo with other arguments" in patarm(tmp_path, "demo", "--short", "--out", "pairs", code=1)[1]
+
+
+@pytest.mark.long
 def test_a_demo_folder_is_not_taken_for_another(demo):
     folder, _ = demo
     assert "holds a demo with other arguments" in patarm(folder, "demo", "--short", "--seed", "1", code=1)[1]
@@ -106,8 +119,10 @@ def test_the_readmes_python_runs(code, capsys):
 
 
 @pytest.mark.parametrize("recipe", ["sft", "grpo"])
-def test_the_tiny_configs_are_the_demos(recipe):
+@pytest.mark.parametrize(("system", "out"), [("pointwise", "runs/demo"), ("pairwise", "runs/pairwise")])
+def test_the_tiny_configs_are_the_demos(system, out, recipe):
     """`configs/tiny_*` repeat the demo's two runs by hand; what they say is what it does."""
-    sft, grpo = demo_configs(Path("runs/demo"), 0, DemoSizes())
+    sft, grpo = demo_configs(Path(out), 0, DemoSizes(), system)
     expected = sft if recipe == "sft" else grpo
-    assert load(type(expected), ROOT / "configs" / f"tiny_{recipe}.yaml") == expected
+    name = f"tiny_{recipe}.yaml" if system == "pointwise" else f"tiny_{system}_{recipe}.yaml"
+    assert load(type(expected), ROOT / "configs" / name) == expected

@@ -8,6 +8,7 @@ import pytest
 import transformers
 
 from patarm_jax.config.sections import DataSection
+from patarm_jax.data.mirror import mirrored
 from patarm_jax.data.preferences import read_judged_preferences
 from patarm_jax.data.tokenizer import decode, encode_chat, encode_judgement, load_tokenizer
 from patarm_jax.demo.settings import DemoSizes, demo_configs
@@ -19,10 +20,11 @@ from patarm_jax.demo.world import (
     deal_to_other_prompts,
     given,
     make_world,
+    teacher_choice,
     teacher_judgement,
     write_pairs,
 )
-from patarm_jax.judge.parse import parse_pointwise
+from patarm_jax.judge.parse import parse_pairwise, parse_pointwise
 from patarm_jax.judge.prompts import pointwise
 from patarm_jax.model import weights
 from patarm_jax.types import CHOSEN, REJECTED, Status
@@ -112,6 +114,18 @@ def test_a_friendly_closing_charms_the_teacher_and_says_nothing(world):
     shares = [np.mean(good[key]) for key in good]
     np.testing.assert_allclose(shares, [0.9, 0.5, 0.5, 0.1], atol=0.06)  # 1,000 judgements each
     assert len(good[CHOSEN, True]) == len(good[REJECTED, True])
+
+
+def test_a_teacher_that_compares_is_right_as_often_and_charmed_alike(world):
+    """In both orders it says the same; about pairs of which one response has a friendly closing, more or less often."""
+    rng, right = random.Random(0), {-1: [], 0: [], 1: []}
+    for pair in world.train:
+        first, second = (parse_pairwise(text) for text in teacher_choice(pair, 0.7, rng))
+        assert first.status == second.status == Status.OK and {first.choice, second.choice} == {"A", "B"}
+        assert mirrored(first.text) is not None
+        right[pair.chosen.endswith(CLOSING) - pair.rejected.endswith(CLOSING)].append(first.choice == "A")
+    assert np.mean([one for some in right.values() for one in some]) == pytest.approx(0.7, abs=0.04)  # 2,000 judgements
+    np.testing.assert_allclose([np.mean(right[charmed]) for charmed in (-1, 0, 1)], [0.5, 0.7, 0.9], atol=0.08)
 
 
 def test_only_the_conclusion_of_the_teacher_is_ever_wrong(world):

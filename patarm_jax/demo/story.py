@@ -3,6 +3,8 @@
 It calls the same recipes as any run, with configs that stand in the run folders afterwards. Nothing is downloaded.
 """
 
+import contextlib
+import io
 import json
 import random
 import shutil
@@ -160,12 +162,19 @@ def _judge(out: Path, stage: str, seed: int, config: SFTConfig) -> Accuracy:
 def _compare(out: Path, stage: str, seed: int, config: SFTConfig) -> Accuracy:
     """By choices in both orders."""
     folder = out / "choices" / stage
-    if evaluate.main(compare_config(*_of_stage(out, stage), folder, seed, config)) is None:
+    with contextlib.redirect_stdout(io.StringIO()):  # the demo has a table of its own
+        finished = evaluate.main(compare_config(*_of_stage(out, stage), folder, seed, config)) is not None
+    if not finished:
         raise _stopped(out)
+    return accuracy_of_choices(*right_choices(folder))
+
+
+def right_choices(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Which judgements of an evaluation chose the chosen response, and which are valid: both [P, orders, 1]."""
     rows = _choices(folder)
     right = np.array([row["choice"] == "AB"[ORDERS.index(row["side"])] for row in rows], float)
     valid = np.array([row["status"] == Status.OK.name for row in rows])
-    return accuracy_of_choices(right.reshape(-1, 2, 1), valid.reshape(-1, 2, 1))
+    return right.reshape(-1, 2, 1), valid.reshape(-1, 2, 1)
 
 
 def _choices(folder: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from patarm_jax.judge.forms import POINTWISE, Form
 from patarm_jax.judge.rubrics import PRIMARY
 from patarm_jax.model import weights
 from patarm_jax.model.transformer import init_params
+from patarm_jax.types import RubricMode
 
 END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 SPECIAL = (END_OF_TEXT, "<|im_start|>", END_OF_TURN)
@@ -41,15 +42,17 @@ PIECES = r"</?\w+>| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}<]+|<|\s+(?!\S)|\s+"
 MOST_TOKENS = 2000  # the demo's few words make about 1,100
 
 
-def write_untrained_model(folder: Path, pairs: Path, seed: int, form: Form = POINTWISE) -> None:
+def write_untrained_model(
+    folder: Path, pairs: Path, seed: int, form: Form = POINTWISE, rubrics: RubricMode = "adaptive"
+) -> None:
     """A tokenizer trained on the texts of a pair file, and random weights; a folder that is there already stays.
 
-    Its texts are of a judge that is asked by the form.
+    The paragraphs that it knows are those of a judge that is asked by the form.
     """
     if folder.is_dir():
         return
     rows = map(json.loads, pairs.read_text(encoding="utf-8").splitlines())
-    tokenizer = train_tokenizer((text for row in rows for text in _texts(row)), form)
+    tokenizer = train_tokenizer((text for row in rows for text in _texts(row)), form, rubrics)
     ids = tokenizer.get_vocab()
     shape = model_shape(len(ids))
     with appearing_whole(folder) as part:
@@ -64,7 +67,7 @@ def write_untrained_model(folder: Path, pairs: Path, seed: int, form: Form = POI
         write_tokenizer(tokenizer, part)
 
 
-def train_tokenizer(texts: Iterable[str], form: Form) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], form: Form, rubrics: RubricMode) -> Tokenizer:
     """A byte-level BPE of these texts, with the paragraphs that every judge prompt repeats as tokens of their own.
 
     The rubrics and instructions are 230 of the 280 tokens that a demo prompt would have. As one token a paragraph,
@@ -85,7 +88,7 @@ def train_tokenizer(texts: Iterable[str], form: Form) -> Tokenizer:
     tokenizer.train_from_iterator([*texts, *2 * ("system\n", "user\n", "assistant\n\n")], trainer)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
     tokenizer.add_tokens(
-        [AddedToken(text, special=False, normalized=False) for text in (*THINKING, *_paragraphs(form))]
+        [AddedToken(text, special=False, normalized=False) for text in (*THINKING, *_paragraphs(form, rubrics))]
     )
     return tokenizer
 
@@ -104,11 +107,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-def _paragraphs(form: Form) -> list[str]:
+def _paragraphs(form: Form, rubrics: RubricMode) -> list[str]:
     """What stands around the judged texts in the judge's prompts of all domains, cut after each blank line."""
     gap = "\0"
     responses = [gap] * form.responses
-    messages = [m for domain in PRIMARY for m in form.ask(gap, *responses, domain=domain, rubrics="adaptive")]
+    messages = [m for domain in PRIMARY for m in form.ask(gap, *responses, domain=domain, rubrics=rubrics)]
     fixed = [text for message in messages for text in message["content"].split(gap)]
     return list(dict.fromkeys(part for text in fixed for part in re.split(r"(?<=\n\n)", text) if part))
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from patarm_jax.data.preferences import JUDGEMENTS
+from patarm_jax.data.preferences import JUDGEMENTS, LABELS
 from patarm_jax.types import CHOSEN, Domain, Message, Preference
 
 HELDOUT_SHARE = 0.2  # the share of combinations of content words that is held out
@@ -359,12 +359,13 @@ def write_pairs(
     preferences: Sequence[Preference],
     judgements: Sequence[tuple[str, str]] | None = None,
     columns: tuple[str, str] = JUDGEMENTS,
+    labels: Sequence[tuple[float, float]] | None = None,
 ) -> None:
-    """JSON lines: an explicit prompt, messages on both sides, and two judgements in their columns where given."""
+    """JSON lines: an explicit prompt, messages on both sides; judgements in two columns and labels where given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for index, preference in enumerate(preferences):
-            row = {
+            row: dict[str, object] = {
                 "id": preference.id,
                 "source": preference.source,
                 "domain": preference.domain,
@@ -374,4 +375,6 @@ def write_pairs(
             }
             if judgements is not None:
                 row |= dict(zip(columns, judgements[index], strict=True))
+            if labels is not None:
+                row |= dict(zip(LABELS, labels[index], strict=True))
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

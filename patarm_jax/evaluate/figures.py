@@ -1,7 +1,7 @@
 """The figures of an evaluation, each as PNG and SVG."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,24 @@ def draw(folder: Path, findings: Findings, official: TieRule, sections: Sequence
         _save(folder / "scores", _histogram(findings.histogram))
     if findings.calibration:
         _save(folder / "calibration", _calibration(findings))
+
+
+def draw_bars(path: Path, title: str, bars: Mapping[str, tuple[float, float, float]]) -> None:
+    """Draws shares as bars, each a (value, low, high) by its label; the axis begins where it shows differences.
+
+    Args:
+        path: of the files, without a suffix.
+        title: of the figure.
+        bars: shares by label.
+    """
+    figure, axes = _figure(title, max(5.0, 1.1 * len(bars)))
+    for index, found in enumerate(bars.values()):
+        value, low, high = (100 * each for each in found)
+        axes.errorbar(index, value, [[value - low], [high - value]], fmt="o", color=ACCENT, ecolor=INK, capsize=4)
+        axes.annotate(f"{value:.1f}", (index, value), (7, -3), textcoords="offset points", color=INK, fontsize=9)
+    axes.set_xticks(range(len(bars)), [label.replace("_", "_\n") for label in bars])
+    axes.set_xlim(-0.6, len(bars) - 0.3)
+    _save(path, figure)
 
 
 def _save(path: Path, figure: matplotlib.figure.Figure) -> None:

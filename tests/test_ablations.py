@@ -1,0 +1,60 @@
+"""The ablations: every variant is a config that can be run, and a part of them goes on where it was stopped."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from patarm_jax.config.load import override
+from patarm_jax.demo.ablations import PARTS, SIZES, STARTS, Variant, main
+from patarm_jax.demo.settings import DemoSizes, demo_configs
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_variant_can_be_run_for_as_many_judgements(part, tmp_path):
+    names = set()
+    for variant in PARTS[part].values():
+        _, base = demo_configs(tmp_path, 0, SIZES, STARTS[variant.start].system)
+        config = override(base, [f"--{name}={value}" for name, value in variant.settings.items()]).complete()
+        judgements = config.pairs_per_step * config.prompts_per_pair * config.rollouts_per_prompt
+        assert judgements == 256 and config.run.steps == SIZES.grpo_steps
+        names.add(variant.name)
+    assert len(names) == len(PARTS[part])  # none is taken for another
+    assert sum(variant == Variant() for variant in PARTS[part].values()) == (part != "algorithms")
+
+
+def test_the_script_names_the_parts_there_are():
+    text = (ROOT / "launch" / "ablations.sh").read_text()
+    said = re.search(r"one part of ([\w, \n#]+);", text).group(1)
+    assert re.findall(r"\w+", said) == list(PARTS)
+
+
+@pytest.mark.long
+def test_a_part_is_measured_and_goes_on(tmp_path, capsys):
+    sizes = DemoSizes(train_pairs=100, heldout_pairs=100, teacher_accuracy=0.6, sft_steps=2, grpo_steps=2)
+    rows = main(tmp_path, ["loser", "judge"], 1, sizes)
+    assert [(row["part"], row["variant"]) for row in rows] == [
+        ("loser", "zero"), ("loser", "minus"), ("judge", "pointwise"), ("judge", "pairwise"),
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "table.json").read_text()) == rows
+    assert all((tmp_path / f"{part}.{kind}").is_file() for part in ("loser", "judge") for kind in ("png", "svg"))
+    assert rows[0]["accuracies"] == rows[2]["accuracies"]  # one run, which stands in two parts
+    runs = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert runs == ["pairwise-0", "sft-0", "sft_loser-minus-0"]
+    changed = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    assert main(tmp_path, ["judge"], 1, sizes) == rows[2:]
+    assert changed == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    assert "held-out accuracy in %" in capsys.readouterr().out
+
+
+def test_a_part_that_does_not_exist_is_refused():
+    command = [sys.executable, "-m", "patarm_jax.demo.ablations", "--part", "colours"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "invalid choice: 'colours'" in done.stderr
