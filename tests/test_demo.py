@@ -122,7 +122,7 @@ def test_the_readmes_python_runs(code, capsys):
 @pytest.mark.parametrize(("system", "out"), [("pointwise", "runs/demo"), ("pairwise", "runs/pairwise")])
 def test_the_tiny_configs_are_the_demos(system, out, recipe):
     """`configs/tiny_*` repeat the demo's two runs by hand; what they say is what it does."""
-    sft, grpo = demo_configs(Path(out), 0, DemoSizes(), system)
+    sft, grpo = demo_configs(Path(out), 0, DemoSizes.of(system), system)
     expected = sft if recipe == "sft" else grpo
     name = f"tiny_{recipe}.yaml" if system == "pointwise" else f"tiny_{system}_{recipe}.yaml"
     assert load(type(expected), ROOT / "configs" / name) == expected

@@ -233,7 +233,7 @@ class PairwiseSection(Section):
 class MarginSection(Section):
     """f(δ) of PAR: what a judgement earns whose score beats its opponent's by δ."""
 
-    # graded: low, and above the threshold high. constant: value. linear: offset + scale·δ. tanh: offset +
+    # graded: low up to the threshold, and high above it. constant: value. linear: offset + scale·δ. tanh: offset +
     # scale·tanh(δ / width). power: scale·δ^exponent. Or a Python function of your own as module:name, of one δ or of an
     # array of them.
     name: str = "graded"

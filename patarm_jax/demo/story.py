@@ -50,6 +50,14 @@ STAGES = {
 }
 
 
+MORE = {
+    "pointwise": {},
+    "pairwise": {
+        "grpo": "after GRPO on the pairs alone",
+        "first": "choices of the response that stood first",
+        "same": "pairs of which both orders have the same choice",
+    },
+}
 ONE_JUDGEMENT = {"pointwise": "one judgement per response", "pairwise": "one judgement per order"}
 
 
@@ -64,7 +72,7 @@ def main(out: Path, seed: int, short: bool, system: System = "pointwise") -> dic
 
 def _demo(out: Path, seed: int, short: bool, system: System) -> dict[str, Accuracy]:
     begun = time.monotonic()
-    sizes = DemoSizes.short() if short else DemoSizes()
+    sizes = DemoSizes.short() if short else DemoSizes.of(system)
     sft_config, grpo_config = demo_configs(out, seed, sizes, system)
 
     # -------------------------------------------------------------------------------------- data, tokenizer, weights
@@ -189,11 +197,10 @@ def _stopped(out: Path) -> UserError:
 
 def _summary(result: Accuracy) -> dict[str, object]:
     values = asdict(result)
-    position = values.pop("position") or None  # of choices alone
-    gap = values.pop("gap")
-    if position:
-        return values | {"position": position}
-    return values | {"gap": gap if gap == gap else None}  # NaN is no JSON
+    position, gap = values.pop("position"), values.pop("gap")
+    if position:  # of choices; NaN is no JSON
+        return values | {"position": {name: share if share == share else None for name, share in position.items()}}
+    return values | {"gap": gap if gap == gap else None}
 
 
 def _show(out: Path, results: Mapping[str, Accuracy], system: System) -> None:
@@ -225,11 +232,11 @@ def results_table(results: Mapping[str, Accuracy], system: System = "pointwise")
         box=rich.box.SIMPLE_HEAD,
         title=f"held-out pairs, {ONE_JUDGEMENT[system]}, in %",
         title_justify="left",
-        caption="\n".join(f"{name}: {what}" for name, what in STAGES.items()),
+        caption="\n".join(f"{name}: {what}" for name, what in (STAGES | MORE[system]).items()),
         caption_justify="left",
     )
     table.add_column("judge", no_wrap=True)
-    last = {"pointwise": ("score gap",), "pairwise": ("chose first", "same in both")}[system]
+    last = {"pointwise": ("score gap",), "pairwise": ("first", "same")}[system]
     for heading in ("valid", "tie = wrong", "tie = ½", "95 % interval", *last):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
