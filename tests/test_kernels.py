@@ -91,9 +91,8 @@ def test_pallas_does_other_heads(heads, kv_heads, size):
     assert_same(PALLAS, *CASES["shared"], heads, kv_heads, size)
 
 
-@pytest.mark.parametrize(
-    "kernel", [pytest.param(PALLAS, id="pallas"), pytest.param(SPLASH, id="splash", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("kernel", [pytest.param(PALLAS, id="pallas"), pytest.param(SPLASH, id="splash")])
+@pytest.mark.long
 @settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_any_group_and_length(kernel, data):

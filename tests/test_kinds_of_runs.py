@@ -90,8 +90,9 @@ def test_two_processes_draw_and_learn_as_one(world, started, kind):
     assert judgements(pod).keys() == judgements(alone).keys() and judged_texts(pod) == judged_texts(alone)
 
 
-def test_a_pairwise_judge_is_trained_told_and_kept_apart(world, capsys):
-    """SFT, then GRPO on what it made; each is held out in both orders, and no command mistakes it for another kind."""
+@pytest.mark.long
+def test_a_pairwise_judge_is_trained_and_told(world):
+    """SFT, then GRPO on what it made, each held out in both orders."""
     short = {"run": {"steps": 1, "show_every": 1}, "heldout": {"eval_every": 1}, "optimizer": {"warmup_steps": 0}}
     sft = config_file(world, "pairwise_sft", "sft", judge="pairwise", **short)
     assert main(["sft", str(sft), "--mesh.fsdp", "8"]) == 0
@@ -110,23 +111,23 @@ def test_a_pairwise_judge_is_trained_told_and_kept_apart(world, capsys):
     assert "rewards/accuracy/mean" in line and "rewards/par/mean" not in line and "judge/score_gap" not in line
     assert [row["side"] for row in rows] == (["chosen first"] * 2 + ["rejected first"] * 2) * 4
     assert main(["report", str(world / "pairwise_grpo")]) == 0
-    capsys.readouterr()
 
-    pairs, made = str(world / "pairs.jsonl"), str(made)
-    for arguments in (
-        ["judge", made, "--input", pairs, "--output", str(world / "scores.jsonl")],
-        ["eval", "pairs", "--model", made, "--data", pairs, "--output", str(world / "evaluated")],
-        ["grpo", str(grpo), "--judge", "pointwise", "--run.folder", str(world / "other")],
-        ["sft", str(sft), "--judge", "pointwise", "--model.path", made, "--run.folder", str(world / "other")],
-    ):
+
+@pytest.mark.parametrize(("kind", "other"), [("pairwise", "pointwise"), ("pointwise", "pairwise")])
+def test_a_judge_of_one_kind_is_not_taken_for_another(world, capsys, kind, other):
+    made = shutil.copytree(world / "reference", world / f"a {kind} judge")
+    (made / "judge.json").write_text(json.dumps({"judge": kind, "rubrics": "adaptive"}))
+    pairs = str(world / "pairs.jsonl")
+    asked = ["--data", pairs, "--output", str(world / f"not {kind}"), "--judge", other]
+    commands = [["eval", "pairs", "--model", str(made), *asked]]
+    for recipe in ("sft", "grpo"):
+        of_recipe = {"group_size": 4} if recipe == "grpo" else {}
+        config = config_file(world, f"not {kind} {recipe}", recipe, judge=other, **of_recipe)
+        commands.append([recipe, str(config), "--model.path", str(made), "--model.weights", "load"])
+    if kind == "pairwise":
+        commands.append(["judge", str(made), "--input", pairs, "--output", str(world / "scores.jsonl")])
+    does = {"pairwise": "chooses between two responses", "pointwise": "gives one response a score"}[kind]
+    for arguments in commands:
         assert main(arguments) == 2
         said = capsys.readouterr().err
-        assert "is a pairwise judge, which chooses between two responses, and is to be a pointwise one here" in said
-
-
-def test_a_pointwise_judge_is_no_pairwise_one(world, capsys):
-    made = shutil.copytree(world / "reference", world / "scores")
-    (made / "judge.json").write_text(json.dumps({"judge": "pointwise", "rubrics": "adaptive"}))
-    asked = ["--data", str(world / "pairs.jsonl"), "--output", str(world / "compared"), "--judge", "pairwise"]
-    assert main(["eval", "pairs", "--model", str(made), *asked]) == 2
-    assert "is a pointwise judge, which gives one response a score" in capsys.readouterr().err
+        assert f"is a {kind} judge, which {does}, and is to be a {other} one here" in said

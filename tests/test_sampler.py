@@ -258,10 +258,11 @@ def test_log_probs_of_named_tokens_are_those_that_tokens_are_drawn_by():
     """Of all 96 tokens, 32 at a time: together they are a softmax, and what was drawn has the log-prob it was given."""
     requests, params = requests_for(np.random.default_rng(10), 3, 8), lively()
     manner = SamplingParams((5, 6, 7), 9, temperature=0.8, top_p=0.9)
-    plain = generate(params, requests, 2, manner)
+    sampler, params = engine(2, manner), unstack_layers(params)
+    plain = complete(sampler, params, requests, KEY)
     parts = [
-        generate(params, requests, 2, replace(manner, named_ids=tuple(range(first, first + 32))))
-        for first in (0, 32, 64)
+        complete(sampler, params, [replace(one, sampling=replace(manner, named_ids=named)) for one in requests], KEY)
+        for named in (tuple(range(first, first + 32)) for first in (0, 32, 64))
     ]
     for part in parts:
         assert_same(part, plain)

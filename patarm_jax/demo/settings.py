@@ -32,8 +32,8 @@ class DemoSizes:
 
     @classmethod
     def of(cls, system: System) -> "DemoSizes":
-        """Of a whole demo. A judge that compares overfits its teacher in a second pass, and then learns more slowly."""
-        return cls() if system == "pointwise" else cls(sft_steps=400, grpo_steps=80)
+        """Of a whole demo. A judge that compares learns the teacher's errors by heart in a second pass over the pairs."""
+        return cls() if system == "pointwise" else cls(train_pairs=8000, sft_steps=500, grpo_steps=50)
 
     @classmethod
     def short(cls) -> "DemoSizes":

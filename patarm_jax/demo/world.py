@@ -305,9 +305,12 @@ def teacher_choice(preference: Preference, accuracy: float, rng: random.Random) 
     charmed = preference.chosen.endswith(CLOSING) - preference.rejected.endswith(CLOSING)
     right = rng.random() < accuracy + charm * charmed
 
+    def reading(name: str, got: str) -> str:
+        return f"{name} names {got} {'too' if got == wanted else 'instead'}"
+
     def judgement(first: str, second: str, letter: str) -> str:
         return (
-            f"<think>A good reply names {wanted}; A names {first}, B names {second}.</think>\n"
+            f"<think>A good reply names {wanted}; {reading('A', first)}, {reading('B', second)}.</think>\n"
             f"<generate_rubrics>{corner.rubric.format(answer=wanted)}</generate_rubrics>\n"
             f"<eval>{letter} is {corner.verdicts[0]}.</eval>\n"
             f"<answer>{letter}</answer>"
