@@ -32,7 +32,7 @@ class DemoSizes:
 
     @classmethod
     def of(cls, system: System) -> "DemoSizes":
-        """Of a whole demo. A judge that compares learns the teacher's errors by heart in a second pass over the pairs."""
+        """Of a whole demo. A judge that compares learns its teacher's errors by heart in a second pass over pairs."""
         return cls() if system == "pointwise" else cls(train_pairs=8000, sft_steps=500, grpo_steps=50)
 
     @classmethod
