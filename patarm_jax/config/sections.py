@@ -281,7 +281,8 @@ class DAPOSection(Section):
     """DAPO's sampling, of update.algorithm dapo alone; null: as the algorithm has it."""
 
     # Groups of equal reward teach nothing: they are left out, and further pairs drawn, until the batch is full or so
-    # many rounds are sampled. 1: one round, and what is left of it. The algorithm's: 10, as in verl.
+    # many rounds are sampled; each round draws pairs_per_step pairs, so that a run passes over the data more often than
+    # run.epochs says. 1: one round, and what is left of it. The algorithm's: 10, as in verl.
     max_rounds: Positive | None = None
     # A judgement that comes within so many tokens of sampling.max_new_tokens loses reward, the more the nearer; 0:
     # none does. The algorithm's: a fifth of the limit, as the paper's 4,096 of 20,480.
