@@ -48,9 +48,8 @@ STAGES = {
     "grpo": "after GRPO with PAR on the pairs alone",
     "swapped": "the same judge, when the response pairs are dealt to other prompts",
 }
-
-
-MORE = {
+# What else the table's caption says, by system.
+CAPTIONS: Mapping[System, Mapping[str, str]] = {
     "pointwise": {},
     "pairwise": {
         "grpo": "after GRPO on the pairs alone",
@@ -58,7 +57,7 @@ MORE = {
         "same": "pairs of which both orders have the same choice",
     },
 }
-ONE_JUDGEMENT = {"pointwise": "one judgement per response", "pairwise": "one judgement per order"}
+ONE_JUDGEMENT: Mapping[System, str] = {"pointwise": "one judgement per response", "pairwise": "one judgement per order"}
 
 
 def main(out: Path, seed: int, short: bool, system: System = "pointwise") -> dict[str, Accuracy]:
@@ -232,7 +231,7 @@ def results_table(results: Mapping[str, Accuracy], system: System = "pointwise")
         box=rich.box.SIMPLE_HEAD,
         title=f"held-out pairs, {ONE_JUDGEMENT[system]}, in %",
         title_justify="left",
-        caption="\n".join(f"{name}: {what}" for name, what in (STAGES | MORE[system]).items()),
+        caption="\n".join(f"{name}: {what}" for name, what in {**STAGES, **CAPTIONS[system]}.items()),
         caption_justify="left",
     )
     table.add_column("judge", no_wrap=True)
