@@ -53,6 +53,7 @@ def test_a_part_is_measured_and_goes_on(tmp_path, capsys):
     assert "held-out accuracy in %" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_part_that_does_not_exist_is_refused():
     command = [sys.executable, "-m", "patarm_jax.demo.ablations", "--part", "colours"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

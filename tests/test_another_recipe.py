@@ -111,6 +111,7 @@ def weights_of(config):
     return (Path(config.run.folder) / "export" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_it_learns_and_resumes_like_any_other(config):
     assert train(config) and train(config)  # the second time there is nothing left to do
     lines = (Path(config.run.folder) / "metrics.jsonl").read_text().splitlines()

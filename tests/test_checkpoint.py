@@ -145,7 +145,7 @@ def test_a_state_may_be_donated_while_it_is_being_saved(tmp_path):
     [
         ({"model": {"layers": 3, "rope": 1e6}, "data": "0a1b"}, "model.layers is 2 there and 3 here"),
         ({"model": {"layers": 2, "rope": 1e6}, "data": "ffff"}, "data is '0a1b' there and 'ffff' here"),
-        ({"model": {"layers": 2, "rope": 1e6}, "judge": "x"}, "judge is absent there and 'x' here"),
+        ({"model": {"layers": 2, "rope": 1e6}, "taste": "x"}, "taste is absent there and 'x' here"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(fingerprint, says, tmp_path):

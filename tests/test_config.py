@@ -49,8 +49,9 @@ def test_a_resolved_config_says_every_setting(path):
 
 
 def test_there_is_a_config_for_every_size():
-    sizes = ("tiny", "qwen3_8b", "qwen3_14b")
-    assert {path.stem for path in CONFIGS} == {f"{size}_{recipe}" for size in sizes for recipe in ("sft", "grpo")}
+    kinds = ("tiny", "tiny_pairwise", "qwen3_8b", "qwen3_8b_pairwise", "qwen3_14b")
+    found = {path.stem for path in CONFIGS}
+    assert found == {f"{kind}_{recipe}" for kind in kinds for recipe in ("sft", "grpo")} | {"tiny_dapo_grpo"}
 
 
 def test_numbers_as_yaml_and_people_write_them():

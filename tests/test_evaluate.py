@@ -183,6 +183,7 @@ def test_a_dry_run_says_what_it_will_cost(world, capsys):
     assert not (world / "dry").exists()
 
 
+@pytest.mark.long
 def test_a_question_too_long_is_counted_and_asked_when_it_fits(world, capsys):
     assert main(local(world, "short", "--dry-run")) == 0
     longest = int(

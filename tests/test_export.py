@@ -121,7 +121,11 @@ def test_a_card_names_the_settings_behind_its_numbers(tokenizer, params, tmp_pat
     assert [generation[name] for name in ("do_sample", "temperature", "top_k", "top_p")] == [True, 0.6, 20, 0.95]
 
 
-@pytest.mark.parametrize("facts", [FACTS, replace(FACTS, drawing=Drawing(0.0))], ids=["sampled", "greedy"])
+@pytest.mark.parametrize(
+    "facts",
+    [pytest.param(FACTS, marks=pytest.mark.long), replace(FACTS, drawing=Drawing(0.0))],
+    ids=["sampled", "greedy"],
+)
 def test_the_cards_code_runs_as_it_is_printed(tokenizer, params, tmp_path, facts):
     """Where the export lies under its name, with transformers and torch and nothing that the card does not name."""
     pytest.importorskip("torch", reason="transformers' models need torch")

@@ -158,7 +158,8 @@ def test_two_processes_learn_as_one(world, started):
     assert read_architecture(world / "pod" / "export") == read_architecture(world / "alone" / "export")
 
 
-@pytest.mark.parametrize("recipe", ["grpo", pytest.param("sft", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["sft", "grpo"])
 def test_dry_run_shows_and_trains_nothing(world, capsys, recipe):
     config = config_file(world, f"dry_{recipe}", recipe)
     assert main([recipe, str(config), "--dry-run", "--pairs_per_step", "8"]) == 0
@@ -167,6 +168,7 @@ def test_dry_run_shows_and_trains_nothing(world, capsys, recipe):
     assert not (world / f"dry_{recipe}").exists()
 
 
+@pytest.mark.long
 def test_judge_scores_a_file_and_goes_on_where_it_stopped(world, started, capsys):
     command = ["judge", str(world / "reference"), "--input", str(world / "pairs.jsonl"), "--votes", "2"]
     command += ["--model.dtype", "float32", "--sampling.max_new_tokens", "6"]

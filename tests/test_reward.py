@@ -19,11 +19,13 @@ from patarm_jax.reward import (
     label_reward,
     linear,
     power,
-    preference_aware_reward,
     tanh,
     threshold_reward,
 )
+from patarm_jax.reward import preference_aware_reward as uncompiled_reward
 from patarm_jax.types import Status
+
+preference_aware_reward = jax.jit(uncompiled_reward, static_argnums=(2, 3, 4), static_argnames=("opponent", "loser"))
 
 MARGINS = {
     "graded": (graded, lambda d: 1.4 if d > 2 else 1.2),
@@ -92,19 +94,17 @@ def test_the_defaults_are_the_method():
 
 
 def test_every_valid_opponent_is_drawn_alike_and_no_other():
-    scores = jnp.array([[[5.0] * 3, [1.0, math.nan, 2.0]]])
-    valid = ~jnp.isnan(scores)
-    margins = set()
-    for draw in np.linspace(0, 1, 1000, endpoint=False):
-        reward = preference_aware_reward(scores, valid, lambda d: d, "one", "zero", jnp.full(scores.shape, draw))
-        margins.add((float(reward[0, 0, 0]), bool(draw < 0.5)))
-    assert margins == {(4.0, True), (3.0, False)}
+    draws = np.linspace(0, 1, 1000, endpoint=False, dtype=np.float32)  # a pair for each
+    scores = jnp.tile(jnp.array([[5.0] * 3, [1.0, math.nan, 2.0]]), (1000, 1, 1))
+    each = jnp.broadcast_to(draws[:, None, None], scores.shape)
+    reward = preference_aware_reward(scores, ~jnp.isnan(scores), lambda d: d, "one", "zero", each)
+    np.testing.assert_array_equal(reward[:, 0, 0], np.where(draws < 0.5, 4.0, 3.0))
 
 
 @pytest.mark.parametrize("wrong", [{"opponent": "best"}, {"loser": "half"}, {"opponent": "one"}], ids=str)
 def test_what_par_does_not_know_is_refused(wrong):
     with pytest.raises(ValueError, match=r"opponent|loser"):
-        preference_aware_reward(*random_case(0), **wrong)
+        uncompiled_reward(*random_case(0), **wrong)
 
 
 def test_a_threshold_rewards_each_side_by_itself():
@@ -130,7 +130,7 @@ def test_a_choice_is_rewarded_when_it_is_right():
 def test_reward_under_jit_and_vmap_is_the_same():
     scores, valid = random_case(3)
     expected = preference_aware_reward(scores, valid)
-    np.testing.assert_array_equal(jax.jit(preference_aware_reward, static_argnums=2)(scores, valid, graded), expected)
+    np.testing.assert_allclose(uncompiled_reward(scores, valid), expected, rtol=1e-6)
     split = jax.vmap(preference_aware_reward)(scores.reshape(8, 5, 2, 5), valid.reshape(8, 5, 2, 5))
     np.testing.assert_array_equal(split.reshape(40, 2, 5), expected)
 

@@ -85,7 +85,9 @@ def test_greedy_equals_transformers_generate(changes, tmp_path):
     assert 0 < ended
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 5, 0.9), (0.0, 0, 1.0)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 5, 0.9), pytest.param(0.0, 0, 1.0, marks=pytest.mark.long)]
+)
 def test_sampled_logprobs_equal_teacher_forced_ones(temperature, top_k, top_p):
     params = lively()
     requests = requests_for(np.random.default_rng(2), 6, 11)
@@ -230,9 +232,10 @@ MANNERS = [
 
 @pytest.mark.parametrize(
     ("section", "rows"),
-    [(None, 3), pytest.param(MeshSection(data=2, fsdp=2, tensor=2), 8, marks=pytest.mark.long)],
+    [(None, 3), (MeshSection(data=2, fsdp=2, tensor=2), 8)],
     ids=["refilled", "2x2x2, refilled"],
 )
+@pytest.mark.long
 def test_each_request_is_drawn_in_its_own_manner(section, rows):
     """Beside others, refilled and on eight devices as in a sampler of its own."""
     params = lively()
