@@ -129,7 +129,9 @@ def _open_reference(config: GRPOConfig, model: Model) -> Model:
     if not config.update.reference:
         return model
     reference = open_model(config.reference_model)
-    if reference.arch != model.arch or reference.tokenizer.control_tokens != model.tokenizer.control_tokens:
+    # Which token ends a turn is nothing of the network's, and an export says it where the model it began with may not.
+    arch = replace(reference.arch, eos_token_id=model.arch.eos_token_id)
+    if arch != model.arch or reference.tokenizer.control_tokens != model.tokenizer.control_tokens:
         raise UserError(
             f"update.reference {config.update.reference} is another network than model.path {model.folder}, or has "
             "other tokens. Give the model that training starts from, or leave update.reference empty."
