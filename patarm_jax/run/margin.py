@@ -20,16 +20,15 @@ _TRIED = np.arange(1, 101, dtype=np.float32) / 10
 
 
 def margin_of(config: GRPOConfig) -> MarginFn:
-    """F of PAR, with the parameters of the config.
+    """The margin function of PAR, with the parameters of the config.
 
     Raises:
         UsageError: when a function of the user's cannot be imported, or gives no finite number for some margin.
     """
     name = config.reward.margin.name
     if name in MARGINS:
-        return partial(
-            MARGINS[name], **{key.rpartition(".")[2]: value for key, value in config.margin_settings.items()}
-        )
+        parameters = {key.rpartition(".")[2]: value for key, value in config.margin_settings.items()}
+        return partial(MARGINS[name], **parameters)
     function = _imported(name)
     for margin in (function, _elementwise(function)):  # of an array; else of one number at a time
         try:
