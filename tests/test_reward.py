@@ -73,7 +73,7 @@ def random_case(seed, pairs=40, group=5, valid_share=0.7):
 @pytest.mark.parametrize("loser", ["zero", "minus"])
 @pytest.mark.parametrize("opponent", ["mean", "every", "one"])
 def test_reward_equals_a_plain_loop(ours, plain, opponent, loser):
-    for group in (1, 5):
+    for group in (1, 2, 4, 8):
         scores, valid = random_case(group, group=group)
         draws = np.random.default_rng(1).random(scores.shape)
         given = (scores.astype(float).tolist(), valid.tolist())
@@ -81,7 +81,8 @@ def test_reward_equals_a_plain_loop(ours, plain, opponent, loser):
         got = preference_aware_reward(
             jnp.asarray(scores), jnp.asarray(valid), ours, opponent, loser, jnp.asarray(draws)
         )
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)  # what is won and lost may cancel
+        cancels = 1e-6 if loser == "minus" else 0.0  # what is won and lost may add up to nearly nothing
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=cancels)
         assert (np.asarray(expected) > 0).any() and (np.asarray(expected) < 0).any() == (loser == "minus")
 
 
@@ -130,7 +131,7 @@ def test_a_choice_is_rewarded_when_it_is_right():
 def test_reward_under_jit_and_vmap_is_the_same():
     scores, valid = random_case(3)
     expected = preference_aware_reward(scores, valid)
-    np.testing.assert_allclose(uncompiled_reward(scores, valid), expected, rtol=1e-6)
+    np.testing.assert_array_equal(uncompiled_reward(scores, valid), expected)
     split = jax.vmap(preference_aware_reward)(scores.reshape(8, 5, 2, 5), valid.reshape(8, 5, 2, 5))
     np.testing.assert_array_equal(split.reshape(40, 2, 5), expected)
 

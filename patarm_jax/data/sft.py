@@ -46,12 +46,8 @@ def template_judgement(preference: Preference, side: int) -> str:
     # hashlib, because Python's own hash of a string changes from process to process.
     drawn = hashlib.sha256(f"{side}:{preference.id}".encode()).digest()[0]
     score = _SCORES[side][drawn % len(_SCORES[side])]
-    return (
-        f"<think>\nI judge the response by {names} first, then by how it fits this prompt.\n</think>\n"
-        "<generate_rubrics>\nFit: does the response do what this very prompt asks?\n</generate_rubrics>\n"
-        f"<eval>\n{_FINDING[side]} on {names}, and on Fit.\n</eval>\n"
-        f"<answer>{score}</answer>"
-    )
+    reasoning = f"I judge the response by {names} first, then by how it fits this prompt."
+    return _in_form(reasoning, f"{_FINDING[side]} on {names}, and on Fit.", str(score))
 
 
 def template_choice(preference: Preference, place: int) -> str:
@@ -76,9 +72,14 @@ def template_choice(preference: Preference, place: int) -> str:
     """
     names = " and ".join(rubric.name for rubric in primary(preference.domain))
     chosen = "AB"[place]
+    reasoning = f"I compare the responses by {names} first, then by how they fit this prompt."
+    return _in_form(reasoning, f"Response {chosen} does better on {names}, and on Fit.", chosen)
+
+
+def _in_form(reasoning: str, finding: str, answer: str) -> str:
     return (
-        f"<think>\nI compare the responses by {names} first, then by how they fit this prompt.\n</think>\n"
+        f"<think>\n{reasoning}\n</think>\n"
         "<generate_rubrics>\nFit: does the response do what this very prompt asks?\n</generate_rubrics>\n"
-        f"<eval>\nResponse {chosen} does better on {names}, and on Fit.\n</eval>\n"
-        f"<answer>{chosen}</answer>"
+        f"<eval>\n{finding}\n</eval>\n"
+        f"<answer>{answer}</answer>"
     )
