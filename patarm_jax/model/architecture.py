@@ -4,6 +4,7 @@ Every key of the file is either understood or refused by name: a silent default 
 """
 
 import dataclasses
+import importlib.metadata
 import re
 import reprlib
 from dataclasses import dataclass
@@ -106,6 +107,9 @@ def to_hf(arch: Architecture, dtype: str) -> dict[str, object]:
         "sliding_window": None,
         "use_cache": True,
         "torch_dtype": dtype,
+        # Without it releases of transformers from 4.57.3 on (5.17 was seen) call the tokenizer beside it wrong, and
+        # advise Mistral's regex, which would make it so.
+        "transformers_version": importlib.metadata.version("transformers"),
     }
 
 
