@@ -28,6 +28,12 @@ from patarm_jax.train.policy_losses import (
 
 FOLDER = Path(__file__).parent / "goldens" / "algorithms"
 FLOAT32 = {"rtol": 1e-5, "atol": 2e-6}
+VERLS = {
+    "token-mean": "token_mean",
+    "seq-mean-token-mean": "sequence_mean",
+    "seq-mean-token-sum": "sequence_sum",
+    "seq-mean-token-sum-norm": "constant_length",
+}
 
 
 def cases(file, *beginnings):
@@ -180,14 +186,15 @@ def test_losses_equal_verls(case):
     kind = case["name"].split("/")[2].split("_")[0]
     low, high = (settings.get(f"clip_ratio_{side}", settings["clip_ratio"]) for side in ("low", "high"))
     clips = {"clip_low": low, "clip_high": high}
-    how = {"token-mean": "token_mean", "seq-mean-token-mean": "sequence_mean"}[settings["loss_agg_mode"]]
+    how = VERLS[settings["loss_agg_mode"]]
     if kind == "vanilla":
         clips["dual_clip"] = settings.get("clip_ratio_c", 3.0)
     loss = {"vanilla": clipped_loss, "gspo": clipped_sequence_loss, "cispo": clipped_weight_loss}[kind]
     how = "sequence_mean" if kind == "gspo" else how
     importance = given.get("rollout_is_weights")
     importance = None if importance is None else jnp.asarray(importance, jnp.float32)
-    assert_loss(loss_of(loss, given, how, importance=importance, **clips), case["outputs"])
+    longest = np.shape(given["response_mask"])[1] if how == "constant_length" else 0  # without a loss_scale_factor
+    assert_loss(loss_of(loss, given, how, longest, importance=importance, **clips), case["outputs"])
 
 
 @pytest.mark.parametrize("case", cases("trl_policy_losses", "trl/loss"))

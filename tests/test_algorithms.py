@@ -160,10 +160,10 @@ def loop_loss(name, logprobs, batch, aggregation, longest, cap):
         return np.concatenate(there).mean()
     if aggregation == "sequence_mean":
         return np.mean([each.mean() for each in there])
-    return sum(each.sum() for each in there) / (len(there) * longest)
+    return sum(each.sum() for each in there) / (len(there) * (longest if aggregation == "constant_length" else 1))
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant_length"])
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum", "constant_length"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_and_gradients_equal_loops(name, aggregation):
     """The gradient by differences of the loop; GSPO's has another form under importance weights."""

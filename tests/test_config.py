@@ -277,7 +277,7 @@ def test_help_says_every_setting_with_its_default_its_limits_and_what_it_does(cl
 def test_help_reads_comments_beside_a_setting_and_above_it():
     said = settings_in_words(GRPOConfig())
     assert "  --update.clip_low null\n      how far a ratio may fall below 1 (0 to 1 or null)\n" in said
-    assert "sampling.max_new_tokens. (token_mean, sequence_mean, constant_length or null)\n" in said
+    assert "(token_mean,\n      sequence_mean, sequence_sum, constant_length or null)\n" in said
     assert "  --run.on_damaged stop\n      What resuming and export do where a file" in said
     assert "update: How rollouts become an update; a setting that is null is as the algorithm has it.\n" in said
 

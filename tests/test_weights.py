@@ -95,9 +95,7 @@ def test_loaded_and_saved_again_is_bit_identical(dtype, tied, shard, tmp_path):
     assert model.generation_config.pad_token_id == 5
     written = json.loads((ours / "config.json").read_text())
     assert written["transformers_version"] == transformers.__version__  # as transformers itself writes it
-    assert from_hf(written, "") == Architecture(
-        **vars(config) | {"eos_token_id": 3}
-    )
+    assert from_hf(written, "") == Architecture(**vars(config) | {"eos_token_id": 3})
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

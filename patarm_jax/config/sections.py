@@ -311,8 +311,9 @@ class UpdateSection(Section):
     clip_low: Share | None = None  # how far a ratio may fall below 1
     clip_high: NotNegative | None = None  # how far it may rise above 1
     dual_clip: AboveOne | None = None  # times -A, the most that a token of negative advantage A may cost; 3 in verl
-    # How tokens are weighed: all alike, those of each sequence as one, or all alike by sampling.max_new_tokens.
-    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] | None = None
+    # What a loss over tokens is divided by: the tokens; for each sequence its own, then the sequences; the sequences;
+    # or the sequences times sampling.max_new_tokens.
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant_length"] | None = None
     kl: KLSection = field(default_factory=KLSection)
     # The model that the KL is measured from; empty: model.path. It is known by its weights when a run is resumed.
     reference: str = field(default="", metadata=PLACE | FREE)

@@ -19,7 +19,7 @@ from patarm_jax.arrays import Array, Rollouts
 from patarm_jax.train.losses import Loss, mask_from_lengths
 from patarm_jax.train.penalties import KLPenalty, estimated_kl
 
-Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant_length"]
 # A log-ratio beyond it counts as the limit, without a gradient, so that no exponential overflows (verl).
 LOG_RATIO_LIMIT = 20.0
 # The same for the mean log-ratio of a sequence, from above alone (verl's GSPO).
@@ -87,7 +87,9 @@ def token_weights(
 
     token_mean:       Σ over all tokens / number of tokens              (DAPO; verl "token-mean", TRL "dapo")
     sequence_mean:    Σ over sequences of each one's token mean / number of sequences     (GRPO's paper; TRL "grpo")
-    constant_length:  Σ over all tokens / (number of sequences · longest)         (Dr. GRPO; TRL "dr_grpo")
+    sequence_sum:     Σ over all tokens / number of sequences                       (verl "seq-mean-token-sum")
+    constant_length:  Σ over all tokens / (number of sequences · longest)
+                                                (Dr. GRPO; TRL "dr_grpo", verl "seq-mean-token-sum-norm")
 
     A sequence without tokens is none, as in verl, so that what is left out of a batch changes no mean; TRL counts it.
     """
@@ -98,9 +100,11 @@ def token_weights(
     first = (mask & (jnp.arange(mask.shape[-1]) == 0)).astype(jnp.float32)
     if aggregation == "sequence_mean":
         return mask / jnp.maximum(length, 1), first
+    if aggregation == "sequence_sum":
+        return mask.astype(jnp.float32), first
     if aggregation != "constant_length" or longest < 1:
         raise ValueError(
-            "aggregation must be token_mean, sequence_mean, or constant_length with a longest ≥ 1, "
+            "aggregation must be token_mean, sequence_mean, sequence_sum, or constant_length with a longest ≥ 1, "
             f"got {aggregation!r} with {longest}"
         )
     return mask / jnp.float32(longest), first
