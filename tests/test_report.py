@@ -183,6 +183,47 @@ def test_both_sides_are_read(opened):
     assert page.query_selector("#pair img, #pair b.bold") is None
 
 
+# what a pairwise judge chose with the chosen response first, and with the rejected one first; None: malformed
+CHOICES = {
+    "right": ("AA", "BB"),
+    "position": ("AA", "AA"),
+    "wrong": ("BA", "AA"),
+    "half": ("A ", "  "),
+    "unread": ("  ", "  "),
+}
+
+
+def test_the_choices_of_a_pairwise_judge_in_both_orders(run, browser, tmp_path):
+    """A pair is right when more choices are than not, in whichever order; one that always chooses A is tied."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("rollouts", "report.html"))
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(GRPOConfig(judge="pairwise")))
+    lines = [{"step": n, "judge/chose_first": 0.9, "judge/accuracy_chosen_first": 0.8} for n in (1, 2)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [
+        RolloutRow(name, side, f"{name} {HOSTILE}", Status.OK if choice else Status.BAD_TAGS, None, 1.0, 0.5, choice)
+        for name, orders in CHOICES.items()
+        for side, choices in zip(("chosen first", "rejected first"), orders, strict=True)
+        for choice in (letter.strip() or None for letter in choices)
+    ]
+    write_rollouts(tmp_path / "run" / "rollouts", 1, rows)
+    page = drawn(browser, tmp_path / "run")
+    assert [name for name in ids(page) if "right" in page.inner_text(f"[data-id={name}] small")] == ["right", "half"]
+    assert press(page, "wrong") == ["wrong"]
+    assert press(page, "tied") == ["position", "unread"]
+    assert press(page, "malformed") == ["half", "unread"]
+    assert press(page, "all") == list(CHOICES)
+    page.click("[data-id=wrong]")
+    for side, percent, choices in (("chosen", 50, "BA"), ("rejected", 0, "AA")):
+        section = page.query_selector(f"[data-side={side}]")
+        assert f"{side} first · {percent} % right" in section.inner_text()
+        numbers = [one.inner_text() for one in section.query_selector_all(".numbers")]
+        assert [line.split()[:2] for line in numbers] == [["chose", letter] for letter in choices]
+    assert page.title() == "run" and page.query_selector("#pair img") is None
+    titles = {figure.get_attribute("data-title") for figure in page.query_selector_all("figure")}
+    assert {"Choices of the first response", "Accuracy by order"} <= titles
+    page.close()
+
+
 def test_filters_search_and_keys(opened):
     page = opened()
     assert page.input_value("#step") == "6" and ids(page) == list(SCORES)
