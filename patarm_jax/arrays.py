@@ -3,6 +3,7 @@
 The axis letters are
 
     R prompts · G rollouts per prompt · B rows · T tokens · M predicted tokens · Tp prompt tokens · Tc completion tokens
+    P pairs
 """
 
 from dataclasses import dataclass
@@ -65,6 +66,27 @@ class SFTBatch:
     read: Array  # [B, M] int32, the places of the tokens whose states predict a judgement's token
     targets: Array  # [B, M] int32, the tokens they predict: those of all judgements in the row, end tokens included
     counts: Array  # [B] int32, how many of the M are there
+
+
+@dataclass(frozen=True, order=True)
+class ComparedShape:
+    """Sizes of a batch of compared pairs that all processes agree on."""
+
+    rows: int  # B, of one process
+    width: int  # T
+    pairs: int  # P, of a row
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ComparedPairs:
+    """Pairs that a reward model compares: both conversations of up to P pairs behind one another in a row."""
+
+    tokens: Array  # [B, T] int32
+    starts: Array  # [B, T] int32, where in its row the conversation of a token begins
+    last: Array  # [B, P, 2] int32, the places of the last tokens of the chosen and of the rejected response
+    margins: Array  # [B, P] float32, by how much the chosen response's reward is to exceed the other's
+    counts: Array  # [B] int32, how many of the P are there
 
 
 @jax.tree_util.register_dataclass

@@ -146,13 +146,19 @@ def _add_demo(verbs: _Verbs) -> None:
 
 
 def _add_training(verbs: _Verbs) -> None:
-    for name, what in (("sft", "teach a model the form of judgements"), ("grpo", "train a judge on preference pairs")):
+    verbs_and_what = {
+        "sft": "teach a model the form of judgements",
+        "grpo": "train a judge on preference pairs",
+        "reward-model": "train a scalar reward model on preference pairs",
+    }
+    for verb, what in verbs_and_what.items():
+        name = verb.replace("-", "_")
         examples = [
-            f"patarm {name} configs/qwen3_8b_{name}.yaml",
-            f"patarm {name} configs/tiny_{name}.yaml --optimizer.learning_rate 3e-4 --run.folder runs/try",
-            f"patarm {name} configs/qwen3_8b_{name}.yaml --dry-run",
+            f"patarm {verb} configs/qwen3_8b_{name}.yaml",
+            f"patarm {verb} configs/tiny_{name}.yaml --optimizer.learning_rate 3e-4 --run.folder runs/try",
+            f"patarm {verb} configs/qwen3_8b_{name}.yaml --dry-run",
         ]
-        train = _verb(verbs, name, _train, what, examples)
+        train = _verb(verbs, verb, _train, what, examples)
         train.add_argument("config", type=_path, metavar="CONFIG.yaml")
         train.add_argument("--dry-run", action="store_true", help="show config, batch and memory, train nothing")
         train.settings = TRAINING[name]
@@ -284,8 +290,9 @@ def _demo(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
-    config = _told(partial(load, TRAINING[options.verb], options.config, rest), rest, options.config)
-    recipe = importlib.import_module(f"patarm_jax.recipes.{options.verb}")
+    name = options.verb.replace("-", "_")
+    config = _told(partial(load, TRAINING[name], options.config, rest), rest, options.config)
+    recipe = importlib.import_module(f"patarm_jax.recipes.{name}")
     recipe.dry_run(config) if options.dry_run else recipe.main(config)
     return 0
 

@@ -57,6 +57,7 @@ class Preference:
     domain: Domain
     source: str
     labels: tuple[float, float] | None = None  # scores given to the chosen and to the rejected response, 0 to 10
+    margin: float | None = None  # by how much a reward model is to prefer the chosen response
 
 
 class Status(IntEnum):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from patarm_jax.config.recipes import TrainConfig
+from patarm_jax.config.recipes import JudgeTrainConfig
 from patarm_jax.config.sections import DataSection, ModelSection, OptimizerSection, RunSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import encode_pairs
@@ -35,7 +35,7 @@ from tests.toys import small_world
 
 
 @dataclass(frozen=True)
-class LikelihoodConfig(TrainConfig):
+class LikelihoodConfig(JudgeTrainConfig):
     recipe: Literal["likelihood"] = "likelihood"
     optimizer: OptimizerSection = field(default_factory=lambda: OptimizerSection(learning_rate=1e-2))
 

@@ -9,9 +9,9 @@ import yaml
 
 from patarm_jax.config.flags import dotted_keys
 from patarm_jax.config.help import comments_of, settings_in_words
-from patarm_jax.config.load import from_mapping, load, load_run, override, read_yaml, to_yaml
+from patarm_jax.config.load import TRAINING, from_mapping, load, load_run, override, read_yaml, to_yaml
 from patarm_jax.config.presets import CHOSEN_BY_ALGORITHM, PRESETS, WEIGHS_SEQUENCES, value_at
-from patarm_jax.config.recipes import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, SFTConfig
+from patarm_jax.config.recipes import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, RewardModelConfig, SFTConfig
 from patarm_jax.config.sections import limits_of
 from patarm_jax.recipes.programs import algorithm_of
 from patarm_jax.train.penalties import KLPenalty
@@ -20,26 +20,30 @@ from patarm_jax.types import UsageError, UserError
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("cls", [SFTConfig, GRPOConfig, JudgeConfig])
+@pytest.mark.parametrize("cls", [SFTConfig, GRPOConfig, RewardModelConfig, JudgeConfig])
 def test_what_is_written_is_read_back(cls):
     config = override(cls(), ["--data.drop_sources", "a", "b", "--model.path", "somewhere", "--mesh.tensor", "2"])
     assert config.data.drop_sources == ("a", "b") and config.mesh.tensor == 2
     assert from_mapping(cls, yaml.safe_load(to_yaml(config)), "there") == config
 
 
+def recipe_of(path):
+    return next(config for name, config in TRAINING.items() if path.stem.endswith(name))
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_of_the_repository_loads_and_says_what_it_is(path):
-    config = load(GRPOConfig if "grpo" in path.stem else SFTConfig, path)
+    config = load(recipe_of(path), path)
     assert config.run.folder and config.data.path and config.model.path
     head = path.read_text().split("\n\n")[0]
-    for word in ("command", "hardware", "time", "out", f"patarm {config.recipe} configs/{path.name}"):
+    for word in ("command", "hardware", "time", "out", f"patarm {config.recipe.replace('_', '-')} configs/{path.name}"):
         assert word in head
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_resolved_config_says_every_setting(path):
     """What the file leaves out too, which the next version may have another default for."""
-    config = load(GRPOConfig if "grpo" in path.stem else SFTConfig, path, ["--run.seed", "3"])
+    config = load(recipe_of(path), path, ["--run.seed", "3"])
     written = yaml.safe_load(to_yaml(config))
     for key in dotted_keys(type(config)):
         value = written
@@ -51,7 +55,8 @@ def test_a_resolved_config_says_every_setting(path):
 def test_there_is_a_config_for_every_size():
     kinds = ("tiny", "tiny_pairwise", "qwen3_8b", "qwen3_8b_pairwise", "qwen3_14b")
     found = {path.stem for path in CONFIGS}
-    assert found == {f"{kind}_{recipe}" for kind in kinds for recipe in ("sft", "grpo")} | {"tiny_dapo_grpo"}
+    further = {"tiny_dapo_grpo", "tiny_reward_model", "qwen3_8b_reward_model"}
+    assert found == {f"{kind}_{recipe}" for kind in kinds for recipe in ("sft", "grpo")} | further
 
 
 def test_numbers_as_yaml_and_people_write_them():

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from patarm_jax.config.sections import DataSection
 from patarm_jax.data.limits import Room
-from patarm_jax.data.pipeline import EncodedPair, batches, batches_per_epoch, encode_pairs, sft_batch, sft_shape
+from patarm_jax.data.packing import sft_batch, sft_shape
+from patarm_jax.data.pipeline import EncodedPair, batches, batches_per_epoch, encode_pairs
 from patarm_jax.data.sft import JudgedPreference, template_judgement
 from patarm_jax.data.tokenizer import decode, encode_chat, encode_judgement, load_tokenizer
 from patarm_jax.judge.prompts import pointwise

@@ -13,7 +13,8 @@ import pytest
 
 from patarm_jax.arrays import Rollouts
 from patarm_jax.config.sections import MeshSection, OptimizerSection
-from patarm_jax.data.pipeline import EncodedPair, PairBatch, sft_batch, sft_shape
+from patarm_jax.data.packing import sft_batch, sft_shape
+from patarm_jax.data.pipeline import EncodedPair, PairBatch
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import batch_sharding, make_mesh, place_batch

@@ -16,13 +16,17 @@ import msgspec
 import yaml
 
 from patarm_jax.config.flags import BECAME_SECTIONS, merged, nearest, now_called, settings_of, with_names_of_now
-from patarm_jax.config.recipes import GRPOConfig, SFTConfig, TrainConfig
+from patarm_jax.config.recipes import GRPOConfig, RewardModelConfig, SFTConfig, TrainConfig
 from patarm_jax.config.sections import Section, limits_of
 from patarm_jax.files import one_line
 from patarm_jax.types import UsageError, UserError
 
 Config = TypeVar("Config", bound=Section)
-TRAINING: dict[str, type[TrainConfig]] = {"sft": SFTConfig, "grpo": GRPOConfig}  # by `recipe`
+TRAINING: dict[str, type[TrainConfig]] = {  # by `recipe`
+    "sft": SFTConfig,
+    "grpo": GRPOConfig,
+    "reward_model": RewardModelConfig,
+}
 
 
 def load(cls: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:

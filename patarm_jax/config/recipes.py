@@ -56,9 +56,6 @@ class TrainConfig(Section):
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     run: RunSection = field(default_factory=RunSection, metadata=FREE)
     heldout: HeldoutSection = field(default_factory=HeldoutSection, metadata=FREE)
-    judge: Literal["pointwise", "pairwise"] = "pointwise"  # what is trained: scores of one response, or choices of two
-    pairwise: PairwiseSection = field(default_factory=PairwiseSection)
-    rubrics: RubricMode = "adaptive"  # the rubrics that the judge's prompt holds, or asks for
     pairs_per_step: Positive = 32  # each gives a prompt for each response; of a pairwise judge, for each order
     micro_batches: Positive = field(default=1, metadata=FREE)  # slices summed in one update; never changes the result
 
@@ -66,18 +63,15 @@ class TrainConfig(Section):
         """With what other settings decide for those that are unset."""
         return self
 
-    def check(self) -> None:
-        """Refuses settings that are right one by one and together make no sense."""
-        if self.judge == "pointwise" and self.pairwise != PairwiseSection():
-            raise UsageError(
-                f"pairwise.orders is {self.pairwise.orders}, and a pointwise judge reads one response. Set judge to "
-                "pairwise, or leave it out."
-            )
-        if self.judge == "pairwise" and self.heldout.best == "score_gap":
-            raise UsageError(
-                "heldout.best is score_gap, and a pairwise judge gives no scores. Choose accuracy_strict, "
-                "accuracy_half or valid."
-            )
+    @property
+    def judge(self) -> JudgeKind:
+        """How the trained model is asked."""
+        return "scalar"
+
+    @property
+    def rubrics(self) -> RubricMode:
+        """The rubrics that its prompts hold, or ask for; a form that has none takes no notice."""
+        return "adaptive"
 
     @property
     def stage_in_words(self) -> str:
@@ -86,8 +80,13 @@ class TrainConfig(Section):
 
     @property
     def prompts_per_pair(self) -> int:
-        """What a judge is asked about each pair: of both responses, or in both orders; of pairs in turns, once."""
-        return 1 if self.judge == "pairwise" and self.pairwise.orders == "alternate" else 2
+        """What the model reads of each pair."""
+        return 2
+
+    @property
+    def units_per_step(self) -> int:
+        """What a batch has along its first axis, which slices and devices share and never cut."""
+        return self.prompts_per_pair * self.pairs_per_step
 
     @property
     def updates_per_step(self) -> int:
@@ -111,7 +110,34 @@ class TrainConfig(Section):
 
 
 @dataclass(frozen=True)
-class SFTConfig(TrainConfig):
+class JudgeTrainConfig(TrainConfig):
+    """What every run has that trains a judge, which writes."""
+
+    judge: Literal["pointwise", "pairwise"] = "pointwise"  # what is trained: scores of one response, or choices of two
+    pairwise: PairwiseSection = field(default_factory=PairwiseSection)
+    rubrics: RubricMode = "adaptive"  # the rubrics that the judge's prompt holds, or asks for
+
+    def check(self) -> None:
+        """Refuses settings that are right one by one and together make no sense."""
+        if self.judge == "pointwise" and self.pairwise != PairwiseSection():
+            raise UsageError(
+                f"pairwise.orders is {self.pairwise.orders}, and a pointwise judge reads one response. Set judge to "
+                "pairwise, or leave it out."
+            )
+        if self.judge == "pairwise" and self.heldout.best == "score_gap":
+            raise UsageError(
+                "heldout.best is score_gap, and a pairwise judge gives no scores. Choose accuracy_strict, "
+                "accuracy_half or valid."
+            )
+
+    @property
+    def prompts_per_pair(self) -> int:
+        """What a judge is asked about each pair: of both responses, or in both orders; of pairs in turns, once."""
+        return 1 if self.judge == "pairwise" and self.pairwise.orders == "alternate" else 2
+
+
+@dataclass(frozen=True)
+class SFTConfig(JudgeTrainConfig):
     """`patarm sft`: supervised fine-tuning on judgements."""
 
     recipe: Literal["sft"] = "sft"
@@ -124,7 +150,7 @@ class SFTConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class GRPOConfig(TrainConfig):
+class GRPOConfig(JudgeTrainConfig):
     """`patarm grpo`: reinforcement learning on preference pairs."""
 
     recipe: Literal["grpo"] = "grpo"
@@ -299,6 +325,43 @@ class GRPOConfig(TrainConfig):
             if getattr(reward, each) != getattr(unset, each):
                 raise UsageError(f"reward.{each} is set, and {why}. Leave it out, or change that.")
         _ = self.margin_settings
+
+
+@dataclass(frozen=True)
+class RewardModelConfig(TrainConfig):
+    """`patarm reward-model`: a Bradley-Terry reward model, one number for a response, from the same pairs."""
+
+    recipe: Literal["reward_model"] = "reward_model"
+    # Whether the column margin of the data is what a chosen response's reward must exceed the rejected one's by.
+    margins: bool = False
+    # The weight of (chosen + rejected)^2 in the loss, which keeps rewards around 0; TRL recommends 0.01.
+    centring: NotNegative = 0.0
+    packing: bool = field(default=True, metadata=FREE)  # short pairs share a row; never changes the result
+
+    @property
+    def stage_in_words(self) -> str:
+        """What the recipe is, for the model card."""
+        return "Bradley-Terry reward modelling on preference pairs"
+
+    @property
+    def units_per_step(self) -> int:
+        """What a batch has along its first axis, which slices and devices share and never cut: whole pairs."""
+        return self.pairs_per_step
+
+    def check(self) -> None:
+        """Refuses settings of what a model that writes nothing does not do."""
+        unset, heldout = HeldoutSection(), self.heldout
+        for name in ("votes", "sampling"):
+            if getattr(heldout, name) != getattr(unset, name):
+                raise UsageError(
+                    f"heldout.{name} is set, and a reward model writes nothing: its score of a response is always the "
+                    "same. Leave it out."
+                )
+        if heldout.best == "valid":
+            raise UsageError(
+                "heldout.best is valid, and every score of a reward model is. Choose accuracy_strict, accuracy_half or "
+                "score_gap."
+            )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From preferences to batches of arrays; the only file that knows grain.
+"""From preferences to batches of encoded pairs; the only file that knows grain.
 
 A pair is one record from here on, so no shuffle can tear it apart. Everything is encoded once, up front: then what is
 too long is known and counted, and so is the number of batches. All processes see the same global batches, each takes
@@ -16,14 +16,12 @@ import grain
 import numpy as np
 from tqdm import tqdm
 
-from patarm_jax.arrays import SFTBatch, SFTShape
 from patarm_jax.config.sections import DataSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.preferences import Report
 from patarm_jax.data.sft import JudgedPreference
-from patarm_jax.data.tokenizer import Tokenizer, encode_chat, encode_judgement
+from patarm_jax.data.tokenizer import Tokenizer, encode_chat, encode_dialogue, encode_judgement
 from patarm_jax.judge.forms import POINTWISE, Form
-from patarm_jax.padding import bucket, pack
 from patarm_jax.types import Preference, RubricMode, UsageError, UserError
 
 Tokens = np.ndarray  # [T] int32
@@ -80,12 +78,15 @@ class PairBatch:
 
 
 def digest_of(records: Sequence[EncodedPair]) -> str:
-    """Tells these records, in this order, from any others: SHA-256 over ids and tokens."""
+    """Tells these records, in this order, from any others: SHA-256 over ids, tokens and the numbers they carry."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(record.preference.id.encode())
         for tokens in (*record.prompt_tokens, *(record.completion_tokens or ())):
             digest.update(tokens.tobytes())
+        for numbers in (record.preference.labels, record.preference.margin):
+            if numbers is not None:
+                digest.update(repr(numbers).encode())
     return digest.hexdigest()
 
 
@@ -151,8 +152,9 @@ def _encode(
     ask = partial(form.ask, given.prompt, domain=given.domain, rubrics=rubrics)
     sides = (given.chosen, given.rejected)
     shown = (sides, sides[::-1]) if form.responses == 2 else ((given.chosen,), (given.rejected,))
+    encode = encode_chat if form.writes else encode_dialogue
     return EncodedPair(
-        index, given, tuple(np.asarray(encode_chat(tokenizer, ask(*responses)), np.int32) for responses in shown)
+        index, given, tuple(np.asarray(encode(tokenizer, ask(*responses)), np.int32) for responses in shown)
     )
 
 
@@ -246,55 +248,3 @@ def _global_batch(per_epoch: int, in_turns: bool, number: int, records: Sequence
         ids=tuple(record.preference.id for record in records),
         lengths=tuple(side for record in records for side in record.lengths),
     )
-
-
-# ---- Arrays ---------------------------------------------------------------------------------------------------------
-
-
-def sft_shape(batch: PairBatch, multiple: int, rows_multiple: int = 1, packed: bool = True) -> SFTShape:
-    """Computed by every process from everyone's lengths.
-
-    Args:
-        batch: this process's records, and the lengths of everyone's.
-        multiple: widths are buckets of so many tokens.
-        rows_multiple: a process's number of rows is a multiple of this.
-        packed: whether sequences stand behind one another where a row has room, or each in a row of its own.
-    """
-    share = sum(len(record.prompt_tokens) for record in batch.records)
-    width = bucket(max(map(sum, batch.lengths)), multiple)
-    rows, targets = 0, 0
-    for start in range(0, len(batch.lengths), share):
-        lengths = batch.lengths[start : start + share]
-        plan = _plan(lengths, width, packed)
-        rows = max(rows, len(plan))
-        targets = max(targets, *(sum(lengths[i][1] for i in row) for row in plan))
-    parts, most = -(-rows // rows_multiple), -(-share // rows_multiple)
-    # Packed rows differ in number from batch to batch: buckets keep the compiled shapes few.
-    return SFTShape(min(bucket(parts, 1), most) * rows_multiple, width, bucket(targets, multiple))
-
-
-def sft_batch(batch: PairBatch, shape: SFTShape, pad_id: int, packed: bool = True) -> SFTBatch:
-    """Prompts with their judgements, as arrays of the batch's `sft_shape`; the leaves are numpy's."""
-    prompts = [prompt for record in batch.records for prompt in record.prompt_tokens]
-    completions = [text for record in batch.records for text in record.completion_tokens or ()]
-    tokens = np.full((shape.rows, shape.width), pad_id, np.int32)
-    starts = np.tile(np.arange(shape.width, dtype=np.int32), (shape.rows, 1))  # padding reads itself
-    read, targets = np.zeros((2, shape.rows, shape.targets), np.int32)
-    counts = np.zeros(shape.rows, np.int32)
-    lengths = [(len(prompt), len(text)) for prompt, text in zip(prompts, completions, strict=True)]
-    for row, members in enumerate(_plan(lengths, shape.width, packed)):
-        end = 0
-        for index in members:
-            prompt, completion = prompts[index], completions[index]
-            start, begin, end = end, end + len(prompt), end + len(prompt) + len(completion)
-            tokens[row, start:begin], tokens[row, begin:end], starts[row, start:end] = prompt, completion, start
-            judged = slice(counts[row], counts[row] + len(completion))
-            read[row, judged], targets[row, judged] = np.arange(begin - 1, end - 1), completion
-            counts[row] += len(completion)
-    # The type speaks of the arrays a step takes. Placing these on devices is for whoever knows the mesh.
-    return SFTBatch(tokens=tokens, starts=starts, read=read, targets=targets, counts=counts)
-
-
-def _plan(lengths: Sequence[tuple[int, int]], width: int, packed: bool) -> list[list[int]]:
-    """Which sequences stand in which row."""
-    return pack(list(map(sum, lengths)), width) if packed else [[index] for index in range(len(lengths))]

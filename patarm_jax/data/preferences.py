@@ -5,6 +5,7 @@ be learnt from (an odd cell, an empty response, two identical ones) is dropped, 
 """
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,8 @@ Record = TypeVar("Record")
 JUDGEMENTS = ("chosen_judgement", "rejected_judgement")  # of the sides, by a pointwise judge
 CHOICES = ("pairwise_judgement", "pairwise_judgement_swapped")  # of both, the chosen response first, and second
 LABELS = ("chosen_score", "rejected_score")
-COLUMNS = ("prompt", "chosen", "rejected", "id", "source", "domain", *JUDGEMENTS, *CHOICES, *LABELS)
+MARGIN = "margin"
+COLUMNS = ("prompt", "chosen", "rejected", "id", "source", "domain", *JUDGEMENTS, *CHOICES, *LABELS, MARGIN)
 _NEEDED = ("chosen", "rejected")
 _DOMAINS: dict[str, Domain] = {domain: domain for domain in get_args(Domain)}
 _AHEAD = 100  # rows of a file that say which columns it has
@@ -96,6 +98,20 @@ def read_labelled_preferences(section: DataSection) -> tuple[list[Preference], R
         return replace(preference, labels=(chosen, rejected))
 
     return _collect(section, "data", labelled)
+
+
+def read_preferences_with_margins(section: DataSection) -> tuple[list[Preference], Report]:
+    """The same with the margin of each pair, from the column margin."""
+
+    def with_margin(preference: Preference, _row: Row, values: Mapping[str, object]) -> Preference:
+        margin = number(MARGIN, values[MARGIN])
+        if margin is None:
+            raise Dropped(reasons.NO_MARGIN)
+        if not math.isfinite(margin):
+            raise Dropped(reasons.MARGIN_NOT_FINITE)
+        return replace(preference, margin=margin)
+
+    return _collect(section, "data", with_margin)
 
 
 def _collect(

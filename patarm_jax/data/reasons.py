@@ -42,4 +42,9 @@ NO_LABEL = (
     "no chosen_score or rejected_score, which reward.kind labels learns from: name their columns under data.columns, "
     "such as data.columns.chosen_score score_chosen, or choose another reward.kind"
 )
+NO_MARGIN = (
+    "no margin, which margins asks for: name its column under data.columns, such as data.columns.margin score_gap, or "
+    "leave margins out"
+)
+MARGIN_NOT_FINITE = "margin that is no finite number"
 LABEL_OUT_OF_RANGE = "label of a score that is not from 0 to 10"

@@ -19,6 +19,7 @@ from patarm_jax.evaluate.accuracy import Accuracy, accuracy_of_choices, gap_or_p
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.sharding import OnMesh, batch_shards, gather
 from patarm_jax.rollout.judging import Judge, judge_all, make_judge, numbers_of, places_of, requests_of
+from patarm_jax.rollout.scalar import Scorer, make_scorer, scores
 from patarm_jax.run.drawing import heldout_sampling
 from patarm_jax.run.learner import weight_sync
 from patarm_jax.run.open_model import Model
@@ -48,7 +49,36 @@ class Heldout:
         return heldout_metrics(*judge_heldout(self, params))
 
 
-def open_heldout(config: TrainConfig, model: Model, mesh: Mesh, training: Sequence[Preference]) -> Heldout | None:
+@dataclass(frozen=True)
+class HeldoutRewards:
+    """What a scalar reward model is measured on, and by which program."""
+
+    section: HeldoutSection
+    mesh: Mesh
+    scores: Scorer
+    to_rollout: OnMesh[[Params], Params]  # to weights as the scorer reads them
+    records: Sequence[EncodedPair]
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether a step is followed by an evaluation; the last one always is."""
+        return step % self.section.eval_every == 0 or step == steps
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """Gives every response of the held-out pairs its reward; the metrics of that."""
+        conversations = [tokens for record in self.records for tokens in record.prompt_tokens]
+        of_all = np.zeros(len(conversations))
+        for index, reward in scores(self.scores, self.to_rollout(params), self.mesh, conversations):
+            of_all[index] = reward
+        rewards = of_all.reshape(-1, 2, 1)
+        found = pairwise_accuracy(rewards, np.isfinite(rewards))
+        chosen, rejected = rewards.mean(axis=(0, 2))
+        means = {"eval/rewards/chosen/mean": float(chosen), "eval/rewards/rejected/mean": float(rejected)}
+        return accuracy_metrics(found) | means
+
+
+def open_heldout(
+    config: TrainConfig, model: Model, mesh: Mesh, training: Sequence[Preference]
+) -> Heldout | HeldoutRewards | None:
     """Reads the held-out pairs; None when there are none. Those that are trained on are refused."""
     section = config.heldout
     if not section.path:
@@ -58,20 +88,24 @@ def open_heldout(config: TrainConfig, model: Model, mesh: Mesh, training: Sequen
     said = _refuse_shared_pairs(config, training, preferences)
     if section.limit:
         preferences = preferences[: section.limit]
-    sampling = heldout_sampling(config, model)
-    room = Room(model.arch.max_position_embeddings, sampling.max_new_tokens, "heldout.sampling.max_new_tokens")
-    form = FORMS[config.judge]
+    form, to_rollout = FORMS[config.judge], weight_sync(model.arch, mesh, config.mesh, config.model.dtype)
+    sampling = heldout_sampling(config, model) if form.writes else None
+    new_tokens = sampling.max_new_tokens if sampling else 0
+    room = Room(model.arch.max_position_embeddings, new_tokens, "heldout.sampling.max_new_tokens")
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data, room, form)
     say(f"held out, {section.path}: {read}{said}. Encoded: {encoded}.")
-    asked = {"number of pairs": len(records), "pairs": digest_of(records), "sampling": asdict(sampling)}
-    agree("the held-out pairs they read", asked)
+    asked = {"number of pairs": len(records), "pairs": digest_of(records)}
+    agree("the held-out pairs they read", asked | ({"sampling": asdict(sampling)} if sampling else {}))
+    if sampling is None:
+        scorer = make_scorer(model.arch, mesh, config.model)
+        return HeldoutRewards(section, mesh, scorer, to_rollout, records)
     shards, processes = batch_shards(mesh), jax.process_count()
     padded = list(itertools.islice(itertools.cycle(records), -(-len(records) // shards) * shards))
     each = len(padded) // processes
     return Heldout(
         section=section,
         judge=make_judge(model.arch, model.tokenizer, mesh, config.model, sampling, section.votes, form),
-        to_rollout=weight_sync(model.arch, mesh, config.mesh, config.model.dtype),
+        to_rollout=to_rollout,
         key=jax.random.fold_in(jax.random.key(config.run.seed), 0),  # training's begin at step 1
         records=records,
         share=padded[jax.process_index() * each :][:each],
@@ -108,6 +142,11 @@ def judge_heldout(heldout: Heldout, params: Params) -> tuple[Accuracy, float]:
 
 def heldout_metrics(found: Accuracy, cut_off: float) -> dict[str, float]:
     """The same as metrics `eval/…`."""
+    return accuracy_metrics(found) | {"eval/clipped_ratio": cut_off}
+
+
+def accuracy_metrics(found: Accuracy) -> dict[str, float]:
+    """What a model is worth on pairs, as metrics `eval/…`."""
     return {
         "eval/accuracy_strict": found.accuracy_strict,
         "eval/accuracy_half": found.accuracy_half,
@@ -116,5 +155,4 @@ def heldout_metrics(found: Accuracy, cut_off: float) -> dict[str, float]:
         **{f"eval/{name}": value for name, value in gap_or_position(found).items()},
         "eval/valid": found.valid,
         "eval/ties": found.ties,
-        "eval/clipped_ratio": cut_off,
     }

@@ -30,6 +30,7 @@ class Form:
     number: Callable[[Judgement, int], float | None]
     # What the two questions about a pair are called: of the chosen and of the rejected response, or in both orders.
     places: tuple[str, str]
+    writes: bool = True  # whether the answer is text, which is read, and not a number
 
 
 def _pointwise(prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode) -> list[Message]:
@@ -76,6 +77,6 @@ PAIRWISE = Form("pairwise", 2, _pairwise, parse_pairwise, _is_right, ORDERS)
 # A general model, asked for a score without rubrics.
 BASELINE = Form("baseline", 1, _baseline, parse_baseline, _score, SIDES)
 # A reward model with a head that gives one number.
-SCALAR = Form("scalar", 1, _dialogue, _writes_nothing, _score, SIDES)
+SCALAR = Form("scalar", 1, _dialogue, _writes_nothing, _score, SIDES, writes=False)
 
 FORMS = {form.name: form for form in (POINTWISE, PAIRWISE, BASELINE, SCALAR)}

@@ -38,7 +38,7 @@ class Output:
 
     prompt: jax.Array  # [R, Tp, D], final hidden states of the prompt stream
     completion: jax.Array | None  # [R, G, Tc, D], of the completion streams
-    head: jax.Array  # [V, D]; the embedding itself when the head is tied
+    head: jax.Array  # [V, D]; the embedding itself when the head is tied; [1, D] of a network that gives a score
 
 
 @jax.tree_util.register_dataclass
@@ -214,6 +214,11 @@ def logits(params: Params, arch: Architecture, hidden: jax.Array, dtype: DTypeLi
     return jnp.einsum("...d,vd->...v", hidden, _head(params, arch, dtype), preferred_element_type=jnp.float32)
 
 
+def new_score_head(arch: Architecture, key: jax.Array) -> jax.Array:
+    """A head [1, D] that gives scores, before it has learnt: N(0, 1/(D + 1)²), as OpenRLHF draws it."""
+    return jax.random.normal(key, (1, arch.hidden_size)) / (arch.hidden_size + 1)
+
+
 def scalar_scores(params: Params, hidden: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Hidden states [..., D] → scores [...] float32, of a network with a scalar head."""
     return jnp.einsum("...d,od->...o", hidden, params["score"].astype(dtype), preferred_element_type=jnp.float32)[
@@ -222,6 +227,8 @@ def scalar_scores(params: Params, hidden: jax.Array, dtype: DTypeLike = jnp.floa
 
 
 def _head(params: Params, arch: Architecture, dtype: DTypeLike) -> jax.Array:
+    if arch.scalar_head:
+        return jnp.asarray(params["score"], dtype)
     head = params["embed_tokens"] if arch.tie_word_embeddings else params["lm_head"]
     # Whole along the width before it is used in chunks, which would otherwise gather it one by one.
     return constrain(head.astype(dtype), "tensor", None)
@@ -256,7 +263,8 @@ class _Qwen3(nn.Module):
         c = self.config
         embedding = _weight(self, "embed_tokens", (c.vocab_size, c.hidden_size), ("vocab", "embed"))
         if c.scalar_head:
-            _weight(self, "score", (1, c.hidden_size), ("score", "embed"))  # applied by the caller
+            init = nn.with_partitioning(lambda key, *_: new_score_head(c, key), ("score", "embed"))
+            _param(self, "score", init, (1, c.hidden_size))  # applied by the caller
         elif not c.tie_word_embeddings:
             _weight(self, "lm_head", (c.vocab_size, c.hidden_size), ("vocab", "embed"))  # applied by the caller
         # Gathered over `fsdp` first: a lookup in a table split along the width would be repeated on every device.

@@ -5,7 +5,7 @@ cards are not written here.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -22,7 +22,7 @@ from patarm_jax.files import appearing_whole, write_json
 from patarm_jax.model.architecture import Architecture, to_hf
 from patarm_jax.model.generation import FILE, Drawing, to_generation_config
 from patarm_jax.model.sharding import TRAIN_RULES, Rules, fetch
-from patarm_jax.model.transformer import abstract_params, layer_shape
+from patarm_jax.model.transformer import abstract_params, layer_shape, new_score_head
 from patarm_jax.model.weight_files import (
     EMBEDDING,
     HEAD,
@@ -36,6 +36,7 @@ from patarm_jax.model.weight_files import (
 )
 from patarm_jax.types import UserError
 
+SCORE = "score.weight"  # the head of a scalar reward model
 # From the index of a device's part, None for all of it, to that part.
 Read: TypeAlias = Callable[[tuple[slice, ...] | None], np.ndarray]
 
@@ -83,7 +84,7 @@ def _table(arch: Architecture) -> list[_Entry]:
         _Entry(("norm",), "model.norm.weight"),
     ]
     if arch.scalar_head:
-        return [*entries, _Entry(("score",), "score.weight")]
+        return [*entries, _Entry(("score",), SCORE)]
     return entries if arch.tie_word_embeddings else [*entries, _Entry(("lm_head",), HEAD)]
 
 
@@ -97,6 +98,7 @@ def load(
     dtype: DTypeLike = jnp.float32,
     unstacked: bool = False,
     stored: Stored | None = None,
+    head_key: jax.Array | None = None,
 ) -> tuple[Params, Architecture]:
     """Parameters and config of a Hugging Face Qwen3 folder, in one file or in shards.
 
@@ -109,6 +111,7 @@ def load(
         dtype: the dtype they are given.
         unstacked: with a subtree for each layer, as `transformer.unstack_layers` gives, but never stacked on the way.
         stored: what `read_stored` found in the folder; None: it is read now.
+        head_key: draws the score head, which the files do not have; None: it is read like all others.
 
     Raises:
         UserError: naming file and tensor, when a file is missing or cut short, a tensor is missing, unknown or of
@@ -118,9 +121,14 @@ def load(
     arch, files = stored.arch, stored.files
     abstract = abstract_params(arch, mesh, rules, dtype)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    _refuse_another_model(stored, abstract)
+    drawn = {SCORE} if head_key is not None else set()
+    table = [entry for entry in _table(arch) if entry.name not in drawn]
+    _refuse_another_model(stored, table, abstract)
     params: Params = {}
-    for entry in _table(arch):
+    if head_key is not None:
+        leaf = abstract["score"]
+        params["score"] = jax.device_put(new_score_head(arch, head_key).astype(dtype), leaf.sharding or default)
+    for entry in table:
         leaf = _get(abstract, entry.path)
         # Pages of a mapped file count as this process's memory until it is closed: map anew for each parameter.
         with contextlib.ExitStack() as stack:
@@ -185,13 +193,13 @@ def _hf_slices(entry: _Entry, part: list[slice], shape: tuple[int, ...]) -> tupl
     return fold(part[entry.inputs :], shape[entry.inputs :]), fold(part[: entry.inputs], shape[: entry.inputs])
 
 
-def _refuse_another_model(stored: Stored, abstract: Params) -> None:
+def _refuse_another_model(stored: Stored, table: Sequence[_Entry], abstract: Params) -> None:
     """All that can be wrong with the tensors is found before a weight is read."""
     arch, files = stored.arch, stored.files
     if not files:
         raise no_weights(stored)
     wanted: dict[str, tuple[int, ...]] = {}
-    for entry in _table(arch):
+    for entry in table:
         shape = _get(abstract, entry.path).shape
         hf_shape = _hf_shape(entry, shape[1:] if entry.stacked else shape)
         wanted |= dict.fromkeys(entry.names(arch), hf_shape)
@@ -255,7 +263,7 @@ def save(
         folder: must not exist, or be empty.
         dtype: of the stored tensors: "bfloat16", "float16" or "float32".
         stop_ids: written as generation_config's eos_token_id; the first one is config.json's.
-        pad_id: generation_config's pad_token_id.
+        pad_id: generation_config's pad_token_id; of a scalar reward model, config.json's.
         drawing: how transformers and vLLM are to sample unless they are told; None: at temperature 1, all tokens.
         max_shard_size: of one file, as huggingface_hub reads it.
 
@@ -278,7 +286,11 @@ def save(
             if plan.is_sharded:
                 index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}}
                 write_json(part / INDEX, index | {"weight_map": plan.tensor_to_filename})
-            write_json(part / "config.json", to_hf(arch, dtype) | _first_eos(stop_ids))
+            # A classifier's score is that of the last token that is not the padding's, so its config must say which.
+            padding = {"pad_token_id": pad_id} if arch.scalar_head else {}
+            write_json(part / "config.json", to_hf(arch, dtype) | _first_eos(stop_ids) | padding)
+            if arch.scalar_head:
+                return  # it writes nothing that would be drawn
             ids = {"bos_token_id": arch.bos_token_id, "eos_token_id": list(stop_ids) or arch.eos_token_id}
             drawn = to_generation_config(drawing or Drawing())
             write_json(part / FILE, ids | {"pad_token_id": pad_id} | drawn)

@@ -41,7 +41,7 @@ def _export(checkpoint: Path, out: Path, best: bool) -> None:
         raise UserError(f"{folder} holds {which}. Let the run save one, or name another step.")
     if best:
         step = _best(folder, config, step)
-    model = open_model(config.model)
+    model = open_model(config.model, config.judge, new_head=config.judge == "scalar")
     mesh = make_mesh(MeshSection())
     checkpoints = open_checkpoints(folder / CHECKPOINTS, 1, {}, on_damaged=config.run.on_damaged, say=say)
     params, step = checkpoints.restore_params(abstract_params(model.arch, mesh, dtype=jnp.float32), step)

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from patarm_jax.arrays import Params, Rollouts, SFTBatch, SFTShape, Tree, abstract
+from patarm_jax.arrays import ComparedPairs, ComparedShape, Params, Rollouts, SFTBatch, SFTShape, Tree, abstract
 from patarm_jax.config.presets import WEIGHS_SEQUENCES
-from patarm_jax.config.recipes import GRPOConfig, SFTConfig, TrainConfig
+from patarm_jax.config.recipes import GRPOConfig, RewardModelConfig, SFTConfig, TrainConfig
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import Form, kernel_for
 from patarm_jax.model.sharding import OnMesh, Program, batch_sharding, batch_shards
@@ -26,7 +26,14 @@ from patarm_jax.run.learner import Learner, make_learner, rollout_rules, weight_
 from patarm_jax.train.algorithms import ALGORITHMS, Algorithm
 from patarm_jax.train.penalties import KLPenalty
 from patarm_jax.train.policy_losses import Aggregation, SampledTokens, sampled_tokens
-from patarm_jax.train.steps import Forward, map_micro_batches, policy_loss, rollout_logprobs, sft_loss
+from patarm_jax.train.steps import (
+    Forward,
+    map_micro_batches,
+    policy_loss,
+    reward_loss,
+    rollout_logprobs,
+    sft_loss,
+)
 
 
 def programs(config: TrainConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
@@ -55,7 +62,16 @@ def _grpo(config: GRPOConfig, arch: Architecture, mesh: Mesh) -> dict[str, Progr
     return grpo_programs(config, arch, learner, rollout, engine, bucket(config.data.max_prompt_tokens))
 
 
-_OF_RECIPE: dict[str, Callable[..., dict[str, Program]]] = {"sft": _sft, "grpo": _grpo}
+def _reward_model(config: RewardModelConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
+    shape = ComparedShape(config.pairs_per_step, bucket(2 * config.data.max_prompt_tokens), 1)
+    return reward_programs(reward_learner(config, arch, mesh), shape)
+
+
+_OF_RECIPE: dict[str, Callable[..., dict[str, Program]]] = {
+    "sft": _sft,
+    "grpo": _grpo,
+    "reward_model": _reward_model,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------- sft
@@ -83,6 +99,38 @@ def sft_programs(learner: Learner[SFTBatch], shape: SFTShape) -> dict[str, Progr
     wide, judged = (abstract((rows, width), jnp.int32, sharding) for width in (shape.width, shape.targets))
     counts = abstract((rows,), jnp.int32, sharding)
     batch = SFTBatch(tokens=wide, starts=wide, read=judged, targets=judged, counts=counts)
+    return {"update": (learner.update, (learner.shape, learner.frozen, batch))}
+
+
+# ------------------------------------------------------------------------------------------------------- reward model
+
+
+def reward_learner(
+    config: RewardModelConfig, arch: Architecture, mesh: Mesh, updates: int = 1
+) -> Learner[ComparedPairs]:
+    """All weights and a scalar head, by the loss of Bradley and Terry."""
+    loss = reward_loss(pair_forward(config, arch, mesh), config.centring)
+    return make_learner(config, abstract_params(arch, mesh), mesh, loss, updates)
+
+
+def pair_forward(config: RewardModelConfig, arch: Architecture, mesh: Mesh) -> Forward:
+    """Rows of whole conversations through the network."""
+    kernel = kernel_for(config.model, arch, mesh, "packed")
+    run = partial(forward, arch=arch, dtype=config.model.dtype, remat=config.model.remat, kernel=kernel)
+
+    def read(params: Params, _frozen: Tree, tokens: jax.Array, starts: jax.Array) -> Output:
+        return run(params, prompt=tokens, starts=starts)
+
+    return read
+
+
+def reward_programs(learner: Learner[ComparedPairs], shape: ComparedShape) -> dict[str, Program]:
+    """The update on a batch of a shape that every process has."""
+    rows, sharding = shape.rows * jax.process_count(), batch_sharding(learner.mesh)
+    wide, counts = (abstract(of, jnp.int32, sharding) for of in ((rows, shape.width), (rows,)))
+    last = abstract((rows, shape.pairs, 2), jnp.int32, sharding)
+    margins = abstract((rows, shape.pairs), jnp.float32, sharding)
+    batch = ComparedPairs(tokens=wide, starts=wide, last=last, margins=margins, counts=counts)
     return {"update": (learner.update, (learner.shape, learner.frozen, batch))}
 
 

@@ -1,28 +1,33 @@
 """What a recipe that trains begins with, and what its dry run shows: devices, model and pairs, all of them checked."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from jax.sharding import Mesh
 
+from patarm_jax.arrays import ComparedShape, SFTShape
+from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import DataSection
 from patarm_jax.data.limits import Room
-from patarm_jax.data.pipeline import Batches, EncodedPair, encode_pairs
+from patarm_jax.data.pipeline import Batches, EncodedPair, PairBatch, encode_pairs
 from patarm_jax.data.preferences import Report
 from patarm_jax.data.sft import JudgedPreference
-from patarm_jax.evaluate.heldout import Heldout, open_heldout
+from patarm_jax.evaluate.heldout import open_heldout
 from patarm_jax.judge.forms import FORMS
-from patarm_jax.model.sharding import make_mesh
+from patarm_jax.model.sharding import Program, make_mesh
 from patarm_jax.run.drawing import with_heldout_sampling
-from patarm_jax.run.folder import Length, batches_of, length_of
+from patarm_jax.run.folder import Evaluator, Length, batches_of, length_of
 from patarm_jax.run.learner import check_batch
 from patarm_jax.run.open_model import Model, open_model
 from patarm_jax.run.process import say
+from patarm_jax.run.programs import describe
 from patarm_jax.types import Preference
 
 Config = TypeVar("Config", bound=TrainConfig)
+Shape = TypeVar("Shape", SFTShape, ComparedShape)
 ReadPairs = Callable[[DataSection], tuple[Sequence[Preference | JudgedPreference], Report]]
 
 
@@ -36,7 +41,7 @@ class Ready(Generic[Config]):
     reference: Model | None  # what the KL is measured from; None where there is no KL
     records: list[EncodedPair]
     length: Length
-    heldout: Heldout | None  # the judge's evaluation while it trains; None where there are no held-out pairs
+    heldout: Evaluator | None  # the evaluation of the weights while they train; None where there are no held-out pairs
 
     def batches(self) -> Batches:
         """This process's part of the run's batches, from the first one on."""
@@ -57,12 +62,12 @@ def make_ready(
     mesh = make_mesh(config.mesh)
     check_batch(
         mesh,
-        config.prompts_per_pair * config.pairs_per_step,
+        config.units_per_step,
         config.micro_batches,
         f"pairs_per_step {config.pairs_per_step}",
     )
-    model = open_model(config.model, config.judge)
-    config = with_heldout_sampling(config, model)
+    model = open_model(config.model, config.judge, new_head=config.judge == "scalar")
+    config = with_heldout_sampling(config, model) if config.judge != "scalar" else config
     reference = open_reference(model) if open_reference else None
     pairs, read = read_pairs(config.data)
     written = config.rollout_sampling.max_new_tokens if config.rollout_sampling else 0
@@ -80,3 +85,13 @@ def make_ready(
         length=length_of(config.run, records, config.pairs_per_step),
         heldout=open_heldout(config, model, mesh, preferences),
     )
+
+
+def describe_update(
+    ready: Ready[Config], shape_of: Callable[[PairBatch], Shape], programs: Callable[[Shape], Mapping[str, Program]]
+) -> None:
+    """Shows the config, the first batch, and what the programs need at the largest batch of an epoch."""
+    epoch = list(itertools.islice(ready.batches(), ready.length.per_epoch))
+    largest = max(map(shape_of, epoch), key=lambda shape: shape.rows * shape.width)
+    steps, tokenizer = ready.length.steps, ready.model.tokenizer
+    describe(to_yaml(ready.config), ready.mesh, programs(largest), epoch[0], tokenizer, steps)

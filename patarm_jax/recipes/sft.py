@@ -3,29 +3,28 @@
 The loss is on the judgement alone, its end token included. The same command resumes a run that was stopped.
 """
 
-import itertools
 from collections.abc import Mapping
 from functools import partial
 
-import jax
+from jax.sharding import Mesh
 
-from patarm_jax.arrays import SFTBatch
-from patarm_jax.config.load import to_yaml
+from patarm_jax.arrays import SFTBatch, SFTShape
 from patarm_jax.config.recipes import SFTConfig
-from patarm_jax.data.pipeline import PairBatch, sft_batch, sft_shape
+from patarm_jax.data.packing import sft_batch, sft_shape
+from patarm_jax.data.pipeline import PairBatch
 from patarm_jax.data.preferences import read_judged_preferences
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.kernels import kernels_in_use
-from patarm_jax.model.sharding import batch_shards, place_batch
+from patarm_jax.model.sharding import place_batch
 from patarm_jax.padding import WIDTH_MULTIPLE
 from patarm_jax.recipes.programs import sft_form, sft_learner, sft_programs
-from patarm_jax.recipes.ready import Ready, make_ready
+from patarm_jax.recipes.ready import Ready, describe_update, make_ready
 from patarm_jax.run.claim import claimed
 from patarm_jax.run.export import card_of
 from patarm_jax.run.folder import open_run
+from patarm_jax.run.learner import rows_multiple
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
-from patarm_jax.run.programs import describe
 from patarm_jax.run.progress import Shown, percent
 
 
@@ -46,8 +45,8 @@ def _train(ready: Ready[SFTConfig]) -> bool:
     say(kernels_in_use(config.model, model.arch, mesh, sft_form(config)))
 
     def prepare(pairs: PairBatch) -> SFTBatch:
-        shape = sft_shape(pairs, WIDTH_MULTIPLE, _rows_multiple(config, mesh), config.packing)
-        batch: SFTBatch = place_batch(mesh, sft_batch(pairs, shape, model.tokenizer.pad_id, config.packing))
+        rows = sft_batch(pairs, _shape(config, mesh, pairs), model.tokenizer.pad_id, config.packing)
+        batch: SFTBatch = place_batch(mesh, rows)
         return batch
 
     with open_run(config, model, records, length, learner, ready.heldout) as run:
@@ -65,19 +64,14 @@ def dry_run(config: SFTConfig) -> None:
     """Shows the config, the first batch, and what the update needs at the largest batch of an epoch."""
     start_processes(config, dry_run=True)
     ready = _ready(config)
-    config, mesh, model, length = ready.config, ready.mesh, ready.model, ready.length
-    say(kernels_in_use(config.model, model.arch, mesh, sft_form(config)))
-    epoch = list(itertools.islice(ready.batches(), length.per_epoch))
-    multiple = _rows_multiple(config, mesh)
-    shapes = [sft_shape(pairs, WIDTH_MULTIPLE, multiple, config.packing) for pairs in epoch]
-    largest = max(shapes, key=lambda shape: shape.rows * shape.width)
-    programs = sft_programs(sft_learner(config, model.arch, mesh, length.steps), largest)
-    describe(to_yaml(config), mesh, programs, epoch[0], model.tokenizer, length.steps)
+    config, mesh, arch = ready.config, ready.mesh, ready.model.arch
+    say(kernels_in_use(config.model, arch, mesh, sft_form(config)))
+    learner = sft_learner(config, arch, mesh, ready.length.steps)
+    describe_update(ready, partial(_shape, config, mesh), partial(sft_programs, learner))
 
 
-def _rows_multiple(config: SFTConfig, mesh: jax.sharding.Mesh) -> int:
-    """What the number of a process's rows must be a multiple of."""
-    return config.micro_batches * max(1, batch_shards(mesh) // jax.process_count())
+def _shape(config: SFTConfig, mesh: Mesh, pairs: PairBatch) -> SFTShape:
+    return sft_shape(pairs, WIDTH_MULTIPLE, rows_multiple(mesh, config.micro_batches), config.packing)
 
 
 def _shown(values: Mapping[str, float]) -> Shown:

@@ -47,7 +47,10 @@ class Panel:
 
 # Those of PaTaRM's Figure 3 first. A metric `eval/…` is one of held-out pairs, measured at some steps only.
 PANELS = (
-    Panel("Score gap, chosen − rejected", {"rollouts": "judge/score_gap", "held out": "eval/score_gap"}),
+    Panel(
+        "Score gap, chosen − rejected",
+        {"rollouts": "judge/score_gap", "training": "margin", "held out": "eval/score_gap"},
+    ),
     Panel(
         "Choices of the first response",
         {"rollouts": "judge/chose_first", "held out": "eval/chose_first"},
@@ -65,7 +68,12 @@ PANELS = (
     Panel("Valid judgements", {"rollouts": "judge/valid", "held out": "eval/valid"}),
     Panel(
         "Accuracy",
-        {"tie = wrong": "judge/accuracy_strict", "tie = ½": "judge/accuracy_half", "held out": "eval/accuracy_strict"},
+        {
+            "tie = wrong": "judge/accuracy_strict",
+            "tie = ½": "judge/accuracy_half",
+            "training": "accuracy",
+            "held out": "eval/accuracy_strict",
+        },
     ),
     Panel("Loss", {"": "loss"}),
     Panel("Reward", {"all": "reward", "chosen": "rewards/chosen/mean", "rejected": "rewards/rejected/mean"}),
@@ -303,6 +311,7 @@ def _facts(config: TrainConfig, metrics: Sequence[Mapping[str, object]]) -> list
         ("cut off", "completions/clipped_ratio"),
         ("pairs without PAR", "judge/pairs_without_par"),
         ("accuracy", "judge/accuracy_strict"),
+        ("accuracy", "accuracy"),
     ):
         if isinstance(last.get(name), float):
             facts.append((label, f"{last[name]:.3f}"))

@@ -11,7 +11,7 @@ from patarm_jax.config.sections import ModelSection
 from patarm_jax.model import transformer
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import kernel_for
-from patarm_jax.model.sharding import OnMesh, batch_shards, fetch, place_batch
+from patarm_jax.model.sharding import OnMesh, batch_shards, fetch, place_batch, process_in
 from patarm_jax.padding import bucket
 from patarm_jax.rollout.engine import PREFILL_TOKENS
 
@@ -34,6 +34,8 @@ def scores(
 ) -> Iterator[tuple[int, float]]:
     """(index, score) of each conversation, the longest first; short ones do not pay for long ones.
 
+    Processes that share the mesh are given the same conversations; each computes its part, and all get every score.
+
     Args:
         scorer: from `make_scorer`.
         params: its weights, layers unstacked.
@@ -41,7 +43,7 @@ def scores(
         conversations: [T] int32 each.
     """
     waiting = sorted(range(len(conversations)), key=lambda index: -len(conversations[index]))
-    shards = batch_shards(mesh)
+    shards, (mine, processes) = batch_shards(mesh), process_in(mesh)
     while waiting:
         width = bucket(len(conversations[waiting[0]]))
         rows = shards * max(1, PREFILL_TOKENS // width)
@@ -50,5 +52,6 @@ def scores(
         for row, index in enumerate(now):
             lengths[row] = len(conversations[index])
             tokens[row, : lengths[row]] = conversations[index]
-        found = fetch(scorer(params, *place_batch(mesh, (tokens, lengths))))
+        share = slice(mine * rows // processes, (mine + 1) * rows // processes)
+        found = fetch(scorer(params, *place_batch(mesh, (tokens[share], lengths[share]))))
         yield from ((index, float(found[row])) for row, index in enumerate(now))

@@ -69,18 +69,23 @@ def heldout_sampling(config: TrainConfig, model: Model) -> SamplingSection:
     return _completed(section, own | {"max_new_tokens": config.data.max_completion_tokens})
 
 
-def exported_drawing(config: TrainConfig, model: Model) -> Drawing:
-    """What a run's export says of its drawing: GRPO's rollouts', and of SFT that of its held-out pairs."""
+def exported_drawing(config: TrainConfig, model: Model) -> Drawing | None:
+    """What a run's export says of its drawing: GRPO's rollouts', of SFT that of its held-out pairs; None of no text."""
+    if config.judge == "scalar":
+        return None
     return _drawing(config.rollout_sampling or heldout_sampling(config, model))
 
 
 def heldout_in_words(config: TrainConfig, model: Model) -> str:
     """What a run's held-out numbers were measured on and how, for its model card; empty where nothing is held out."""
-    section, sampling = config.heldout, heldout_sampling(config, model)
+    section = config.heldout
     if not section.path:
         return ""
-    drawn = _drawing(sampling)
     pairs = f", the first {section.limit:,} pairs" if section.limit else ""
+    if config.judge == "scalar":
+        return f"`{section.path}`{pairs}"
+    sampling = heldout_sampling(config, model)
+    drawn = _drawing(sampling)
     votes = "1 judgement" if section.votes == 1 else f"the mean of {section.votes:,} judgements"
     return f"`{section.path}`{pairs}, {votes} of each response, {drawn}, at most {sampling.max_new_tokens:,} new tokens"
 

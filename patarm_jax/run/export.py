@@ -40,7 +40,8 @@ class ModelCardFacts:
     reward: str  # such as "PAR, graded margin, 8 judgements of each response"; empty where there is none
     rubrics: RubricMode
     judge: JudgeKind = "pointwise"  # how it is asked
-    drawing: Drawing = field(default_factory=Drawing)  # as it was trained, and as it is to be served
+    # As it was trained, and as it is to be served; None of a model that writes nothing.
+    drawing: Drawing | None = field(default_factory=Drawing)
     measured_on: str = ""  # the held-out pairs, and how they were judged; empty where there are none
     measured: Mapping[str, float] = field(default_factory=dict)  # the metrics `eval/…` of these weights
 
@@ -101,7 +102,8 @@ def write_export(
         weights.save(params, arch, part, dtype=dtype, drawing=card.drawing, **ids)
         if jax.process_index() == 0:
             save_tokenizer(tokenizer, part)
-            write_text(part / JUDGE, json.dumps({"judge": card.judge, "rubrics": card.rubrics}) + "\n")
+            rubrics = {"rubrics": card.rubrics} if card.judge in _WORDS else {}
+            write_text(part / JUDGE, json.dumps({"judge": card.judge} | rubrics) + "\n")
             model_card(card, name_of(folder), tokenizer.opening).save(part / "README.md")
 
 
@@ -113,12 +115,14 @@ def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingfa
         name: of the judge.
         opening: `Tokenizer.opening`, which the code of the card puts before what the judge writes.
     """
+    writes = facts.judge in _WORDS
+    kind = ["generative-reward-model", "judge"] if writes else ["bradley-terry"]
     data = huggingface_hub.ModelCardData(
         base_model=_if_on_hub(facts.base_model),
         datasets=_if_on_hub(facts.data_path),
         library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["reward-model", "generative-reward-model", "judge", "patarm", facts.recipe],
+        pipeline_tag="text-generation" if writes else "text-classification",
+        tags=["reward-model", *kind, "patarm", facts.recipe],
     )
     rows = [
         ("base model", f"`{facts.base_model}`"),
@@ -126,11 +130,14 @@ def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingfa
         ("training data", f"`{facts.data_path}`" + (f", {facts.pairs:,} preference pairs" if facts.pairs else "")),
         ("optimiser updates", f"{facts.steps:,}"),
         *([("reward", facts.reward)] if facts.reward else []),
-        ("rubrics", facts.rubrics),
-        ("sampling", f"{facts.drawing}; generation_config.json says so to whoever serves it"),
+        *([("rubrics", facts.rubrics)] if writes else []),
+        *([("sampling", f"{facts.drawing}; generation_config.json says so to whoever serves it")] if writes else []),
         *_measured(facts),
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    if not writes:
+        text = SCALAR_BODY.format(name=name, table=table)
+        return huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
     before = f"{json.dumps(opening)} + " if opening else ""
     words = {**_WORDS[facts.judge], "name": name}
     words["command"] = words["command"].format(name=name)
@@ -148,8 +155,9 @@ def _measured(facts: ModelCardFacts) -> list[tuple[str, str]]:
         for name in ("accuracy_strict", "accuracy_half", "accuracy_low", "accuracy_high", "valid")
     )
     number = f"{strict} % with a tie as wrong, {half} % with a tie as ½ (95 % interval {low} to {high})"
+    readable = f"; {valid} % of the judgements could be read" if facts.judge in _WORDS else ""
     return [
-        ("held-out accuracy", f"{number}; {valid} % of the judgements could be read"),
+        ("held-out accuracy", f"{number}{readable}"),
         ("measured on", facts.measured_on),
     ]
 
@@ -238,4 +246,45 @@ print(parse_{ask}(text).{found})
 ```
 
 {note}
+"""
+SCALAR_BODY = """\
+# {name}
+
+A scalar reward model (Bradley and Terry's). It reads a conversation and gives its last response a number, the higher
+the better; it was taught differences between responses to one prompt. It was trained with `patarm_jax`.
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+`{name}` stands for this folder in what follows: put its path there, or its id on the Hub.
+
+Compare it with judges, on a file of preference pairs (`prompt`, `chosen`, `rejected`):
+
+```sh
+patarm eval pairs --judge scalar --model {name} --data pairs.jsonl --output runs/pairs
+```
+
+With vLLM, which takes `POST /classify` with `{{"model": …, "input": …, "use_activation": false}}`; the input is the
+conversation in the chat template, and the reward stands in `data[0].probs[0]`:
+
+```sh
+vllm serve {name} --runner pooling
+```
+
+In TRL, `reward_funcs="{name}"` of `GRPOTrainer`. With transformers and torch:
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForSequenceClassification.from_pretrained("{name}", dtype="auto")
+messages = [{{"role": "user", "content": "What is 2 + 2?"}}, {{"role": "assistant", "content": "4"}}]
+inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")
+with torch.no_grad():
+    print(model(**inputs).logits[0, 0].item())
+```
 """

@@ -89,6 +89,11 @@ def check_batch(mesh: Mesh, units: int, micro_batches: int, what: str) -> None:
         )
 
 
+def rows_multiple(mesh: Mesh, micro_batches: int) -> int:
+    """What the number of a process's packed rows must be a multiple of, so that slices and devices share them."""
+    return micro_batches * max(1, batch_shards(mesh) // jax.process_count())
+
+
 def weight_sync(arch: Architecture, mesh: Mesh, placement: MeshSection, dtype: str) -> OnMesh[[Params], Params]:
     """The jitted program that makes the copy for sampling of trained parameters."""
     rollout = abstract_params(arch, mesh, rollout_rules(placement), dtype, unstacked=True)

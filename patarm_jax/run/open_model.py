@@ -1,7 +1,7 @@
 """A model as every story opens it: a folder that is read, weights that are loaded into their places."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -42,7 +42,7 @@ class Model:
     judge: str = ""  # what kind of judge it was trained to be, a `types.JudgeKind`; empty where nothing says
 
 
-def open_model(section: ModelSection, judge: JudgeKind | None = None) -> Model:
+def open_model(section: ModelSection, judge: JudgeKind | None = None, new_head: bool = False) -> Model:
     """The model in a Hugging Face folder, or the export of a finished run.
 
     Everything that is made from the config, such as the shapes of the weights, is made from the one that this gives.
@@ -50,6 +50,8 @@ def open_model(section: ModelSection, judge: JudgeKind | None = None) -> Model:
     Args:
         section: which, and how it is loaded.
         judge: how it is asked; None where that is not known. A judge of another kind is refused.
+        new_head: a scalar reward model is to be trained: a model that writes may be given too, and gets a head of its
+            own, which `load_params` draws.
     """
     scalar = judge == "scalar"
     path = section.path
@@ -69,6 +71,10 @@ def open_model(section: ModelSection, judge: JudgeKind | None = None) -> Model:
         folder = folder / EXPORT
     stored = None if section.weights == "random" else read_stored(folder)
     arch = read_architecture(folder) if stored is None else stored.arch
+    remarks = stored.remarks if stored else ()
+    if new_head and not arch.scalar_head:
+        arch = replace(arch, scalar_head=True)
+        remarks = (*remarks, f"{folder} writes and gives no reward: it gets a head that does, drawn by run.seed")
     model = Model(folder=folder, arch=arch, tokenizer=load_tokenizer(folder), stored=stored, judge=_kind(folder))
     if model.arch.scalar_head != scalar:
         is_, needed = (
@@ -77,8 +83,8 @@ def open_model(section: ModelSection, judge: JudgeKind | None = None) -> Model:
             else ("a model that writes", "a scalar reward model")
         )
         raise UserError(
-            f"{folder} is {is_}; needed is {needed}. `patarm eval --judge scalar` takes a scalar reward model, every "
-            "other command one that writes."
+            f"{folder} is {is_}; needed is {needed}. `patarm eval --judge scalar` takes a scalar reward model, "
+            "`patarm reward-model` either, every other command one that writes."
         )
     _refuse_another_kind(model, judge)
     if model.tokenizer.vocab_size > model.arch.vocab_size:
@@ -86,7 +92,7 @@ def open_model(section: ModelSection, judge: JudgeKind | None = None) -> Model:
             f"{folder}: the tokenizer has {model.tokenizer.vocab_size} tokens and the model {model.arch.vocab_size}. "
             "They are of different models."
         )
-    for remark in stored.remarks if stored else ():
+    for remark in remarks:
         say(remark)
     return model
 
@@ -135,7 +141,11 @@ def load_params(
         params = init_params(model.arch, jax.random.key(seed), mesh, rules)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         return unstack_layers(params) if unstacked else params
-    params = weights.load(model.folder, mesh, rules, dtype, unstacked, model.stored)[0]
+    assert model.stored is not None, "weights that are not random lie somewhere"
+    stored, head_key = model.stored, None
+    if model.arch.scalar_head and not stored.arch.scalar_head:
+        stored, head_key = replace(stored, arch=model.arch), jax.random.key(seed)
+    params = weights.load(model.folder, mesh, rules, dtype, unstacked, stored, head_key)[0]
     if not unstacked:  # they are trained, or trained against: one that is no number would spoil every update
         refuse_ruined(params, f"the model {model.folder}", "Copy the model again, or give another one")
     return params

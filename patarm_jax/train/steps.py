@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from patarm_jax.arrays import Array, Params, Rollouts, SFTBatch, Tree, abstract
+from patarm_jax.arrays import Array, ComparedPairs, Params, Rollouts, SFTBatch, Tree, abstract
 from patarm_jax.train.algorithms import Algorithm
 from patarm_jax.train.losses import Loss, Mean, mask_from_lengths, sum_over_tokens, token_logprobs
+from patarm_jax.train.pair_losses import bradley_terry
 from patarm_jax.train.policy_losses import SampledTokens
 
 Batch = TypeVar("Batch")
@@ -36,7 +37,7 @@ class Hidden(Protocol):
 
     @property
     def head(self) -> jax.Array:
-        """[V, D]."""
+        """[V, D]; of a network that gives a score, [1, D]."""
 
 
 Forward: TypeAlias = Callable[..., Hidden]  # from (params, frozen, arrays …)
@@ -133,6 +134,30 @@ def rollout_logprobs(
     predicted = _predicted(forward, params, frozen, rollouts)
     logprobs, _ = token_logprobs(*predicted, temperature=temperature, shards=shards)
     return logprobs.reshape(rollouts.completion_tokens.shape)
+
+
+def pair_rewards(forward: Forward, params: Params, frozen: Tree, batch: ComparedPairs) -> jax.Array:
+    """What a network with a scalar head gives both responses of each pair, [B, P, 2] float32: at its last token."""
+    out = forward(params, frozen, batch.tokens, batch.starts)
+    rows, pairs, _ = batch.last.shape
+    states = jnp.take_along_axis(out.prompt, batch.last.reshape(rows, -1, 1), axis=1)
+    rewards = jnp.einsum("btd,od->bto", states, out.head, preferred_element_type=jnp.float32)
+    return rewards.reshape(rows, pairs, 2)
+
+
+def reward_loss(forward: Forward, centring: float = 0.0) -> LossFn[ComparedPairs]:
+    """Bradley-Terry's loss of the pairs.
+
+    Args:
+        forward: (params, frozen, tokens [B, T], starts [B, T]) → Output, of a network with a scalar head.
+        centring: see `bradley_terry`.
+    """
+
+    def loss(params: Params, frozen: Tree, batch: ComparedPairs) -> Loss:
+        there = mask_from_lengths(batch.counts, batch.last.shape[1])
+        return bradley_terry(pair_rewards(forward, params, frozen, batch), batch.margins, there, centring)
+
+    return loss
 
 
 class _Predicted(NamedTuple):
