@@ -32,6 +32,7 @@ from patarm_jax.train.steps import pair_rewards, reward_loss
 from tests.runs import CUBE, FLAGS, assert_nearly_equal, config_file, exported, lines_of, timeless
 from tests.toys import TINY, tiny_tokenizer_folder
 
+PACKINGS = [True, pytest.param(False, marks=pytest.mark.long)]
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "algorithms" / "trl_reward.json").read_text())
 ROWS = [
     {"prompt": f"Topic {n}? " * (9 if n == 7 else 1 + n % 3), "chosen": f"good {n}",
@@ -127,7 +128,7 @@ def torchs(folder, pairs, margins, centring):
     )
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_the_whole_gradient_equals_torchs(folder, tmp_path, packing):
     config = of(folder, centring=0.05, packing=packing)
     model, pairs = pairs_of(config)
@@ -154,7 +155,7 @@ def test_the_whole_gradient_equals_torchs(folder, tmp_path, packing):
     np.testing.assert_allclose(sorted(found.ravel()), sorted(rewards.ravel()), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_slices_and_devices_change_nothing(folder, packing):
     """A pair is never cut: it lies in one row, and every row in one slice on one device."""
 

@@ -64,7 +64,11 @@ def lively(config=CONFIG, seed=0):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(tie_word_embeddings=True), dict(num_key_value_heads=1, tie_word_embeddings=False)]
+    "changes",
+    [
+        pytest.param(dict(tie_word_embeddings=True), marks=pytest.mark.long),
+        dict(num_key_value_heads=1, tie_word_embeddings=False),
+    ],
 )
 def test_greedy_equals_transformers_generate(changes, tmp_path):
     torch = pytest.importorskip("torch")

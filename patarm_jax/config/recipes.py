@@ -66,12 +66,12 @@ class TrainConfig(Section):
     @property
     def judge(self) -> JudgeKind:
         """How the trained model is asked."""
-        return "scalar"
+        raise NotImplementedError
 
     @property
     def rubrics(self) -> RubricMode:
-        """The rubrics that its prompts hold, or ask for; a form that has none takes no notice."""
-        return "adaptive"
+        """The rubrics that its prompts hold, or ask for."""
+        raise NotImplementedError
 
     @property
     def stage_in_words(self) -> str:
@@ -337,6 +337,16 @@ class RewardModelConfig(TrainConfig):
     # The weight of (chosen + rejected)^2 in the loss, which keeps rewards around 0; TRL recommends 0.01.
     centring: NotNegative = 0.0
     packing: bool = field(default=True, metadata=FREE)  # short pairs share a row; never changes the result
+
+    @property
+    def judge(self) -> JudgeKind:
+        """How the trained model is asked."""
+        return "scalar"
+
+    @property
+    def rubrics(self) -> RubricMode:
+        """None are read: what the form of its question takes no notice of."""
+        return "adaptive"
 
     @property
     def stage_in_words(self) -> str:

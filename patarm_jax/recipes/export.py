@@ -9,6 +9,7 @@ from patarm_jax.config.load import load_run
 from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.files import check_writable, is_occupied, occupied_error
+from patarm_jax.judge.forms import FORMS
 from patarm_jax.locks import hold_output
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.model.transformer import abstract_params
@@ -41,7 +42,7 @@ def _export(checkpoint: Path, out: Path, best: bool) -> None:
         raise UserError(f"{folder} holds {which}. Let the run save one, or name another step.")
     if best:
         step = _best(folder, config, step)
-    model = open_model(config.model, config.judge, new_head=config.judge == "scalar")
+    model = open_model(config.model, config.judge, new_head=not FORMS[config.judge].writes)
     mesh = make_mesh(MeshSection())
     checkpoints = open_checkpoints(folder / CHECKPOINTS, 1, {}, on_damaged=config.run.on_damaged, say=say)
     params, step = checkpoints.restore_params(abstract_params(model.arch, mesh, dtype=jnp.float32), step)

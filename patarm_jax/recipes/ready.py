@@ -66,13 +66,13 @@ def make_ready(
         config.micro_batches,
         f"pairs_per_step {config.pairs_per_step}",
     )
-    model = open_model(config.model, config.judge, new_head=config.judge == "scalar")
-    config = with_heldout_sampling(config, model) if config.judge != "scalar" else config
+    form = FORMS[config.judge]
+    model = open_model(config.model, config.judge, new_head=not form.writes)
+    config = with_heldout_sampling(config, model) if form.writes else config
     reference = open_reference(model) if open_reference else None
     pairs, read = read_pairs(config.data)
     written = config.rollout_sampling.max_new_tokens if config.rollout_sampling else 0
     room = Room(model.arch.max_position_embeddings, written)
-    form = FORMS[config.judge]
     records, encoded = encode_pairs(model.tokenizer, pairs, config.rubrics, config.data, room, form)
     say(f"{config.data.path}: {read}. Encoded: {encoded}.")
     preferences = [pair.preference if isinstance(pair, JudgedPreference) else pair for pair in pairs]

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import JudgingSection, SamplingSection
+from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.generation import FILE, Drawing, Generation, read_generation
 from patarm_jax.run.open_model import Model
 from patarm_jax.run.process import say
@@ -71,7 +72,7 @@ def heldout_sampling(config: TrainConfig, model: Model) -> SamplingSection:
 
 def exported_drawing(config: TrainConfig, model: Model) -> Drawing | None:
     """What a run's export says of its drawing: GRPO's rollouts', of SFT that of its held-out pairs; None of no text."""
-    if config.judge == "scalar":
+    if not FORMS[config.judge].writes:
         return None
     return _drawing(config.rollout_sampling or heldout_sampling(config, model))
 
@@ -82,7 +83,7 @@ def heldout_in_words(config: TrainConfig, model: Model) -> str:
     if not section.path:
         return ""
     pairs = f", the first {section.limit:,} pairs" if section.limit else ""
-    if config.judge == "scalar":
+    if not FORMS[config.judge].writes:
         return f"`{section.path}`{pairs}"
     sampling = heldout_sampling(config, model)
     drawn = _drawing(sampling)
