@@ -176,6 +176,7 @@ def _add_judge(verbs: _Verbs) -> None:
     )
     judge.add_argument("--output", type=_place, required=True, help="scores, one JSON line per pair")
     judge.add_argument("--votes", type=int, default=1, help="judgements of each response (default: %(default)s)")
+    judge.add_argument("--expected-score", action="store_true", help="the expectation instead of the number drawn")
     judge.add_argument("--dry-run", action="store_true", help="say what it will cost, judge nothing")
     judge.settings = JudgeConfig
 
@@ -203,6 +204,7 @@ def _add_eval(verbs: _Verbs) -> None:
         "--judge", choices=_JUDGES, default="pointwise", help="how it is asked (default: %(default)s)"
     )
     evaluate.add_argument("--votes", type=int, default=1, help="answers to each question (default: %(default)s)")
+    evaluate.add_argument("--expected-score", action="store_true", help="the expectation instead of the number drawn")
     evaluate.add_argument("--limit", type=int, default=0, help="about so many items, for a quick look")
     evaluate.add_argument(
         "--seed", type=int, default=0, help="of sampling, votes drawn and p-values (default: %(default)s)"
@@ -300,7 +302,8 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 def _judge(options: argparse.Namespace, rest: list[str]) -> int:
     from patarm_jax.recipes.judge_file import main as judge
 
-    config = _told(lambda: override(JudgeConfig(votes=options.votes, output=options.output), rest), rest)
+    given = JudgeConfig(votes=options.votes, output=options.output, expected_score=options.expected_score)
+    config = _told(lambda: override(given, rest), rest)
     _refuse_both(rest, {"MODEL": "--model.path", "--input": "--data.path"})
     model = dataclasses.replace(config.model, path=options.model)
     data = dataclasses.replace(config.data, path=options.input)
@@ -318,6 +321,7 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
         judge=options.judge,
         output=options.output,
         votes=options.votes,
+        expected_score=options.expected_score,
         limit=options.limit,
         seed=options.seed,
         against=options.against,

@@ -65,6 +65,8 @@ class Answer:
     finish_reason: str = ""  # why the server, or the sampler here, wrote no further, in its own word
     sent: Mapping[str, object] | None = None  # the request to a server but for model and messages
     opened: bool = False  # whether <think> was put before the text, which the server's chat template had written
+    drawn: float | None = None  # where the score is the expected one, the number that was written
+    outside: float | None = None  # where it is, the probability of all but whole numbers from 0 to 10
 
     @property
     def cut(self) -> bool:

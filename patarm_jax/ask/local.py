@@ -1,8 +1,8 @@
 """Puts questions to a Qwen3 on this machine's devices: all of them, all votes, one stream, longest prompts first."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,9 @@ from patarm_jax.data.tokenizer import encode_chat, encode_dialogue
 from patarm_jax.judge.forms import Form
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.sharding import make_mesh
-from patarm_jax.rollout.judging import judge, make_judge
+from patarm_jax.rollout.engine import PREFILL_TOKENS
+from patarm_jax.rollout.judging import Judged, judge, make_judge, written_ids
+from patarm_jax.rollout.probabilities import Expected, Unscored, expected_scores, make_logprobs, unscored
 from patarm_jax.rollout.scalar import make_scorer, scores
 from patarm_jax.rollout.schedule import Request
 from patarm_jax.run.drawing import as_the_model_says
@@ -51,6 +53,7 @@ class Local:
     votes: int  # answers to each question
     seed: int
     max_prompt_tokens: int  # a longer question is recorded as failed
+    expects: bool = False  # whether a score is the expected one, and not the number that was drawn
 
     @property
     def name(self) -> str:
@@ -79,6 +82,7 @@ class Local:
             "top_p": sampling.top_p,
             "max_new_tokens": sampling.max_new_tokens,
             "seed": self.seed,
+            **({"expected_score": True} if self.expects else {}),
         }
 
 
@@ -99,6 +103,7 @@ def open_local(
     seed: int,
     longest: int,
     judge: JudgeKind,
+    expects: bool = False,
 ) -> Local:
     """Opens the model's folder and takes the devices, of several processes each its own.
 
@@ -118,6 +123,7 @@ def open_local(
         votes=votes,
         seed=seed,
         max_prompt_tokens=longest,
+        expects=expects,
     )
     local.room.check()
     return local
@@ -149,10 +155,46 @@ def _judge(local: Local, form: Form, params: Params, encoded: Sequence[Encoded])
         )
         alike = [one for one in encoded if one.first == first]
         requests = [Request(one.tokens, one.question.sample_id + first * _VOTE_STRIDE) for one in alike]
-        for judged in judge(judging, params, requests, key):
+        every = judge(judging, params, requests, key)
+        for judged, expected in _with_expected(local, params, alike, every) if local.expects else _as_drawn(every):
             written, question = judged.group, alike[judged.group.index].question
             each = zip(judged.judgements, written.lengths.tolist(), written.truncated.tolist(), strict=True)
-            yield [answer_of(question, vote, *one) for vote, one in enumerate(each, first)]
+            answers = [answer_of(question, vote, *one) for vote, one in enumerate(each, first)]
+            yield [_scored(answer, more) for answer, more in zip(answers, expected, strict=True)]
+
+
+# The judgements of a question, and what is expected of each; None where what was drawn counts.
+_Expecting = Iterator[tuple[Judged, Sequence[Expected | None]]]
+
+
+def _as_drawn(every: Iterable[Judged]) -> _Expecting:
+    yield from ((judged, [None] * len(judged.judgements)) for judged in every)
+
+
+def _with_expected(local: Local, params: Params, encoded: Sequence[Encoded], every: Iterable[Judged]) -> _Expecting:
+    """Several questions at a time, as many as their tokens fill a batch."""
+    logprobs = make_logprobs(local.model.arch, local.mesh, local.section)
+    waiting: list[tuple[Judged, list[Unscored | None]]] = []
+
+    def through() -> _Expecting:
+        found = expected_scores(logprobs, params, local.mesh, [one for _, ones in waiting for one in ones if one])
+        yield from ((judged, [next(found) if one else None for one in ones]) for judged, ones in waiting)
+        waiting.clear()
+
+    for judged in every:
+        prompt = encoded[judged.group.index].tokens
+        each = zip(written_ids(judged.group), judged.judgements, strict=True)
+        waiting.append((judged, [unscored(local.model.tokenizer, prompt, ids, one) for ids, one in each]))
+        if sum(len(one.prefix) for _, ones in waiting for one in ones if one) >= PREFILL_TOKENS:
+            yield from through()
+    yield from through()
+
+
+def _scored(answer: Answer, expected: Expected | None) -> Answer:
+    """The answer with its expected score, where there is one."""
+    if expected is None:
+        return answer
+    return replace(answer, score=expected.score, drawn=answer.score, outside=expected.outside)
 
 
 def _score(local: Local, _form: Form, params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:

@@ -385,6 +385,9 @@ class JudgeConfig(Section):
     rubrics: RubricMode = "adaptive"  # the rubrics that the judge's prompt holds, or asks for
     output: str = field(default="", metadata=PLACE)  # the same as --output
     votes: Votes = 1  # judgements of each response; their mean is the score
+    # Whether a judgement's score is the expectation over 0 to 10 by the judge's own probabilities behind what it has
+    # written, at temperature 1, instead of the number that it drew: it varies less from judgement to judgement.
+    expected_score: bool = False
     seed: Seed = 0  # random seed for sampling
 
 
@@ -403,10 +406,26 @@ class EvalConfig(Section):
     output: str = field(default="", metadata=PLACE)  # the same as --output
     name: str = ""  # the judge's name in results, such as org/judge-8b; empty: its folder's, or the server's
     votes: Votes = 1  # answers to each question
+    # Of a pointwise judge here: whether the score is the expectation over 0 to 10 by the judge's own probabilities
+    # behind what it has written, at temperature 1, instead of the number that it drew.
+    expected_score: bool = False
     limit: Natural = 0  # about so many items, spread over the subsets; 0: all
     seed: Seed = 0  # random seed for sampling, for the votes drawn and for p-values
     # The folder of another evaluation of the same items, to compare with.
     against: str = field(default="", metadata=PLACE)
+
+    def check(self) -> None:
+        """Refuses expected scores where there are none."""
+        if self.expected_score and self.judge != "pointwise":
+            raise UsageError(
+                f"expected_score is set, and a {self.judge} judge writes no score from 0 to 10. Leave it out, or set "
+                "judge to pointwise."
+            )
+        if self.expected_score and self.endpoint.url:
+            raise UsageError(
+                "expected_score is set, and a server does not say how likely whole scores are: 10 is two of Qwen3's "
+                "tokens, and 1 begins 1, 1.5 and 10. Judge here, with --model, or leave it out."
+            )
 
 
 @dataclass(frozen=True)

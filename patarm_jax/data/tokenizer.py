@@ -184,6 +184,11 @@ def encode_judgement(tokenizer: Tokenizer, text: str) -> list[int]:
     return [*ids, tokenizer.stop_ids[0]]
 
 
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a piece of a judgement, in which no control token is meant."""
+    return _encode(tokenizer.plain, text, (), {})
+
+
 def written(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """All that stands in a judge's turn: what the chat template began, then the text of some sampled ids."""
     return tokenizer.opening + decode(tokenizer, ids)

@@ -124,6 +124,8 @@ _JUDGEMENTS = pa.schema(
         ("vote", pa.int32()),
         ("status", pa.string()),
         ("score", pa.float64()),
+        ("drawn", pa.float64()),  # where the score is the expected one, the number that was written
+        ("outside", pa.float64()),  # where it is, the probability of all but whole numbers from 0 to 10
         ("choice", pa.string()),
         ("text", pa.string()),
         ("reason", pa.string()),

@@ -243,11 +243,11 @@ def _apply(
     how: _Pass,
 ) -> tuple[jax.Array, Tree]:
     """Final states [R, S, D]; and of unstacked layers, what each keeps: see `_Block`."""
-    stacked = not (how.keep or isinstance(context, _Step))
-    if stacked != ("layers" in params):
+    stacked = "layers" in params
+    if stacked and (how.keep or isinstance(context, _Step)):
         raise ValueError(
-            f"the layers of these parameters are {'unstacked' if stacked else 'stacked'}. `forward` reads them "
-            "stacked, `prefill` and `decode` unstacked: see `unstack_layers`."
+            "the layers of these parameters are stacked, and `prefill` and `decode` read them unstacked: see "
+            "`unstack_layers`."
         )
     result: tuple[jax.Array, Tree] = _Qwen3(arch, how, stacked).apply({"params": params}, tokens, positions, context)
     return result

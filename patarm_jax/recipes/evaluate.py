@@ -135,7 +135,8 @@ def _open_judge(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remo
         longest = config.data.max_prompt_tokens
         if config.judge == "scalar" and config.votes > 1:
             raise UsageError(f"votes is {config.votes}; allowed for a scalar head is 1: its score is always the same.")
-        return open_local(config.model, config.mesh, config.sampling, config.votes, config.seed, longest, config.judge)
+        drawn, expects = (config.sampling, config.votes, config.seed, longest), config.expected_score
+        return open_local(config.model, config.mesh, *drawn, config.judge, expects=expects)
     if config.model.path:
         raise UsageError("both --model and --endpoint.url are given. Give one; the server's model is endpoint.model.")
     if config.judge == "scalar":

@@ -59,7 +59,8 @@ def main(config: JudgeConfig, dry_run: bool = False) -> Accuracy | None:
 def _judge(config: JudgeConfig, output: Path, dry_run: bool) -> Accuracy | None:
     before = _written_before(output)
     longest = config.data.max_prompt_tokens
-    local = open_local(config.model, config.mesh, config.sampling, config.votes, config.seed, longest, "pointwise")
+    drawn, expects = (config.sampling, config.votes, config.seed, longest), config.expected_score
+    local = open_local(config.model, config.mesh, *drawn, "pointwise", expects=expects)
 
     # ------------------------------------------------------------------------------------------------------ questions
     preferences, read = read_preferences(config.data)
@@ -161,7 +162,8 @@ def _row(preference: Preference, questions: Sequence[Question], answers: Answers
 
 def _judgement(one: Answer) -> dict[str, object]:
     names = ("score", "status", "kind", "reason", "tokens", "text")
-    return {name: getattr(one, name) for name in names}
+    expected = {"drawn": one.drawn, "outside": one.outside} if one.drawn is not None else {}
+    return {name: getattr(one, name) for name in names} | expected
 
 
 def _mean(side: Sequence[Answer]) -> float | None:

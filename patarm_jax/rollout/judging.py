@@ -97,10 +97,13 @@ def judge_all(
 
 def read_judgements(tokenizer: Tokenizer, group: Group, form: Form = POINTWISE) -> list[Judgement]:
     """What the completions of a request say: the judge's turn, without the end token of one that has it."""
+    return [form.read(written(tokenizer, ids)) for ids in written_ids(group)]
+
+
+def written_ids(group: Group) -> list[list[int]]:
+    """The tokens of each completion, without the end token of one that has it."""
     ends = np.where(group.truncated, group.lengths, np.maximum(group.lengths - 1, 0))
-    return [
-        form.read(written(tokenizer, tokens[:end].tolist())) for tokens, end in zip(group.tokens, ends, strict=True)
-    ]
+    return [tokens[:end].tolist() for tokens, end in zip(group.tokens, ends, strict=True)]
 
 
 def numbers_of(

@@ -1,0 +1,148 @@
+"""Scores as probabilities: how likely each of 0 … 10 is behind what a judge has written, beside the one that it drew.
+
+    P(s) = p("s</answer>" | prompt, judgement up to "<answer>"),   expected score = Σ s·P(s) / Σ P(s)
+
+A score is its whole continuation: with Qwen3's vocabulary "10" is two tokens, and "1" begins 1, 1.5 and 10.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from patarm_jax.arrays import Params
+from patarm_jax.config.sections import ModelSection
+from patarm_jax.data.tokenizer import Tokenizer, decode, encode_text
+from patarm_jax.model.architecture import Architecture
+from patarm_jax.model.kernels import kernel_for
+from patarm_jax.model.sharding import OnMesh, batch_shards, fetch, place_batch
+from patarm_jax.model.transformer import forward
+from patarm_jax.padding import bucket
+from patarm_jax.rollout.engine import PREFILL_TOKENS
+from patarm_jax.train.losses import mask_from_lengths, token_logprobs
+from patarm_jax.types import Judgement, Status
+
+SCORES = tuple(range(11))
+_OPENING, _CLOSING = "<answer>", "</answer>"
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """A judgement up to its answer, and how each score would go on behind it."""
+
+    prefix: np.ndarray  # [T] int32, the prompt and what was written up to the answer
+    continuations: tuple[tuple[int, ...], ...]  # of each of `SCORES`
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the probabilities of the scores say."""
+
+    score: float  # the expectation over 0 … 10
+    outside: float  # the probability of everything else, such as 7.5
+
+
+def unscored(tokenizer: Tokenizer, prompt: np.ndarray, written: Sequence[int], judgement: Judgement) -> Unscored | None:
+    """A judgement before its score; None of one that cannot be read.
+
+    Args:
+        tokenizer: of the judge.
+        prompt: [T] int32, its question.
+        written: the tokens it wrote, without the end token.
+        judgement: what they say.
+    """
+    if judgement.status is not Status.OK:
+        return None
+    text = decode(tokenizer, written)
+    end = text.rindex(_OPENING) + len(_OPENING)
+    kept = _tokens_before(tokenizer, written, end)
+    rest = text[len(decode(tokenizer, written[:kept])) : end]  # of the tag, where a token reaches beyond it
+    prefix = np.concatenate([prompt, np.asarray(written[:kept], np.int32)])
+    return Unscored(prefix, tuple(tuple(encode_text(tokenizer, f"{rest}{s}{_CLOSING}")) for s in SCORES))
+
+
+def _tokens_before(tokenizer: Tokenizer, written: Sequence[int], end: int) -> int:
+    """The most tokens whose text is no longer than this; texts of beginnings never shrink."""
+    low, high = 0, len(written)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(decode(tokenizer, written[:middle])) <= end:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+# From (params, prefixes [R, T], lengths [R], continuations [R, 11, C], lengths [R, 11]) to log-probs [R, 11].
+LogProbs = Callable[[Params, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def make_logprobs(arch: Architecture, mesh: Mesh, section: ModelSection) -> LogProbs:
+    """The jitted log-probs of whole continuations; each prefix is computed once for all of them."""
+    kernel, shards = kernel_for(section, arch, mesh, "shared"), batch_shards(mesh)
+    run = partial(forward, arch=arch, dtype=section.dtype, kernel=kernel)
+
+    def logprobs(
+        params: Params, prefix: jax.Array, lengths: jax.Array, tokens: jax.Array, counts: jax.Array
+    ) -> jax.Array:
+        rows, group, width = tokens.shape
+        out = run(params, prompt=prefix, prompt_lengths=lengths, completion=tokens)
+        assert out.completion is not None, "continuations were given"
+        last = jnp.take_along_axis(out.prompt, (lengths - 1)[:, None, None], axis=1)[:, None]
+        last = jnp.broadcast_to(last, (rows, group, 1, last.shape[-1]))
+        states = jnp.concatenate([last, out.completion[:, :, :-1]], axis=2).reshape(rows, group * width, -1)
+        found, _ = token_logprobs(states, out.head, tokens.reshape(rows, -1), shards=shards)
+        return jnp.where(mask_from_lengths(counts, width), found.reshape(tokens.shape), 0.0).sum(axis=-1)
+
+    return OnMesh(mesh, logprobs)
+
+
+def expected_scores(
+    logprobs: LogProbs, params: Params, mesh: Mesh, judgements: Sequence[Unscored]
+) -> Iterator[Expected]:
+    """What is expected of each judgement, in their order; so many at a time as prompts are read."""
+    waiting: list[Unscored] = []
+    for one in judgements:
+        waiting.append(one)
+        if sum(len(each.prefix) for each in waiting) >= PREFILL_TOKENS * batch_shards(mesh):
+            yield from _expected(logprobs, params, mesh, waiting)
+            waiting = []
+    yield from _expected(logprobs, params, mesh, waiting)
+
+
+def _expected(logprobs: LogProbs, params: Params, mesh: Mesh, judgements: Sequence[Unscored]) -> Iterator[Expected]:
+    if not judgements:
+        return
+    shards = batch_shards(mesh)
+    rows = shards * bucket(-(-len(judgements) // shards), 1)
+    width = bucket(max(len(each.prefix) for each in judgements))
+    longest = bucket(max(len(ids) for each in judgements for ids in each.continuations), 4)
+    prefix, lengths = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
+    tokens, counts = np.zeros((rows, len(SCORES), longest), np.int32), np.ones((rows, len(SCORES)), np.int32)
+    for row, each in enumerate(judgements):
+        lengths[row] = len(each.prefix)
+        prefix[row, : lengths[row]] = each.prefix
+        for place, ids in enumerate(each.continuations):
+            counts[row, place] = len(ids)
+            tokens[row, place, : len(ids)] = ids
+    found = fetch(logprobs(params, *place_batch(mesh, (prefix, lengths, tokens, counts)))).astype(np.float64)
+    yield from map(expectation, found[: len(judgements)])
+
+
+def expectation(logprobs: np.ndarray) -> Expected:
+    """The expected score of log-probs [11] of 0 … 10, and what probability none of them has.
+
+    >>> found = expectation(np.log(np.array([1e-9] * 7 + [0.5, 0.25, 1e-9, 1e-9])))
+    >>> round(found.score, 3), round(found.outside, 3)
+    (7.333, 0.25)
+    """
+    peak = float(logprobs.max())
+    weights = np.exp(logprobs - peak)
+    total = float(weights.sum())
+    score = float((weights * np.asarray(SCORES)).sum() / total)
+    return Expected(score=score, outside=max(0.0, 1.0 - math.exp(peak) * total))
