@@ -11,6 +11,7 @@ import numpy as np
 
 from patarm_jax.ask.answers import Answer, Kind
 from patarm_jax.config.recipes import EvalConfig
+from patarm_jax.evaluate.expected import Pair, Spread, spread_of
 from patarm_jax.evaluate.items import Item
 from patarm_jax.evaluate.outcomes import Choices, Rule, Scores, gaps, position_bias, votes_curve
 from patarm_jax.evaluate.proportions import limits
@@ -45,6 +46,7 @@ class Findings:
     position: dict[str, float] | None  # how often the first place won; of a pairwise judge alone
     calibration: list[dict[str, float]]  # by |gap| of mean scores: how often its sign is right, with an interval
     histogram: dict[str, object] | None  # how often each score was given to chosen and to rejected responses
+    expected: Spread | None = None  # what expected scores did; None where the numbers that were drawn count
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,18 @@ def find(
         position=position_bias(judged) if isinstance(judged, Choices) else None,
         calibration=_calibration(strata, judged) if isinstance(judged, Scores) else [],
         histogram=_histogram(judged) if isinstance(judged, Scores) else None,
+        expected=spread_of(_by_question(answers).values()),
     )
     return findings, measured
+
+
+def _by_question(answers: Sequence[Answer]) -> dict[str, list[Pair]]:
+    """The readable answers to each question whose scores are expected ones."""
+    found: dict[str, list[Pair]] = {}
+    for one in answers:
+        if one.score is not None and one.drawn is not None and one.outside is not None:
+            found.setdefault(one.question, []).append((one.score, one.drawn, one.outside))
+    return found
 
 
 _NAMES = {Kind.ANSWER: "answered"}  # the other kinds keep their own names

@@ -220,6 +220,8 @@ def _notes(result: Evaluation) -> str:
         f"- {result.strata.layout.of_unreadable}",
         f"- {_asked(result)}, seed {config.seed}.",
     ]
+    if result.findings.expected is not None:
+        lines.append(f"- {result.findings.expected}")
     if result.missing_sections:
         lines.append(f"- Overall is without {', '.join(result.missing_sections)}, which the data do not hold.")
     for section, parts in result.missing_parts.items():

@@ -26,6 +26,7 @@ from patarm_jax.config.recipes import JudgeConfig
 from patarm_jax.config.sections import JudgingSection
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.evaluate.accuracy import Accuracy, pairwise_accuracy
+from patarm_jax.evaluate.expected import Pair, spread_of
 from patarm_jax.evaluate.outcomes import mean_scores
 from patarm_jax.evaluate.questions import SIDES
 from patarm_jax.evaluate.summary import hardly_readable
@@ -137,6 +138,8 @@ def _tell(output: Path, rows: Sequence[dict[str, Any]], what: str) -> Accuracy:
         f"with a tie as half that is {100 * result.accuracy_half:.1f} %{interval}; "
         f"{100 * result.valid:.1f} % of the judgements could be read"
     )
+    if spread := spread_of(_expected(row["judgements"][side]) for row in rows for side in SIDES):
+        say(str(spread))
     every = [one for row in rows for side in SIDES for one in row["judgements"][side]]
     reasons = Counter(one["reason"] for one in every if one["reason"]).most_common()
     counts = Counter(str(one["kind"]).lower() for one in every)
@@ -164,6 +167,11 @@ def _judgement(one: Answer) -> dict[str, object]:
     names = ("score", "status", "kind", "reason", "tokens", "text")
     expected = {"drawn": one.drawn, "outside": one.outside} if one.drawn is not None else {}
     return {name: getattr(one, name) for name in names} | expected
+
+
+def _expected(judgements: Sequence[Mapping[str, Any]]) -> list[Pair]:
+    """The judgements of a response whose scores are expected ones."""
+    return [(one["score"], one["drawn"], one["outside"]) for one in judgements if "drawn" in one]
 
 
 def _mean(side: Sequence[Answer]) -> float | None:
