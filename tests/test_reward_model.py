@@ -171,7 +171,7 @@ def test_slices_and_devices_change_nothing(folder, packing):
     alone = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES)
     whole = updated(alone, 1)
     assert whole["grad_norm"] > 0.1
-    for mesh, micro_batches in ((alone, 2), (alone, 4), (make_mesh(MeshSection(data=2, fsdp=2, tensor=2)), 1)):
+    for mesh, micro_batches in ((alone, 4), (make_mesh(MeshSection(data=2, fsdp=2, tensor=2)), 2)):
         assert updated(mesh, micro_batches) == pytest.approx(whole, rel=1e-4)
 
 
@@ -198,7 +198,7 @@ def test_a_run_learns_exports_and_is_measured_as_eval_measures(world, capsys):
     lines = lines_of(world / "reward")
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"] and lines[-1]["margin"] > lines[0]["margin"]
     assert {"accuracy", "rewards/chosen/mean", "rewards/rejected/mean", "num_tokens"} <= lines[0].keys()
-    assert "best on the held-out pairs" in said and "eval/clipped_ratio" not in lines[-1]
+    assert "best on the held-out pairs" in said and not {"eval/clipped_ratio", "eval/valid"} & lines[-1].keys()
 
     export = world / "reward" / "export"
     assert json.loads((export / "judge.json").read_text()) == {"judge": "scalar"}

@@ -31,8 +31,9 @@ class Spread:
 def spread_of(responses: Iterable[Sequence[Pair]]) -> Spread | None:
     """Of the readable judgements of each response; None where there are none.
 
-    >>> spread_of([[(5.0, 4.0, 0.1), (6.0, 8.0, 0.3)], [(1.0, 1.0, 0.2)], []])
-    Spread(outside=0.2, variance=0.5, variance_drawn=8.0)
+    >>> spread = spread_of([[(5.0, 4.0, 0.25), (6.0, 8.0, 0.5)], [(1.0, 1.0, 0.0)], []])
+    >>> spread.outside, spread.variance, spread.variance_drawn
+    (0.25, 0.5, 8.0)
     """
     found = [np.array(one) for one in responses if len(one)]
     if not found:

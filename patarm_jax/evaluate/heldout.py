@@ -142,7 +142,7 @@ def judge_heldout(heldout: Heldout, params: Params) -> tuple[Accuracy, float]:
 
 def heldout_metrics(found: Accuracy, cut_off: float) -> dict[str, float]:
     """The same as metrics `eval/…`."""
-    return accuracy_metrics(found) | {"eval/clipped_ratio": cut_off}
+    return accuracy_metrics(found) | {"eval/valid": found.valid, "eval/clipped_ratio": cut_off}
 
 
 def accuracy_metrics(found: Accuracy) -> dict[str, float]:
@@ -153,6 +153,5 @@ def accuracy_metrics(found: Accuracy) -> dict[str, float]:
         "eval/accuracy_low": found.interval[0],
         "eval/accuracy_high": found.interval[1],
         **{f"eval/{name}": value for name, value in gap_or_position(found).items()},
-        "eval/valid": found.valid,
         "eval/ties": found.ties,
     }
