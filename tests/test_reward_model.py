@@ -266,6 +266,27 @@ def test_two_processes_learn_as_one(world, started):
     assert_nearly_equal(world / "pod_reward", world / "alone_reward")
 
 
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_trl_takes_the_export_as_a_reward_model(world, folder, tmp_path):
+    """Two real steps of TRL's GRPO, rewarded by what we trained."""
+    trl = pytest.importorskip("trl", reason="TRL is no dependency: pip install trl accelerate")
+    datasets = pytest.importorskip("datasets")
+    short = {"run": {"steps": 1}, "heldout": {"path": ""}, "optimizer": {"warmup_steps": 0}}
+    assert main(["reward-model", str(reward_config(world, "for_trl", **short)), "--pairs_per_step", "8"]) == 0
+    data = datasets.Dataset.from_list([{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS])
+    settings = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8, "max_steps": 2}
+    arguments = trl.GRPOConfig(
+        output_dir=str(tmp_path), logging_steps=1, use_cpu=True, bf16=False, report_to="none", **settings
+    )
+    export = str(world / "for_trl" / "export")
+    trainer = trl.GRPOTrainer(model=str(world / "reference"), reward_funcs=export, args=arguments, train_dataset=data)
+    trainer.train()
+    rewards = [line["reward"] for line in trainer.state.log_history if "reward" in line]
+    assert type(trainer.reward_funcs[0]).__name__ == "Qwen3ForSequenceClassification"
+    assert len(rewards) == 2 and np.isfinite(rewards).all() and rewards[0] != 0
+
+
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
