@@ -80,18 +80,17 @@ def test_what_cannot_be_read_has_none(judge):
         assert unscored(tokenizer, prompt, ids, parse_pointwise(text)) is None
 
 
-def test_a_tag_that_ends_inside_a_token_is_written_out(judge):
+def test_a_tag_that_ends_inside_a_token_is_written_out(real_inputs):
     """The token is left out of the prefix, and its beginning stands before every score."""
-    tokenizer = load_tokenizer(judge[0])
-    text = FORM.format("7", "")
+    tokenizer = load_tokenizer(real_inputs / "qwen3_tokenizer")
+    text = FORM.format("\n7\n", "")
     end = text.rindex("<answer>") + len("<answer>")
-    encode = tokenizer.plain.encode
-    head = encode(text[: end - 1], add_special_tokens=False).ids
-    # ">7</answer>" in one piece, however the encoder cuts it, begins one token early.
-    ids = [*head, *encode(text[end - 1 :], add_special_tokens=False).ids]
+    ids = tokenizer.plain.encode(text, add_special_tokens=False).ids
     one = unscored(tokenizer, np.arange(3, dtype=np.int32), ids, parse_pointwise(text))
+    kept = one.prefix[3:].tolist()
+    assert ids[: len(kept)] == kept and tokenizer.fast.decode(ids[len(kept)]) == ">\n"
     for score, continuation in zip(SCORES, one.continuations, strict=True):
-        said = tokenizer.fast.decode([*one.prefix[3:].tolist(), *continuation])
+        said = tokenizer.fast.decode([*kept, *continuation])
         assert said == text[:end] + f"{score}</answer>"
 
 

@@ -325,3 +325,10 @@ def test_a_new_head_is_small_and_the_seeds_own(world):
     assert not np.array_equal(one, other)
     width = model.arch.hidden_size
     assert one.shape == (1, width) and 0.7 < np.std(one) * (width + 1) < 1.3
+
+
+def test_a_reward_model_that_is_trained_on_keeps_its_head(folder):
+    section, mesh = ModelSection(path=str(folder / "saved"), dtype="float32"), make_mesh(MeshSection())
+    model = open_model(section, "scalar", new_head=True)
+    head = load_params(section, model, mesh, 0, TRAIN_RULES, np.float32)["score"]
+    np.testing.assert_array_equal(head, weights.load(folder / "saved")[0]["score"])

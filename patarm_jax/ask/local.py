@@ -21,9 +21,15 @@ from patarm_jax.data.tokenizer import encode_chat, encode_dialogue
 from patarm_jax.judge.forms import Form
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.sharding import make_mesh
-from patarm_jax.rollout.engine import PREFILL_TOKENS
 from patarm_jax.rollout.judging import Judged, judge, make_judge, written_ids
-from patarm_jax.rollout.probabilities import Expected, Unscored, expected_scores, make_logprobs, unscored
+from patarm_jax.rollout.probabilities import (
+    Expected,
+    Unscored,
+    expected_scores,
+    fill_a_batch,
+    make_logprobs,
+    unscored,
+)
 from patarm_jax.rollout.scalar import make_scorer, scores
 from patarm_jax.rollout.schedule import Request
 from patarm_jax.run.drawing import as_the_model_says
@@ -176,8 +182,11 @@ def _with_expected(local: Local, params: Params, encoded: Sequence[Encoded], eve
     logprobs = make_logprobs(local.model.arch, local.mesh, local.section)
     waiting: list[tuple[Judged, list[Unscored | None]]] = []
 
+    def readable() -> list[Unscored]:
+        return [one for _, ones in waiting for one in ones if one]
+
     def through() -> _Expecting:
-        found = expected_scores(logprobs, params, local.mesh, [one for _, ones in waiting for one in ones if one])
+        found = expected_scores(logprobs, params, local.mesh, readable())
         yield from ((judged, [next(found) if one else None for one in ones]) for judged, ones in waiting)
         waiting.clear()
 
@@ -185,7 +194,7 @@ def _with_expected(local: Local, params: Params, encoded: Sequence[Encoded], eve
         prompt = encoded[judged.group.index].tokens
         each = zip(written_ids(judged.group), judged.judgements, strict=True)
         waiting.append((judged, [unscored(local.model.tokenizer, prompt, ids, one) for ids, one in each]))
-        if sum(len(one.prefix) for _, ones in waiting for one in ones if one) >= PREFILL_TOKENS:
+        if fill_a_batch(readable(), local.mesh):
             yield from through()
     yield from through()
 

@@ -29,10 +29,20 @@ from patarm_jax.types import Preference, Status, UserError
 
 
 @dataclass(frozen=True)
-class Heldout:
-    """What is judged, and by which programs."""
+class _NowAndThen:
+    """Anything that is measured on held-out pairs while a run goes on."""
 
     section: HeldoutSection
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether a step is followed by an evaluation; the last one always is."""
+        return step % self.section.eval_every == 0 or step == steps
+
+
+@dataclass(frozen=True)
+class Heldout(_NowAndThen):
+    """What is judged, and by which programs."""
+
     judge: Judge
     to_rollout: OnMesh[[Params], Params]  # to the copy for sampling
     key: jax.Array  # the same at every step, so that a difference is the weights'
@@ -40,28 +50,19 @@ class Heldout:
     # This process's part of them; behind the last the first ones follow again, so that devices share evenly.
     share: Sequence[EncodedPair]
 
-    def due(self, step: int, steps: int) -> bool:
-        """Whether a step is followed by an evaluation; the last one always is."""
-        return step % self.section.eval_every == 0 or step == steps
-
     def __call__(self, params: Params) -> dict[str, float]:
         """Judges all held-out pairs; the metrics of that."""
         return heldout_metrics(*judge_heldout(self, params))
 
 
 @dataclass(frozen=True)
-class HeldoutRewards:
+class HeldoutRewards(_NowAndThen):
     """What a scalar reward model is measured on, and by which program."""
 
-    section: HeldoutSection
     mesh: Mesh
     scores: Scorer
     to_rollout: OnMesh[[Params], Params]  # to weights as the scorer reads them
     records: Sequence[EncodedPair]
-
-    def due(self, step: int, steps: int) -> bool:
-        """Whether a step is followed by an evaluation; the last one always is."""
-        return step % self.section.eval_every == 0 or step == steps
 
     def __call__(self, params: Params) -> dict[str, float]:
         """Gives every response of the held-out pairs its reward; the metrics of that."""

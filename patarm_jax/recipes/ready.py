@@ -1,4 +1,4 @@
-"""What a recipe that trains begins with, and what its dry run shows: devices, model and pairs, all of them checked."""
+"""What recipes that train share: devices, model and pairs, all checked, the loop of one update a step, the dry run."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 from jax.sharding import Mesh
 
-from patarm_jax.arrays import ComparedShape, SFTShape
+from patarm_jax.arrays import ComparedPairs, ComparedShape, SFTBatch, SFTShape
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import DataSection
@@ -19,15 +19,18 @@ from patarm_jax.evaluate.heldout import open_heldout
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.sharding import Program, make_mesh
 from patarm_jax.run.drawing import with_heldout_sampling
-from patarm_jax.run.folder import Evaluator, Length, batches_of, length_of
-from patarm_jax.run.learner import check_batch
+from patarm_jax.run.export import card_of
+from patarm_jax.run.folder import Evaluator, Length, batches_of, length_of, open_run
+from patarm_jax.run.learner import Learner, check_batch
 from patarm_jax.run.open_model import Model, open_model
 from patarm_jax.run.process import say
 from patarm_jax.run.programs import describe
+from patarm_jax.run.progress import Shown
 from patarm_jax.types import Preference
 
 Config = TypeVar("Config", bound=TrainConfig)
 Shape = TypeVar("Shape", SFTShape, ComparedShape)
+Prepared = TypeVar("Prepared", SFTBatch, ComparedPairs)
 ReadPairs = Callable[[DataSection], tuple[Sequence[Preference | JudgedPreference], Report]]
 
 
@@ -85,6 +88,24 @@ def make_ready(
         length=length_of(config.run, records, config.pairs_per_step),
         heldout=open_heldout(config, model, mesh, preferences),
     )
+
+
+def learn(
+    ready: Ready[Config],
+    learner: Learner[Prepared],
+    prepare: Callable[[PairBatch], Prepared],
+    shown: Callable[[Mapping[str, float]], Shown],
+) -> bool:
+    """Trains by one update on the pairs of each step as they come, and exports; False when it was asked to stop."""
+    with open_run(ready.config, ready.model, ready.records, ready.length, learner, ready.heldout) as run:
+        if run is None:
+            return True
+        for step in run.steps(
+            prepare, lambda batch: {"update": (learner.update, (run.state, learner.frozen, batch))}, shown
+        ):
+            step.update(step.batch)
+            step.tokens = sum(map(sum, step.pairs.lengths))
+        return run.finish(card_of(ready.config, ready.model, len(ready.records)))
 
 
 def describe_update(

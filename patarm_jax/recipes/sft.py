@@ -18,10 +18,8 @@ from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.sharding import place_batch
 from patarm_jax.padding import WIDTH_MULTIPLE
 from patarm_jax.recipes.programs import sft_form, sft_learner, sft_programs
-from patarm_jax.recipes.ready import Ready, describe_update, make_ready
+from patarm_jax.recipes.ready import Ready, describe_update, learn, make_ready
 from patarm_jax.run.claim import claimed
-from patarm_jax.run.export import card_of
-from patarm_jax.run.folder import open_run
 from patarm_jax.run.learner import rows_multiple
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
@@ -40,8 +38,8 @@ def _ready(config: SFTConfig) -> Ready[SFTConfig]:
 
 
 def _train(ready: Ready[SFTConfig]) -> bool:
-    config, mesh, model, records, length = ready.config, ready.mesh, ready.model, ready.records, ready.length
-    learner = sft_learner(config, model.arch, mesh, updates=length.steps)
+    config, mesh, model = ready.config, ready.mesh, ready.model
+    learner = sft_learner(config, model.arch, mesh, updates=ready.length.steps)
     say(kernels_in_use(config.model, model.arch, mesh, sft_form(config)))
 
     def prepare(pairs: PairBatch) -> SFTBatch:
@@ -49,15 +47,7 @@ def _train(ready: Ready[SFTConfig]) -> bool:
         batch: SFTBatch = place_batch(mesh, rows)
         return batch
 
-    with open_run(config, model, records, length, learner, ready.heldout) as run:
-        if run is None:
-            return True
-        for step in run.steps(
-            prepare, lambda batch: {"update": (learner.update, (run.state, learner.frozen, batch))}, _shown
-        ):
-            step.update(step.batch)
-            step.tokens = sum(map(sum, step.pairs.lengths))
-        return run.finish(card_of(config, model, len(records)))
+    return learn(ready, learner, prepare, _shown)
 
 
 def dry_run(config: SFTConfig) -> None:

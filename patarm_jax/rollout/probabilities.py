@@ -8,23 +8,23 @@ A score is its whole continuation: with Qwen3's vocabulary "10" is two tokens, a
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from patarm_jax.arrays import Params
+from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.sections import ModelSection
 from patarm_jax.data.tokenizer import Tokenizer, decode, encode_text
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import kernel_for
 from patarm_jax.model.sharding import OnMesh, batch_shards, fetch, place_batch
-from patarm_jax.model.transformer import forward
+from patarm_jax.model.transformer import Output, forward
 from patarm_jax.padding import bucket
 from patarm_jax.rollout.engine import PREFILL_TOKENS
-from patarm_jax.train.losses import mask_from_lengths, token_logprobs
+from patarm_jax.train.losses import mask_from_lengths
+from patarm_jax.train.steps import completion_logprobs
 from patarm_jax.types import Judgement, Status
 
 SCORES = tuple(range(11))
@@ -85,21 +85,22 @@ LogProbs = Callable[[Params, jax.Array, jax.Array, jax.Array, jax.Array], jax.Ar
 def make_logprobs(arch: Architecture, mesh: Mesh, section: ModelSection) -> LogProbs:
     """The jitted log-probs of whole continuations; each prefix is computed once for all of them."""
     kernel, shards = kernel_for(section, arch, mesh, "shared"), batch_shards(mesh)
-    run = partial(forward, arch=arch, dtype=section.dtype, kernel=kernel)
+
+    def read(params: Params, _frozen: Tree, prompt: jax.Array, lengths: jax.Array, completion: jax.Array) -> Output:
+        return forward(params, arch, prompt, lengths, completion, dtype=section.dtype, kernel=kernel)
 
     def logprobs(
         params: Params, prefix: jax.Array, lengths: jax.Array, tokens: jax.Array, counts: jax.Array
     ) -> jax.Array:
-        rows, group, width = tokens.shape
-        out = run(params, prompt=prefix, prompt_lengths=lengths, completion=tokens)
-        assert out.completion is not None, "continuations were given"
-        last = jnp.take_along_axis(out.prompt, (lengths - 1)[:, None, None], axis=1)[:, None]
-        last = jnp.broadcast_to(last, (rows, group, 1, last.shape[-1]))
-        states = jnp.concatenate([last, out.completion[:, :, :-1]], axis=2).reshape(rows, group * width, -1)
-        found, _ = token_logprobs(states, out.head, tokens.reshape(rows, -1), shards=shards)
-        return jnp.where(mask_from_lengths(counts, width), found.reshape(tokens.shape), 0.0).sum(axis=-1)
+        found = completion_logprobs(read, params, None, prefix, lengths, tokens, shards=shards)
+        return jnp.where(mask_from_lengths(counts, tokens.shape[-1]), found, 0.0).sum(axis=-1)
 
     return OnMesh(mesh, logprobs)
+
+
+def fill_a_batch(judgements: Sequence[Unscored], mesh: Mesh) -> bool:
+    """Whether they are as many as are read at a time."""
+    return sum(len(each.prefix) for each in judgements) >= PREFILL_TOKENS * batch_shards(mesh)
 
 
 def expected_scores(
@@ -109,7 +110,7 @@ def expected_scores(
     waiting: list[Unscored] = []
     for one in judgements:
         waiting.append(one)
-        if sum(len(each.prefix) for each in waiting) >= PREFILL_TOKENS * batch_shards(mesh):
+        if fill_a_batch(waiting, mesh):
             yield from _expected(logprobs, params, mesh, waiting)
             waiting = []
     yield from _expected(logprobs, params, mesh, waiting)

@@ -130,10 +130,25 @@ def _cross_entropy(
 def rollout_logprobs(
     forward: Forward, params: Params, frozen: Tree, rollouts: Rollouts, temperature: float, shards: int = 1
 ) -> jax.Array:
-    """Log-probs of sampled tokens, [R, G, Tc]; each prompt is computed once for its group. Has no gradient."""
-    predicted = _predicted(forward, params, frozen, rollouts)
+    """Log-probs of sampled tokens, [R, G, Tc]; see `completion_logprobs`."""
+    given = rollouts.prompt_tokens, rollouts.prompt_lengths, rollouts.completion_tokens
+    return completion_logprobs(forward, params, frozen, *given, temperature, shards)
+
+
+def completion_logprobs(
+    forward: Forward,
+    params: Params,
+    frozen: Tree,
+    prompt: Array,
+    lengths: Array,
+    completion: Array,
+    temperature: float = 1.0,
+    shards: int = 1,
+) -> jax.Array:
+    """Log-probs of completions' tokens, [R, G, Tc]; each prompt is computed once for its group. Has no gradient."""
+    predicted = _predicted(forward, params, frozen, prompt, lengths, completion)
     logprobs, _ = token_logprobs(*predicted, temperature=temperature, shards=shards)
-    return logprobs.reshape(rollouts.completion_tokens.shape)
+    return logprobs.reshape(completion.shape)
 
 
 def pair_rewards(forward: Forward, params: Params, frozen: Tree, batch: ComparedPairs) -> jax.Array:
@@ -168,11 +183,12 @@ class _Predicted(NamedTuple):
     targets: Array  # [R, G·Tc] int32
 
 
-def _predicted(forward: Forward, params: Params, frozen: Tree, rollouts: Rollouts) -> _Predicted:
-    """The sampled tokens with the states that predict them; each prompt is computed once for its group."""
-    completion, lengths = rollouts.completion_tokens, rollouts.prompt_lengths
+def _predicted(
+    forward: Forward, params: Params, frozen: Tree, prompt: Array, lengths: Array, completion: Array
+) -> _Predicted:
+    """The completions' tokens with the states that predict them; each prompt is computed once for its group."""
     rows, group, width = completion.shape
-    out = forward(params, frozen, rollouts.prompt_tokens, lengths, completion)
+    out = forward(params, frozen, prompt, lengths, completion)
     assert out.completion is not None, "a forward of rollouts gives their completions' states"
     # The first token is predicted by the prompt's last state, the others by the token before them.
     last = jnp.take_along_axis(out.prompt, (lengths - 1)[:, None, None], axis=1)[:, None]
@@ -204,7 +220,8 @@ def policy_loss(
     of_states = _fused if algorithm.adds_up else _exact
 
     def loss(params: Params, frozen: Tree, rollouts: Rollouts) -> Loss:
-        predicted = _predicted(forward, params, frozen, rollouts)
+        given = rollouts.prompt_tokens, rollouts.prompt_lengths, rollouts.completion_tokens
+        predicted = _predicted(forward, params, frozen, *given)
         return of_states(algorithm, temperature, shards, predicted, tokens_of(rollouts))
 
     return loss
