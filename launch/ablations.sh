@@ -6,10 +6,16 @@
 #   launch/ablations.sh --part margins    one part of margins, opponents, loser, reward, rubrics, start, group, algorithms,
 #                                         judge; may be given again
 #
+#   launch/ablations.sh baselines         reward models, judges and LoRA, with one vote, eight and expected scores; after or
+#                                         before the others, with which it shares its runs
+#
 # Started again, it goes on where it was stopped. Further arguments: --out FOLDER, --seeds N.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/venv.sh
 . launch/venv.sh
 install ''
+if [ "${1:-}" = baselines ]; then
+  exec python -m patarm_jax.demo.baselines "${@:2}"
+fi
 exec python -m patarm_jax.demo.ablations "$@"

@@ -3,7 +3,7 @@
 The axis letters are
 
     R prompts · G rollouts per prompt · B rows · T tokens · M predicted tokens · Tp prompt tokens · Tc completion tokens
-    P pairs
+    P pairs · S scores
 """
 
 from dataclasses import dataclass
@@ -55,6 +55,11 @@ class SFTShape:
     width: int  # T
     targets: int  # M
 
+    @property
+    def tokens(self) -> int:
+        """How large the batch is."""
+        return self.rows * self.width
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -76,6 +81,11 @@ class ComparedShape:
     width: int  # T
     pairs: int  # P, of a row
 
+    @property
+    def tokens(self) -> int:
+        """How large the batch is."""
+        return self.rows * self.width
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -87,6 +97,31 @@ class ComparedPairs:
     last: Array  # [B, P, 2] int32, the places of the last tokens of the chosen and of the rejected response
     margins: Array  # [B, P] float32, by how much the chosen response's reward is to exceed the other's
     counts: Array  # [B] int32, how many of the P are there
+
+
+@dataclass(frozen=True, order=True)
+class ScoredShape:
+    """Sizes of a batch of pairs whose scores are asked for, that all processes agree on."""
+
+    pairs: int  # P, of one process
+    width: int  # Tp
+    continuation: int  # Tc
+
+    @property
+    def tokens(self) -> int:
+        """How large the batch is."""
+        return 2 * self.pairs * self.width
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ScoredPairs:
+    """Pairs with both questions for a score, and how each of S scores would go on behind them."""
+
+    prompt_tokens: Array  # [P, 2, Tp] int32, of the chosen and of the rejected response, up to where the score begins
+    prompt_lengths: Array  # [P, 2] int32
+    score_tokens: Array  # [P, S, Tc] int32, the same for every pair
+    score_lengths: Array  # [P, S] int32
 
 
 @jax.tree_util.register_dataclass

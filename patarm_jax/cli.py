@@ -149,7 +149,7 @@ def _add_training(verbs: _Verbs) -> None:
     verbs_and_what = {
         "sft": "teach a model the form of judgements",
         "grpo": "train a judge on preference pairs",
-        "reward-model": "train a scalar reward model on preference pairs",
+        "reward-model": "train a reward model that writes nothing on preference pairs",
     }
     for verb, what in verbs_and_what.items():
         name = verb.replace("-", "_")
@@ -248,6 +248,7 @@ def _add_export(verbs: _Verbs) -> None:
     export.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="a run folder, or one of its checkpoints")
     export.add_argument("out", type=_path, metavar="OUT", help="folder that is written; must not exist")
     export.add_argument("--best", action="store_true", help="of a run, the checkpoint that the held-out pairs chose")
+    export.add_argument("--lora", choices=["merged", "adapter"], help="of a run with adapters, instead of lora.export")
 
 
 def _verb(
@@ -362,7 +363,7 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
     from patarm_jax.recipes.export import main as export
 
-    export(options.checkpoint, options.out, options.best)
+    export(options.checkpoint, options.out, options.best, options.lora)
     return 0
 
 

@@ -9,13 +9,15 @@ from enum import IntEnum
 from typing import Literal, TypedDict
 
 CHOSEN, REJECTED = 0, 1
+SCORES = tuple(range(11))  # whole ones that a judge may give
 
 Domain = Literal["chat", "math", "code", "safety", "instruction_following"]
 RubricMode = Literal["adaptive", "primary", "generated"]
 BenchmarkName = Literal["rewardbench", "rewardbench2", "rm-bench", "judgebench", "llmbar", "rmb", "ppe", "pairs"]
 # How a judge is asked: for a score of each response, which of two is better, for a score without rubrics (what a
-# general model is asked as a baseline); scalar: a Bradley-Terry head gives the score, and nothing is written.
-JudgeKind = Literal["pointwise", "pairwise", "baseline", "scalar"]
+# general model is asked as a baseline). Two write nothing. scalar: a Bradley-Terry head gives the score; ordinal: it is
+# the expectation of a score from 0 to 10 that is asked for at once, by the model's own probabilities.
+JudgeKind = Literal["pointwise", "pairwise", "baseline", "scalar", "ordinal"]
 # Whether the chat template of a server that is not seen writes `<think>` itself; auto: as its answers show.
 OpensThinking = Literal["auto", "yes", "no"]
 

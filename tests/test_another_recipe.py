@@ -24,8 +24,8 @@ from patarm_jax.data.preferences import read_preferences
 from patarm_jax.model.sharding import make_mesh, place_batch
 from patarm_jax.model.transformer import abstract_params, forward
 from patarm_jax.padding import bucket
+from patarm_jax.run.card import card_of
 from patarm_jax.run.claim import claimed
-from patarm_jax.run.export import card_of
 from patarm_jax.run.folder import length_of, open_run
 from patarm_jax.run.learner import check_batch, make_learner
 from patarm_jax.run.open_model import open_model

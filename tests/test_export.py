@@ -19,7 +19,8 @@ from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.generation import Drawing
 from patarm_jax.model.transformer import init_params
-from patarm_jax.run.export import ModelCardFacts, model_card, write_export
+from patarm_jax.run.card import ModelCardFacts, model_card
+from patarm_jax.run.export import write_export
 from patarm_jax.types import UserError
 from tests.toys import tiny_tokenizer_folder
 

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "patarm_jax"
 # From the ground up. Modules on one floor do not import each other, save within one room.
 FLOORS = [
-    ["types", "arrays", "padding"],
+    ["types", "arrays", "padding", "rounding"],
     ["flags", "files"],
     ["locks"],
     ["config"],
@@ -31,6 +31,7 @@ PURE = [
     "types",
     "arrays",
     "padding",
+    "rounding",
     "flags",
     "reward",
     "judge",

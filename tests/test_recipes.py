@@ -207,13 +207,13 @@ def test_heldout_pairs_are_judged_alike_by_any_mesh(world, recipe):
         heldout = open_heldout(config, model, mesh, read_preferences(config.data)[0])
         params = init_params(model.arch, jax.random.key(4), mesh)
         finished, judgements = judge_all(
-            heldout.judge, heldout.to_rollout(params), requests_of(heldout.records), heldout.key
+            heldout.judge, heldout.to_rollout(params, None), requests_of(heldout.records), heldout.key
         )
         assert len(judgements) == 2 * 5 and len(judgements[0]) == 2
         texts.append([[one.text for one in group] for group in judgements])
         scores, status = (x.reshape(5, 2, 2) for x in numbers_of(judgements, [0, 1] * 5))
         expected = pairwise_accuracy(np.nan_to_num(scores), status == Status.OK)
-        assert heldout(params) == pytest.approx(heldout_metrics(expected, finished.truncated.mean()), nan_ok=True)
+        assert heldout(params, None) == pytest.approx(heldout_metrics(expected, finished.truncated.mean()), nan_ok=True)
     assert texts[0] == texts[1] and len({text for group in texts[0] for text in group}) > 15
     assert [heldout.due(step, 7) for step in range(1, 8)] == [False, False, True, False, False, True, True]
 

@@ -20,7 +20,7 @@ from patarm_jax.config.sections import DataSection, MeshSection, ModelSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.packing import compared_batch, compared_shape
 from patarm_jax.data.pipeline import PairBatch, digest_of, encode_pairs
-from patarm_jax.data.preferences import read_preferences_with_margins
+from patarm_jax.data.preferences import read_preferences_with_margins, read_preferences_without_margins
 from patarm_jax.judge.forms import SCALAR
 from patarm_jax.model import weights
 from patarm_jax.model.sharding import MESH_AXES, TRAIN_RULES, make_mesh, place_batch
@@ -306,6 +306,13 @@ def test_what_cannot_be_is_refused(world, capsys, arguments, said):
     alone = ["--data.path", str(world / "eight.jsonl"), "--mesh.fsdp", "1", "--mesh.tensor", "-1"]
     assert main(["reward-model", str(config), *alone, *arguments]) in (1, 2)
     assert said in capsys.readouterr().err
+
+
+def test_margins_that_are_not_read_are_told(folder):
+    section = DataSection(path=str(folder / "pairs.jsonl"))
+    pairs, report = read_preferences_without_margins(section)
+    assert {pair.margin for pair in pairs} == {None}
+    assert f"{len(ROWS)} have a margin, which is not read unless margins is true [" in str(report)
 
 
 def test_margins_and_labels_belong_to_what_a_run_reads(folder):

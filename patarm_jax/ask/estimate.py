@@ -23,7 +23,7 @@ def estimate(judge: Local | Remote, lacking: Sequence[tuple[Question, list[int]]
     lines = [f"answers to be asked for: {asked:,}, to {len(lacking):,} questions"]
     if not lacking:
         return lines[0]
-    writes_nothing = isinstance(judge, Local) and judge.model.arch.scalar_head
+    writes_nothing = isinstance(judge, Local) and not judge.form.writes
     written = 0 if writes_nothing else asked * (judge.sampling.max_new_tokens or 0)
     lines += [f"completion tokens: {written:,} at most"] if written else []
     if isinstance(judge, Remote):

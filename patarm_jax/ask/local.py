@@ -17,11 +17,13 @@ from patarm_jax.ask.answers import Answer, Answers, Kind, Question, answer_of, m
 from patarm_jax.ask.shared import my_share
 from patarm_jax.config.sections import JudgingSection, MeshSection, ModelSection, SamplingSection
 from patarm_jax.data.limits import Room
-from patarm_jax.data.tokenizer import encode_chat, encode_dialogue
-from patarm_jax.judge.forms import Form
+from patarm_jax.data.pipeline import encode_question
+from patarm_jax.data.scores import room_for
+from patarm_jax.judge.forms import FORMS, Form
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.rollout.judging import Judged, judge, make_judge, written_ids
+from patarm_jax.rollout.numbers import make_numbers
 from patarm_jax.rollout.probabilities import (
     Expected,
     Unscored,
@@ -30,7 +32,6 @@ from patarm_jax.rollout.probabilities import (
     make_logprobs,
     unscored,
 )
-from patarm_jax.rollout.scalar import make_scorer, scores
 from patarm_jax.rollout.schedule import Request
 from patarm_jax.run.drawing import as_the_model_says
 from patarm_jax.run.learner import rollout_rules
@@ -59,12 +60,13 @@ class Local:
     votes: int  # answers to each question
     seed: int
     max_prompt_tokens: int  # a longer question is recorded as failed
+    form: Form  # how it is asked
     expects: bool = False  # whether a score is the expected one, and not the number that was drawn
 
     @property
     def name(self) -> str:
         """What the folder that was named is called; of the export of a run, the run."""
-        return name_of(Path(self.section.path))
+        return name_of(Path(self.section.adapter or self.section.path))
 
     def excess(self, prompt: int) -> str:
         """How a question of so many tokens is too long, as a clause; empty when it is not."""
@@ -73,8 +75,8 @@ class Local:
     @property
     def room(self) -> Room:
         """The positions of the network, and how many of them an answer may take."""
-        network = self.model.arch
-        return Room(network.max_position_embeddings, 0 if network.scalar_head else self.sampling.max_new_tokens)
+        positions = self.model.arch.max_position_embeddings
+        return room_for(positions, self.model.tokenizer, self.form, self.sampling.max_new_tokens)
 
     @property
     def identity(self) -> dict[str, object]:
@@ -117,7 +119,7 @@ def open_local(
     """
     model = open_model(section, judge)
     drawn = as_the_model_says(sampling, model)
-    if judge != "scalar":
+    if FORMS[judge].writes:
         say(drawn.said)
     mesh = make_mesh(placement, alone=True)
     local = Local(
@@ -129,6 +131,7 @@ def open_local(
         votes=votes,
         seed=seed,
         max_prompt_tokens=longest,
+        form=FORMS[judge],
         expects=expects,
     )
     local.room.check()
@@ -137,27 +140,23 @@ def open_local(
 
 def encode_questions(local: Local, lacking: Sequence[tuple[Question, list[int]]]) -> list[Encoded]:
     """What the judge reads of each question that lacks some votes."""
-    encode = encode_dialogue if local.model.arch.scalar_head else encode_chat
+    encode = partial(encode_question, local.model.tokenizer, form=local.form)
     shown = tqdm(lacking, desc="encode", unit="question", disable=None)  # None: no bar where nobody watches
-    return [
-        Encoded(question, np.asarray(encode(local.model.tokenizer, question.messages), np.int32), min(votes))
-        for question, votes in shown
-    ]
+    return [Encoded(question, encode(messages=question.messages), min(votes)) for question, votes in shown]
 
 
-def ask_local(local: Local, answers: Answers, questions: Sequence[Question], form: Form) -> bool:
+def ask_local(local: Local, answers: Answers, questions: Sequence[Question]) -> bool:
     """Answers what is not answered yet; False when it was asked to stop before the end."""
-    ask = _score if local.model.arch.scalar_head else _judge
-    return _ask(local, answers, questions, partial(ask, local, form))
+    return _ask(local, answers, questions, partial(_judge if local.form.writes else _score, local))
 
 
-def _judge(local: Local, form: Form, params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:
+def _judge(local: Local, params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:
     """The answers of a judge that writes."""
     arch, tokenizer, key = local.model.arch, local.model.tokenizer, jax.random.key(local.seed)
     for first in sorted({one.first for one in encoded}):  # unlike where votes were raised and that was stopped
         group = local.votes - first
         judging = make_judge(
-            arch, tokenizer, local.mesh, local.section, local.sampling, group, form, vote_stride=_VOTE_STRIDE
+            arch, tokenizer, local.mesh, local.section, local.sampling, group, local.form, vote_stride=_VOTE_STRIDE
         )
         alike = [one for one in encoded if one.first == first]
         requests = [Request(one.tokens, one.question.sample_id + first * _VOTE_STRIDE) for one in alike]
@@ -206,15 +205,15 @@ def _scored(answer: Answer, expected: Expected | None) -> Answer:
     return replace(answer, score=expected.score, drawn=answer.score, outside=expected.outside)
 
 
-def _score(local: Local, _form: Form, params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:
-    """The answers of a scalar reward model, which are scores."""
-    scorer = make_scorer(local.model.arch, local.mesh, local.section)
-    for index, score in scores(scorer, params, local.mesh, [one.tokens for one in encoded]):
-        key = encoded[index].question.key
-        if math.isfinite(score):
-            yield [Answer(question=key, vote=0, status="OK", kind=Kind.ANSWER, score=score)]
+def _score(local: Local, params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:
+    """The answers of a reward model that writes nothing, which are scores."""
+    numbers = make_numbers(local.model.arch, local.model.tokenizer, local.mesh, local.section, local.form)
+    for given in numbers(params, [one.tokens for one in encoded]):
+        answer = Answer(question=encoded[given.index].question.key, vote=0, status="OK", kind=Kind.ANSWER)
+        if math.isfinite(given.value):
+            yield [replace(answer, score=given.value, outside=given.outside)]
         else:
-            yield [Answer(question=key, vote=0, status="BAD_SCORE", kind=Kind.ANSWER, reason=f"the head gives {score}")]
+            yield [replace(answer, status="BAD_SCORE", reason=f"the reward model gives {given.value}")]
 
 
 def _ask(
@@ -249,7 +248,7 @@ def _ask(
             get_on(f"{ASKING}: {done} of {total} questions are answered")
             written += sum(one.tokens for one in given)
             cut, count = cut + sum(one.cut for one in given), count + len(given)
-            report(done, {"cut off": percent(cut / count)} if written else {}, written)  # a scalar head writes nothing
+            report(done, {"cut off": percent(cut / count)} if written else {}, written)  # a reward model writes nothing
             if asked() and done < total:
                 share = "" if total == len(questions) else " of the first process"
                 say(f"stopped after {done} of {total} questions{share}; run the command again to resume")

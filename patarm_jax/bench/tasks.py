@@ -161,7 +161,7 @@ class GRPOStep:
 
     def __call__(self) -> object:
         """One step; gives its metrics."""
-        policy, number = self.programs.to_rollout(self.state.params), len(self.finished)
+        policy, number = self.programs.to_rollout(self.state.params, None), len(self.finished)
         self.finished.append(self._timed("sample", lambda: self.run.sample(policy, number)))
         batch = _learnt_from(self.bench, self.run.requests, self.finished[-1])
         if self.reference is not None:

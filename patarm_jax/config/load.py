@@ -126,7 +126,11 @@ def shared_settings(config: Section, prefix: str = "") -> dict[str, object]:
 def lasting_settings(config: Section) -> dict[str, object]:
     """The settings that must stay as they were when a run is resumed: nested mappings, without those marked FREE."""
     return {
-        each.name: lasting_settings(value) if isinstance(value, Section) else value
+        each.name: lasting_settings(value)
+        if isinstance(value, Section)
+        else list(value)  # as JSON gives it back
+        if isinstance(value, tuple)
+        else value
         for each in dataclasses.fields(config)
         if not each.metadata.get("free")
         for value in [getattr(config, each.name)]

@@ -18,11 +18,13 @@ from patarm_jax.config.presets import (
 from patarm_jax.config.sections import (
     FREE,
     PLACE,
+    TARGETS,
     DAPOSection,
     DataSection,
     EndpointSection,
     HeldoutSection,
     JudgingSection,
+    LoRASection,
     MeshSection,
     ModelSection,
     Natural,
@@ -54,10 +56,31 @@ class TrainConfig(Section):
     mesh: MeshSection = field(default_factory=MeshSection, metadata=FREE)
     data: DataSection = field(default_factory=DataSection, metadata=FREE)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    lora: LoRASection = field(default_factory=LoRASection)
     run: RunSection = field(default_factory=RunSection, metadata=FREE)
     heldout: HeldoutSection = field(default_factory=HeldoutSection, metadata=FREE)
     pairs_per_step: Positive = 32  # each gives a prompt for each response; of a pairwise judge, for each order
     micro_batches: Positive = field(default=1, metadata=FREE)  # slices summed in one update; never changes the result
+
+    def check(self) -> None:
+        """Refuses settings of adapters that are not there, and adapters that would belong to no model on disk."""
+        lora, unset = self.lora, LoRASection()
+        for name in ("alpha", "targets", "export"):
+            if not lora.rank and getattr(lora, name) != getattr(unset, name):
+                raise UsageError(
+                    f"lora.{name} is set, and lora.rank is 0: all weights are trained. Set lora.rank, such as 32, or "
+                    "leave it out."
+                )
+        if not lora.targets or len(set(lora.targets)) < len(lora.targets):
+            raise UsageError(
+                f"lora.targets is {list(lora.targets)}; allowed is one or more of {', '.join(TARGETS)}, each once."
+            )
+        beside = "random" if self.model.weights == "random" else self.model.adapter and "changed by model.adapter"
+        if lora.export == "adapter" and beside:
+            raise UsageError(
+                f"lora.export is adapter, and the weights beside them are {beside}: no folder holds what the adapters "
+                "would belong to. Set lora.export to merged."
+            )
 
     def complete(self: Training) -> Training:
         """With what other settings decide for those that are unset."""
@@ -119,6 +142,7 @@ class JudgeTrainConfig(TrainConfig):
 
     def check(self) -> None:
         """Refuses settings that are right one by one and together make no sense."""
+        super().check()
         if self.judge == "pointwise" and self.pairwise != PairwiseSection():
             raise UsageError(
                 f"pairwise.orders is {self.pairwise.orders}, and a pointwise judge reads one response. Set judge to "
@@ -220,7 +244,7 @@ class GRPOConfig(JudgeTrainConfig):
         """Where the KL's reference comes from: the weights that training starts from, unless others are named."""
         if not self.update.reference:
             return self.model
-        return replace(self.model, path=self.update.reference, weights="load")
+        return replace(self.model, path=self.update.reference, adapter="", weights="load")
 
     @property
     def reward_name(self) -> str:
@@ -329,10 +353,14 @@ class GRPOConfig(JudgeTrainConfig):
 
 @dataclass(frozen=True)
 class RewardModelConfig(TrainConfig):
-    """`patarm reward-model`: a Bradley-Terry reward model, one number for a response, from the same pairs."""
+    """`patarm reward-model`: a reward model that gives a response a number and writes nothing, from the same pairs."""
 
     recipe: Literal["reward_model"] = "reward_model"
-    # Whether the column margin of the data is what a chosen response's reward must exceed the rejected one's by.
+    # Where the number comes from. scalar: a head in place of the vocabulary's, by the loss of Bradley and Terry.
+    # ordinal: the model's own probabilities of 0 to 10 as the score that it is asked for, of which it is the mean.
+    head: Literal["scalar", "ordinal"] = "scalar"
+    # Of a scalar head, as centring and packing: whether the column margin of the data is what a chosen response's
+    # reward must exceed the rejected one's by.
     margins: bool = False
     # The weight of (chosen + rejected)^2 in the loss, which keeps rewards around 0; TRL recommends 0.01.
     centring: NotNegative = 0.0
@@ -341,7 +369,7 @@ class RewardModelConfig(TrainConfig):
     @property
     def judge(self) -> JudgeKind:
         """How the trained model is asked."""
-        return "scalar"
+        return self.head
 
     @property
     def rubrics(self) -> RubricMode:
@@ -351,7 +379,8 @@ class RewardModelConfig(TrainConfig):
     @property
     def stage_in_words(self) -> str:
         """What the recipe is, for the model card."""
-        return "Bradley-Terry reward modelling on preference pairs"
+        how = {"scalar": "Bradley-Terry", "ordinal": "ordinal"}[self.head]
+        return f"{how} reward modelling on preference pairs"
 
     @property
     def units_per_step(self) -> int:
@@ -360,6 +389,13 @@ class RewardModelConfig(TrainConfig):
 
     def check(self) -> None:
         """Refuses settings of what a model that writes nothing does not do."""
+        super().check()
+        for name in ("margins", "centring"):
+            if self.head == "ordinal" and getattr(self, name):
+                raise UsageError(
+                    f"{name} is set, and head is ordinal: its scores lie between 0 and 10, and only their order is "
+                    "learnt. Leave it out, or set head to scalar."
+                )
         unset, heldout = HeldoutSection(), self.heldout
         for name in ("votes", "sampling"):
             if getattr(heldout, name) != getattr(unset, name):

@@ -74,6 +74,8 @@ Nucleus = Annotated[float, Range(0, 1, open_low=True)]
 Votes = Annotated[int, Range(1, 1024)]
 Seed = Annotated[int, Range(0, 2**32, open_high=True)]  # jax drops the bits above
 Axis = Annotated[int, Range(1, or_all=True)]
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS: tuple[Target, ...] = get_args(Target)  # all matrices of a layer
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,32 @@ class ModelSection(Section):
     """Where the weights come from and in what precision they compute."""
 
     path: str = field(default="", metadata=PLACE)  # a Hugging Face folder, or the folder of a finished run
+    # A folder of LoRA adapters in PEFT's format that belong to this model: they are added to its weights.
+    adapter: str = field(default="", metadata=PLACE)
     weights: Literal["load", "random"] = "load"  # random: only config.json and the tokenizer are read from path
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # numbers of the computation; the trained master copy is float32
+    # Numbers of the computation, and of weights that are only read; the master copy of what is trained is float32.
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes: nothing, all but matmuls, all
     # Which kernel computes attention. NVIDIA: cudnn for rows of one sequence, pallas for all; TPU: splash. They differ
     # in rounding.
     attention: Literal["auto", "portable", "cudnn", "pallas", "splash"] = "auto"
+
+
+@dataclass(frozen=True)
+class LoRASection(Section):
+    """Adapters that are trained in place of the weights: W + alpha / rank · A·B, as in LoRA (Hu et al., 2021)."""
+
+    rank: Natural = 0  # the width between A and B; 0: no adapters, all weights are trained
+    alpha: AboveZero = 32.0  # the adapters' scale, times the rank
+    # The weights that have adapters, in every layer.
+    targets: tuple[Target, ...] = TARGETS
+    # What a run exports: a whole model with the adapters in its weights, or the adapters alone, in PEFT's format.
+    export: Literal["merged", "adapter"] = field(default="merged", metadata=FREE)
+
+    @property
+    def scale(self) -> float:
+        """What the product of a weight's two adapters is multiplied by; 1 where there are none."""
+        return self.alpha / self.rank if self.rank else 1.0
 
 
 @dataclass(frozen=True)
@@ -139,6 +161,9 @@ class OptimizerSection(Section):
     epsilon: AboveZero = 1e-8  # added to the root of the second moment
     weight_decay: NotNegative = 0.0  # decoupled, for matrices alone; norms are not decayed
     clip_norm: AboveZero = 1.0  # the largest norm of the whole gradient
+    # Numbers that both moving averages are kept in. In bfloat16 they take half the memory; they are rounded at random,
+    # so that on average nothing is lost.
+    moments: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class Room:
 
     positions: int  # max_position_embeddings of config.json; rotary embeddings that are scaled are refused there
     new_tokens: int = 0  # how many may be written after a prompt
-    setting: str = "sampling.max_new_tokens"  # says how many
+    setting: str = "sampling.max_new_tokens"  # says how many, or what they are
 
     def check(self) -> None:
         """Refuses a network that has no position for a prompt.
@@ -35,6 +35,12 @@ class Room:
                 f"{self.setting} is {self.new_tokens:,}, and max_position_embeddings of the model {self.positions:,}, "
                 "so that no prompt fits before it. Lower the setting."
             )
+
+    @property
+    def _taken(self) -> str:
+        """What takes the positions: a setting and its value, or what is always written."""
+        number = f"{self.new_tokens:,}"
+        return f"{self.setting} {number}" if "." in self.setting else f"{self.setting} of {number} tokens"
 
     def excess(self, prompt: int, limit: int) -> str:
         """How a prompt of so many tokens is too long, as a clause; empty when it is not.
@@ -50,6 +56,6 @@ class Room:
         if not self.new_tokens:
             return f"longer than max_position_embeddings {self.positions:,} of the model"
         return (
-            f"longer than the {self.positions - self.new_tokens:,} tokens that {self.setting} {self.new_tokens:,} "
-            f"leaves of max_position_embeddings {self.positions:,}"
+            f"longer than the {self.positions - self.new_tokens:,} tokens that {self._taken} leaves of "
+            f"max_position_embeddings {self.positions:,}"
         )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from patarm_jax.arrays import ComparedPairs, ComparedShape, SFTBatch, SFTShape
+from patarm_jax.arrays import ComparedPairs, ComparedShape, ScoredPairs, ScoredShape, SFTBatch, SFTShape
 from patarm_jax.data.pipeline import PairBatch, Tokens
 from patarm_jax.padding import bucket, pack
 from patarm_jax.types import CHOSEN, REJECTED
@@ -82,6 +82,37 @@ def compared_batch(batch: PairBatch, shape: ComparedShape, pad_id: int, packed: 
         last[row, : counts[row]] = ends.reshape(-1, 2)[members] - 1
         margins[row, : counts[row]] = [batch.records[index].preference.margin or 0.0 for index in members]
     return ComparedPairs(tokens=tokens, starts=starts, last=last, margins=margins, counts=counts)
+
+
+def scored_shape(batch: PairBatch, multiple: int, scores: Sequence[Sequence[int]]) -> ScoredShape:
+    """The shape of a batch of pairs whose scores are asked for.
+
+    Args:
+        batch: this process's records, and the lengths of everyone's.
+        multiple: widths are buckets of so many tokens.
+        scores: the tokens of each score.
+    """
+    return ScoredShape(len(batch.records), bucket(batch.longest_prompt, multiple), max(map(len, scores)))
+
+
+def scored_batch(batch: PairBatch, shape: ScoredShape, pad_id: int, scores: Sequence[Sequence[int]]) -> ScoredPairs:
+    """Both questions of each pair, as arrays of the batch's `scored_shape`."""
+    prompts = np.full((shape.pairs, 2, shape.width), pad_id, np.int32)
+    lengths = np.zeros((shape.pairs, 2), np.int32)
+    for pair, record in enumerate(batch.records):
+        for side, tokens in enumerate(record.prompt_tokens):
+            lengths[pair, side] = len(tokens)
+            prompts[pair, side, : len(tokens)] = tokens
+    behind = np.full((len(scores), shape.continuation), pad_id, np.int32)
+    for score, ids in enumerate(scores):
+        behind[score, : len(ids)] = ids
+    counts = np.asarray(list(map(len, scores)), np.int32)
+    return ScoredPairs(
+        prompt_tokens=prompts,
+        prompt_lengths=lengths,
+        score_tokens=np.tile(behind, (shape.pairs, 1, 1)),
+        score_lengths=np.tile(counts, (shape.pairs, 1)),
+    )
 
 
 def _lengths_of_pairs(batch: PairBatch) -> list[int]:

@@ -19,10 +19,11 @@ from tqdm import tqdm
 from patarm_jax.config.sections import DataSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.preferences import Report
+from patarm_jax.data.scores import opened_answer
 from patarm_jax.data.sft import JudgedPreference
 from patarm_jax.data.tokenizer import Tokenizer, encode_chat, encode_dialogue, encode_judgement
 from patarm_jax.judge.forms import POINTWISE, Form
-from patarm_jax.types import Preference, RubricMode, UsageError, UserError
+from patarm_jax.types import Message, Preference, RubricMode, UsageError, UserError
 
 Tokens = np.ndarray  # [T] int32
 
@@ -152,10 +153,18 @@ def _encode(
     ask = partial(form.ask, given.prompt, domain=given.domain, rubrics=rubrics)
     sides = (given.chosen, given.rejected)
     shown = (sides, sides[::-1]) if form.responses == 2 else ((given.chosen,), (given.rejected,))
-    encode = encode_chat if form.writes else encode_dialogue
-    return EncodedPair(
-        index, given, tuple(np.asarray(encode(tokenizer, ask(*responses)), np.int32) for responses in shown)
-    )
+    return EncodedPair(index, given, tuple(encode_question(tokenizer, ask(*responses), form) for responses in shown))
+
+
+def encode_question(tokenizer: Tokenizer, messages: Sequence[Message], form: Form) -> Tokens:
+    """What a judge of a form reads: a question up to where it begins to write, or all before the number it gives."""
+    if form.writes:
+        ids = encode_chat(tokenizer, messages)
+    elif form.has_score_head:
+        ids = encode_dialogue(tokenizer, messages)
+    else:
+        ids = encode_chat(tokenizer, messages) + opened_answer(tokenizer)
+    return np.asarray(ids, np.int32)
 
 
 def _excess(pair: EncodedPair, section: DataSection, room: Room) -> tuple[str, int] | None:

@@ -114,6 +114,20 @@ def read_preferences_with_margins(section: DataSection) -> tuple[list[Preference
     return _collect(section, "data", with_margin)
 
 
+def read_preferences_without_margins(section: DataSection) -> tuple[list[Preference], Report]:
+    """The same as `read_preferences`, with a note on rows that have a margin, which is not read."""
+    where: list[str] = []
+
+    def without(preference: Preference, row: Row, values: Mapping[str, object]) -> Preference:
+        if values[MARGIN] is not None:
+            where.append(row.where)
+        return preference
+
+    read, report = _collect(section, "data", without)
+    note = f"{len(where):,} have a margin, which is not read unless margins is true [{where[0]}]" if where else ""
+    return read, replace(report, notes=(*report.notes, note) if note else report.notes)
+
+
 def _collect(
     section: DataSection, setting: str, finish: Callable[[Preference, Row, Mapping[str, object]], Record]
 ) -> tuple[list[Record], Report]:

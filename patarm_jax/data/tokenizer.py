@@ -59,8 +59,13 @@ class Tokenizer:
     files: dict[str, bytes]  # name → content, as read, for `save_tokenizer`
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a local Hugging Face folder; nothing is downloaded."""
+def load_tokenizer(folder: Path, model: Path | None = None) -> Tokenizer:
+    """The tokenizer in a local Hugging Face folder; nothing is downloaded.
+
+    Args:
+        folder: holds it.
+        model: the folder whose configs name the end tokens where this one's do not; None: this one's alone.
+    """
     files = _read_files(folder)
     try:
         fast = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
@@ -77,7 +82,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     _refuse_what_cannot_be_exact(folder, state)
     control_tokens = {token["content"]: token["id"] for token in state["added_tokens"]}
     special = {token["content"] for token in state["added_tokens"] if token["special"]}
-    stop_ids = _stop_ids(folder, fast, control_tokens)
+    stop_ids = _stop_ids([folder, model or folder], fast, control_tokens)
     return Tokenizer(
         fast=fast,
         plain=_without_added_tokens(state),
@@ -189,6 +194,11 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     return _encode(tokenizer.plain, text, (), {})
 
 
+def encode_trusted(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a piece of a judgement in which `<think>` and `</think>` are tokens of their own."""
+    return _encode(tokenizer.plain, text, [(0, len(text))], tokenizer.thinking_tokens)
+
+
 def written(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """All that stands in a judge's turn: what the chat template began, then the text of some sampled ids."""
     return tokenizer.opening + decode(tokenizer, ids)
@@ -278,17 +288,21 @@ def _refuse_what_cannot_be_exact(folder: Path, state: dict[str, Any]) -> None:
             )
 
 
-def _stop_ids(folder: Path, fast: PreTrainedTokenizerFast, control_tokens: dict[str, int]) -> tuple[int, ...]:
+def _stop_ids(
+    folders: Sequence[Path], fast: PreTrainedTokenizerFast, control_tokens: dict[str, int]
+) -> tuple[int, ...]:
     """Generation's end tokens, else the model's, else the tokenizer's; before them the end of a turn.
 
     A base model's config ends a document, not a turn, though its chat template writes turns.
     """
-    declared = [_declared_eos(folder / name) for name in ("generation_config.json", "config.json")]
+    names = ("generation_config.json", "config.json")
+    declared = [_declared_eos(folder / name) for folder in folders for name in names]
     found = next((ids for ids in declared if ids), [] if fast.eos_token_id is None else [fast.eos_token_id])
     if END_OF_TURN in control_tokens and END_OF_TURN in str(fast.chat_template):
         found = [control_tokens[END_OF_TURN], *found]
     if not found:
-        raise UserError(f"nothing in {folder} names an end token. Set eos_token_id in {folder}/generation_config.json.")
+        where = folders[0]
+        raise UserError(f"nothing in {where} names an end token. Set eos_token_id in {where}/generation_config.json.")
     return tuple(dict.fromkeys(found))
 
 

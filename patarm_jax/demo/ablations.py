@@ -75,6 +75,10 @@ class Variant:
         words = [self.start, *(f"{key.rpartition('.')[2]}-{value}" for key, value in self.settings.items())]
         return re.sub(r"[^\w.-]", "_", "_".join(words))
 
+    def folder(self, out: Path, seed: int) -> Path:
+        """Where its run of a seed lies."""
+        return out / "runs" / f"{self.name}-{seed}"
+
 
 def _set(name: str, *values: object, base: object = None) -> dict[str, Variant]:
     """A variant for each value of a setting, the base for that which it has in any case."""
@@ -120,31 +124,35 @@ def main(out: Path, parts: Sequence[str], seeds: int, sizes: DemoSizes = SIZES) 
     rows: list[dict[str, Any]] = []
     for part in parts:
         for name, variant in PARTS[part].items():
-            found = [_run(out, variant, seed, sizes) for seed in range(seeds)]
-            rows.append(_row(part, name, variant, found))
-            others = [row for row in _table(out) if (row["part"], row["variant"]) != (part, name)]
-            write_text(out / "table.json", json.dumps([*others, rows[-1]], indent=1) + "\n")
+            found = [trained(out, variant, seed, sizes) for seed in range(seeds)]
+            rows.append(row_of(part, name, dict(variant.settings), variant.start, found))
+            keep_row(out, rows[-1])
         of_part = [row for row in rows if row["part"] == part]
         bars = {str(row["variant"]): (row["mean"], row["low"], row["high"]) for row in of_part}
         draw_bars(out / part, f"{part}: held-out accuracy (%), {seeds} seeds, a tie as ½, with 95 % interval", bars)
-    _show(rows)
+    show(rows)
     return rows
 
 
-def _table(out: Path) -> list[dict[str, Any]]:
+def keep_row(out: Path, row: Mapping[str, Any]) -> None:
+    """Puts a row into table.json, in the place of an earlier one of its part and variant."""
     path = out / "table.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return rows
+    others = [one for one in rows if (one["part"], one["variant"]) != (row["part"], row["variant"])]
+    write_text(path, json.dumps([*others, row], indent=1) + "\n")
 
 
-def _row(part: str, name: str, variant: Variant, found: Sequence[Measured]) -> dict[str, Any]:
+def row_of(
+    part: str, name: str, settings: Mapping[str, object], start: str, found: Sequence[Measured]
+) -> dict[str, Any]:
+    """A variant's row of the table, from what its seeds came to."""
     pooled = np.concatenate([np.asarray(each.outcomes) for each in found])
     low, high = (float(end) for end in limits(pooled, np.ones(len(pooled))).interval)
     return {
         "part": part,
         "variant": name,
-        "settings": dict(variant.settings),
-        "start": variant.start,
+        "settings": settings,
+        "start": start,
         "accuracies": [each.accuracy for each in found],
         "mean": float(pooled.mean()),
         "low": low,
@@ -155,7 +163,8 @@ def _row(part: str, name: str, variant: Variant, found: Sequence[Measured]) -> d
     }
 
 
-def _show(rows: Sequence[Mapping[str, Any]]) -> None:
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints rows of the table."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title="held-out accuracy in %, a tie as ½", title_justify="left")
     for heading in ("part", "variant", "seeds", "mean", "95 % interval", "readable", "seconds", "tokens"):
         table.add_column(heading, no_wrap=True, justify="left" if heading in ("part", "variant") else "right")
@@ -170,34 +179,39 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def _run(out: Path, variant: Variant, seed: int, sizes: DemoSizes) -> Measured:
+def trained(out: Path, variant: Variant, seed: int, sizes: DemoSizes) -> Measured:
     """Trains and measures a variant, or reads what came of it before."""
-    folder = out / "runs" / f"{variant.name}-{seed}"
+    folder = variant.folder(out, seed)
     result = folder / "result.json"
     if result.is_file():
         return Measured(**json.loads(result.read_text(encoding="utf-8")))
     start = STARTS[variant.start]
-    begun, config, sft_config = _started(out, variant.start, seed, sizes)
+    begun, config, sft_config = started(out, variant.start, seed, sizes)
     flags = [f"--{name}={value}" for name, value in variant.settings.items()]
     config = override(replace(config, run=replace(config.run, folder=str(folder / "grpo"))), flags)
-    _say(f"{variant.name}, seed {seed}")
-    with _quietly(folder / "log.txt"):
+    say(f"{variant.name}, seed {seed}")
+    with quietly(folder / "log.txt"):
         try:
             finished = grpo.main(config)
         except LearntNothing as nothing:
-            _say(str(nothing))
+            say(str(nothing))
             finished = True
         if not finished:
             raise UserError(f"stopped. Start it again to go on in {out}.")
         outcomes, valid = _measured(start, begun, folder, config, sft_config)
-    lines = [json.loads(line) for line in (folder / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    seconds, tokens = sum(line["step_time"] for line in lines[1:]), lines[-1]["num_tokens"]
+    seconds, tokens = of_training(folder / "grpo")
     write_text(result, json.dumps({"outcomes": outcomes, "valid": valid, "seconds": seconds, "tokens": tokens}) + "\n")
     jax.clear_caches()  # no later run has these programs
-    return _run(out, variant, seed, sizes)
+    return trained(out, variant, seed, sizes)
 
 
-def _started(out: Path, name: str, seed: int, sizes: DemoSizes) -> tuple[Path, GRPOConfig, SFTConfig]:
+def of_training(run: Path) -> tuple[float, int]:
+    """Seconds of a run, without compiling its first step, and the tokens it read and wrote."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return sum(line["step_time"] for line in lines[1:]), lines[-1]["num_tokens"]
+
+
+def started(out: Path, name: str, seed: int, sizes: DemoSizes) -> tuple[Path, GRPOConfig, SFTConfig]:
     """The SFT judge of a start and seed with its data, made where it is not there; and the configs of its runs."""
     start, folder = STARTS[name], out / "starts" / f"{name}-{seed}"
     sft_config, grpo_config = demo_configs(folder, seed, sizes, start.system)
@@ -211,8 +225,8 @@ def _started(out: Path, name: str, seed: int, sizes: DemoSizes) -> tuple[Path, G
         _make_data(folder, start, seed, sizes)
     write_untrained_model(folder / "model", folder / "data" / "train.jsonl", seed, FORMS[start.system], start.rubrics)
     if not (folder / "sft" / "export").is_dir():
-        _say(f"SFT of {name}, seed {seed}")
-        with _quietly(folder / "log.txt"):
+        say(f"SFT of {name}, seed {seed}")
+        with quietly(folder / "log.txt"):
             if not sft.main(sft_config):
                 raise UserError(f"stopped. Start it again to go on in {out}.")
     return folder, grpo_config, sft_config
@@ -276,14 +290,15 @@ def _measured(
 
 
 @contextlib.contextmanager
-def _quietly(log: Path) -> Any:
+def quietly(log: Path) -> Any:
     """What a run says goes into a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         yield
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """Tells the user, whatever is kept from the screen."""
     print(message, file=sys.__stderr__, flush=True)
 
 

@@ -64,7 +64,7 @@ def demo_configs(
     """The two runs, in folder/sft and folder/grpo; the second begins with the judge that the first has made."""
     data = DataSection(path=str(folder / "data" / "train.jsonl"))
     sft = SFTConfig(
-        model=_model(folder / "model"),
+        model=model_section(folder / "model"),
         data=data,
         optimizer=OptimizerSection(
             learning_rate=3e-3,  # a small network from scratch: a thousand times what an 8B judge is given
@@ -78,7 +78,7 @@ def demo_configs(
         pairs_per_step=16,
     )
     grpo = GRPOConfig(
-        model=_model(folder / "sft"),
+        model=model_section(folder / "sft"),
         data=data,
         optimizer=OptimizerSection(
             # A sixth of SFT's. A choice hangs on one token: at this rate it would swing between A and B.
@@ -101,7 +101,7 @@ def demo_configs(
 def judge_config(model: Path, pairs: Path, scores: Path, seed: int, config: SFTConfig) -> JudgeConfig:
     """Scores for a file of pairs, one judgement of each response."""
     return JudgeConfig(
-        model=_model(model),
+        model=model_section(model),
         data=DataSection(path=str(pairs)),
         sampling=JudgingSection(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=48),  # as GRPO draws
         rubrics=config.rubrics,
@@ -116,7 +116,7 @@ def compare_config(model: Path, pairs: Path, folder: Path, seed: int, config: SF
     return EvalConfig(
         benchmark="pairs",
         judge="pairwise",
-        model=_model(model),
+        model=model_section(model),
         data=DataSection(path=str(pairs), split=""),
         sampling=judge_config(model, pairs, folder, seed, config).sampling,
         rubrics=config.rubrics,
@@ -125,7 +125,7 @@ def compare_config(model: Path, pairs: Path, folder: Path, seed: int, config: SF
     )
 
 
-def _model(path: Path) -> ModelSection:
+def model_section(path: Path) -> ModelSection:
     """Float32, for CPUs gain nothing by bfloat16; and nothing is recomputed, for memory is no concern."""
     return ModelSection(path=str(path), dtype="float32", remat="none")
 

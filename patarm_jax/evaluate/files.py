@@ -32,6 +32,7 @@ from patarm_jax.evaluate.scoring import TIE_RULES, Strata
 from patarm_jax.evaluate.statistics import Difference, Measured, Name, compare
 from patarm_jax.evaluate.summary import markdown
 from patarm_jax.files import one_line
+from patarm_jax.judge.forms import FORMS
 from patarm_jax.types import UserError
 
 RESULTS, UNITS, JUDGEMENTS = "results.json", "units.parquet", "judgements.parquet"
@@ -83,9 +84,9 @@ def _results(result: Evaluation) -> dict[str, object]:
 
 
 def _sampling(config: EvalConfig) -> dict[str, float | None] | None:
-    """What answers were drawn by, null for what was left to a server; None of a scalar head, which draws nothing."""
+    """What answers were drawn by, null for what was left to a server; None of a reward model that writes nothing."""
     names = ("temperature", "top_k", "top_p", "max_new_tokens")
-    return None if config.judge == "scalar" else {name: getattr(config.sampling, name) for name in names}
+    return None if not FORMS[config.judge].writes else {name: getattr(config.sampling, name) for name in names}
 
 
 def _write_judgements(path: Path, result: Evaluation, asked: Sequence[Asked], answers: Answers) -> None:

@@ -17,6 +17,7 @@ from patarm_jax.evaluate.outcomes import Choices, Rule, Scores, gaps, position_b
 from patarm_jax.evaluate.proportions import limits
 from patarm_jax.evaluate.scoring import TIE_RULES, Strata, measure, numbers, who_won
 from patarm_jax.evaluate.statistics import Difference, Measured, Name, TieRule, intervals
+from patarm_jax.judge.forms import FORMS
 
 # Edges of the bins of |score gap| in the calibration.
 GAPS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, np.inf)
@@ -63,9 +64,9 @@ class Evaluation:
 
     @property
     def official(self) -> TieRule:
-        """The tie rule of the benchmark; a scalar head's ties are wrong on RewardBench too."""
+        """The tie rule of the benchmark; ties of a reward model that writes nothing are wrong on RewardBench too."""
         layout = self.strata.layout
-        return (self.config.judge == "scalar" and layout.official_of_scalar) or layout.official
+        return (not FORMS[self.config.judge].writes and layout.official_of_scalar) or layout.official
 
     @property
     def is_official(self) -> bool:
@@ -130,8 +131,9 @@ def _by_question(answers: Sequence[Answer]) -> dict[str, list[Pair]]:
     """The readable answers to each question whose scores are expected ones."""
     found: dict[str, list[Pair]] = {}
     for one in answers:
-        if one.score is not None and one.drawn is not None and one.outside is not None:
-            found.setdefault(one.question, []).append((one.score, one.drawn, one.outside))
+        if one.score is not None and one.outside is not None:
+            drawn = one.score if one.drawn is None else one.drawn  # of an ordinal judge, which draws nothing
+            found.setdefault(one.question, []).append((one.score, drawn, one.outside))
     return found
 
 

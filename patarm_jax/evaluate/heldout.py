@@ -8,18 +8,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from patarm_jax.arrays import Params
+from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import HeldoutSection
-from patarm_jax.data.limits import Room
 from patarm_jax.data.pairs import shared_between
 from patarm_jax.data.pipeline import EncodedPair, digest_of, encode_pairs
 from patarm_jax.data.preferences import read_preferences
+from patarm_jax.data.scores import room_for
 from patarm_jax.evaluate.accuracy import Accuracy, accuracy_of_choices, gap_or_position, pairwise_accuracy
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.sharding import OnMesh, batch_shards, gather
 from patarm_jax.rollout.judging import Judge, judge_all, make_judge, numbers_of, places_of, requests_of
-from patarm_jax.rollout.scalar import Scorer, make_scorer, scores
+from patarm_jax.rollout.numbers import Numbers, make_numbers
 from patarm_jax.run.drawing import heldout_sampling
 from patarm_jax.run.learner import weight_sync
 from patarm_jax.run.open_model import Model
@@ -44,37 +44,37 @@ class Heldout(_NowAndThen):
     """What is judged, and by which programs."""
 
     judge: Judge
-    to_rollout: OnMesh[[Params], Params]  # to the copy for sampling
+    to_rollout: OnMesh[[Params, Tree], Params]  # to the copy for sampling
     key: jax.Array  # the same at every step, so that a difference is the weights'
     records: Sequence[EncodedPair]
     # This process's part of them; behind the last the first ones follow again, so that devices share evenly.
     share: Sequence[EncodedPair]
 
-    def __call__(self, params: Params) -> dict[str, float]:
+    def __call__(self, params: Params, frozen: Tree) -> dict[str, float]:
         """Judges all held-out pairs; the metrics of that."""
-        return heldout_metrics(*judge_heldout(self, params))
+        return heldout_metrics(*judge_heldout(self, params, frozen))
 
 
 @dataclass(frozen=True)
 class HeldoutRewards(_NowAndThen):
-    """What a scalar reward model is measured on, and by which program."""
+    """What a reward model that writes nothing is measured on, and by what."""
 
-    mesh: Mesh
-    scores: Scorer
-    to_rollout: OnMesh[[Params], Params]  # to weights as the scorer reads them
+    rewards: Numbers
+    to_rollout: OnMesh[[Params, Tree], Params]  # to weights as that reads them
     records: Sequence[EncodedPair]
 
-    def __call__(self, params: Params) -> dict[str, float]:
+    def __call__(self, params: Params, frozen: Tree) -> dict[str, float]:
         """Gives every response of the held-out pairs its reward; the metrics of that."""
         conversations = [tokens for record in self.records for tokens in record.prompt_tokens]
-        of_all = np.zeros(len(conversations))
-        for index, reward in scores(self.scores, self.to_rollout(params), self.mesh, conversations):
-            of_all[index] = reward
+        of_all, outside = np.zeros(len(conversations)), []
+        for given in self.rewards(self.to_rollout(params, frozen), conversations):
+            of_all[given.index] = given.value
+            outside += [] if given.outside is None else [given.outside]
         rewards = of_all.reshape(-1, 2, 1)
         found = pairwise_accuracy(rewards, np.isfinite(rewards))
         chosen, rejected = rewards.mean(axis=(0, 2))
         means = {"eval/rewards/chosen/mean": float(chosen), "eval/rewards/rejected/mean": float(rejected)}
-        return accuracy_metrics(found) | means
+        return accuracy_metrics(found) | means | ({"eval/outside": float(np.mean(outside))} if outside else {})
 
 
 def open_heldout(
@@ -89,17 +89,18 @@ def open_heldout(
     said = _refuse_shared_pairs(config, training, preferences)
     if section.limit:
         preferences = preferences[: section.limit]
-    form, to_rollout = FORMS[config.judge], weight_sync(model.arch, mesh, config.mesh, config.model.dtype)
+    form, to_rollout = FORMS[config.judge], weight_sync(config, model.arch, mesh)
     sampling = heldout_sampling(config, model) if form.writes else None
     new_tokens = sampling.max_new_tokens if sampling else 0
-    room = Room(model.arch.max_position_embeddings, new_tokens, "heldout.sampling.max_new_tokens")
+    settings = model.tokenizer, form, new_tokens, "heldout.sampling.max_new_tokens"
+    room = room_for(model.arch.max_position_embeddings, *settings)
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data, room, form)
     say(f"held out, {section.path}: {read}{said}. Encoded: {encoded}.")
     asked = {"number of pairs": len(records), "pairs": digest_of(records)}
     agree("the held-out pairs they read", asked | ({"sampling": asdict(sampling)} if sampling else {}))
     if sampling is None:
-        scorer = make_scorer(model.arch, mesh, config.model)
-        return HeldoutRewards(section, mesh, scorer, to_rollout, records)
+        rewards = make_numbers(model.arch, model.tokenizer, mesh, config.model, form)
+        return HeldoutRewards(section, rewards, to_rollout, records)
     shards, processes = batch_shards(mesh), jax.process_count()
     padded = list(itertools.islice(itertools.cycle(records), -(-len(records) // shards) * shards))
     each = len(padded) // processes
@@ -130,9 +131,11 @@ def _refuse_shared_pairs(config: TrainConfig, training: Sequence[Preference], he
     return f"; {shared.prompts:,} of these pairs have a prompt that training has with other responses"
 
 
-def judge_heldout(heldout: Heldout, params: Params) -> tuple[Accuracy, float]:
+def judge_heldout(heldout: Heldout, params: Params, frozen: Tree) -> tuple[Accuracy, float]:
     """What the judge is worth on all held-out pairs, and the share of judgements that were cut off."""
-    finished, judgements = judge_all(heldout.judge, heldout.to_rollout(params), requests_of(heldout.share), heldout.key)
+    finished, judgements = judge_all(
+        heldout.judge, heldout.to_rollout(params, frozen), requests_of(heldout.share), heldout.key
+    )
     form = heldout.judge.form
     mine = (*numbers_of(judgements, places_of(heldout.share), form), finished.truncated)
     numbers, status, truncated = (x[: 2 * len(heldout.records)] for x in gather(heldout.judge.engine.mesh, mine))

@@ -11,6 +11,7 @@ from patarm_jax.ask.replies import ALL_APART
 from patarm_jax.evaluate.catalogue import BENCHMARKS
 from patarm_jax.evaluate.findings import Evaluation
 from patarm_jax.evaluate.statistics import Name, TieRule
+from patarm_jax.judge.forms import FORMS
 
 _TIES: dict[TieRule, str] = {"strict": "wrong", "half": "½"}  # what a tie counts as
 _WORDS: dict[TieRule, str] = {rule: f"tie = {said}" for rule, said in _TIES.items()}
@@ -238,10 +239,10 @@ def _notes(result: Evaluation) -> str:
 def _asked(result: Evaluation) -> str:
     """How the judge was asked."""
     config = result.config
-    if config.judge == "scalar":
-        return "Scores of a scalar head, nothing is sampled"
+    if not FORMS[config.judge].writes:
+        return f"Numbers of a reward model ({config.judge}), nothing is sampled"
     sampling = config.sampling
-    rubrics = "No rubrics" if config.judge == "baseline" else f"Rubrics {config.rubrics}"
+    rubrics = "No rubrics" if not FORMS[config.judge].reads_rubrics else f"Rubrics {config.rubrics}"
     limit = f", at most {sampling.max_new_tokens:,} new tokens" if sampling.max_new_tokens else ""
     drawn = {"temperature": sampling.temperature, "top-p": sampling.top_p, "top-k": sampling.top_k}
     set_ = [f"{name} {value:g}" for name, value in drawn.items() if value is not None and (name, value) != ("top-k", 0)]

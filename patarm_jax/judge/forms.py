@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from patarm_jax.judge.parse import parse_baseline, parse_pairwise, parse_pointwise
-from patarm_jax.judge.prompts import baseline, pairwise, pointwise
+from patarm_jax.judge.prompts import baseline, ordinal, pairwise, pointwise
 from patarm_jax.types import Judgement, Message, RubricMode
 
 
@@ -30,7 +30,9 @@ class Form:
     number: Callable[[Judgement, int], float | None]
     # What the two questions about a pair are called: of the chosen and of the rejected response, or in both orders.
     places: tuple[str, str]
+    reads_rubrics: bool = True
     writes: bool = True  # whether the answer is text, which is read, and not a number
+    has_score_head: bool = False  # whether a head of one number gives that number, in place of the vocabulary's
 
 
 def _pointwise(prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode) -> list[Message]:
@@ -48,6 +50,11 @@ def _baseline(prompt: str | Sequence[Message], *responses: str, domain: str, rub
     return baseline(prompt, response)
 
 
+def _ordinal(prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode) -> list[Message]:
+    (response,) = responses
+    return ordinal(prompt, response)
+
+
 def _dialogue(prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode) -> list[Message]:
     (response,) = responses
     turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
@@ -55,7 +62,7 @@ def _dialogue(prompt: str | Sequence[Message], *responses: str, domain: str, rub
 
 
 def _writes_nothing(text: str) -> Judgement:
-    raise TypeError("a scalar reward model gives a number and writes nothing that could be read")
+    raise TypeError("a reward model gives a number and writes nothing that could be read")
 
 
 def _score(judgement: Judgement, _place: int) -> float | None:
@@ -75,8 +82,12 @@ POINTWISE = Form("pointwise", 1, _pointwise, parse_pointwise, _score, SIDES)
 # Two responses, a choice.
 PAIRWISE = Form("pairwise", 2, _pairwise, parse_pairwise, _is_right, ORDERS)
 # A general model, asked for a score without rubrics.
-BASELINE = Form("baseline", 1, _baseline, parse_baseline, _score, SIDES)
+BASELINE = Form("baseline", 1, _baseline, parse_baseline, _score, SIDES, reads_rubrics=False)
 # A reward model with a head that gives one number.
-SCALAR = Form("scalar", 1, _dialogue, _writes_nothing, _score, SIDES, writes=False)
+SCALAR = Form(
+    "scalar", 1, _dialogue, _writes_nothing, _score, SIDES, reads_rubrics=False, writes=False, has_score_head=True
+)
+# The expectation of a score that is asked for at once.
+ORDINAL = Form("ordinal", 1, _ordinal, _writes_nothing, _score, SIDES, reads_rubrics=False, writes=False)
 
-FORMS = {form.name: form for form in (POINTWISE, PAIRWISE, BASELINE, SCALAR)}
+FORMS = {form.name: form for form in (POINTWISE, PAIRWISE, BASELINE, SCALAR, ORDINAL)}

@@ -27,6 +27,7 @@ from patarm_jax.model.cache import KVCache, PromptCache, by_head, with_token
 from patarm_jax.model.kernels import PORTABLE, Kernel
 from patarm_jax.model.sharding import BATCH_AXES, TRAIN_RULES, Rules, constrain, named_sharding
 
+LORA_A, LORA_B = "_lora_A", "_lora_B"  # behind the name of a weight: its adapters; see `model.lora`
 NO_MESH = jax.sharding.AbstractMesh((), ())
 Remat: TypeAlias = Literal["none", "dots", "full"]
 
@@ -65,6 +66,7 @@ class _Pass:
     kernel: Kernel = PORTABLE  # computes attention to prompts and completions as wholes
     remat: Remat = "none"
     keep: bool = False  # the keys and values of a prompt
+    lora_scale: float = 1.0  # of what adapters give, where weights have any
 
 
 def init_params(arch: Architecture, key: jax.Array, mesh: Mesh | None = None, rules: Rules = TRAIN_RULES) -> Params:
@@ -124,6 +126,7 @@ def forward(
     dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
     kernel: Kernel = PORTABLE,
+    lora_scale: float = 1.0,
 ) -> Output:
     """Hidden states of plain or packed sequences, or of prompts with the G completions that share them.
 
@@ -143,6 +146,7 @@ def forward(
         dtype: of the computation; norms, softmax and rotary embedding are float32 regardless.
         remat: what the backward pass recomputes.
         kernel: of attention, from `kernels.choose` for rows of this form.
+        lora_scale: alpha / rank of the adapters, where the parameters have any: see `model.lora`.
 
     Returns:
         Output; hidden states at padded positions mean nothing.
@@ -161,7 +165,7 @@ def forward(
         behind = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(completion.shape[2]), completion.shape)
         tokens = jnp.concatenate([tokens, completion.reshape(rows, -1)], axis=1)
         positions = jnp.concatenate([positions, behind.reshape(rows, -1)], axis=1)
-    hidden, _ = _apply(params, arch, tokens, positions, streams, _Pass(dtype, kernel, remat))
+    hidden, _ = _apply(params, arch, tokens, positions, streams, _Pass(dtype, kernel, remat, lora_scale=lora_scale))
     completed = None if completion is None else hidden[:, width:].reshape(*completion.shape, -1)
     return Output(hidden[:, :width], completed, _head(params, arch, dtype))
 
@@ -303,7 +307,7 @@ class _Block(nn.Module):
         attend = _Attention(self.config, self.how, self.layer, name="self_attn")
         mixed, kept = attend(_norm(self, "input_layernorm", x, eps), rotary, context)
         x = constrain(x + mixed, BATCH_AXES, None, None)
-        x = x + _MLP(self.config, self.how.dtype, name="mlp")(_norm(self, "post_attention_layernorm", x, eps))
+        x = x + _MLP(self.config, self.how, name="mlp")(_norm(self, "post_attention_layernorm", x, eps))
         return constrain(x, BATCH_AXES, None, None), kept
 
 
@@ -327,9 +331,10 @@ class _Attention(nn.Module):
         v_proj = _weight(self, "v_proj", (d, k, h), ("embed", "kv_heads", "head_dim")).astype(dtype)
         o_proj = _weight(self, "o_proj", (n, h, d), ("heads", "head_dim", "embed")).astype(dtype)
 
-        q = _norm(self, "q_norm", jnp.einsum("rsd,dnh->rsnh", x, q_proj), c.rms_norm_eps)
-        keys = _norm(self, "k_norm", jnp.einsum("rsd,dkh->rskh", x, k_proj), c.rms_norm_eps)
-        values = jnp.einsum("rsd,dkh->rskh", x, v_proj)
+        q = _adapted(self, "q_proj", x, jnp.einsum("rsd,dnh->rsnh", x, q_proj))
+        keys = _adapted(self, "k_proj", x, jnp.einsum("rsd,dkh->rskh", x, k_proj))
+        values = _adapted(self, "v_proj", x, jnp.einsum("rsd,dkh->rskh", x, v_proj))
+        q, keys = _norm(self, "q_norm", q, c.rms_norm_eps), _norm(self, "k_norm", keys, c.rms_norm_eps)
         q, keys, values = (constrain(y, BATCH_AXES, None, "tensor", None) for y in (q, keys, values))
         q, keys = _rotate(q, *rotary), _rotate(keys, *rotary)
 
@@ -346,21 +351,34 @@ class _Attention(nn.Module):
             kept = by_head(keys, values) if self.how.keep else None
             out = kernels.attend(q, keys, values, context, self.how.kernel)
         # One contracted axis: XLA would lay the weight anew, each time, to contract two.
-        return out.astype(dtype).reshape(*x.shape[:2], n * h) @ o_proj.reshape(n * h, d), kept
+        out = out.astype(dtype).reshape(*x.shape[:2], n * h)
+        return _adapted(self, "o_proj", out, out @ o_proj.reshape(n * h, d)), kept
 
 
 class _MLP(nn.Module):
     config: Architecture
-    dtype: DTypeLike
+    how: _Pass
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         d, f = self.config.hidden_size, self.config.intermediate_size
-        gate = _weight(self, "gate_proj", (d, f), ("embed", "mlp")).astype(self.dtype)
-        up = _weight(self, "up_proj", (d, f), ("embed", "mlp")).astype(self.dtype)
-        down = _weight(self, "down_proj", (f, d), ("mlp", "embed")).astype(self.dtype)
-        hidden = constrain(nn.silu(x @ gate) * (x @ up), BATCH_AXES, None, "tensor")
-        return hidden @ down
+        gate = _weight(self, "gate_proj", (d, f), ("embed", "mlp")).astype(self.how.dtype)
+        up = _weight(self, "up_proj", (d, f), ("embed", "mlp")).astype(self.how.dtype)
+        down = _weight(self, "down_proj", (f, d), ("mlp", "embed")).astype(self.how.dtype)
+        gated, raised = _adapted(self, "gate_proj", x, x @ gate), _adapted(self, "up_proj", x, x @ up)
+        hidden = constrain(nn.silu(gated) * raised, BATCH_AXES, None, "tensor")
+        return _adapted(self, "down_proj", hidden, hidden @ down)
+
+
+def _adapted(module: nn.Module, name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """What a weight makes of x, with what its adapters add where it has any: y + scale · x·A·B."""
+    if not module.has_variable("params", name + LORA_A):
+        return y
+    a: jax.Array = module.get_variable("params", name + LORA_A).astype(y.dtype)
+    b: jax.Array = module.get_variable("params", name + LORA_B).astype(y.dtype)
+    rank = a.shape[-1]
+    added = x @ a.reshape(x.shape[-1], rank) @ b.reshape(rank, -1)
+    return y + module.how.lora_scale * added.reshape(y.shape)
 
 
 def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:

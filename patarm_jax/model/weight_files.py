@@ -65,8 +65,9 @@ def read_stored(folder: Path) -> Stored:
     arch = read_architecture(folder)
     if (folder / ADAPTER).exists():
         raise UserError(
-            f"{folder} holds {ADAPTER}: an adapter, which transformers puts on top of the weights. Merge it into the "
-            "model and give the merged folder, or remove the adapter's files if the weights are merged already."
+            f"{folder} holds {ADAPTER} beside config.json: an adapter, which transformers puts on top of the weights. "
+            "Give the adapter's files a folder of their own and name it with model.adapter, or remove them if the "
+            "weights are merged already."
         )
     listing, files = _list(folder)
     remarks = []
@@ -225,8 +226,20 @@ def _unreadable(file: Path, error: OSError) -> UserError:
 # ------------------------------------------------------------------------------------------------------------ one file
 
 
-def check_file(file: Path, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses a file in which a tensor has another shape or dtype than can be read."""
+def check_file(
+    file: Path,
+    wanted: Mapping[str, tuple[int, ...]],
+    asks: str = "config.json",
+    wrong: str = "The weights and the config are of different models.",
+) -> None:
+    """Refuses a file in which a tensor has another shape or dtype than can be read.
+
+    Args:
+        file: of safetensors.
+        wanted: tensor → shape.
+        asks: what asks for these shapes.
+        wrong: a sentence on what a tensor of another shape means.
+    """
     with contextlib.ExitStack() as stack:
         opened = open_file(file, stack)
         for name, shape in wanted.items():
@@ -238,8 +251,7 @@ def check_file(file: Path, wanted: Mapping[str, tuple[int, ...]]) -> None:
                 )
             if tuple(tensor.get_shape()) != shape:
                 raise UserError(
-                    f"{file}: tensor {name} has shape {tensor.get_shape()} and config.json asks for {list(shape)}. "
-                    "The weights and the config are of different models."
+                    f"{file}: tensor {name} has shape {tensor.get_shape()} and {asks} asks for {list(shape)}. {wrong}"
                 )
 
 

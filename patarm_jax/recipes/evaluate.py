@@ -129,18 +129,23 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
 
 
 def _open_judge(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remote:
-    if config.judge in ("baseline", "scalar") and config.rubrics != "adaptive":
+    form = FORMS[config.judge]
+    if not form.reads_rubrics and config.rubrics != "adaptive":
         raise UsageError(f"rubrics is {config.rubrics}, and a {config.judge} judge reads none. Leave it out.")
     if not config.endpoint.url:
         longest = config.data.max_prompt_tokens
-        if config.judge == "scalar" and config.votes > 1:
-            raise UsageError(f"votes is {config.votes}; allowed for a scalar head is 1: its score is always the same.")
+        if not form.writes and config.votes > 1:
+            kind = f"a reward model ({config.judge})"
+            raise UsageError(f"votes is {config.votes}; allowed for {kind} is 1: its score is always the same.")
         drawn, expects = (config.sampling, config.votes, config.seed, longest), config.expected_score
         return open_local(config.model, config.mesh, *drawn, config.judge, expects=expects)
     if config.model.path:
         raise UsageError("both --model and --endpoint.url are given. Give one; the server's model is endpoint.model.")
-    if config.judge == "scalar":
-        raise UsageError("a scalar head is no chat model. Give --model instead of --endpoint.url, or another --judge.")
+    if not form.writes:
+        raise UsageError(
+            f"a reward model ({config.judge}) writes nothing that a server could send. Give --model instead of "
+            "--endpoint.url, or another --judge."
+        )
     begun = (identity_of(folder / ANSWERS) or {}).get("endpoint model")
     # A dry run plans for a server that may not be up yet, and a finished evaluation for one that may not be any more.
     name = config.endpoint.model or begun or ("" if dry_run else ask_name(config.endpoint))
@@ -154,7 +159,7 @@ def _open_judge(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remo
 def _ask(judge: Local | Remote, form: Form, answers: Answers, questions: Sequence[Question]) -> bool:
     if isinstance(judge, Remote):
         return ask_endpoint(judge, answers, questions, form.read)
-    return ask_local(judge, answers, questions, form)
+    return ask_local(judge, answers, questions)
 
 
 def _output(config: EvalConfig) -> Path:

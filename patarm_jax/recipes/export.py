@@ -2,53 +2,69 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
-import jax.numpy as jnp
-
-from patarm_jax.config.load import load_run
+from patarm_jax.config.load import load_run, override
 from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import MeshSection
-from patarm_jax.files import check_writable, is_occupied, occupied_error
+from patarm_jax.files import check_writable, is_occupied, occupied_error, read_json_object
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.locks import hold_output
+from patarm_jax.model.lora import abstract_parts
 from patarm_jax.model.sharding import make_mesh
-from patarm_jax.model.transformer import abstract_params
+from patarm_jax.run.card import card_of
 from patarm_jax.run.checkpoint import open_checkpoints
 from patarm_jax.run.checkpoint_files import best_of, metrics_of, steps_in
-from patarm_jax.run.claim import CHECKPOINTS
-from patarm_jax.run.export import card_of, write_export
-from patarm_jax.run.open_model import open_model
+from patarm_jax.run.claim import CHECKPOINTS, MARK
+from patarm_jax.run.export import export_trained
+from patarm_jax.run.open_model import load_parts, open_model
 from patarm_jax.run.process import say
+from patarm_jax.run.whose import refuse_another_start
 from patarm_jax.types import UsageError, UserError
 
 
-def main(checkpoint: Path, out: Path, best: bool = False) -> None:
-    """Writes `out` from a run folder's newest checkpoint, from its best one, or from RUN/checkpoints/STEP."""
+def main(checkpoint: Path, out: Path, best: bool = False, lora: Literal["merged", "adapter"] | None = None) -> None:
+    """Writes `out` from a run folder's newest checkpoint, from its best one, or from RUN/checkpoints/STEP.
+
+    Args:
+        checkpoint: the run, or one of its checkpoints.
+        out: the folder; must not exist, or be empty.
+        best: whether it is the checkpoint that the held-out pairs chose.
+        lora: of a run with adapters, what is written; None: as its config says.
+    """
     out = out.expanduser()
     if is_occupied(out):
         raise occupied_error(out)
     check_writable(out, folder=True)
     with hold_output(out, say):
-        _export(checkpoint, out, best)
+        _export(checkpoint, out, best, lora)
 
 
-def _export(checkpoint: Path, out: Path, best: bool) -> None:
+def _export(checkpoint: Path, out: Path, best: bool, lora: Literal["merged", "adapter"] | None) -> None:
     if is_occupied(out):  # by one that ended just now
         raise occupied_error(out)
     folder, step = _run_and_step(checkpoint.expanduser())
     config = load_run(folder)
+    if lora is not None:
+        if not config.lora.rank:
+            raise UsageError(f"{folder} has trained all weights, and no adapters. Leave --lora out.")
+        config = override(config, ["--lora.export", lora])
     if not (steps := steps_in(folder / CHECKPOINTS)) or step not in (None, *steps):
         which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise UserError(f"{folder} holds {which}. Let the run save one, or name another step.")
     if best:
         step = _best(folder, config, step)
-    model = open_model(config.model, config.judge, new_head=not FORMS[config.judge].writes)
+    model = open_model(config.model, config.judge, new_head=FORMS[config.judge].has_score_head)
+    if config.lora.rank:
+        refuse_another_start(folder, read_json_object(folder / MARK) or {}, model)
     mesh = make_mesh(MeshSection())
     checkpoints = open_checkpoints(folder / CHECKPOINTS, 1, {}, on_damaged=config.run.on_damaged, say=say)
-    params, step = checkpoints.restore_params(abstract_params(model.arch, mesh, dtype=jnp.float32), step)
+    shapes, _ = abstract_parts(model.arch, mesh, config.lora, config.model.dtype)
+    params, step = checkpoints.restore_params(shapes, step)
+    _, frozen = load_parts(config, model, mesh, shapes, begins=False)
     updates, measured = checkpoints.updates(step), metrics_of(folder / CHECKPOINTS / str(step))
     card = replace(card_of(config, model), steps=updates, measured=measured)
-    write_export(out, params, model.arch, model.tokenizer, card, config.model.dtype)
+    export_trained(out, config, model, mesh, params, frozen, card)
     say(f"step {step} of {folder}: {out}")
 
 

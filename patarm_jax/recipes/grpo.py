@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 
+from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import GRPOConfig
 from patarm_jax.data.preferences import read_labelled_preferences, read_preferences
@@ -25,11 +26,11 @@ from patarm_jax.rollout.batches import completion_width, rollouts_of
 from patarm_jax.rollout.judging import Judge, make_judge
 from patarm_jax.rollout.rewards import make_rewards
 from patarm_jax.rollout.rounds import chosen_of, key_of, sample_round, tokens_of, wants_another
+from patarm_jax.run.card import card_of
 from patarm_jax.run.claim import claimed
-from patarm_jax.run.export import card_of
 from patarm_jax.run.folder import open_run
 from patarm_jax.run.margin import margin_of, values_of
-from patarm_jax.run.open_model import Model, load_params, open_model
+from patarm_jax.run.open_model import Model, load_params, open_model, weights_digest
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
 from patarm_jax.run.programs import describe
@@ -47,7 +48,11 @@ def main(config: GRPOConfig) -> bool:
 
 def _ready(config: GRPOConfig) -> Ready[GRPOConfig]:
     read = read_labelled_preferences if config.reward.kind == "labels" else read_preferences
-    return make_ready(config, read, partial(_open_reference, config) if config.charges_kl else None)
+    ready = make_ready(config, read, partial(_open_reference, config) if config.charges_kl else None)
+    if ready.reference is ready.model and ready.config.update.reference:  # it is loaded once
+        unnamed = replace(ready.config.update, reference="")
+        return replace(ready, config=replace(ready.config, update=unnamed))
+    return ready
 
 
 def _train(ready: Ready[GRPOConfig], margin: MarginFn) -> bool:
@@ -62,17 +67,16 @@ def _train(ready: Ready[GRPOConfig], margin: MarginFn) -> bool:
     with open_run(config, model, records, length, learner, ready.heldout, ready.reference, further) as run:
         if run is None:
             return True
-        # Loaded, never taken from the state: a resumed run would have lost it, and the update donates those buffers.
-        reference = ready.reference and load_params(
-            config.reference_model, ready.reference, mesh, config.run.seed, TRAIN_RULES, config.model.dtype
-        )
+        reference = _load_reference(ready, run.frozen)
         for step in run.steps(
             lambda pairs: bucket(pairs.longest_prompt),
             lambda width: large(grpo_programs(config, model.arch, learner, rollout, judge.engine, width)),
             _shown,
         ):
             with step.phase("sample"):
-                sample = partial(sample_round, judge, reward, rollout.to_rollout(run.state.params), phase=step.phase)
+                sample = partial(
+                    sample_round, judge, reward, rollout.to_rollout(run.state.params, run.frozen), phase=step.phase
+                )
             rounds = [sample(step.pairs, key_of(config.run.seed, step.number))]
             while wants_another(config, rounds):
                 rounds.append(sample(step.draw(), key_of(config.run.seed, step.number, len(rounds))))
@@ -85,9 +89,9 @@ def _train(ready: Ready[GRPOConfig], margin: MarginFn) -> bool:
             with step.phase("logprobs"):
                 sampled = rollouts
                 if reference is not None:
-                    rollouts = replace(rollouts, ref_logprobs=rollout.logprobs(reference, None, sampled))
+                    rollouts = replace(rollouts, ref_logprobs=rollout.logprobs(*reference, sampled))
                 if config.update.old_logprobs == "trainer":
-                    anew = rollout.logprobs(run.state.params, learner.frozen, sampled)
+                    anew = rollout.logprobs(run.state.params, run.frozen, sampled)
                     rollouts = replace(rollouts, old_logprobs=anew, sampler_logprobs=sampled.old_logprobs)
                 rewarded, valid = jax.device_put((chosen.rewards, chosen.valid), batch_sharding(mesh))
                 rollouts = replace(rollouts, advantages=rollout.advantages(rewarded, valid, rollouts))
@@ -128,7 +132,9 @@ def _open_reference(config: GRPOConfig, model: Model) -> Model:
     """The model that the KL is measured from: the one training starts from, unless another is named."""
     if not config.update.reference:
         return model
-    reference = open_model(config.reference_model)
+    reference = open_model(config.reference_model, called="update.reference")
+    if config.lora.rank and weights_digest(reference) == weights_digest(model):
+        return model
     # Which token ends a turn is nothing of the network's, and an export says it where the model it began with may not.
     arch = replace(reference.arch, eos_token_id=model.arch.eos_token_id)
     if arch != model.arch or reference.tokenizer.control_tokens != model.tokenizer.control_tokens:
@@ -137,6 +143,21 @@ def _open_reference(config: GRPOConfig, model: Model) -> Model:
             "other tokens. Give the model that training starts from, or leave update.reference empty."
         )
     return reference
+
+
+def _load_reference(ready: Ready[GRPOConfig], frozen: Tree) -> tuple[Params, Tree] | None:
+    """What the KL is measured from, as (weights, what stands beside them); None where there is no KL.
+
+    It is loaded, never taken from the state: a resumed run would have lost it, and the update donates those buffers.
+    Under adapters it is the weights that they stand beside, which are there already.
+    """
+    config = ready.config
+    if ready.reference is None:
+        return None
+    if frozen is not None and ready.reference is ready.model:
+        return {}, frozen
+    seed, dtype = config.run.seed, config.model.dtype
+    return load_params(config.reference_model, ready.reference, ready.mesh, seed, TRAIN_RULES, dtype), None
 
 
 def _shown(values: Mapping[str, float]) -> Shown:

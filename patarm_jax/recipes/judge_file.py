@@ -95,7 +95,7 @@ def _judge(config: JudgeConfig, output: Path, dry_run: bool) -> Accuracy | None:
         return _tell(output, before, "these scores were there already")
     agree_on_questions(identity, questions)
     with shared_answers(part, identity) as answers:
-        finished = ask_local(local, answers, questions, POINTWISE)
+        finished = ask_local(local, answers, questions)
     if not done_by_all(finished):
         return None
     rows = [

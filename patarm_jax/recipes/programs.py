@@ -6,17 +6,29 @@ Nothing here reads a file or a text, so that benchmarks and compilation ahead of
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from patarm_jax.arrays import ComparedPairs, ComparedShape, Params, Rollouts, SFTBatch, SFTShape, Tree, abstract
+from patarm_jax.arrays import (
+    ComparedPairs,
+    ComparedShape,
+    Params,
+    Rollouts,
+    ScoredPairs,
+    ScoredShape,
+    SFTBatch,
+    SFTShape,
+    Tree,
+    abstract,
+)
 from patarm_jax.config.presets import WEIGHS_SEQUENCES
 from patarm_jax.config.recipes import GRPOConfig, RewardModelConfig, SFTConfig, TrainConfig
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import Form, kernel_for
+from patarm_jax.model.lora import abstract_parts, joined
 from patarm_jax.model.sharding import OnMesh, Program, batch_sharding, batch_shards
 from patarm_jax.model.transformer import Output, abstract_params, forward
 from patarm_jax.padding import bucket
@@ -28,12 +40,17 @@ from patarm_jax.train.penalties import KLPenalty
 from patarm_jax.train.policy_losses import Aggregation, SampledTokens, sampled_tokens
 from patarm_jax.train.steps import (
     Forward,
+    LossFn,
     map_micro_batches,
+    ordinal_loss,
     policy_loss,
     reward_loss,
     rollout_logprobs,
     sft_loss,
 )
+from patarm_jax.types import SCORES
+
+Batch = TypeVar("Batch")
 
 
 def programs(config: TrainConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
@@ -63,8 +80,12 @@ def _grpo(config: GRPOConfig, arch: Architecture, mesh: Mesh) -> dict[str, Progr
 
 
 def _reward_model(config: RewardModelConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
-    shape = ComparedShape(config.pairs_per_step, bucket(2 * config.data.max_prompt_tokens), 1)
-    return reward_programs(reward_learner(config, arch, mesh), shape)
+    if config.head == "ordinal":
+        # With Qwen3's vocabulary 10 is two tokens, and what closes it three.
+        scored = ScoredShape(config.pairs_per_step, bucket(config.data.max_prompt_tokens), 5)
+        return ordinal_programs(ordinal_learner(config, arch, mesh), scored)
+    compared = ComparedShape(config.pairs_per_step, bucket(2 * config.data.max_prompt_tokens), 1)
+    return reward_programs(reward_learner(config, arch, mesh), compared)
 
 
 _OF_RECIPE: dict[str, Callable[..., dict[str, Program]]] = {
@@ -74,18 +95,30 @@ _OF_RECIPE: dict[str, Callable[..., dict[str, Program]]] = {
 }
 
 
+def _learner(config: TrainConfig, arch: Architecture, mesh: Mesh, loss: LossFn[Batch], updates: int) -> Learner[Batch]:
+    """A learner of all weights or, where the config has adapters, of these."""
+    trained, frozen = abstract_parts(arch, mesh, config.lora, config.model.dtype)
+    return make_learner(config, trained, mesh, loss, updates, frozen)
+
+
+def _forward(config: TrainConfig, arch: Architecture, mesh: Mesh, form: Form) -> Callable[..., Output]:
+    """The network as it is trained, for rows of a form."""
+    kernel, model = kernel_for(config.model, arch, mesh, form), config.model
+    how = partial(forward, dtype=model.dtype, remat=model.remat, kernel=kernel, lora_scale=config.lora.scale)
+    return partial(how, arch=arch)
+
+
 # ---------------------------------------------------------------------------------------------------------------- sft
 
 
 def sft_learner(config: SFTConfig, arch: Architecture, mesh: Mesh, updates: int = 1) -> Learner[SFTBatch]:
-    """All weights, by the cross-entropy of judgements."""
-    kernel = kernel_for(config.model, arch, mesh, sft_form(config))
-    run = partial(forward, arch=arch, dtype=config.model.dtype, remat=config.model.remat, kernel=kernel)
+    """All weights or adapters, by the cross-entropy of judgements."""
+    run = _forward(config, arch, mesh, sft_form(config))
 
-    def read(params: Params, _frozen: Tree, tokens: jax.Array, starts: jax.Array) -> Output:
-        return run(params, prompt=tokens, starts=starts if config.packing else None)
+    def read(trained: Params, frozen: Tree, tokens: jax.Array, starts: jax.Array) -> Output:
+        return run(joined(trained, frozen), prompt=tokens, starts=starts if config.packing else None)
 
-    return make_learner(config, abstract_params(arch, mesh), mesh, sft_loss(read, batch_shards(mesh)), updates)
+    return _learner(config, arch, mesh, sft_loss(read, batch_shards(mesh)), updates)
 
 
 def sft_form(config: SFTConfig) -> Form:
@@ -108,18 +141,25 @@ def sft_programs(learner: Learner[SFTBatch], shape: SFTShape) -> dict[str, Progr
 def reward_learner(
     config: RewardModelConfig, arch: Architecture, mesh: Mesh, updates: int = 1
 ) -> Learner[ComparedPairs]:
-    """All weights and a scalar head, by the loss of Bradley and Terry."""
+    """All weights or adapters, and a scalar head, by the loss of Bradley and Terry."""
     loss = reward_loss(pair_forward(config, arch, mesh), config.centring)
-    return make_learner(config, abstract_params(arch, mesh), mesh, loss, updates)
+    return _learner(config, arch, mesh, loss, updates)
+
+
+def ordinal_learner(
+    config: RewardModelConfig, arch: Architecture, mesh: Mesh, updates: int = 1
+) -> Learner[ScoredPairs]:
+    """All weights or adapters, by the loss of ordinal scores."""
+    loss = ordinal_loss(two_streams(config, arch, mesh), batch_shards(mesh))
+    return _learner(config, arch, mesh, loss, updates)
 
 
 def pair_forward(config: RewardModelConfig, arch: Architecture, mesh: Mesh) -> Forward:
     """Rows of whole conversations through the network."""
-    kernel = kernel_for(config.model, arch, mesh, "packed")
-    run = partial(forward, arch=arch, dtype=config.model.dtype, remat=config.model.remat, kernel=kernel)
+    run = _forward(config, arch, mesh, "packed")
 
-    def read(params: Params, _frozen: Tree, tokens: jax.Array, starts: jax.Array) -> Output:
-        return run(params, prompt=tokens, starts=starts)
+    def read(trained: Params, frozen: Tree, tokens: jax.Array, starts: jax.Array) -> Output:
+        return run(joined(trained, frozen), prompt=tokens, starts=starts)
 
     return read
 
@@ -134,6 +174,17 @@ def reward_programs(learner: Learner[ComparedPairs], shape: ComparedShape) -> di
     return {"update": (learner.update, (learner.shape, learner.frozen, batch))}
 
 
+def ordinal_programs(learner: Learner[ScoredPairs], shape: ScoredShape) -> dict[str, Program]:
+    """The update on a batch of a shape that every process has."""
+    pairs, sharding = shape.pairs * jax.process_count(), batch_sharding(learner.mesh)
+    prompts, lengths, scores, counts = (
+        abstract((pairs, *of), jnp.int32, sharding)
+        for of in ((2, shape.width), (2,), (len(SCORES), shape.continuation), (len(SCORES),))
+    )
+    batch = ScoredPairs(prompt_tokens=prompts, prompt_lengths=lengths, score_tokens=scores, score_lengths=counts)
+    return {"update": (learner.update, (learner.shape, learner.frozen, batch))}
+
+
 # --------------------------------------------------------------------------------------------------------------- grpo
 
 
@@ -141,16 +192,16 @@ def reward_programs(learner: Learner[ComparedPairs], shape: ComparedShape) -> di
 class RolloutPrograms:
     """What reinforcement learning computes beside sampling and updating."""
 
-    to_rollout: OnMesh[[Params], Params]  # to the copy for sampling
+    to_rollout: OnMesh[[Params, Tree], Params]  # to the copy for sampling
     logprobs: OnMesh[[Params, Tree, Rollouts], jax.Array]  # [R, G, Tc]
     advantages: OnMesh[[jax.Array, jax.Array, Rollouts], jax.Array]  # rewards and valid [R, G] to [R, G] or [R, G, Tc]
 
 
 def grpo_learner(config: GRPOConfig, arch: Architecture, mesh: Mesh, updates: int = 1) -> Learner[Rollouts]:
-    """All weights, by the loss of the config's algorithm."""
-    forward, temperature = _two_streams(config, arch, mesh), config.sampling.temperature
-    loss = policy_loss(forward, algorithm_of(config), partial(_tokens_of, config), temperature, batch_shards(mesh))
-    return make_learner(config, abstract_params(arch, mesh), mesh, loss, updates)
+    """All weights or adapters, by the loss of the config's algorithm."""
+    read, temperature = two_streams(config, arch, mesh), config.sampling.temperature
+    loss = policy_loss(read, algorithm_of(config), partial(_tokens_of, config), temperature, batch_shards(mesh))
+    return _learner(config, arch, mesh, loss, updates)
 
 
 def algorithm_of(config: GRPOConfig) -> Algorithm:
@@ -175,28 +226,26 @@ def _tokens_of(config: GRPOConfig, rollouts: Rollouts) -> SampledTokens:
 
 def make_rollout_programs(config: GRPOConfig, arch: Architecture, mesh: Mesh) -> RolloutPrograms:
     """Jits the weight sync, log-probs and advantages."""
-    run, temperature, shards = _two_streams(config, arch, mesh), config.sampling.temperature, batch_shards(mesh)
+    run, temperature, shards = two_streams(config, arch, mesh), config.sampling.temperature, batch_shards(mesh)
 
     def logprobs(params: Params, frozen: Tree, rollouts: Rollouts) -> jax.Array:
         return rollout_logprobs(run, params, frozen, rollouts, temperature, shards)
 
     return RolloutPrograms(
-        to_rollout=weight_sync(arch, mesh, config.mesh, config.model.dtype),
+        to_rollout=weight_sync(config, arch, mesh),
         logprobs=OnMesh(mesh, map_micro_batches(logprobs, config.micro_batches)),
         advantages=OnMesh(mesh, algorithm_of(config).advantages, out_shardings=batch_sharding(mesh)),
     )
 
 
-def _two_streams(config: GRPOConfig, arch: Architecture, mesh: Mesh) -> Forward:
-    kernel = kernel_for(config.model, arch, mesh, "shared")
-    run = partial(forward, arch=arch, dtype=config.model.dtype, remat=config.model.remat, kernel=kernel)
+def two_streams(config: TrainConfig, arch: Architecture, mesh: Mesh) -> Forward:
+    """Prompts with the completions that share them through the network."""
+    run = _forward(config, arch, mesh, "shared")
 
-    def two_streams(
-        params: Params, _frozen: Tree, prompt: jax.Array, lengths: jax.Array, completion: jax.Array
-    ) -> Output:
-        return run(params, prompt=prompt, prompt_lengths=lengths, completion=completion)
+    def read(trained: Params, frozen: Tree, prompt: jax.Array, lengths: jax.Array, completion: jax.Array) -> Output:
+        return run(joined(trained, frozen), prompt=prompt, prompt_lengths=lengths, completion=completion)
 
-    return two_streams
+    return read
 
 
 def grpo_programs(
@@ -218,7 +267,7 @@ def grpo_programs(
     earned = jax.eval_shape(algorithm_of(config).advantages, rewards, valid, rollouts)
     learnt_from = replace(rollouts, advantages=abstract(earned.shape, earned.dtype, batch_sharding(mesh)))
     shown: dict[str, Program] = {
-        "copy for sampling": (rollout.to_rollout, (learner.shape.params,)),
+        "copy for sampling": (rollout.to_rollout, (learner.shape.params, learner.frozen)),
         **abstract_programs(engine, sampled, config.prompts_per_pair * config.pairs_per_step, width),
         "advantages": (rollout.advantages, (rewards, valid, rollouts)),
         "update": (learner.update, (learner.shape, learner.frozen, learnt_from)),
@@ -226,8 +275,10 @@ def grpo_programs(
     if config.update.old_logprobs == "trainer":
         shown["old log-probs"] = (rollout.logprobs, (learner.shape.params, learner.frozen, sampled_alone))
     if config.charges_kl:
-        reference = abstract_params(arch, mesh, dtype=dtype)
-        shown["reference log-probs"] = (rollout.logprobs, (reference, None, sampled_alone))
+        reference = abstract_params(arch, mesh, dtype=dtype), None
+        if learner.frozen is not None and not config.update.reference:  # the weights with their adapters off
+            reference = {}, learner.frozen
+        shown["reference log-probs"] = (rollout.logprobs, (*reference, sampled_alone))
     return shown
 
 

@@ -7,19 +7,20 @@ from typing import Generic, TypeVar
 
 from jax.sharding import Mesh
 
-from patarm_jax.arrays import ComparedPairs, ComparedShape, SFTBatch, SFTShape
+from patarm_jax.arrays import ComparedPairs, ComparedShape, ScoredPairs, ScoredShape, SFTBatch, SFTShape
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import DataSection
-from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import Batches, EncodedPair, PairBatch, encode_pairs
 from patarm_jax.data.preferences import Report
+from patarm_jax.data.scores import room_for
 from patarm_jax.data.sft import JudgedPreference
 from patarm_jax.evaluate.heldout import open_heldout
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.sharding import Program, make_mesh
+from patarm_jax.run.card import card_of
 from patarm_jax.run.drawing import with_heldout_sampling
-from patarm_jax.run.export import card_of
+from patarm_jax.run.export import refuse_adapters_of_no_model
 from patarm_jax.run.folder import Evaluator, Length, batches_of, length_of, open_run
 from patarm_jax.run.learner import Learner, check_batch
 from patarm_jax.run.open_model import Model, open_model
@@ -29,8 +30,8 @@ from patarm_jax.run.progress import Shown
 from patarm_jax.types import Preference
 
 Config = TypeVar("Config", bound=TrainConfig)
-Shape = TypeVar("Shape", SFTShape, ComparedShape)
-Prepared = TypeVar("Prepared", SFTBatch, ComparedPairs)
+Shape = TypeVar("Shape", SFTShape, ComparedShape, ScoredShape)
+Prepared = TypeVar("Prepared", SFTBatch, ComparedPairs, ScoredPairs)
 ReadPairs = Callable[[DataSection], tuple[Sequence[Preference | JudgedPreference], Report]]
 
 
@@ -70,12 +71,13 @@ def make_ready(
         f"pairs_per_step {config.pairs_per_step}",
     )
     form = FORMS[config.judge]
-    model = open_model(config.model, config.judge, new_head=not form.writes)
+    model = open_model(config.model, config.judge, new_head=form.has_score_head)
+    refuse_adapters_of_no_model(config, model)
     config = with_heldout_sampling(config, model) if form.writes else config
     reference = open_reference(model) if open_reference else None
     pairs, read = read_pairs(config.data)
     written = config.rollout_sampling.max_new_tokens if config.rollout_sampling else 0
-    room = Room(model.arch.max_position_embeddings, written)
+    room = room_for(model.arch.max_position_embeddings, model.tokenizer, form, written)
     records, encoded = encode_pairs(model.tokenizer, pairs, config.rubrics, config.data, room, form)
     say(f"{config.data.path}: {read}. Encoded: {encoded}.")
     preferences = [pair.preference if isinstance(pair, JudgedPreference) else pair for pair in pairs]
@@ -113,6 +115,6 @@ def describe_update(
 ) -> None:
     """Shows the config, the first batch, and what the programs need at the largest batch of an epoch."""
     epoch = list(itertools.islice(ready.batches(), ready.length.per_epoch))
-    largest = max(map(shape_of, epoch), key=lambda shape: shape.rows * shape.width)
+    largest = max(map(shape_of, epoch), key=lambda shape: shape.tokens)
     steps, tokenizer = ready.length.steps, ready.model.tokenizer
     describe(to_yaml(ready.config), ready.mesh, programs(largest), epoch[0], tokenizer, steps)

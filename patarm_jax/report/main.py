@@ -77,6 +77,7 @@ PANELS = (
     ),
     Panel("Loss", {"": "loss"}),
     Panel("Reward", {"all": "reward", "chosen": "rewards/chosen/mean", "rejected": "rewards/rejected/mean"}),
+    Panel("Probability on no whole score", {"training": "outside", "held out": "eval/outside"}),
     Panel("Groups of equal rewards", {"": "frac_reward_zero_std"}),
     Panel("Rounds of a step", {"": "dapo/rounds"}),
     Panel("Batch filled", {"": "dapo/filled"}),

@@ -16,19 +16,17 @@ from jax.sharding import Mesh
 
 from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.sections import ModelSection
-from patarm_jax.data.tokenizer import Tokenizer, decode, encode_text
+from patarm_jax.data.scores import OPENING, score_tokens
+from patarm_jax.data.tokenizer import Tokenizer, decode
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import kernel_for
-from patarm_jax.model.sharding import OnMesh, batch_shards, fetch, place_batch
+from patarm_jax.model.sharding import OnMesh, batch_shards, fetch, place_batch, process_in
 from patarm_jax.model.transformer import Output, forward
 from patarm_jax.padding import bucket
 from patarm_jax.rollout.engine import PREFILL_TOKENS
 from patarm_jax.train.losses import mask_from_lengths
 from patarm_jax.train.steps import completion_logprobs
-from patarm_jax.types import Judgement, Status
-
-SCORES = tuple(range(11))
-_OPENING, _CLOSING = "<answer>", "</answer>"
+from patarm_jax.types import SCORES, Judgement, Status
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,11 @@ def unscored(tokenizer: Tokenizer, prompt: np.ndarray, written: Sequence[int], j
     if judgement.status is not Status.OK:
         return None
     text = decode(tokenizer, written)
-    end = text.rindex(_OPENING) + len(_OPENING)
+    end = text.rindex(OPENING) + len(OPENING)
     kept = _tokens_before(tokenizer, written, end)
     rest = text[len(decode(tokenizer, written[:kept])) : end]  # of the tag, where a token reaches beyond it
     prefix = np.concatenate([prompt, np.asarray(written[:kept], np.int32)])
-    return Unscored(prefix, tuple(tuple(encode_text(tokenizer, f"{rest}{s}{_CLOSING}")) for s in SCORES))
+    return Unscored(prefix, score_tokens(tokenizer, rest))
 
 
 def _tokens_before(tokenizer: Tokenizer, written: Sequence[int], end: int) -> int:
@@ -99,27 +97,31 @@ def make_logprobs(arch: Architecture, mesh: Mesh, section: ModelSection) -> LogP
 
 
 def fill_a_batch(judgements: Sequence[Unscored], mesh: Mesh) -> bool:
-    """Whether they are as many as are read at a time."""
-    return sum(len(each.prefix) for each in judgements) >= PREFILL_TOKENS * batch_shards(mesh)
+    """Whether they are as many as are read at a time, each in a row as wide as the longest."""
+    longest = max((len(each.prefix) for each in judgements), default=0)
+    return len(judgements) * longest >= PREFILL_TOKENS * batch_shards(mesh)
 
 
 def expected_scores(
     logprobs: LogProbs, params: Params, mesh: Mesh, judgements: Sequence[Unscored]
 ) -> Iterator[Expected]:
-    """What is expected of each judgement, in their order; so many at a time as prompts are read."""
+    """What is expected of each judgement, in their order; so many at a time as prompts are read.
+
+    Processes that share the mesh are given the same judgements; each computes its part, and all get every score.
+    """
     waiting: list[Unscored] = []
     for one in judgements:
-        waiting.append(one)
-        if fill_a_batch(waiting, mesh):
+        if waiting and fill_a_batch([*waiting, one], mesh):
             yield from _expected(logprobs, params, mesh, waiting)
             waiting = []
+        waiting.append(one)
     yield from _expected(logprobs, params, mesh, waiting)
 
 
 def _expected(logprobs: LogProbs, params: Params, mesh: Mesh, judgements: Sequence[Unscored]) -> Iterator[Expected]:
     if not judgements:
         return
-    shards = batch_shards(mesh)
+    shards, (mine, processes) = batch_shards(mesh), process_in(mesh)
     rows = shards * bucket(-(-len(judgements) // shards), 1)
     width = bucket(max(len(each.prefix) for each in judgements))
     longest = bucket(max(len(ids) for each in judgements for ids in each.continuations), 4)
@@ -131,7 +133,9 @@ def _expected(logprobs: LogProbs, params: Params, mesh: Mesh, judgements: Sequen
         for place, ids in enumerate(each.continuations):
             counts[row, place] = len(ids)
             tokens[row, place, : len(ids)] = ids
-    found = fetch(logprobs(params, *place_batch(mesh, (prefix, lengths, tokens, counts)))).astype(np.float64)
+    share = slice(mine * rows // processes, (mine + 1) * rows // processes)
+    placed = place_batch(mesh, tuple(x[share] for x in (prefix, lengths, tokens, counts)))
+    found = fetch(logprobs(params, *placed)).astype(np.float64)
     yield from map(expectation, found[: len(judgements)])
 
 

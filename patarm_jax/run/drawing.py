@@ -28,7 +28,7 @@ def as_the_model_says(section: JudgingSection, model: Model) -> Drawn:
 
     What that file does not say is as vLLM has it without the file: temperature 1, all tokens.
     """
-    generation = read_generation(model.folder)
+    generation = read_generation(model.holding(FILE))
     found = {name: getattr(generation, name) for name in _DRAWN}
     return Drawn(_completed(section, found), _said(section, generation))
 
@@ -51,7 +51,7 @@ def with_heldout_sampling(config: Training, model: Model) -> Training:
     sampling = heldout_sampling(config, model)
     rollouts = config.rollout_sampling
     if rollouts is None:
-        generation = read_generation(model.folder)
+        generation = read_generation(model.holding(FILE))
         also = "the held-out pairs and for " if config.heldout.path else ""
         say(f"{_said(config.heldout.sampling, generation)}, for {also}whoever serves the export")
     elif config.heldout.path and (measured := _drawing(sampling)) != (served := _drawing(rollouts)):
@@ -65,7 +65,7 @@ def heldout_sampling(config: TrainConfig, model: Model) -> SamplingSection:
     section = config.heldout.sampling
     if rollouts := config.rollout_sampling:
         return _completed(section, {name: getattr(rollouts, name) for name in (*_DRAWN, "max_new_tokens")})
-    generation = read_generation(model.folder)
+    generation = read_generation(model.holding(FILE))
     own = {name: getattr(generation, name) for name in _DRAWN}
     return _completed(section, own | {"max_new_tokens": config.data.max_completion_tokens})
 

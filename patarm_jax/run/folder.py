@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
@@ -27,7 +28,9 @@ from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import RunSection
 from patarm_jax.data.pipeline import Batches, EncodedPair, PairBatch, batches, batches_drawn, batches_per_epoch
 from patarm_jax.files import read_json_object, writing
-from patarm_jax.model.sharding import TRAIN_RULES, Program, fetch
+from patarm_jax.model.adapter_files import is_adapter
+from patarm_jax.model.sharding import Program, fetch
+from patarm_jax.run.card import ModelCardFacts
 from patarm_jax.run.checkpoint import Checkpoints, open_checkpoints
 from patarm_jax.run.checkpoint_files import metrics_of, steps_in
 from patarm_jax.run.claim import (
@@ -40,10 +43,10 @@ from patarm_jax.run.claim import (
     refuse_another_begun,
     write_mark,
 )
-from patarm_jax.run.export import ModelCardFacts, write_export
+from patarm_jax.run.export import export_trained, exports_adapters
 from patarm_jax.run.learner import Learner
 from patarm_jax.run.metrics import MetricsWriter, open_metrics
-from patarm_jax.run.open_model import EXPORT, Model, load_params
+from patarm_jax.run.open_model import EXPORT, Model, load_parts
 from patarm_jax.run.peers import agree, arrive, told
 from patarm_jax.run.process import say
 from patarm_jax.run.programs import compile_ahead
@@ -67,8 +70,8 @@ class Evaluator(Protocol):
     def due(self, step: int, steps: int) -> bool:
         """Whether a step is followed by an evaluation."""
 
-    def __call__(self, params: Params) -> dict[str, float]:
-        """Metrics `eval/…` of the weights."""
+    def __call__(self, params: Params, frozen: Tree) -> dict[str, float]:
+        """Metrics `eval/…` of the weights: what is trained, beside what is only read."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Step(Generic[Prepared]):
         run = self.run
         with self.phase("update"):
             for _ in range(times):
-                run.state, metrics = run.learner.update(run.state, run.learner.frozen, batch)
+                run.state, metrics = run.learner.update(run.state, run.frozen, batch)
                 self.updates.append(metrics)
 
 
@@ -135,6 +138,7 @@ class Run:
     done: int  # steps, those of earlier starts included
     learner: Learner[Tree]
     state: TrainState
+    frozen: Tree  # what is only read, such as the weights beside adapters
     model: Model
     iterator: Batches  # stands behind `pairs`
     pairs: PairBatch | None  # the next step's; None where none is left
@@ -214,7 +218,7 @@ class Run:
         if self.evaluation is None or not self.evaluation.due(step.number, self.length.steps):
             return {}
         with step.phase("eval"):
-            return self.evaluation(self.state.params)
+            return self.evaluation(self.state.params, self.frozen)
 
     def _write_rollouts(self, step: Step[Tree]) -> None:
         if not step.rows:
@@ -274,14 +278,15 @@ class Run:
                 "with."
             )
         is_whole = self.began_at >= self.length.steps
-        complete = is_whole and told("whether there is an export", str(export.is_dir())) == "True"
+        there = export.is_dir() and is_adapter(export) == exports_adapters(self.config)
+        complete = is_whole and told("whether there is an export", str(there)) == "True"
         if not complete:
             # Counted by the state: it may have done more steps than are asked for now, and skipped updates.
             updates = int(self.state.step) - int(self.state.skipped)
             card = dataclasses.replace(card, steps=updates, measured=metrics_of(self._checkpoint(self.done)))
-            arch, tokenizer, dtype = self.model.arch, self.model.tokenizer, self.config.model.dtype
             # What is there is of this run when it was shorter.
-            write_export(export, self.state.params, arch, tokenizer, card, dtype, replace=True)
+            parts = self.learner.mesh, self.state.params, self.frozen
+            export_trained(export, self.config, self.model, *parts, card, replace=True)
         if self.watch.verdict:
             raise LearntNothing(
                 f"{self.folder}: {self.watch.verdict} {export} may be no better than what it began with."
@@ -370,8 +375,9 @@ def _begin_or_resume(
     keep, on_damaged = config.run.keep_checkpoints, config.run.on_damaged
     checkpoints = open_checkpoints(folder / CHECKPOINTS, keep, whose, best, on_damaged, say)
     done = 0
+    load = partial(load_parts, config, model, learner.mesh, learner.shape.params)
     if checkpoints.latest() is None:
-        params = load_params(config.model, model, learner.mesh, config.run.seed, TRAIN_RULES, np.float32)
+        params, frozen = load()
         state = learner.new_state(params)
     else:
         state, data_state, done = checkpoints.restore(learner.shape)
@@ -379,6 +385,7 @@ def _begin_or_resume(
         agree("the checkpoint they go on from", {"step": done})
         where, remedy = f"{folder / CHECKPOINTS / str(done)}", "Remove that checkpoint, or give another run.folder"
         refuse_ruined(state.params, where, remedy)
+        _, frozen = load(begins=False)
         say(f"{folder}: {done} of {length.steps} steps are done")
         if change := schedule_change(config, folder / CONFIG, done, length.steps, length.per_epoch):
             say(change)
@@ -398,6 +405,7 @@ def _begin_or_resume(
         done=done,
         learner=learner,
         state=state,
+        frozen=frozen,
         model=model,
         iterator=iterator,
         pairs=next(iterator) if done < length.steps else None,

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Generic, TypeVar
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -13,7 +12,15 @@ from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.model.architecture import Architecture
-from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, OnMesh, Rules, batch_sharding, batch_shards
+from patarm_jax.model.lora import joined, merged
+from patarm_jax.model.sharding import (
+    REPLICATED_RULES,
+    ROLLOUT_RULES,
+    OnMesh,
+    Rules,
+    batch_sharding,
+    batch_shards,
+)
 from patarm_jax.model.transformer import abstract_params, unstack_layers
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.steps import LossFn, TrainState, abstract_state, init_state, make_step
@@ -31,7 +38,7 @@ class Learner(Generic[Batch]):
     schedule: optax.Schedule  # updates that changed the weights → learning rate of the next one
     shape: TrainState  # shapes and shardings of the state
     update: OnMesh[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]  # the state is donated
-    frozen: Tree = None  # a tree of arrays that is only read, such as base weights under adapters
+    frozen: Tree = None  # shapes and shardings of what is only read, such as the weights beside adapters
 
     def new_state(self, params: Params) -> TrainState:
         """The state before the first update: the parameters as they are given, moments of 0, each in its place."""
@@ -52,7 +59,7 @@ def make_learner(
         mesh: where they lie.
         loss: of (parameters, frozen, batch).
         updates: of the whole run, by which the learning rate decays.
-        frozen: see `Learner`.
+        frozen: what is only read, as abstract arrays with their shardings.
     """
     optimizer = make_optimizer(config.optimizer, updates)
     shape = abstract_state(trained, optimizer, mesh)
@@ -60,7 +67,7 @@ def make_learner(
     update = OnMesh(
         mesh,
         make_step(loss, optimizer, config.micro_batches),
-        in_shardings=(shardings, None, batch_sharding(mesh)),
+        in_shardings=(shardings, frozen and shardings_of(frozen), batch_sharding(mesh)),
         out_shardings=(shardings, None),
         donate_argnums=0,
     )
@@ -94,14 +101,28 @@ def rows_multiple(mesh: Mesh, micro_batches: int) -> int:
     return micro_batches * max(1, batch_shards(mesh) // jax.process_count())
 
 
-def weight_sync(arch: Architecture, mesh: Mesh, placement: MeshSection, dtype: str) -> OnMesh[[Params], Params]:
-    """The jitted program that makes the copy for sampling of trained parameters."""
-    rollout = abstract_params(arch, mesh, rollout_rules(placement), dtype, unstacked=True)
-    return OnMesh(
+def weight_sync(config: TrainConfig, arch: Architecture, mesh: Mesh) -> OnMesh[[Params, Tree], Params]:
+    """The jitted program that makes the copy for sampling of what is trained and what is only read."""
+    dtype = config.model.dtype
+    rollout = abstract_params(arch, mesh, rollout_rules(config.mesh), dtype, unstacked=True)
+
+    def copied(trained: Params, frozen: Tree) -> Params:
+        return merged(unstack_layers(joined(trained, frozen)), config.lora.scale, dtype)
+
+    return OnMesh(mesh, copied, out_shardings=shardings_of(rollout))
+
+
+def whole_weights(config: TrainConfig, arch: Architecture, mesh: Mesh, trained: Params, frozen: Tree) -> Params:
+    """The weights of a whole model: those that are trained, or those that are only read with the adapters in them."""
+    if not config.lora.rank:
+        return trained
+    whole = abstract_params(arch, mesh, dtype=config.model.dtype)
+    merge = OnMesh(
         mesh,
-        lambda params: unstack_layers(jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)),
-        out_shardings=shardings_of(rollout),
+        lambda trained, frozen: merged(joined(trained, frozen), config.lora.scale, config.model.dtype),
+        out_shardings=shardings_of(whole),
     )
+    return merge(trained, frozen)
 
 
 def rollout_rules(placement: MeshSection) -> Rules:

@@ -2,20 +2,26 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from patarm_jax.arrays import Params
+from patarm_jax.arrays import Params, Tree
+from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import ModelSection
 from patarm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from patarm_jax.files import read_json_object
+from patarm_jax.judge.forms import FORMS
 from patarm_jax.model import weights
+from patarm_jax.model.adapter_files import StoredAdapter, check_adapter, is_adapter, load_adapter, read_adapter
 from patarm_jax.model.architecture import Architecture, read_architecture
-from patarm_jax.model.sharding import Rules
-from patarm_jax.model.transformer import init_params, unstack_layers
+from patarm_jax.model.lora import init_adapters, joined, merged
+from patarm_jax.model.sharding import TRAIN_RULES, OnMesh, Rules
+from patarm_jax.model.transformer import abstract_params, init_params, new_score_head, unstack_layers
 from patarm_jax.model.weight_files import Stored, digest, read_stored
 from patarm_jax.run.process import say
 from patarm_jax.run.soundness import refuse_ruined
@@ -23,6 +29,7 @@ from patarm_jax.types import JudgeKind, UsageError, UserError
 
 EXPORT = "export"  # the folder of a run that holds the model it made
 JUDGE = "judge.json"  # the file of a model that says how it is asked
+BASE_DIGEST = "base_digest"  # in that file beside adapters: the digest of the weights that they belong to
 
 
 def name_of(folder: Path) -> str:
@@ -39,10 +46,17 @@ class Model:
     arch: Architecture  # as the weights are, which config.json does not always say
     tokenizer: Tokenizer
     stored: Stored | None  # where its weights lie; None where they are random
+    adapter: StoredAdapter | None = None  # what is added to them
     judge: str = ""  # what kind of judge it was trained to be, a `types.JudgeKind`; empty where nothing says
 
+    def holding(self, name: str) -> Path:
+        """The folder whose file of this name counts: the adapters' where it has one, else the model's."""
+        return _holding(name, self.folder, self.adapter)
 
-def open_model(section: ModelSection, judge: JudgeKind | None = None, new_head: bool = False) -> Model:
+
+def open_model(
+    section: ModelSection, judge: JudgeKind | None = None, new_head: bool = False, called: str = "model.path"
+) -> Model:
     """The model in a Hugging Face folder, or the export of a finished run.
 
     Everything that is made from the config, such as the shapes of the weights, is made from the one that this gives.
@@ -52,30 +66,24 @@ def open_model(section: ModelSection, judge: JudgeKind | None = None, new_head: 
         judge: how it is asked; None where that is not known. A judge of another kind is refused.
         new_head: a scalar reward model is to be trained: a model that writes may be given too, and gets a head of its
             own, which `load_params` draws.
+        called: the setting that names it.
     """
-    scalar = judge == "scalar"
-    path = section.path
-    if not path:
-        raise UsageError("model.path is empty. Give a Hugging Face folder, or the folder of a finished run.")
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise UserError(
-            f"model.path {path} is not a folder. Give a Hugging Face folder, or the folder of a finished run."
-        )
-    if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
-        if not (folder / EXPORT).is_dir():
-            raise UserError(
-                f"the run {folder} is not finished, so it has no {EXPORT} folder. Start its command again to finish "
-                f"it, or take a checkpoint with `patarm export {folder} OUT`."
-            )
-        folder = folder / EXPORT
+    scalar = judge is not None and FORMS[judge].has_score_head
+    folder, adapter = _folders(section, called)
+    named = folder if adapter is None else adapter.folder
     stored = None if section.weights == "random" else read_stored(folder)
     arch = read_architecture(folder) if stored is None else stored.arch
     remarks = stored.remarks if stored else ()
+    if adapter is not None:
+        arch = replace(arch, scalar_head=arch.scalar_head or adapter.has_score_head)
+        check_adapter(adapter, arch)
+        _refuse_another_base(adapter, stored)
     if new_head and not arch.scalar_head:
         arch = replace(arch, scalar_head=True)
         remarks = (*remarks, f"{folder} writes and gives no reward: it gets a head that does, drawn by run.seed")
-    model = Model(folder=folder, arch=arch, tokenizer=load_tokenizer(folder), stored=stored, judge=_kind(folder))
+    kind = str((read_json_object(_holding(JUDGE, folder, adapter) / JUDGE) or {}).get("judge", ""))
+    tokenizer = load_tokenizer(_holding("tokenizer.json", folder, adapter), folder)
+    model = Model(folder, arch, tokenizer, stored, adapter, kind)
     if model.arch.scalar_head != scalar:
         is_, needed = (
             ("a scalar reward model", "one that writes")
@@ -83,13 +91,13 @@ def open_model(section: ModelSection, judge: JudgeKind | None = None, new_head: 
             else ("a model that writes", "a scalar reward model")
         )
         raise UserError(
-            f"{folder} is {is_}; needed is {needed}. `patarm eval --judge scalar` takes a scalar reward model, "
+            f"{named} is {is_}; needed is {needed}. `patarm eval --judge scalar` takes a scalar reward model, "
             "`patarm reward-model` either, every other command one that writes."
         )
     _refuse_another_kind(model, judge)
     if model.tokenizer.vocab_size > model.arch.vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer has {model.tokenizer.vocab_size} tokens and the model {model.arch.vocab_size}. "
+            f"{named}: the tokenizer has {model.tokenizer.vocab_size} tokens and the model {model.arch.vocab_size}. "
             "They are of different models."
         )
     for remark in remarks:
@@ -97,22 +105,123 @@ def open_model(section: ModelSection, judge: JudgeKind | None = None, new_head: 
     return model
 
 
-def _kind(folder: Path) -> str:
-    return str((read_json_object(folder / JUDGE) or {}).get("judge", ""))
+def _folders(section: ModelSection, called: str) -> tuple[Path, StoredAdapter | None]:
+    """The folder of the model, and the adapters that belong to it.
+
+    Adapters that are named as the model lead to the one that they were trained on.
+    """
+    if not section.path:
+        raise UsageError("model.path is empty. Give a Hugging Face folder, or the folder of a finished run.")
+    folder = _of_run(called, section.path)
+    if section.weights == "random" and (section.adapter or is_adapter(folder)):
+        named = f"model.adapter {section.adapter}" if section.adapter else f"model.path {section.path}"
+        raise UsageError(f"{named} holds adapters, and model.weights is random. Set model.weights to load.")
+    if not is_adapter(folder):
+        return folder, read_adapter(_of_run("model.adapter", section.adapter)) if section.adapter else None
+    if section.adapter:
+        raise UsageError(
+            f"model.path {section.path} holds adapters, and so does model.adapter {section.adapter}. Name the model "
+            "that they belong to as model.path."
+        )
+    adapters = read_adapter(folder)
+    base = Path(adapters.base).expanduser()
+    if not adapters.base or not base.is_dir():
+        named = f"calls it {adapters.base!r}, which is no folder here" if adapters.base else "does not name it"
+        remedy = (
+            "Give that model as model.path, and this folder as model.adapter"
+            if called == "model.path"
+            else "Merge the two, and give the merged folder"
+        )
+        raise UserError(
+            f"{called} {section.path} holds LoRA adapters alone, and not the model that they belong to; its config "
+            f"{named}. {remedy}."
+        )
+    return _of_run(f"the model that {folder} names,", adapters.base), adapters
+
+
+def _of_run(name: str, path: str) -> Path:
+    """A model's folder; of a run's folder, its export."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{name} {path} is not a folder. Give a Hugging Face folder, or the folder of a finished run.")
+    if not (folder / "config.yaml").is_file() or (folder / "config.json").is_file():
+        return folder
+    if not (folder / EXPORT).is_dir():
+        raise UserError(
+            f"the run {folder} is not finished, so it has no {EXPORT} folder. Start its command again to finish it, or "
+            f"take a checkpoint with `patarm export {folder} OUT`."
+        )
+    return folder / EXPORT
+
+
+def _refuse_another_base(adapter: StoredAdapter, stored: Stored | None) -> None:
+    """Refuses adapters that one of our runs has trained beside other weights of the same shapes."""
+    noted = (read_json_object(adapter.folder / JUDGE) or {}).get(BASE_DIGEST)
+    if noted is None or stored is None or not stored.files or noted == digest(stored):
+        return
+    raise UserError(
+        f"the adapters in {adapter.folder} were trained beside other weights (digest {noted}) than those of "
+        f"{stored.folder} (digest {digest(stored)}), of the same shapes. Give the model that they were trained on, "
+        f"{adapter.base} by their config, as model.path."
+    )
+
+
+def _holding(name: str, folder: Path, adapter: StoredAdapter | None) -> Path:
+    return adapter.folder if adapter is not None and (adapter.folder / name).is_file() else folder
 
 
 def _refuse_another_kind(model: Model, judge: JudgeKind | None) -> None:
-    """Refuses to ask a judge of pairs for a score, and one of single responses for a choice."""
-    if {model.judge, judge} != {"pointwise", "pairwise"}:
+    """Refuses to ask a judge of pairs for a score, one of single responses for a choice, and one at once to reason."""
+    if {model.judge, judge} != {"pointwise", "pairwise"} and (
+        model.judge != "ordinal" or judge in (None, "ordinal", "scalar")
+    ):
         return
-    does, takes = {
-        "pointwise": ("gives one response a score", "patarm judge, and patarm eval with --judge pointwise, ask it so"),
-        "pairwise": ("chooses between two responses", "patarm eval with --judge pairwise asks it so"),
+    named = model.folder if model.adapter is None else model.adapter.folder
+    does, takes, train = {
+        "pointwise": (
+            "gives one response a score",
+            "patarm judge, and patarm eval with --judge pointwise, ask it so",
+            "sft and grpo train it on with judge: pointwise",
+        ),
+        "pairwise": (
+            "chooses between two responses",
+            "patarm eval with --judge pairwise asks it so",
+            "sft and grpo train it on with judge: pairwise",
+        ),
+        "ordinal": (
+            "gives a score at once and writes nothing",
+            "patarm eval with --judge ordinal asks it so",
+            "reward-model trains it on with head: ordinal",
+        ),
     }[model.judge]
     raise UsageError(
-        f"{model.folder} is a {model.judge} judge, which {does}, and is to be a {judge} one here. {takes}; sft and "
-        f"grpo train it on with judge: {model.judge}. Say so, or give another model."
+        f"{named} is a judge of the kind {model.judge}, which {does}, and is to be {judge} here. {takes}; {train}. "
+        "Say so, or give another model."
     )
+
+
+def load_parts(
+    config: TrainConfig, model: Model, mesh: Mesh, shapes: Params, begins: bool = True
+) -> tuple[Params | None, Tree]:
+    """What is trained as it is before the first update, and what is only read.
+
+    Args:
+        config: of the run.
+        model: what training starts from.
+        mesh: where everything lies.
+        shapes: of what is trained, with shardings.
+        begins: False of a run that goes on, or of a checkpoint: what is trained is there, and is not loaded.
+    """
+    load = partial(load_params, config.model, model, mesh, config.run.seed, TRAIN_RULES)
+    if not config.lora.rank:
+        return (load(np.float32) if begins else None), None
+    frozen, shapes = load(config.model.dtype), dict(shapes)
+    score = frozen.pop("score", None)  # of a scalar reward model, which trains it beside the adapters
+    if not begins:
+        return None, frozen
+    shapes.pop("score", None)
+    adapters = init_adapters(shapes, jax.random.key(config.run.seed))
+    return adapters | ({} if score is None else {"score": score.astype(np.float32)}), frozen
 
 
 def weights_digest(model: Model) -> str:
@@ -122,7 +231,11 @@ def weights_digest(model: Model) -> str:
     """
     if model.stored is None:
         return "random"
-    return digest(model.stored) if model.stored.files else ""
+    found = digest(model.stored) if model.stored.files else ""
+    if model.adapter is None:
+        return found
+    added = f"{found} {digest(model.adapter.stored(model.arch))} {model.adapter.scale!r}"
+    return hashlib.sha256(added.encode()).hexdigest()[:16]
 
 
 def judge_digest(model: Model) -> str:
@@ -136,16 +249,33 @@ def judge_digest(model: Model) -> str:
 def load_params(
     section: ModelSection, model: Model, mesh: Mesh, seed: int, rules: Rules, dtype: DTypeLike, unstacked: bool = False
 ) -> Params:
-    """The model's weights in their places, or random ones, when the config asks for them; `unstacked` for sampling."""
+    """The model's weights in their places, or random ones, when the config asks for them; `unstacked` for sampling.
+
+    What adapters add is in them. A score head that no file holds is drawn.
+    """
+    key = jax.random.key(seed)
     if section.weights == "random":
-        params = init_params(model.arch, jax.random.key(seed), mesh, rules)
+        params = init_params(model.arch, key, mesh, rules)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         return unstack_layers(params) if unstacked else params
     assert model.stored is not None, "weights that are not random lie somewhere"
-    stored, head_key = model.stored, None
-    if model.arch.scalar_head and not stored.arch.scalar_head:
-        stored, head_key = replace(stored, arch=model.arch), jax.random.key(seed)
-    params = weights.load(model.folder, mesh, rules, dtype, unstacked, stored, head_key)[0]
+    without_head = model.arch.scalar_head and not model.stored.arch.scalar_head
+    stored = replace(model.stored, arch=model.arch)
+    params = weights.load(model.folder, mesh, rules, dtype, unstacked, stored, without_head)[0]
+    shapes = abstract_params(model.arch, mesh, rules, dtype, unstacked)
+    if without_head:
+        params["score"] = jax.device_put(new_score_head(model.arch, key).astype(dtype), shapes["score"].sharding)
+    if model.adapter is not None:
+        adapters = load_adapter(model.adapter, model.arch, mesh, rules, unstacked)
+        if "score" in adapters:
+            params["score"] = adapters.pop("score")
+        places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        scale = model.adapter.scale
+
+        def added(weights: Params, adapters: Params) -> Params:
+            return merged(joined(adapters, weights), scale, dtype)
+
+        params = OnMesh(mesh, added, out_shardings=places, donate_argnums=0)(params, adapters)
     if not unstacked:  # they are trained, or trained against: one that is no number would spoil every update
         refuse_ruined(params, f"the model {model.folder}", "Copy the model again, or give another one")
     return params

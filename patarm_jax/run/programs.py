@@ -69,8 +69,12 @@ def _describe(
                 f"{memory.temp_size_in_bytes / GIB:.3f} GiB of temporary memory"
             )
         )
-        print(f"{name}: {summed_up(arguments[1:])}; per device {needs}")
-    print("beside a program, what it takes no part in stays on the devices: state, reference, the rollout copy")
+        read = [argument for argument in arguments[1:] if not isinstance(argument, dict)]  # weights are dictionaries
+        print(f"{name}: {summed_up(read)}; per device {needs}")
+    print(
+        "beside a program, what it takes no part in stays on the devices: state, reference, the weights beside "
+        "adapters, the rollout copy"
+    )
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     print(f"each device offers {limit / GIB:.1f} GiB" if limit else "this kind of device does not say what it offers")
 

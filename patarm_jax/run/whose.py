@@ -7,6 +7,7 @@ and not by their path: under `WEIGHTS` stands, of each, {"path": …, "digest": 
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +15,7 @@ from patarm_jax.config.flags import with_names_of_now
 from patarm_jax.config.load import lasting_settings
 from patarm_jax.config.presets import CHOSEN_BY_MARGIN, MARGINS
 from patarm_jax.config.recipes import TrainConfig
+from patarm_jax.config.sections import TARGETS, LoRASection
 from patarm_jax.data.pipeline import EncodedPair, digest_of
 from patarm_jax.run.open_model import Model, weights_digest
 from patarm_jax.types import UserError
@@ -40,20 +42,27 @@ def fingerprint(
         further: what else must not change, by name.
     """
     network = dataclasses.asdict(model.arch)
-    del network["scalar_head"]  # nothing trains one
+    del network["scalar_head"]  # the recipe and its settings say so
     return {
         "recipe": config.recipe,
         "model": network | {"dtype": config.model.dtype},
         "data": digest_of(records),
         "seed": config.run.seed,
-        **lasting_settings(config),
+        **_lasting(config),
         **further,
         WEIGHTS: _weights_of(config, model, reference),
     }
 
 
+def _lasting(config: TrainConfig) -> dict[str, object]:
+    """The settings that must stay; in which order the targets of adapters are named does not matter."""
+    targets = tuple(sorted(config.lora.targets))
+    return lasting_settings(dataclasses.replace(config, lora=dataclasses.replace(config.lora, targets=targets)))
+
+
 def _weights_of(config: TrainConfig, model: Model, reference: Model | None) -> dict[str, dict[str, str]]:
-    found = {START: {"path": config.model.path, "digest": weights_digest(model)}}
+    with_adapters = f" with the adapters {config.model.adapter}" if config.model.adapter else ""
+    found = {START: {"path": config.model.path + with_adapters, "digest": weights_digest(model)}}
     if reference is not None and config.kl_reference is not None:
         digest = found[START]["digest"] if reference is model else weights_digest(reference)
         found[REFERENCE] = {"path": config.kl_reference, "digest": digest}
@@ -73,6 +82,12 @@ def _as_written_now(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
             kl["by_ratio"] = None
             if found["update"]["aggregation"] == "sequence_mean":  # what it weighs by in any case
                 found["update"]["aggregation"] = None
+    known: dict[str, Any] = {"lora": lasting_settings(LoRASection(targets=tuple(sorted(TARGETS))))}
+    if found.get("recipe") == "reward_model":
+        known["head"] = "scalar"
+    found = known | found
+    if isinstance(found.get("optimizer"), dict):
+        found["optimizer"] = {"moments": "float32", **found["optimizer"]}
     return _before_pairwise_judges(found)
 
 
@@ -116,7 +131,8 @@ def refuse_another_run(
         _refuse_another_path(where, what, ours, got)
         return
     for role in (REFERENCE, START):
-        _refuse_other_weights(f"{where} {what}", role, ours.get(role), theirs.get(role))
+        beside_adapters = bool(expected.get("lora", {}).get("rank"))
+        _refuse_other_weights(f"{where} {what}", role, ours.get(role), theirs.get(role), beside_adapters)
 
 
 def notes_no_digests(got: Mapping[str, object] | None) -> bool:
@@ -145,7 +161,7 @@ def _refuse_another_path(where: str, what: str, ours: Mapping[str, Any], got: Ma
 
 
 def _refuse_other_weights(
-    wrong: str, role: str, ours: Mapping[str, str] | None, theirs: Mapping[str, str] | None
+    wrong: str, role: str, ours: Mapping[str, str] | None, theirs: Mapping[str, str] | None, beside_adapters: bool
 ) -> None:
     if ours is None or theirs is None or ours["digest"] in ("", theirs["digest"]):
         return
@@ -155,11 +171,37 @@ def _refuse_other_weights(
             f"{wrong}: its KL is measured from other weights, {found}. Put those weights back, name a folder that "
             f"holds them as {_CALLED[role]}, or give another run folder."
         )
+    without = (
+        ""
+        if beside_adapters
+        else " A run that has saved a checkpoint also goes on with a folder of the model's config and tokenizer that "
+        "holds no weights."
+    )
     raise UserError(
         f"{wrong}: it began with other weights, {found}. Name a folder that holds those as {_CALLED[role]}, or give "
-        "another run folder. A run that has saved a checkpoint also goes on with a folder of the model's config and "
-        "tokenizer that holds no weights."
+        f"another run folder.{without}"
     )
+
+
+def refuse_another_start(folder: Path, noted: Mapping[str, Any], model: Model) -> None:
+    """Refuses to put adapters on other weights than those that their run has trained them beside.
+
+    Args:
+        folder: of the run.
+        noted: the fingerprint that stands in it.
+        model: what its adapters are to be put on.
+    """
+    theirs = noted.get(WEIGHTS, {}).get(START)
+    ours = {"path": _named(model), "digest": weights_digest(model)}
+    if theirs is not None and theirs["digest"] != ours["digest"]:
+        raise UserError(
+            f"{folder}: its adapters were trained beside {_known_by(theirs)}, and {_known_by(ours)} lies there now. "
+            "Put those weights back, or begin the run anew in another folder."
+        )
+
+
+def _named(model: Model) -> str:
+    return str(model.folder) + (f" with the adapters {model.adapter.folder}" if model.adapter else "")
 
 
 def _known_by(weights: Mapping[str, str]) -> str:

@@ -1,5 +1,7 @@
 """Losses that compare the two sides of a pair, as sums over pairs, so that micro-batches add up exactly."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -32,11 +34,43 @@ def bradley_terry(rewards: jax.Array, margins: Array, there: jax.Array, centring
     def mean(values: jax.Array) -> Mean:
         return jnp.where(there, values, 0.0).sum(), count
 
-    metrics = {
-        "loss": mean(each),
-        "accuracy": mean((gap > 0).astype(jnp.float32)),
-        "margin": mean(gap),
+    return Loss(mean(each), {"loss": mean(each)} | _sides(rewards, mean))
+
+
+def ordinal(logprobs: jax.Array) -> Loss:
+    """Minus the log-probability that a score drawn for the chosen response is above one drawn for the rejected.
+
+        −log Σ_{a > b} p_chosen(a)·p_rejected(b),   p the probabilities of the scores among themselves
+
+    The reward of a response is the expected score Σ s·p(s). Source: OPRM, the ordinal probabilistic reward model.
+
+    Args:
+        logprobs: [P, 2, S] float32, of the scores 0 … S−1 of the chosen and of the rejected response.
+
+    Returns:
+        The loss in the mean over pairs, and by name what `bradley_terry` gives; and outside, the probability that lies
+        on none of the scores.
+    """
+    pairs, _, scores = logprobs.shape
+    own = jax.nn.log_softmax(logprobs, axis=-1)
+    above = jnp.tril(jnp.ones((scores, scores), bool), -1)  # [a, b]: whether a > b
+    joint = jnp.where(above, own[:, 0, :, None] + own[:, 1, None, :], -jnp.inf)
+    each = -jax.nn.logsumexp(joint, axis=(1, 2))
+    rewards = jnp.exp(own) @ jnp.arange(scores, dtype=jnp.float32)
+    outside = 1.0 - jnp.exp(logprobs).sum(axis=-1)
+
+    def mean(values: jax.Array) -> Mean:
+        return values.sum(), jnp.float32(pairs)
+
+    return Loss(mean(each), {"loss": mean(each), "outside": mean(outside.mean(axis=-1))} | _sides(rewards, mean))
+
+
+def _sides(rewards: jax.Array, mean: Callable[[jax.Array], Mean]) -> dict[str, Mean]:
+    """What rewards [..., 2] say of the pairs: how often the chosen one is higher, by how much, and each in the mean."""
+    chosen, rejected = rewards[..., 0], rewards[..., 1]
+    return {
+        "accuracy": mean((chosen > rejected).astype(jnp.float32)),
+        "margin": mean(chosen - rejected),
         "rewards/chosen/mean": mean(chosen),
         "rewards/rejected/mean": mean(rejected),
     }
-    return Loss(metrics["loss"], metrics)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from patarm_jax.arrays import Array, ComparedPairs, Params, Rollouts, SFTBatch, Tree, abstract
+from patarm_jax.arrays import Array, ComparedPairs, Params, Rollouts, ScoredPairs, SFTBatch, Tree, abstract
 from patarm_jax.train.algorithms import Algorithm
 from patarm_jax.train.losses import Loss, Mean, mask_from_lengths, sum_over_tokens, token_logprobs
-from patarm_jax.train.pair_losses import bradley_terry
+from patarm_jax.train.pair_losses import bradley_terry, ordinal
 from patarm_jax.train.policy_losses import SampledTokens
 
 Batch = TypeVar("Batch")
@@ -175,6 +175,31 @@ def reward_loss(forward: Forward, centring: float = 0.0) -> LossFn[ComparedPairs
     return loss
 
 
+def ordinal_loss(forward: Forward, shards: int = 1) -> LossFn[ScoredPairs]:
+    """The ordinal loss of the pairs: see `pair_losses.ordinal`.
+
+    Args:
+        forward: (params, frozen, prompt [R, Tp], prompt_lengths [R], completion [R, G, Tc]) → Output.
+        shards: into how many parts the devices share the batch.
+    """
+
+    def loss(params: Params, frozen: Tree, batch: ScoredPairs) -> Loss:
+        pairs, sides, width = batch.prompt_tokens.shape
+        scores, longest = batch.score_tokens.shape[1:]
+        behind = jnp.repeat(batch.score_tokens, sides, axis=0)  # [2P, S, Tc]: of both sides, one behind the other
+        there = mask_from_lengths(jnp.repeat(batch.score_lengths, sides, axis=0), longest)
+        prompts, lengths = batch.prompt_tokens.reshape(-1, width), batch.prompt_lengths.reshape(-1)
+        predicted = _predicted(forward, params, frozen, prompts, lengths, behind)
+
+        def of_logprobs(logprobs: jax.Array) -> Loss:
+            whole = jnp.where(there, logprobs.reshape(behind.shape), 0.0).sum(axis=-1)
+            return ordinal(whole.reshape(pairs, sides, scores))
+
+        return _by_logprobs(of_logprobs, 1.0, shards, predicted)[0]
+
+    return loss
+
+
 class _Predicted(NamedTuple):
     """Sampled tokens, and what predicts them; a head that reads states in chunks sees no groups."""
 
@@ -242,7 +267,20 @@ def _fused(algorithm: Algorithm, temperature: float, shards: int, predicted: _Pr
 
 
 def _exact(algorithm: Algorithm, temperature: float, shards: int, predicted: _Predicted, tokens: SampledTokens) -> Loss:
-    """A loss of whole sequences or pairs, by way of its gradient g by the log-probs: four head matmuls.
+    """A loss of whole sequences or pairs, which does not add up over tokens."""
+
+    def of_logprobs(logprobs: jax.Array) -> Loss:
+        return algorithm.loss(logprobs.reshape(tokens.mask.shape), tokens)
+
+    found, entropy = _by_logprobs(of_logprobs, temperature, shards, predicted)
+    entropy_mean = _mean_entropy(entropy.reshape(tokens.mask.shape), tokens.mask)
+    return Loss(found.loss, found.metrics | {"entropy": entropy_mean})
+
+
+def _by_logprobs(
+    of_logprobs: Callable[[jax.Array], Loss], temperature: float, shards: int, predicted: _Predicted
+) -> tuple[Loss, jax.Array]:
+    """Any loss of log-probs [R, G·Tc], by way of its gradient g by them, and the entropies: four head matmuls.
 
         L = f(logprobs),   g = ∂f/∂logprobs,   ∂L/∂weights = ∂/∂weights Σ g·logprob   with g held fixed
 
@@ -252,15 +290,13 @@ def _exact(algorithm: Algorithm, temperature: float, shards: int, predicted: _Pr
     logprobs, entropy = token_logprobs(*predicted, temperature=temperature, shards=shards)
 
     def value(logprobs: jax.Array) -> tuple[jax.Array, Loss]:
-        found = algorithm.loss(logprobs.reshape(tokens.mask.shape), tokens)
+        found = of_logprobs(logprobs)
         return found.loss[0], found
 
     gradient, found = jax.grad(value, has_aux=True)(logprobs)
     linear, _ = sum_over_tokens(_weighted, temperature, shards, *predicted, gradient)
     total, denominator = found.loss
-    total = jax.lax.stop_gradient(total - linear) + linear
-    entropy_mean = _mean_entropy(entropy.reshape(tokens.mask.shape), tokens.mask)
-    return Loss((total, denominator), found.metrics | {"entropy": entropy_mean})
+    return Loss((jax.lax.stop_gradient(total - linear) + linear, denominator), found.metrics), entropy
 
 
 def _weighted(
