@@ -252,7 +252,7 @@ def test_the_summary_says_how_the_judge_was_asked():
     assert "No rubrics, temperature 1" in markdown(evaluation("pairs", "baseline", sampling=drawn))
     assert "temperature, top-p, top-k as the server has it" in markdown(evaluation("pairs"))  # nothing is set
     text = markdown(evaluation("pairs", "scalar"))
-    assert "Scores of a scalar head" in text and "temperature" not in text
+    assert "Numbers of a reward model (scalar)" in text and "temperature" not in text
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------

@@ -130,4 +130,4 @@ def test_a_judge_of_one_kind_is_not_taken_for_another(world, capsys, kind, other
     for arguments in commands:
         assert main(arguments) == 2
         said = capsys.readouterr().err
-        assert f"is a {kind} judge, which {does}, and is to be a {other} one here" in said
+        assert f"is a judge of the kind {kind}, which {does}, and is to be {other} here" in said

@@ -44,7 +44,10 @@ def random_adapters(model, targets=TARGETS, seed=1, **settings):
     return adapted.eval()
 
 
-@pytest.fixture(scope="module", params=[TARGETS, ("q_proj", "v_proj", "down_proj")], ids=["every weight", "some"])
+SOME = pytest.param(("q_proj", "v_proj", "down_proj"), marks=pytest.mark.long)
+
+
+@pytest.fixture(scope="module", params=[TARGETS, SOME], ids=["every weight", "some"])
 def saved(request, tmp_path_factory):
     """A model's folder, its adapters' folder, and PEFT's own model of both."""
     root = tmp_path_factory.mktemp("lora")

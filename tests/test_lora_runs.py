@@ -158,6 +158,16 @@ def test_eight_devices_and_slices_learn_as_one(world, started, kind):
     assert judged_texts(one) == judged_texts(eight) if recipe == "grpo" else True
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_a_dry_run_shows_the_batch_and_no_weights(world, capsys, kind):
+    recipe, config, folder = of(world, kind, "dry")
+    assert main([recipe, str(config), "--dry-run", "--pairs_per_step", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "GiB of temporary memory" in shown and "the weights beside adapters" in shown and not folder.exists()
+    assert "[2, 32, 4, 8]" not in shown  # q_proj of both layers
+
+
 FAULTS = {
     "scale without rank": (["--lora.rank", "0", "--lora.alpha", "3"], "lora.alpha is set, and lora.rank is 0"),
     "no such weight": (["--lora.targets", "lm_head"], "Invalid enum value 'lm_head'"),

@@ -196,13 +196,16 @@ def test_a_run_learns_and_is_measured_as_eval_and_its_card_measure(world, capsys
     data = world / "five.jsonl"
     data.write_text("".join((world / "heldout.jsonl").read_text().splitlines(keepends=True)[:5]))
     asked = ["eval", "pairs", "--model", str(world / "ordinal"), "--model.dtype", "float32", "--data", str(data)]
-    capsys.readouterr()
+    assert main([*asked, "--judge", "ordinal", "--output", str(world / "planned"), "--dry-run"]) == 0
+    planned = capsys.readouterr().out
+    assert "prompt tokens: " in planned and "completion tokens" not in planned and "writing" not in planned
     assert main([*asked, "--judge", "ordinal", "--output", str(world / "measured")]) == 0
     assert "lies on no whole number from 0 to 10" in (world / "measured" / "summary.md").read_text()
     table = pyarrow.parquet.read_table(world / "measured" / "judgements.parquet").to_pylist()
     numbers = np.array([row["score"] for row in table]).reshape(-1, 2)
     measured = [lines[-1][f"eval/rewards/{side}/mean"] for side in ("chosen", "rejected")]
     np.testing.assert_allclose(numbers.mean(axis=0), measured, rtol=1e-4)
+    assert 0 < lines[-1]["eval/outside"] < 1
 
     pytest.importorskip("torch", reason="the card's code needs torch")
     code = re.search(r"```python\n(.*?)```", (export / "README.md").read_text(), re.DOTALL)[1]

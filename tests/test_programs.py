@@ -7,7 +7,15 @@ import jax
 import pytest
 
 from patarm_jax.config.recipes import GRPOConfig, SFTConfig
-from patarm_jax.config.sections import DataSection, KLSection, MeshSection, ModelSection, SamplingSection, UpdateSection
+from patarm_jax.config.sections import (
+    DataSection,
+    KLSection,
+    LoRASection,
+    MeshSection,
+    ModelSection,
+    SamplingSection,
+    UpdateSection,
+)
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.recipes.programs import programs
@@ -51,6 +59,18 @@ def test_without_a_kl_there_is_no_reference():
     assert found.keys() == NAMES["grpo"] - {"reference log-probs"}
     update, arguments = found["update"]
     assert "kl" not in update.lower(*arguments).out_info[1]
+
+
+def test_adapters_are_trained_beside_weights_that_are_the_reference_too():
+    mesh = make_mesh(MeshSection(data=2, fsdp=2, tensor=2))
+    found = programs(replace(CONFIGS["grpo"], lora=LoRASection(rank=2)), Architecture(**TINY), mesh)
+    assert found.keys() == NAMES["grpo"]
+    for name, (program, arguments) in found.items():
+        assert program.lower(*arguments).out_info is not None, name
+    (state, frozen, _), (trained, reference, _) = found["update"][1], found["reference log-probs"][1]
+    assert trained == {} and reference is frozen
+    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(state.params)}
+    assert len(names) == 14 and all(name.endswith(("_lora_A", "_lora_B")) for name in names)
 
 
 @pytest.mark.parametrize("name", get_args(get_type_hints(UpdateSection)["algorithm"]))

@@ -96,8 +96,8 @@ def test_every_verb_on_real_input(folder, real_inputs):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("recipe", "devices"), [("sft", 8), ("grpo", 16)])
-def test_the_8b_config_compiles_on_its_mesh(folder, real_inputs, recipe, devices):
+@pytest.mark.parametrize(("name", "devices"), [("sft", 8), ("grpo", 16), ("lora_grpo", 1)])
+def test_the_8b_config_compiles_on_its_mesh(folder, real_inputs, name, devices):
     """`--dry-run` compiles every program of a run at full size, for as many devices as the config asks for."""
     eight = folder / "Qwen3-8B"
     if not eight.exists():
@@ -105,7 +105,8 @@ def test_the_8b_config_compiles_on_its_mesh(folder, real_inputs, recipe, devices
         published = json.loads((real_inputs / "qwen3_tokenizer" / "Qwen3-4B.config.json").read_text())
         sizes = {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
         (eight / "config.json").write_text(json.dumps(published | sizes))
-    config = Path(__file__).parents[1] / "configs" / f"qwen3_8b_{recipe}.yaml"
+    recipe = name.removeprefix("lora_")
+    config = Path(__file__).parents[1] / "configs" / f"qwen3_8b_{name}.yaml"
     settings = ["--model.path", eight, "--data.path", real_inputs / "preferences.jsonl", "--data.domain", "chat"]
     settings += ["--data.missing_judgements", "template", "--dry-run"]
     said = patarm(recipe, config, *settings, flags=f"--xla_force_host_platform_device_count={devices}")

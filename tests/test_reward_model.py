@@ -169,10 +169,9 @@ def test_slices_and_devices_change_nothing(folder, packing):
         return {name: float(value) for name, value in metrics.items()}
 
     alone = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES)
-    whole = updated(alone, 1)
-    assert whole["grad_norm"] > 0.1
-    for mesh, micro_batches in ((alone, 4), (make_mesh(MeshSection(data=2, fsdp=2, tensor=2)), 2)):
-        assert updated(mesh, micro_batches) == pytest.approx(whole, rel=1e-4)
+    in_slices = updated(alone, 4)  # one slice is held equal to torch's above
+    assert in_slices["grad_norm"] > 0.1
+    assert updated(make_mesh(MeshSection(data=2, fsdp=2, tensor=2)), 1) == pytest.approx(in_slices, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

@@ -1,5 +1,6 @@
 """A run knows the weights it began with, and those its KL is measured from, by a digest and not by their path."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -11,8 +12,8 @@ import safetensors.numpy
 import yaml
 
 from patarm_jax.cli import main
-from patarm_jax.config.recipes import GRPOConfig
-from patarm_jax.config.sections import KLSection, ModelSection, UpdateSection
+from patarm_jax.config.recipes import GRPOConfig, RewardModelConfig, SFTConfig
+from patarm_jax.config.sections import KLSection, LoRASection, ModelSection, UpdateSection
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import read_architecture
 from patarm_jax.model.transformer import init_params
@@ -127,6 +128,22 @@ SAME = {
 def test_the_same_weights_are_the_same_run(models, then, now):
     now = {k: v.format(models.name) if isinstance(v, str) else v for k, v in now.items()}
     refuse_another_run("it", whose(models, **now), whose(models, **then))
+
+
+@pytest.mark.parametrize("cls", [SFTConfig, GRPOConfig, RewardModelConfig])
+def test_a_run_of_an_earlier_version_goes_on(models, cls):
+    """It knew of no adapters, of one kind of moments, and of one head of a reward model."""
+    section = ModelSection(path=str(models / "start"))
+    model, config = open_model(section), cls(model=section)
+    now = json.loads(json.dumps(fingerprint(config, model, [])))
+    then = copy.deepcopy({name: value for name, value in now.items() if name not in ("lora", "head")})
+    del then["optimizer"]["moments"]
+    refuse_another_run("it", now, then)
+    turned = replace(config, lora=LoRASection(targets=config.lora.targets[::-1]))
+    refuse_another_run("it", json.loads(json.dumps(fingerprint(turned, model, []))), now)
+    adapted = json.loads(json.dumps(fingerprint(replace(config, lora=LoRASection(rank=4)), model, [])))
+    with pytest.raises(UserError, match=r"lora.rank is 0 there and 4 here"):
+        refuse_another_run("it", adapted, then)
 
 
 OTHER = {

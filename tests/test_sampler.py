@@ -90,7 +90,8 @@ def test_greedy_equals_transformers_generate(changes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 5, 0.9), pytest.param(0.0, 0, 1.0, marks=pytest.mark.long)]
+    ("temperature", "top_k", "top_p"),
+    [(0.7, 5, 0.9), *(pytest.param(temperature, 0, 1.0, marks=pytest.mark.long) for temperature in (1.0, 0.0))],
 )
 def test_sampled_logprobs_equal_teacher_forced_ones(temperature, top_k, top_p):
     params = lively()

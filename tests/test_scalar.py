@@ -84,7 +84,7 @@ def test_a_model_of_the_other_kind_is_refused(folder, capsys):
     assert main(["eval", "pairs", "--model", str(folder / "saved"), *common]) == 1
     assert "is a scalar reward model; needed is one that writes" in capsys.readouterr().err
     assert main(["eval", "pairs", "--model", str(folder / "saved"), "--judge", "scalar", "--votes", "2", *common]) == 2
-    assert "allowed for a scalar head is 1" in capsys.readouterr().err
+    assert "allowed for a reward model (scalar) is 1" in capsys.readouterr().err
     config = json.loads((folder / "saved" / "config.json").read_text())
     several = folder / "several"
     several.mkdir()
@@ -121,4 +121,4 @@ def test_a_score_that_is_no_number_is_no_score(folder, tmp_path):
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     assert (results["valid"], results["failed"], results["ties"]) == (0, 0, 1)
     row = pyarrow.parquet.read_table(tmp_path / "o" / "judgements.parquet").to_pylist()[0]
-    assert (row["status"], row["score"], row["reason"]) == ("BAD_SCORE", None, "the head gives nan")
+    assert (row["status"], row["score"], row["reason"]) == ("BAD_SCORE", None, "the reward model gives nan")

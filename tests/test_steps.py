@@ -247,10 +247,8 @@ def test_micro_batches_equal_one_batch(params, name, micro_batches):
 @pytest.mark.parametrize(
     ("name", "micro_batches"),
     [
-        ("sft", 2),
         ("grpo", 1),
-        pytest.param("sft", 1, marks=pytest.mark.long),
-        pytest.param("grpo", 2, marks=pytest.mark.long),
+        *(pytest.param(*one, marks=pytest.mark.long) for one in (("sft", 1), ("sft", 2), ("grpo", 2))),
     ],
 )
 def test_eight_devices_equal_one(params, name, micro_batches):

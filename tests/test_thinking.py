@@ -10,9 +10,11 @@ import pytest
 import transformers
 import yaml
 
+from patarm_jax.data.pipeline import encode_question
 from patarm_jax.data.tokenizer import decode, encode_chat, encode_judgement, load_tokenizer, written
+from patarm_jax.judge.forms import ORDINAL
 from patarm_jax.judge.parse import parse_baseline, parse_pairwise, parse_pointwise
-from patarm_jax.judge.prompts import baseline, pairwise, pointwise
+from patarm_jax.judge.prompts import baseline, ordinal, pairwise, pointwise
 from patarm_jax.rollout.judging import read_judgements
 from patarm_jax.rollout.schedule import Group
 from patarm_jax.types import Status, UserError
@@ -88,6 +90,17 @@ def test_rollouts_are_read_with_what_the_template_wrote(folders, template):
     assert (whole.status, whole.score, whole.text) == (Status.OK, 7.0, JUDGEMENT.format(7))
     assert (cut.status, cut.reason) == (Status.BAD_TAGS, "</think> is missing") and "<answer>9</answer>" in cut.text
     assert parse_baseline(cut.text).score is None
+
+
+@pytest.mark.parametrize("template", ["left", "opened", "closed"])
+def test_a_score_that_is_given_at_once_begins_behind_no_thinking(folders, tmp_path, template):
+    """Whatever the template writes itself: the tag stands there once, with nothing in it."""
+    closed = "<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n"
+    folder = with_template(tiny_model_folder(tmp_path / "m"), closed) if template == "closed" else folders / template
+    tokenizer = load_tokenizer(folder)
+    ids = encode_question(tokenizer, ordinal("2 + 2?", "4"), ORDINAL).tolist()
+    assert decode(tokenizer, ids).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n<answer>")
+    assert ids.count(tokenizer.control_tokens["<think>"]) == ids.count(tokenizer.control_tokens["</think>"]) == 1
 
 
 def test_a_template_that_ends_the_thinking_teaches_none(tmp_path):

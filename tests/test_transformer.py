@@ -84,7 +84,12 @@ def unshared(params, config, prompt, lengths, completion):
 
 @pytest.mark.parametrize(
     ("seed", "rows", "prompt", "group", "completion", "remat"),
-    [(0, 3, 11, 4, 6, "full"), (1, 2, 7, 1, 5, "none"), (2, 1, 1, 3, 1, "none"), (3, 2, 5, 8, 9, "dots")],
+    [
+        (0, 3, 11, 4, 6, "full"),
+        pytest.param(1, 2, 7, 1, 5, "none", marks=pytest.mark.long),
+        (2, 1, 1, 3, 1, "none"),
+        pytest.param(3, 2, 5, 8, 9, "dots", marks=pytest.mark.long),
+    ],
 )
 def test_shared_prompt_equals_unshared(seed, rows, prompt, group, completion, remat):
     config = Architecture(**TINY)

@@ -127,7 +127,7 @@ def merged(params: Params, scale: float, dtype: DTypeLike) -> Params:
             numbers = jnp.arange(jax.tree.leaves(part)[0].shape[0])
             found[name] = jax.lax.map(lambda one: of_layer(*one), (numbers, part))
         elif isinstance(part, dict):
-            found[name] = of_layer(jnp.int32(name.removeprefix("layers_")), part)
+            found[name] = of_layer(jnp.int32(int(name.removeprefix("layers_"))), part)
         else:
             found[name] = part.astype(dtype)
     return found

@@ -99,6 +99,7 @@ def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingfa
     )
     beside = "beside the base model's weights, which they need" if facts.adapters else "merged into the weights"
     adapters = [("LoRA adapters", f"{facts.lora}, {beside}")] if facts.lora else []
+    said = ", which the code below sets" if facts.adapters else "; generation_config.json says so to whoever serves it"
     rows = [
         ("base model", f"`{facts.base_model}`"),
         *adapters,
@@ -107,7 +108,7 @@ def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingfa
         ("optimiser updates", f"{facts.steps:,}"),
         *([("reward", facts.reward)] if facts.reward else []),
         *([("rubrics", facts.rubrics)] if writes else []),
-        *([("sampling", f"{facts.drawing}; generation_config.json says so to whoever serves it")] if writes else []),
+        *([("sampling", f"{facts.drawing}{said}")] if writes else []),
         *_measured(facts),
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
