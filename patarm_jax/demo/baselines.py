@@ -67,10 +67,11 @@ SYSTEMS = {
 }
 
 
-def main(out: Path, seeds: int, sizes: DemoSizes = SIZES) -> list[dict[str, Any]]:
+def main(out: Path, systems: Sequence[str], seeds: int, sizes: DemoSizes = SIZES) -> list[dict[str, Any]]:
     """Runs what is not done yet; adds the rows to table.json, draws them, and prints the table."""
     rows: list[dict[str, Any]] = []
-    for name, system in SYSTEMS.items():
+    for name in systems:
+        system = SYSTEMS[name]
         found = [_run(out, name, system, seed, sizes) for seed in range(seeds)]
         for way in system.ways:
             called = f"{name}, {way}" if len(system.ways) > 1 else name
@@ -144,6 +145,7 @@ def _measured(asked: evaluate.EvalConfig, folder: Path) -> tuple[list[float], fl
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compares judges with what they are an alternative to.")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder (default: %(default)s)")
+    parser.add_argument("--system", action="append", choices=SYSTEMS, help="may be given again; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each system (default: %(default)s)")
     return parser.parse_args()
 
@@ -151,6 +153,6 @@ def _arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     given = _arguments()
     try:
-        main(given.out, given.seeds)
+        main(given.out, given.system or list(SYSTEMS), given.seeds)
     except UserError as error:
         sys.exit(f"baselines: {error}")
