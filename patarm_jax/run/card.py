@@ -111,18 +111,17 @@ def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingfa
         *([("sampling", f"{facts.drawing}{said}")] if writes else []),
         *_measured(facts),
     ]
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    top = TOP.format(name=name, table="\n".join(f"| {key} | {value} |" for key, value in rows))
     if not writes:
         body = ORDINAL_BODY if facts.judge == "ordinal" else SCALAR_BODY
-        text = body.format(
-            name=name, table=table, opening=json.dumps(answer_opening(opening)), **_scalar_code(name, facts.adapters)
-        )
+        begun = json.dumps(answer_opening(opening))
+        text = body.format(name=name, top=top, opening=begun, **_scalar_code(name, facts.adapters))
         return huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
     before = f"{json.dumps(opening)} + " if opening else ""
     words = {**JUDGES[facts.judge], "name": name}
     words["command"] = words["command"].format(name=name)
     words |= _code(name, facts)
-    text = BODY.format(table=table, rubrics=facts.rubrics, opening=before, **words)
+    text = BODY.format(top=top, rubrics=facts.rubrics, opening=before, **words)
     return huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
@@ -199,11 +198,8 @@ JUDGES = {
         "ask in\nboth orders, and take several judgements of each.",
     },
 }
-BODY = """\
-# {name}
-
-A generative reward model. {does} It was trained with `patarm_jax`.
-
+# What stands in every card between what the model is and how it is asked.
+TOP = """\
 | | |
 |---|---|
 {table}
@@ -212,7 +208,13 @@ A generative reward model. {does} It was trained with `patarm_jax`.
 
 `{name}` stands for this folder in what follows: put its path there, or its id on the Hub.
 
-{what}
+"""
+BODY = """\
+# {name}
+
+A generative reward model. {does} It was trained with `patarm_jax`.
+
+{top}{what}
 
 ```sh
 {command}
@@ -266,15 +268,7 @@ SCALAR_BODY = """\
 A scalar reward model (Bradley and Terry's). It reads a conversation and gives its last response a number, the higher
 the better; it was taught differences between responses to one prompt. It was trained with `patarm_jax`.
 
-| | |
-|---|---|
-{table}
-
-## Use
-
-`{name}` stands for this folder in what follows: put its path there, or its id on the Hub.
-
-Compare it with judges, on a file of preference pairs (`prompt`, `chosen`, `rejected`):
+{top}Compare it with judges, on a file of preference pairs (`prompt`, `chosen`, `rejected`):
 
 ```sh
 patarm eval pairs --judge scalar --model {name} --data pairs.jsonl --output runs/pairs
@@ -300,15 +294,7 @@ ORDINAL_BODY = """\
 An ordinal reward model. It is asked for a score from 0 to 10 and does not reason: its number for a response is the mean
 of the scores that it finds likely, so that the same response always gets the same. It was trained with `patarm_jax`.
 
-| | |
-|---|---|
-{table}
-
-## Use
-
-`{name}` stands for this folder in what follows: put its path there, or its id on the Hub.
-
-Compare it with judges, on a file of preference pairs (`prompt`, `chosen`, `rejected`):
+{top}Compare it with judges, on a file of preference pairs (`prompt`, `chosen`, `rejected`):
 
 ```sh
 patarm eval pairs --judge ordinal --model {name} --data pairs.jsonl --output runs/pairs
