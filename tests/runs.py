@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -115,6 +116,27 @@ class Started:
             text = self.said.read()
         assert got == code, text
         return text
+
+
+def reward_config(world, name, **sections):
+    """Of a reward model, which writes nothing: what judges draw and are taught is not in it."""
+    heldout = {"path": str(world / "heldout.jsonl"), "eval_every": 3, "limit": 5, "best": "accuracy_half"}
+    path = config_file(world, name, "reward_model", **sections)
+    base = yaml.safe_load(path.read_text())
+    base["heldout"] = sections.get("heldout", heldout)
+    del base["data"]["missing_judgements"]
+    path.write_text(yaml.safe_dump(base))
+    return path
+
+
+def run_whole_and_killed(started, verb, whole, killed, folder, code=0):
+    """Two runs alike, the second of them killed after three steps and started again; both end with this exit code."""
+    running, stopped = started(verb, whole), started(verb, killed)
+    stopped.until(lambda: len(lines_of(folder)) >= 3)
+    stopped.process.send_signal(signal.SIGKILL)
+    stopped.end(-signal.SIGKILL)
+    started(verb, killed).end(code)
+    running.end(code)
 
 
 def lines_of(folder):

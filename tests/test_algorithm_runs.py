@@ -1,13 +1,11 @@
 """Every algorithm trains by the command, says the settings it has, and ends alike whether or not it is killed."""
 
-import signal
-
 import pytest
 import yaml
 
 from patarm_jax.config.load import load_run
 from patarm_jax.config.presets import PRESETS, value_at
-from tests.runs import VAIN, config_file, exported, lines_of, timeless
+from tests.runs import VAIN, config_file, exported, lines_of, run_whole_and_killed, timeless
 
 
 @pytest.mark.long
@@ -22,13 +20,8 @@ def test_a_killed_run_of_any_algorithm_ends_like_a_whole_one(world, started, alg
     if algorithm == "dapo":  # random weights write nothing that can be read: only lengths make rewards differ
         more["dapo"] = {"overlong_buffer": 8}
     configs = [config_file(world, name, "grpo", update=update, **more) for name in names]
-    whole, killed = (started("grpo", config) for config in configs)
     folders = [world / name for name in names]
-    killed.until(lambda: len(lines_of(folders[1])) >= 3)
-    killed.process.send_signal(signal.SIGKILL)
-    killed.end(-signal.SIGKILL)
-    started("grpo", configs[1]).end(VAIN["grpo"])
-    whole.end(VAIN["grpo"])
+    run_whole_and_killed(started, "grpo", *configs, folders[1], VAIN["grpo"])
     assert timeless(folders[0]) == timeless(folders[1]) and exported(folders[0]) == exported(folders[1])
     last = lines_of(folders[0])[-1]
     # One device, one kind of number: the sampler's log-probs and the trainer's are the same but for rounding.

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import socket
 
 import pytest
@@ -18,6 +17,7 @@ from tests.runs import (
     judged_texts,
     judgements,
     lines_of,
+    run_whole_and_killed,
     timeless,
 )
 
@@ -47,14 +47,8 @@ def of(world, kind, fate, **sections):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_ends_like_a_whole_one(world, started, kind):
     recipe, config, whole = of(world, kind, "whole")
-    running = started(recipe, config)
-    _, config, folder = of(world, kind, "killed")
-    killed = started(recipe, config)
-    killed.until(lambda: len(lines_of(folder)) >= 3)
-    killed.process.send_signal(signal.SIGKILL)
-    killed.end(-signal.SIGKILL)
-    started(recipe, config).end(VAIN[recipe])
-    running.end(VAIN[recipe])
+    _, stopped, folder = of(world, kind, "killed")
+    run_whole_and_killed(started, recipe, config, stopped, folder, VAIN[recipe])
     assert len(timeless(folder)) == 7 and timeless(folder) == timeless(whole)
     assert exported(folder) == exported(whole) and judgements(folder) == judgements(whole)
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 import shutil
-import signal
 
 import numpy as np
 import pyarrow.parquet
@@ -20,6 +19,7 @@ from tests.runs import (
     exported,
     judged_texts,
     lines_of,
+    run_whole_and_killed,
     timeless,
 )
 
@@ -141,14 +141,8 @@ def test_the_reference_is_the_weights_without_adapters(world, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_ends_like_a_whole_one(world, started, kind):
     recipe, config, whole = of(world, kind, "whole")
-    running = started(recipe, config)
-    _, config, folder = of(world, kind, "killed")
-    killed = started(recipe, config)
-    killed.until(lambda: len(lines_of(folder)) >= 3)
-    killed.process.send_signal(signal.SIGKILL)
-    killed.end(-signal.SIGKILL)
-    started(recipe, config).end(VAIN.get(recipe, 0))
-    running.end(VAIN.get(recipe, 0))
+    _, stopped, folder = of(world, kind, "killed")
+    run_whole_and_killed(started, recipe, config, stopped, folder, VAIN.get(recipe, 0))
     assert len(timeless(folder)) == 7 and timeless(folder) == timeless(whole)
     assert exported(folder) == exported(whole)
 

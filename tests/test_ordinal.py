@@ -2,14 +2,12 @@
 
 import json
 import re
-import signal
 
 import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
 import safetensors.numpy
-import yaml
 
 from patarm_jax.cli import main
 from patarm_jax.config.recipes import RewardModelConfig
@@ -28,7 +26,7 @@ from patarm_jax.recipes.programs import ordinal_learner, two_streams
 from patarm_jax.run.open_model import load_params, open_model
 from patarm_jax.train.pair_losses import ordinal as ordinal_loss
 from patarm_jax.train.steps import ordinal_loss as loss_of_pairs
-from tests.runs import config_file, exported, lines_of, timeless
+from tests.runs import exported, lines_of, reward_config, run_whole_and_killed, timeless
 from tests.toys import hf_model, tiny_tokenizer_folder
 
 ROWS = [
@@ -175,18 +173,11 @@ def test_the_answer_begins_as_qwen3_writes_it_without_thinking(real_inputs):
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def ordinal_config(world, name, **sections):
-    heldout = {"path": str(world / "heldout.jsonl"), "eval_every": 3, "limit": 5, "best": "accuracy_half"}
-    path = config_file(world, name, "reward_model", head="ordinal", **sections)
-    base = yaml.safe_load(path.read_text()) | {"heldout": heldout}
-    del base["data"]["missing_judgements"]
-    path.write_text(yaml.safe_dump(base))
-    return path
-
-
 def test_a_run_learns_and_is_measured_as_eval_and_its_card_measure(world, capsys):
     start = {"path": str(world / "reference"), "weights": "load"}
-    config = ordinal_config(world, "ordinal", model=start, optimizer={"learning_rate": 0.003}, run={"steps": 6})
+    config = reward_config(
+        world, "ordinal", head="ordinal", model=start, optimizer={"learning_rate": 0.003}, run={"steps": 6}
+    )
     assert main(["reward-model", str(config), "--mesh.fsdp", "8", "--pairs_per_step", "8"]) == 0
     lines = lines_of(world / "ordinal")
     assert lines[-1]["loss"] < lines[0]["loss"] and {"outside", "accuracy", "margin"} <= lines[0].keys()
@@ -224,12 +215,7 @@ def test_a_run_learns_and_is_measured_as_eval_and_its_card_measure(world, capsys
 
 @pytest.mark.long
 def test_a_killed_run_ends_like_a_whole_one(world, started):
-    whole, killed = (ordinal_config(world, name) for name in ("whole_ordinal", "killed_ordinal"))
-    running, other = started("reward-model", whole), started("reward-model", killed)
-    other.until(lambda: len(lines_of(world / "killed_ordinal")) >= 3)
-    other.process.send_signal(signal.SIGKILL)
-    other.end(-signal.SIGKILL)
-    started("reward-model", killed).end()
-    running.end()
+    whole, killed = (reward_config(world, name, head="ordinal") for name in ("whole_ordinal", "killed_ordinal"))
+    run_whole_and_killed(started, "reward-model", whole, killed, world / "killed_ordinal")
     folders = world / "whole_ordinal", world / "killed_ordinal"
     assert timeless(folders[0]) == timeless(folders[1]) and exported(folders[0]) == exported(folders[1])

@@ -1,7 +1,6 @@
 """A scalar reward model: its loss and gradient are TRL's and torch's, its runs like any other, its export loads."""
 
 import json
-import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import safetensors.numpy
-import yaml
 
 from patarm_jax.cli import main
 from patarm_jax.config.recipes import RewardModelConfig
@@ -29,7 +27,16 @@ from patarm_jax.run.learner import rows_multiple
 from patarm_jax.run.open_model import load_params, open_model
 from patarm_jax.train.pair_losses import bradley_terry
 from patarm_jax.train.steps import pair_rewards, reward_loss
-from tests.runs import CUBE, FLAGS, assert_nearly_equal, config_file, exported, lines_of, timeless
+from tests.runs import (
+    CUBE,
+    FLAGS,
+    assert_nearly_equal,
+    exported,
+    lines_of,
+    reward_config,
+    run_whole_and_killed,
+    timeless,
+)
 from tests.toys import TINY, tiny_tokenizer_folder
 
 PACKINGS = [True, pytest.param(False, marks=pytest.mark.long)]
@@ -177,16 +184,6 @@ def test_slices_and_devices_change_nothing(folder, packing):
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def reward_config(world, name, **sections):
-    heldout = {"path": str(world / "heldout.jsonl"), "eval_every": 3, "limit": 5, "best": "accuracy_half"}
-    path = config_file(world, name, "reward_model", **sections)
-    base = yaml.safe_load(path.read_text())
-    base["heldout"] = sections.get("heldout", heldout)
-    del base["data"]["missing_judgements"]
-    path.write_text(yaml.safe_dump(base))
-    return path
-
-
 def test_a_run_learns_exports_and_is_measured_as_eval_measures(world, capsys):
     """From a model that writes; and the export is transformers' reward model, and ours."""
     start = {"path": str(world / "reference"), "weights": "load"}
@@ -237,13 +234,7 @@ def test_a_run_learns_exports_and_is_measured_as_eval_measures(world, capsys):
 @pytest.mark.long
 def test_a_killed_run_ends_like_a_whole_one(world, started):
     whole, killed = (reward_config(world, name) for name in ("whole_reward", "killed_reward"))
-    running = started("reward-model", whole)
-    stopped = started("reward-model", killed)
-    stopped.until(lambda: len(lines_of(world / "killed_reward")) >= 3)
-    stopped.process.send_signal(signal.SIGKILL)
-    stopped.end(-signal.SIGKILL)
-    started("reward-model", killed).end()
-    running.end()
+    run_whole_and_killed(started, "reward-model", whole, killed, world / "killed_reward")
     assert len(timeless(world / "killed_reward")) == 7
     assert timeless(world / "killed_reward") == timeless(world / "whole_reward")
     assert exported(world / "killed_reward") == exported(world / "whole_reward")
