@@ -25,19 +25,23 @@ VAIN = {"sft": 0, "grpo": 1}  # exit codes: no judgement of random weights can b
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """One CPU device; what one process compiled, the next need not."""
+    """One CPU device; what one process compiled, no other of these tests need compile again, on any worker."""
+    own = tmp_path_factory.getbasetemp()
+    compiled = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
+    compiled.mkdir(exist_ok=True)
     return {
         **os.environ,
         "XLA_FLAGS": FLAGS,
         "PYTHONPATH": str(Path(__file__).parents[1]),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_ENABLE_COMPILATION_CACHE": "1",  # off for what compiles within the tests' own process
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def started(environment):
     return partial(Started, environment)
 
