@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -141,6 +142,17 @@ def run_whole_and_killed(started, verb, whole, killed, folder, code=0):
     stopped.end(-signal.SIGKILL)
     started(verb, killed).end(code)
     running.end(code)
+
+
+def run_as_two(started, verb, config, code=0):
+    """One run by two processes of four devices each; the config's mesh is one of eight that are `distributed`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = {"XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=4"}
+    joined = ["--mesh.coordinator", address, "--mesh.processes", "2", "--mesh.process_id"]
+    for process in [started(verb, config, *joined, number, **flags) for number in range(2)]:
+        process.end(code)
 
 
 def lines_of(folder):

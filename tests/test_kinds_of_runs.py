@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import socket
 
 import pytest
 
 from patarm_jax.cli import main
 from tests.runs import (
     CUBE,
-    FLAGS,
     VAIN,
     assert_nearly_equal,
     config_file,
@@ -17,6 +15,7 @@ from tests.runs import (
     judged_texts,
     judgements,
     lines_of,
+    run_as_two,
     run_whole_and_killed,
     timeless,
 )
@@ -72,14 +71,8 @@ def test_two_processes_draw_and_learn_as_one(world, started, kind):
     two = {"run": {"steps": 2}, "optimizer": SMALL}
     recipe, config, alone = of(world, kind, "alone", **two, mesh=CUBE)
     assert main([recipe, str(config)]) == 1
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     _, config, pod = of(world, kind, "pod", **two, mesh={**CUBE, "distributed": "auto"})
-    flags = {"XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=4"}
-    joined = ["--mesh.coordinator", address, "--mesh.processes", "2", "--mesh.process_id"]
-    for process in [started(recipe, config, *joined, i, **flags) for i in range(2)]:
-        process.end(1)
+    run_as_two(started, recipe, config, 1)
     assert_nearly_equal(pod, alone)
     assert judgements(pod).keys() == judgements(alone).keys() and judged_texts(pod) == judged_texts(alone)
 

@@ -1,7 +1,10 @@
 """Runs that train adapters: they resume, learn on any mesh alike, and leave what others load."""
 
+import contextlib
+import io
 import itertools
 import json
+import re
 import shutil
 
 import numpy as np
@@ -19,6 +22,7 @@ from tests.runs import (
     exported,
     judged_texts,
     lines_of,
+    run_as_two,
     run_whole_and_killed,
     timeless,
 )
@@ -158,6 +162,52 @@ def test_eight_devices_and_slices_learn_as_one(world, started, kind):
     assert main([recipe, str(config)]) == VAIN.get(recipe, 0)
     assert_nearly_equal(eight, one)
     assert judged_texts(one) == judged_texts(eight) if recipe == "grpo" else True
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["grpo", "scalar"])
+def test_two_processes_learn_as_one(world, started, kind):
+    """Weights beside adapters, merged weights and a head are each on both, and one of the two writes them."""
+    two = {"run": {"steps": 2}, "optimizer": {"learning_rate": 1e-3}, "pairs_per_step": 8}
+    recipe, config, one = of(world, kind, "alone", **two, mesh=CUBE)
+    assert main([recipe, str(config)]) == VAIN.get(recipe, 0)
+    _, config, pod = of(world, kind, "pod", **two, mesh={**CUBE, "distributed": "auto"})
+    run_as_two(started, recipe, config, VAIN.get(recipe, 0))
+    assert_nearly_equal(pod, one)
+    assert judged_texts(one) == judged_texts(pod) if recipe == "grpo" else True
+    ours, theirs = (safetensors.numpy.load_file(folder / "export" / "model.safetensors") for folder in (pod, one))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["sft", "scalar", "ordinal"])
+def test_the_code_of_an_adapters_card_gives_what_the_merged_models_gives(world, kind):
+    torch = pytest.importorskip("torch", reason="the card's code needs torch")
+    pytest.importorskip("peft")
+    half = {"model": {"path": str(world / "reference"), "weights": "load"}, "optimizer": {"warmup_steps": 0}}
+    verb, config, run = of(world, kind, "carded", **half, run={"steps": 2}, lora=LORA | {"export": "adapter"})
+    assert main([verb, str(config)]) == 0
+    assert main(["export", str(run), str(world / f"{kind}_merged"), "--lora", "merged"]) == 0
+
+    def given(folder):
+        card = (folder / "README.md").read_text()
+        name = re.search(r"^# (.+)$", card, re.MULTILINE)[1]
+        code = re.search(r"```python\n(import torch.*?)```", card, re.DOTALL)[1].replace(f'"{name}"', repr(str(folder)))
+        known = {}
+        torch.manual_seed(0)
+        code = code.replace('dtype="auto"', 'dtype="float32"').replace("max_new_tokens=2048", "max_new_tokens=24")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(code, "card", "exec"), known)
+        return known.get("text"), printed.getvalue()
+
+    (text, printed), (merged_text, merged_printed) = given(run / "export"), given(world / f"{kind}_merged")
+    assert text == merged_text
+    if kind == "sft":
+        assert text and printed == merged_printed == "None\n"  # this model writes nothing that could be read
+    else:
+        assert float(printed) == pytest.approx(float(merged_printed), rel=1e-4)
 
 
 @pytest.mark.long
