@@ -23,7 +23,7 @@ from patarm_jax.types import Judgement, Status
 JUDGEMENT_TAGS = ("think", "generate_rubrics", "eval", "answer")
 
 # Only characters that everyone calls whitespace: str.strip() and \s take Unicode's too, as \d takes full-width digits.
-_WHITESPACE = " \t\n\r\f\v"
+WHITESPACE = " \t\n\r\f\v"
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 # Fixed strings and no repetition: a search looks at each character a bounded number of times, however hostile the text.
 _ANY_TAG = re.compile("|".join(f"<{name}>|</{name}>" for name in JUDGEMENT_TAGS))
@@ -42,8 +42,8 @@ _QUOTED = 40  # characters of a bad answer repeated in the reason; logs and tabl
 _Answer = tuple[float | None, Literal["A", "B"] | None]  # (score, choice), one of them None
 
 
-class _Unreadable(Exception):
-    """What is wrong with a judgement, in words."""
+class Unreadable(Exception):
+    """What is wrong with what a judge wrote, in words."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ def closes_thinking_it_did_not_open(text: str) -> bool:
 def _parse(text: str, take_apart: Callable[[str], _Sections], read: Callable[[str], _Answer]) -> Judgement:
     try:
         sections = take_apart(text)
-    except _Unreadable as fault:
+    except Unreadable as fault:
         return Judgement(text, Status.BAD_TAGS, str(fault))
     answer: _Answer = (None, None)
     status, reason = Status.OK, ""
     try:
-        answer = read(sections.answer.strip(_WHITESPACE))
-    except _Unreadable as fault:
+        answer = read(sections.answer.strip(WHITESPACE))
+    except Unreadable as fault:
         status, reason = Status.BAD_SCORE, str(fault)
     score, choice = answer
     return Judgement(
@@ -144,7 +144,7 @@ def _four_sections(text: str) -> _Sections:
 
 
 def _answer_alone(text: str) -> _Sections:
-    thinking, start = _thinking_if_any(text)
+    thinking, start = thinking_if_any(text)
     opening, closing = _in_order(list(_ANSWER_TAG.finditer(text, start)), ("answer",))
     return _Sections(
         thinking=thinking,
@@ -158,24 +158,24 @@ def _thinking(text: str) -> tuple[str, int]:
     """The thinking, and where the rest of the text begins."""
     before, opening, after = text.partition("<think>")
     if not opening:
-        raise _Unreadable("<think> is missing")
-    if before.strip(_WHITESPACE):
-        raise _Unreadable("<think> does not come first: text stands before it")
+        raise Unreadable("<think> is missing")
+    if before.strip(WHITESPACE):
+        raise Unreadable("<think> does not come first: text stands before it")
     thinking, closing, _ = after.partition("</think>")
     if not closing:
-        raise _Unreadable("</think> is missing")
+        raise Unreadable("</think> is missing")
     return thinking, len(before) + len(opening) + len(thinking) + len(closing)
 
 
-def _thinking_if_any(text: str) -> tuple[str, int]:
-    """The same of a general model, which need not think, and whose chat template may have opened its thinking."""
+def thinking_if_any(text: str) -> tuple[str, int]:
+    """The thinking and where the rest begins, of a model that need not think or whose template opens its thinking."""
     closing = _CLOSES_THINKING.search(text)
     if closing is None:
         if opening := _OPENS_THINKING.search(text):
-            raise _Unreadable(f"the thinking that {opening.group()} opens has no end")
+            raise Unreadable(f"the thinking that {opening.group()} opens has no end")
         return "", 0
     if again := _OPENS_THINKING.search(text, closing.end()) or _CLOSES_THINKING.search(text, closing.end()):
-        raise _Unreadable(f"{again.group()} is repeated")
+        raise Unreadable(f"{again.group()} is repeated")
     before = text[: closing.start()]
     opening = _OPENS_THINKING.search(before)
     return before[opening.end() :] if opening else before, closing.end()
@@ -187,23 +187,23 @@ def _in_order(tags: list[re.Match[str]], names: tuple[str, ...]) -> list[re.Matc
     found = [tag.group() for tag in tags]
     for tag in expected:
         if tag not in found:
-            raise _Unreadable(f"{tag} is missing")
+            raise Unreadable(f"{tag} is missing")
     for tag in found:
         # The thinking has had its two tags already, so a single further one repeats it.
         if tag not in expected or found.count(tag) > 1:
-            raise _Unreadable(f"{tag} is repeated")
+            raise Unreadable(f"{tag} is repeated")
     for tag, due in zip(found, expected, strict=True):
         if tag != due:
-            raise _Unreadable(f"{tag} is out of order: {due} should come first")
+            raise Unreadable(f"{tag} is out of order: {due} should come first")
     return tags
 
 
 def _score(answer: str, lowest: int) -> _Answer:
     if not _NUMBER.fullmatch(answer):
-        raise _Unreadable(f"<answer> {_holds(answer)}; it must hold one plain number")
+        raise Unreadable(f"<answer> {_holds(answer)}; it must hold one plain number")
     # Compared before rounding: as a float, 10.00000000000000001 would be 10.
     if not lowest <= Decimal(answer) <= 10:
-        raise _Unreadable(f"score {_cut_to_quote(answer)} is not between {lowest} and 10")
+        raise Unreadable(f"score {cut_to_quote(answer)} is not between {lowest} and 10")
     return float(answer), None
 
 
@@ -212,12 +212,13 @@ def _choice(answer: str) -> _Answer:
         return None, "A"
     if answer == "B":
         return None, "B"
-    raise _Unreadable(f"<answer> {_holds(answer)}; it must hold A or B alone")
+    raise Unreadable(f"<answer> {_holds(answer)}; it must hold A or B alone")
 
 
 def _holds(answer: str) -> str:
-    return f"holds {_cut_to_quote(answer)!r}" if answer else "is empty"
+    return f"holds {cut_to_quote(answer)!r}" if answer else "is empty"
 
 
-def _cut_to_quote(answer: str) -> str:
+def cut_to_quote(answer: str) -> str:
+    """The beginning of a text, as a reason repeats it."""
     return answer if len(answer) <= _QUOTED else answer[: _QUOTED - 1] + "…"
