@@ -31,6 +31,14 @@ def pytest_addoption(parser):
     parser.addoption("--update-goldens", action="store_true", help="rewrite tests/goldens from what the code says now")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_module():
+    """Compiled programs are memory maps, and those of an hour of tests would be more than a process may have."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+
+
 @pytest.fixture
 def golden(request):
     """`golden(name, text)`: text equals tests/goldens/name, which --update-goldens rewrites."""
