@@ -372,6 +372,22 @@ def test_an_error_in_one_ends_all_and_says_whose(world, environment, arguments, 
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("whose", [[0], [1], [0, 1]])
+def test_a_batch_that_is_refused_ends_all(world, environment, whose):
+    """Five pairs are no multiple of the four devices."""
+    config = pod_config(world, "uneven", "sft")
+    pod = Pod(environment, "sft", config, more=[["--pairs_per_step", "5"] if n in whose else [] for n in range(2)])
+    codes = [one.process.wait(timeout=PROMPTLY) for one in pod.all]
+    said = pod.end(*codes)
+    assert all(len(sentences(each)) == 1 for each in said)
+    for number in whose:
+        assert codes[number] == 2 and "pairs_per_step" in said[number] and "5" in said[number]
+    assert 0 not in codes and not (world / "uneven" / "config.yaml").exists()
+    if len(whose) == 1:
+        assert "pairs_per_step" in said[1 - whose[0]] and f"process {whose[0]}" in said[1 - whose[0]]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_value_that_one_cannot_read_ends_all(world, environment, number):
     """It is refused before that process joins; the others, which come seconds later, hear why it does not come."""

@@ -119,13 +119,15 @@ def parse_rubric_judge(text: str, criteria: int | None = None) -> Judgement:
     except Unreadable as fault:
         return Judgement(text, Status.BAD_TAGS, str(fault))
     evaluation = "\n".join([OF_A, *of_a, OF_B, *of_b, *final[:-1]])
-    read = {"thinking": thinking.strip(), "evaluation": evaluation}
-    if winner == "Response A":
-        return Judgement(text, Status.OK, "", choice="A", **read)
-    if winner == "Response B":
-        return Judgement(text, Status.OK, "", choice="B", **read)
-    held = f"holds {cut_to_quote(winner)!r}" if winner else "is empty"
-    return Judgement(text, Status.BAD_SCORE, f"{WINNER} {held}; it must hold Response A or Response B", **read)
+    choice, reason = _choice(winner)
+    return Judgement(
+        text,
+        Status.BAD_SCORE if choice is None else Status.OK,
+        reason,
+        choice=choice,
+        thinking=thinking.strip(),
+        evaluation=evaluation,
+    )
 
 
 def _lines(text: str) -> list[str]:
@@ -224,3 +226,13 @@ def _winner(lines: Sequence[str]) -> str:
         raise Unreadable(f"{WINNER} is not the last line: {cut_to_quote(lines[-1])!r} stands behind it")
     _said_behind(JUSTIFICATION, lines[:-1], FINAL)
     return named[0].removeprefix(WINNER).strip(WHITESPACE)
+
+
+def _choice(winner: str) -> tuple[Literal["A", "B"] | None, str]:
+    """The choice, or None and why there is none."""
+    if winner == "Response A":
+        return "A", ""
+    if winner == "Response B":
+        return "B", ""
+    held = f"holds {cut_to_quote(winner)!r}" if winner else "is empty"
+    return None, f"{WINNER} {held}; it must hold Response A or Response B"
