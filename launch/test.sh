@@ -3,7 +3,7 @@
 #
 #   launch/test.sh            all but the tests marked `long`: under 20 minutes on two cores; what CI runs
 #   launch/test.sh --quick    without those that train, start processes or compile much: under 4 minutes
-#   launch/test.sh --all      every test
+#   launch/test.sh --all      every test: an hour and a quarter
 #
 # Further arguments go to pytest, such as -k sampler.
 set -euo pipefail
