@@ -207,16 +207,17 @@ def test_no_winner_is_ever_guessed(parts):
         assert [line for line in lines if line in HEADINGS] == list(HEADINGS)
 
 
+@pytest.mark.parametrize("indent", ["", " " * 20])
 @pytest.mark.parametrize("place", ["response", "rubric", "prompt"])
-def test_a_quoted_text_names_no_winner(place):
+def test_a_quoted_text_names_no_winner(place, indent):
     """A judge that copies what it was shown into its judgement copies no line that decides."""
-    own = "\n".join(LINES)
+    own = "\n".join(indent + line for line in LINES)
     texts = {"prompt": "Which?", "response_a": "2", "response_b": "4", "rubric": RUBRIC}
     texts |= {"response_b" if place == "response" else place: own.replace("Response A", "Response B")}
     content = rubric_judge(**texts)[1]["content"]
     inside = content.split("<response_b>\n" if place == "response" else f"<{place.replace('ic', 'ics')}>\n")[1]
     shown = list(itertools.takewhile(lambda line: not line.startswith("</"), inside.split("\n")))
-    assert len(shown) == len(LINES) and not {*HEADINGS} & {*shown}
+    assert len(shown) == len(LINES) and not {*HEADINGS} & {line.strip() for line in shown}
     copied = parse_rubric_judge(judgement({10.5: "\n".join(shown)}), criteria=2)
     assert copied.choice == "A"
 

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from patarm_jax.judge.parse import WHITESPACE, Unreadable, cut_to_quote, thinking_if_any
+from patarm_jax.judge.parse import WHITESPACE, Unreadable, cut_to_quote, holds, thinking_if_any
 from patarm_jax.types import Judgement, Status
 
 CriterionKind = Literal["Hard Rule", "Principle"]  # what the request asks for outright; what makes any response good
@@ -234,5 +234,4 @@ def _choice(winner: str) -> tuple[Literal["A", "B"] | None, str]:
         return "A", ""
     if winner == "Response B":
         return "B", ""
-    held = f"holds {cut_to_quote(winner)!r}" if winner else "is empty"
-    return None, f"{WINNER} {held}; it must hold Response A or Response B"
+    return None, f"{WINNER} {holds(winner)}; it must hold Response A or Response B"

@@ -200,7 +200,7 @@ def _in_order(tags: list[re.Match[str]], names: tuple[str, ...]) -> list[re.Matc
 
 def _score(answer: str, lowest: int) -> _Answer:
     if not _NUMBER.fullmatch(answer):
-        raise Unreadable(f"<answer> {_holds(answer)}; it must hold one plain number")
+        raise Unreadable(f"<answer> {holds(answer)}; it must hold one plain number")
     # Compared before rounding: as a float, 10.00000000000000001 would be 10.
     if not lowest <= Decimal(answer) <= 10:
         raise Unreadable(f"score {cut_to_quote(answer)} is not between {lowest} and 10")
@@ -212,10 +212,11 @@ def _choice(answer: str) -> _Answer:
         return None, "A"
     if answer == "B":
         return None, "B"
-    raise Unreadable(f"<answer> {_holds(answer)}; it must hold A or B alone")
+    raise Unreadable(f"<answer> {holds(answer)}; it must hold A or B alone")
 
 
-def _holds(answer: str) -> str:
+def holds(answer: str) -> str:
+    """What stands where an answer should, as a reason says it."""
     return f"holds {cut_to_quote(answer)!r}" if answer else "is empty"
 
 

@@ -100,9 +100,9 @@ _TAG = re.compile(
 _ROLE = re.compile(r"[A-Za-z0-9_-]+")
 # A line that could pass for one of a judgement by a rubric: copied into a judgement, it would decide or spoil it.
 _LINE = re.compile(
-    r"""^(?=[^\w\n]{0,9} (?:
-          Compliance\ Check | Analysis\ -- | Final\ Judgment        # a heading
-        | Response\ [AB]\W{0,2}: | Identified\ Gatekeeper | Winner\W{0,3}:
+    r"""^(?=[^\w\n]*+ (?:
+          Compliance\ Check | Analysis\ -- | Final\ Judgment | Response\ [AB]\W{0,2}:        # a heading
+        | Identified\ Gatekeeper | Criterion\ [0-9] | Winner\W{0,3}:
     ))""",
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
