@@ -44,7 +44,7 @@ class Seats:
 
     seat: jax.Array  # [W, b] int32, prompt·G + rollout, counted within the device
     row: jax.Array  # [W, r·G] int32, who sits there, counted within the device; b: nobody
-    age: jax.Array  # [W, b] int32, tokens the row has written before
+    age: jax.Array  # [W, b] int32, tokens the row has written before; −1: it writes nothing any more
 
 
 @dataclass(frozen=True, order=True)

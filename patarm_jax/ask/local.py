@@ -239,7 +239,7 @@ def _ask(
         return True
     get_on(f"{ASKING}: loading and compiling")
     params = load_weights(local)
-    say(kernels_in_use(local.section, local.model.arch, local.mesh, "causal"))
+    say(kernels_in_use(local.section, local.model.arch, local.mesh, "causal", "written"))
     written, cut, count = 0, 0, 0
     with stop_requests() as asked, progress(total, done, unit="question") as report:
         for given in answer(params, short):

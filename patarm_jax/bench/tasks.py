@@ -27,7 +27,7 @@ from patarm_jax.model.transformer import init_params, unstack_layers
 from patarm_jax.recipes.programs import RolloutPrograms, grpo_learner, make_rollout_programs, sft_learner
 from patarm_jax.rollout.batches import completion_width, rollouts_of
 from patarm_jax.rollout.draw import SamplingParams
-from patarm_jax.rollout.engine import Engine, make_engine, network_of
+from patarm_jax.rollout.engine import Engine, make_engine, network_for
 from patarm_jax.rollout.schedule import Finished, Request, complete
 from patarm_jax.run.learner import Batch, Learner
 from patarm_jax.train.steps import TrainState
@@ -251,8 +251,7 @@ def _rollouts(bench: Bench) -> _Rollouts:
     c, vocab = bench.config, bench.arch.vocab_size
     # Random weights give every token about the same chance: so many stop ids end a completion after mean_new tokens.
     stops = tuple(range(round(vocab / c.mean_new))) if c.mean_new else (-1,)
-    kernel = kernel_for(bench.section, bench.arch, bench.mesh, "causal")
-    network, params = network_of(bench.arch, c.dtype, kernel), SamplingParams(stops, c.new)
+    network, params = network_for(bench.section, bench.arch, bench.mesh), SamplingParams(stops, c.new)
     engine = make_engine(network, bench.mesh, c.group, params, c.decode_rows, c.halvings)
     return _Rollouts(engine, _requests(bench), min(c.decode_rows or c.responses * c.group, c.responses * c.group))
 

@@ -34,6 +34,24 @@ Span: TypeAlias = tuple[jax.Array, jax.Array]
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Ring:
+    """Where the keys of a row lie that has T places for them: the newest at one place, older ones behind it.
+
+    Behind place 0 follows the last. A prompt of n tokens, at the first n places, is a ring too, whose newest key is the
+    last: newest = age = n − 1.
+    """
+
+    newest: jax.Array  # [B] int32, its place
+    age: jax.Array  # [B] int32, how many older keys there are; −1: there is none at all
+
+    def readable(self, places: int) -> jax.Array:
+        """[B, T]: the places that hold a key of the row."""
+        passed = (self.newest[:, None] - jnp.arange(places)) % places  # keys written since a place was
+        return passed <= self.age[:, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Streams:
     """What rows of S tokens are made of: a prompt, or packed sequences, and completions that share the prompt."""
 
@@ -204,7 +222,7 @@ def _by_token(x: jax.Array) -> jax.Array:
 
 
 def merge(a: Partial, b: Partial) -> jax.Array:
-    """Attention over the union of two disjoint sets of keys: Σᵢ outᵢ·exp(lseᵢ) / Σᵢ exp(lseᵢ), [B, T, N, H]."""
+    """Attention over the union of two disjoint sets of keys: Σᵢ outᵢ·exp(lseᵢ) / Σᵢ exp(lseᵢ)."""
     share = jax.nn.sigmoid(a[1] - b[1])[..., None]  # exp(lse_a) / (exp(lse_a) + exp(lse_b))
     return share * a[0] + (1.0 - share) * b[0]
 
@@ -238,58 +256,28 @@ def _split_group(x: jax.Array, group: int) -> jax.Array:
     return x.reshape(x.shape[0] * group, x.shape[1] // group, *x.shape[2:])
 
 
-def seated_attention(
-    q: jax.Array,
-    prompt: tuple[jax.Array, jax.Array],
-    prompt_lengths: jax.Array,
-    own: tuple[jax.Array, jax.Array],
-    readable: jax.Array,
-    seat: jax.Array,
-    row: jax.Array,
-) -> jax.Array:
-    """Attention of one new token of every row to the prompt it shares with others, and to its own cached past.
-
-    The queries of a prompt's rows are brought together on its G seats, so that its keys are read once for all of them.
+def read_ring(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring) -> Partial:
+    """Softmax attention of every query to what its row has in its ring.
 
     Args:
-        q: [B, N, H].
-        prompt: keys [R, K, H, Tp] and values [R, K, Tp, H].
-        prompt_lengths: [R].
-        own: keys [B, K, H, Tc] and values [B, K, Tc, H], the new token's already written.
-        readable: [B, Tc] bool, the places that hold the row's own past.
-        seat: [W, B/W], where a row sits: prompt·G + rollout, counted within each of W parts of the batch.
-        row: [W, R/W·G], who sits there; B/W: nobody.
+        q: [B, K, M, H], M queries that read a row's ring through each of its K heads.
+        k: [B, K, H, T].
+        v: [B, K, T, H].
+        ring: where its keys lie.
 
     Returns:
-        [B, N, H] float32.
+        out [B, K, M, H] and lse [B, K, M], both float32; of a row without keys 0 and −1e30.
     """
-    (b, n, h), (r, kv, width, _), shards = q.shape, prompt[1].shape, seat.shape[0]
-    q = q.reshape(b, kv, n // kv, h)
-    past = _softmax_read(q[:, :, :, None], *own, readable[:, None, None, None])
-
-    by_shard = jnp.pad(
-        q.reshape(shards, -1, *q.shape[1:]), ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0))
-    )  # the last: nobody
-    seated = jnp.take_along_axis(by_shard, row[..., None, None, None], axis=1)
-    seated = jnp.moveaxis(seated.reshape(r, -1, *q.shape[1:]), 1, 3)  # [R, K, Q, G, H]
-    inside = jnp.arange(width) < prompt_lengths[:, None, None, None, None]
-    read = _softmax_read(seated, *prompt, inside)
-
-    def at_own_seat(x: jax.Array) -> jax.Array:  # [R, K, Q, G, …] → [B, K, Q, …]
-        x = jnp.moveaxis(x, 3, 1).reshape(shards, -1, *x.shape[1:3], *x.shape[4:])
-        return jnp.take_along_axis(x, seat.reshape(*seat.shape, *[1] * (x.ndim - 2)), axis=1).reshape(b, *x.shape[2:])
-
-    shared = at_own_seat(read[0]), at_own_seat(read[1])
-    return merge(shared, (past[0][:, :, :, 0], past[1][:, :, :, 0])).reshape(b, n, h)
+    return _softmax_read(q, k, v, ring.readable(v.shape[2])[:, None, None])
 
 
 def _softmax_read(q: jax.Array, k: jax.Array, v: jax.Array, readable: jax.Array) -> Partial:
-    """Queries [B, K, Q, T, H] over keys [B, K, H, S] where `readable` [B, 1, 1, 1 or T, S]: output and log-sum-exp."""
-    scores = jnp.einsum("bkqth,bkhs->bkqts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    """Queries [B, K, …, H] over keys [B, K, H, S] where `readable` [B, 1, …, S]: output and log-sum-exp."""
+    scores = jnp.einsum("bk...h,bkhs->bk...s", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     scores = jnp.where(readable, scores, MASKED)
     peak = scores.max(axis=-1, keepdims=True)
     weights = jnp.where(readable, jnp.exp(scores - peak), 0.0)
     total = weights.sum(axis=-1, keepdims=True)
     safe = jnp.where(total > 0, total, 1.0)
-    out = jnp.einsum("bkqts,bksh->bkqth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / safe
+    out = jnp.einsum("bk...s,bksh->bk...h", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / safe
     return out, (peak + jnp.log(safe))[..., 0]

@@ -99,10 +99,9 @@ def by_head(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def with_token(
-    keys: jax.Array, values: jax.Array, key: jax.Array, value: jax.Array, clock: jax.Array
+    keys: jax.Array, values: jax.Array, key: jax.Array, value: jax.Array, place: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A layer's ring of own keys and values with those of a new token at its place."""
-    place = clock % values.shape[2]
+    """A layer's ring of own keys and values with those of a new token of every row, all at one place."""
     return (
         jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), place, axis=3),
         jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), place, axis=2),

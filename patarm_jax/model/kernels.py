@@ -1,10 +1,11 @@
-"""Attention over a prompt and its completions by the kernel that suits the hardware and the shape.
+"""Attention by the kernel that suits the hardware and the shape: over whole rows, and over what rows have written.
 
 `portable` is plain JAX (`model/attention.py`); `cudnn` and `splash` are the libraries' for NVIDIA GPUs and TPUs;
-`pallas` is ours for NVIDIA GPUs (`model/flash.py`), for rows that cuDNN has no mask for. All of them compute the same.
+`pallas` is ours for NVIDIA GPUs, for rows that cuDNN has no mask for (`model/flash.py`) and for rows that are being
+written (`model/flash_decode.py`). All of them compute the same.
 
 Axis letters: R rows · S tokens of a row · Tp of them the prompt's · G completions behind it · N query heads ·
-              K key-value heads · H head width
+              K key-value heads · H head width · B rows that are being written · M queries of such a row and head
 """
 
 from collections.abc import Callable
@@ -26,14 +27,15 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from patarm_jax.config.sections import ModelSection
-from patarm_jax.model import attention, flash
+from patarm_jax.model import attention, flash, flash_decode
 from patarm_jax.model.architecture import Architecture
-from patarm_jax.model.attention import Streams
+from patarm_jax.model.attention import Partial, Ring, Streams
 from patarm_jax.model.sharding import BATCH_AXES
 from patarm_jax.types import UserError
 
 Name = Literal["portable", "cudnn", "pallas", "splash"]
-Form = Literal["causal", "packed", "shared"]  # plain rows · several sequences in a row · a prompt and its completions
+# Plain rows · several sequences in a row · a prompt and its completions · rows of which a token is written at a time.
+Form = Literal["causal", "packed", "shared", "written"]
 Hardware = Literal["cpu", "gpu", "other gpu", "tpu"]  # gpu: NVIDIA's from Ampere on
 
 # Splash works on blocks of a multiple of so many tokens, and holds a block of keys and values in fast memory.
@@ -82,6 +84,7 @@ def choose(asked: Name | Literal["auto"], form: Form, hardware: Hardware, dtype:
         ],
         "splash": [
             *_unless(hardware == "tpu", f"needs a TPU, not {hardware}"),
+            *_unless(form != "written", "has no mask for written rows"),
             *_unless(head_dim % SPLASH_LANES == 0, f"needs heads of 128·n, not {head_dim}"),
         ],
         "portable": [],
@@ -104,8 +107,12 @@ def hardware_of(device: jax.Device) -> Hardware:
 
 
 def kernel_for(section: ModelSection, arch: Architecture, mesh: Mesh, form: Form) -> Kernel:
-    """The kernel a config gets for rows of this form on the devices of a mesh."""
-    return choose(section.attention, form, hardware_of(mesh.devices.flat[0]), section.dtype, arch.head_dim)
+    """The kernel a config gets for rows of this form on the devices of a mesh.
+
+    Written rows are read by what fits them where a library's kernel is asked for: it knows whole rows alone.
+    """
+    asked = "auto" if form == "written" and section.attention in ("cudnn", "splash") else section.attention
+    return choose(asked, form, hardware_of(mesh.devices.flat[0]), section.dtype, arch.head_dim)
 
 
 def kernels_in_use(section: ModelSection, arch: Architecture, mesh: Mesh, *forms: Form) -> str:
@@ -143,6 +150,33 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, streams: Streams, kernel: K
     return jax.shard_map(local, in_specs=(heads, heads, heads, of_streams), out_specs=heads, check_vma=False)(
         q, k, v, streams
     )
+
+
+def read_ring(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, kernel: Kernel) -> Partial:
+    """Attention of queries to what their row has in its ring; under a mesh each device does its rows and heads.
+
+    Args:
+        q: [B, K, M, H].
+        k: [B, K, H, T], T a multiple of `ring_places(1, kernel)`.
+        v: [B, K, T, H].
+        ring: where its keys lie.
+        kernel: that `choose` gave for written rows.
+
+    Returns:
+        out [B, K, M, H] and lse [B, K, M], both float32; see `attention.read_ring`.
+    """
+    if kernel.name == "portable":
+        return attention.read_ring(q, k, v, ring)
+    local = partial(flash_decode.read_ring, interpret=kernel.interpret)
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(q, k, v, ring)
+    heads, rows = PartitionSpec(BATCH_AXES, "tensor"), PartitionSpec(BATCH_AXES)
+    return jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(q, k, v, ring)
+
+
+def ring_places(needed: int, kernel: Kernel) -> int:
+    """The places of a ring that holds so many keys: the kernel for written rows may want whole blocks."""
+    return needed if kernel.name == "portable" else needed + -needed % flash_decode.KEYS
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, streams: Streams) -> jax.Array:

@@ -20,11 +20,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from patarm_jax.arrays import Params, Seats, Tree
-from patarm_jax.model import attention, kernels
+from patarm_jax.model import kernels
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Streams
 from patarm_jax.model.cache import KVCache, PromptCache, by_head, with_token
 from patarm_jax.model.kernels import PORTABLE, Kernel
+from patarm_jax.model.seated import seated_attention
 from patarm_jax.model.sharding import BATCH_AXES, TRAIN_RULES, Rules, constrain, named_sharding
 
 LORA_A, LORA_B = "_lora_A", "_lora_B"  # behind the name of a weight: its adapters; see `model.lora`
@@ -50,20 +51,13 @@ class _Step:
     cache: KVCache
     seats: Seats
 
-    @property
-    def readable(self) -> jax.Array:
-        """[B, Tc]: the places of the ring that hold a row's own past and its new token."""
-        width = self.cache.values[0].shape[2]
-        passed = (self.cache.clock - jnp.arange(width)) % width  # tokens written since a place was
-        return passed <= self.seats.age.reshape(-1, 1)
-
 
 @dataclass(frozen=True)
 class _Pass:
     """How one pass through the network is computed."""
 
     dtype: DTypeLike
-    kernel: Kernel = PORTABLE  # computes attention to prompts and completions as wholes
+    kernel: Kernel = PORTABLE  # computes attention: to prompts and completions as wholes, or of a step
     remat: Remat = "none"
     keep: bool = False  # the keys and values of a prompt
     lora_scale: float = 1.0  # of what adapters give, where weights have any
@@ -200,15 +194,19 @@ def decode(
     seats: Seats,
     *,
     dtype: DTypeLike = jnp.float32,
+    kernel: Kernel = PORTABLE,
 ) -> tuple[jax.Array, KVCache]:
-    """The states [B, D] behind one more token [B] of every row, and the cache with its keys and values."""
+    """The states [B, D] behind one more token [B] of every row, and the cache with its keys and values.
+
+    The kernel is one for written rows.
+    """
     shards, per_shard = seats.seat.shape
     prompts = cache.prompt.lengths.reshape(shards, -1)
     seats_of_one = seats.row.shape[1] // prompts.shape[1]
     lengths = jnp.take_along_axis(prompts, seats.seat // seats_of_one, axis=1)
     positions = (lengths + seats.age).reshape(shards * per_shard, 1)
     step = _Step(cache, seats)
-    hidden, own = _apply(params, arch, tokens[:, None], positions, step, _Pass(dtype))
+    hidden, own = _apply(params, arch, tokens[:, None], positions, step, _Pass(dtype, kernel))
     keys, values = zip(*own, strict=True)
     return hidden[:, 0], replace(cache, keys=keys, values=values, clock=cache.clock + 1)
 
@@ -340,12 +338,11 @@ class _Attention(nn.Module):
 
         if isinstance(context, _Step):
             cache, prompt = context.cache, context.cache.prompt
-            kept: Tree = with_token(
-                cache.keys[self.layer], cache.values[self.layer], *by_head(keys, values), cache.clock
-            )
+            own = cache.keys[self.layer], cache.values[self.layer]
+            newest = cache.clock % own[1].shape[2]
+            kept: Tree = with_token(*own, *by_head(keys, values), newest)
             shared = prompt.keys[self.layer], prompt.values[self.layer]
-            seat, row = context.seats.seat, context.seats.row
-            out = attention.seated_attention(q[:, 0], shared, prompt.lengths, kept, context.readable, seat, row)
+            out = seated_attention(q[:, 0], shared, prompt.lengths, kept, newest, context.seats, self.how.kernel)
             out = out[:, None]
         else:
             kept = by_head(keys, values) if self.how.keep else None

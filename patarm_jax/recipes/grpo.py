@@ -61,7 +61,7 @@ def _train(ready: Ready[GRPOConfig], margin: MarginFn) -> bool:
     rollout = make_rollout_programs(config, model.arch, mesh)
     judge = _make_judge(ready)
     reward = make_rewards(config, margin)
-    say(kernels_in_use(config.model, model.arch, mesh, "causal", "shared"))
+    say(kernels_in_use(config.model, model.arch, mesh, "causal", "shared", "written"))
 
     further = values_of(config, margin)
     with open_run(config, model, records, length, learner, ready.heldout, ready.reference, further) as run:
@@ -116,7 +116,7 @@ def dry_run(config: GRPOConfig) -> None:
     margin_of(config)  # refuses one that cannot be had
     ready = _ready(config)
     config, mesh, model, length = ready.config, ready.mesh, ready.model, ready.length
-    say(kernels_in_use(config.model, model.arch, mesh, "causal", "shared"))
+    say(kernels_in_use(config.model, model.arch, mesh, "causal", "shared", "written"))
     every = grpo_programs(
         config,
         model.arch,

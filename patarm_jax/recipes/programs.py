@@ -33,7 +33,7 @@ from patarm_jax.model.sharding import OnMesh, Program, batch_sharding, batch_sha
 from patarm_jax.model.transformer import Output, abstract_params, forward
 from patarm_jax.padding import bucket
 from patarm_jax.rollout.draw import SamplingParams
-from patarm_jax.rollout.engine import Engine, abstract_programs, make_engine, network_of
+from patarm_jax.rollout.engine import Engine, abstract_programs, make_engine, network_for
 from patarm_jax.run.learner import Learner, make_learner, rollout_rules, weight_sync
 from patarm_jax.train.algorithms import ALGORITHMS, Algorithm
 from patarm_jax.train.penalties import KLPenalty
@@ -71,7 +71,7 @@ def _sft(config: SFTConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program
 
 
 def _grpo(config: GRPOConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
-    network = network_of(arch, config.model.dtype, kernel_for(config.model, arch, mesh, "causal"))
+    network = network_for(config.model, arch, mesh)
     # Which token ends a judgement changes no shape.
     params = SamplingParams((arch.eos_token_id or 0,), config.sampling.max_new_tokens)
     engine = make_engine(network, mesh, config.rollouts_per_prompt, params, config.sampling.rows)

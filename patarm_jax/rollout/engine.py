@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from patarm_jax.arrays import Array, Params, Prompts, Seats, Tree, abstract
+from patarm_jax.config.sections import ModelSection
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.cache import KVCache, PromptCache, init_cache, place_prompts, resize_cache
-from patarm_jax.model.kernels import PORTABLE, Kernel
+from patarm_jax.model.kernels import PORTABLE, Kernel, kernel_for, ring_places
 from patarm_jax.model.sharding import BATCH_AXES, OnMesh, Program, batch_sharding, batch_shards, constrain
 from patarm_jax.model.transformer import decode, logits, prefill
 from patarm_jax.rollout import sampler
@@ -83,22 +84,32 @@ def make_engine(
     )
 
 
-def network_of(arch: Architecture, dtype: str, kernel: Kernel = PORTABLE) -> Network[KVCache]:
-    """Qwen3 as the sampler sees it: tokens to logits. The kernel is that of prompts."""
+def network_for(section: ModelSection, arch: Architecture, mesh: Mesh) -> Network[KVCache]:
+    """The network of a config, with the kernels that suit its devices."""
+    of_prompts, of_rows = (kernel_for(section, arch, mesh, form) for form in ("causal", "written"))
+    return network_of(arch, section.dtype, of_prompts, of_rows)
+
+
+def network_of(
+    arch: Architecture, dtype: str, of_prompts: Kernel = PORTABLE, of_rows: Kernel = PORTABLE
+) -> Network[KVCache]:
+    """Qwen3 as the sampler sees it: tokens to logits; with a kernel for causal rows and one for written rows."""
 
     def read(params: Params, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, PromptCache]:
-        hidden, kept = prefill(params, arch, tokens, lengths, dtype=dtype, kernel=kernel)
+        hidden, kept = prefill(params, arch, tokens, lengths, dtype=dtype, kernel=of_prompts)
         return logits(params, arch, hidden, dtype), kept
 
     def place(cache: KVCache, prompts: PromptCache, where: jax.Array) -> KVCache:
         return replace(cache, prompt=place_prompts(cache.prompt, prompts, where))
 
     def decode_step(params: Params, tokens: jax.Array, cache: KVCache, seats: Seats) -> tuple[jax.Array, KVCache]:
-        hidden, cache = decode(params, arch, tokens, cache, seats, dtype=dtype)
+        hidden, cache = decode(params, arch, tokens, cache, seats, dtype=dtype, kernel=of_rows)
         return logits(params, arch, hidden, dtype), cache
 
     return Network(
-        init=lambda prompts, width, rows, most: init_cache(arch, prompts, width, rows, most, dtype),
+        init=lambda prompts, width, rows, most: init_cache(
+            arch, prompts, width, rows, ring_places(most, of_rows), dtype
+        ),
         prefill=read,
         place=place,
         decode=decode_step,

@@ -18,9 +18,8 @@ from patarm_jax.data.pipeline import EncodedPair
 from patarm_jax.data.tokenizer import Tokenizer, written
 from patarm_jax.judge.forms import POINTWISE, Form
 from patarm_jax.model.architecture import Architecture
-from patarm_jax.model.kernels import kernel_for
 from patarm_jax.rollout.draw import SamplingParams
-from patarm_jax.rollout.engine import Engine, make_engine, network_of
+from patarm_jax.rollout.engine import Engine, make_engine, network_for
 from patarm_jax.rollout.schedule import Finished, Group, Request, completed_groups, stacked
 from patarm_jax.types import Judgement
 
@@ -60,8 +59,7 @@ def make_judge(
         top_k=sampling.top_k,
         top_p=sampling.top_p,
     )
-    network = network_of(arch, section.dtype, kernel_for(section, arch, mesh, "causal"))
-    engine = make_engine(network, mesh, group, drawn, sampling.rows, vote_stride=vote_stride)
+    engine = make_engine(network_for(section, arch, mesh), mesh, group, drawn, sampling.rows, vote_stride=vote_stride)
     return Judge(tokenizer, engine, form)
 
 

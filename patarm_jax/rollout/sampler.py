@@ -184,7 +184,7 @@ def advance(
     row = jax.vmap(lambda seat, who: jnp.full(seats, rows).at[seat].set(who, mode="drop"))(sitting, everyone)
 
     def step(slots: Slots[Cache]) -> Slots[Cache]:
-        where = Seats(slots.seat, row, jnp.maximum(slots.drawn - 1, 0))
+        where = Seats(slots.seat, row, jnp.where(slots.done, -1, slots.drawn - 1))
         logits, cache = network.decode(params, slots.token.reshape(-1), slots.cache, where)
         drawn = draw(logits.reshape(shards, rows, -1), _keys(key, slots.ids, slots.drawn), sampling, needs)
         return _record(replace(slots, cache=cache, steps=slots.steps + 1), ~slots.done, sampling, *drawn)

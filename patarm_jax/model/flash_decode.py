@@ -1,0 +1,125 @@
+"""Attention of new tokens to rings of kept keys: a Pallas kernel for NVIDIA GPUs that reads only what was written.
+
+A ring is cut into blocks of keys, and a row visits those that hold one of its own: from the block of its newest key
+back to that of its oldest. They are dealt out to a few programs, whose parts are merged through their log-sum-exp, so
+that a few long rows keep the whole device busy too (Flash-Decoding, https://pytorch.org/blog/flash-decoding).
+
+Axis letters: B rows · K key-value heads · M queries that read a row's ring through one such head · H head width ·
+              T places of a ring · P programs that share a ring
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from patarm_jax.model.attention import MASKED, Partial, Ring
+from patarm_jax.model.flash import LOG2_E, Ref
+
+# Keys of a block: rings have whole blocks.
+KEYS = 64
+# Queries of a program: the tensor cores multiply 16 rows at least, and the float32 sums of 64 stay in registers.
+LEAST_QUERIES, MOST_QUERIES = 16, 64
+# A ring is shared by at most so many programs, each of which has so many places at least.
+MOST_PROGRAMS, LEAST_PLACES = 4, 512
+
+
+def read_ring(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, interpret: bool = False) -> Partial:
+    """Softmax attention of every query to what its row has in its ring: `attention.read_ring`, block by block.
+
+    Args:
+        q: [B, K, M, H], H a power of two from 16 on.
+        k: [B, K, H, T], T a multiple of KEYS.
+        v: [B, K, T, H].
+        ring: where its keys lie.
+        interpret: run the kernel as ordinary JAX, on any device.
+
+    Returns:
+        out [B, K, M, H] and lse [B, K, M], both float32; of a row without keys 0 and about −1e30.
+
+    Raises:
+        ValueError: the ring has no whole number of blocks.
+    """
+    (rows, heads, queries, width), places = q.shape, v.shape[2]
+    if places % KEYS:
+        raise ValueError(f"a ring has {places} places, and the kernel reads blocks of {KEYS}. Round it up.")
+    size = min(max(LEAST_QUERIES, pl.next_power_of_2(queries)), MOST_QUERIES)
+    padded = queries if queries <= size else queries + -queries % size
+    parts = max(1, padded // size)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - queries), (0, 0)))
+    programs = min(max(places // LEAST_PLACES, 1), MOST_PROGRAMS)
+    per_row = pl.BlockSpec((None,), lambda row, _head, _program: (row,))
+
+    def of_ring(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, *shape), lambda row, head, _program: (row, head // parts, 0, 0))
+
+    def of_program(*shape: int) -> pl.BlockSpec:
+        whole = (0,) * len(shape)
+        return pl.BlockSpec(
+            (None, None, None, *shape), lambda row, head, program: (row, head // parts, program, *whole)
+        )
+
+    out, lse = pl.pallas_call(
+        partial(_kernel, size=size, parts=parts),
+        grid=(rows, heads * parts, programs),
+        in_specs=[per_row, per_row, of_ring(padded, width), of_ring(width, places), of_ring(places, width)],
+        out_specs=[of_program(padded, width), of_program(padded)],
+        out_shape=[
+            jax.ShapeDtypeStruct((rows, heads, programs, padded, width), jnp.float32),
+            jax.ShapeDtypeStruct((rows, heads, programs, padded), jnp.float32),
+        ],
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="flash_decode",
+    )(ring.newest, ring.age, q, k, v)
+    shares = jax.nn.softmax(lse, axis=2)[..., None]
+    return (out * shares).sum(axis=2)[:, :, :queries], jax.nn.logsumexp(lse, axis=2)[:, :, :queries]
+
+
+def _kernel(
+    newest_ref: Ref,
+    age_ref: Ref,
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    out_ref: Ref,
+    lse_ref: Ref,
+    *,
+    size: int,
+    parts: int,
+) -> None:
+    """Some queries of a row and head over one program's share of the blocks of their ring."""
+    places, width = v_ref.shape
+    blocks, newest, age = places // KEYS, newest_ref[...], age_ref[...]
+    last = newest // KEYS
+    first = (newest - age + places) // KEYS - blocks  # of the oldest key; below 0 where the ring has come round
+    visits = jnp.where(age < 0, 0, jnp.minimum(last - first + 1, blocks))
+    each = pl.cdiv(visits, pl.num_programs(2))
+    begin = pl.program_id(2) * each
+    here = pl.ds((pl.program_id(1) % parts) * size, size)
+    there = jnp.arange(size, dtype=jnp.int32) < q_ref.shape[0]
+    q = triton.load(q_ref.at[here, :], mask=there[:, None], other=0.0)
+
+    def visit(step: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        out, peak, total = carry
+        block = (last - step + blocks) % blocks
+        keys = pl.ds(block * KEYS, KEYS)
+        passed = (newest - (block * KEYS + jnp.arange(KEYS, dtype=jnp.int32)) + places) % places
+        readable = (passed <= age)[None, :]
+        scores = triton.dot(q, k_ref[:, keys], allow_tf32=False) * (width**-0.5 * LOG2_E)
+        scores = jnp.where(readable, scores, MASKED)
+        higher = jnp.maximum(peak, scores.max(axis=1))
+        weights = jnp.where(readable, jnp.exp2(scores - higher[:, None]), 0.0)
+        shrink = jnp.exp2(peak - higher)
+        read = triton.dot(weights.astype(v_ref.dtype), v_ref[keys, :], allow_tf32=False)
+        return out * shrink[:, None] + read, higher, total * shrink + weights.sum(axis=1)
+
+    nothing = jnp.zeros((size,), jnp.float32)
+    carry = jnp.zeros((size, width), jnp.float32), nothing + MASKED, nothing
+    out, peak, total = jax.lax.fori_loop(begin, jnp.minimum(begin + each, visits), visit, carry)
+    total = jnp.where(total > 0.0, total, 1.0)
+    triton.store(out_ref.at[here, :], out / total[:, None], mask=there[:, None])
+    triton.store(lse_ref.at[here], (peak + jnp.log2(total)) * math.log(2.0), mask=there)

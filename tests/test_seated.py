@@ -1,0 +1,237 @@
+"""A new token's attention over its prompt and its own ring equals a plain softmax, by every kernel and on any mesh."""
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from patarm_jax.arrays import Seats
+from patarm_jax.config.sections import MeshSection, ModelSection
+from patarm_jax.model import flash_decode, kernels
+from patarm_jax.model.architecture import Architecture
+from patarm_jax.model.attention import Ring
+from patarm_jax.model.cache import init_cache
+from patarm_jax.model.kernels import PORTABLE, Kernel, kernel_for, ring_places
+from patarm_jax.model.seated import seated_attention
+from patarm_jax.model.sharding import MESH_AXES, make_mesh
+from patarm_jax.model.transformer import abstract_params, decode, init_params, unstack_layers
+from patarm_jax.rollout.draw import SamplingParams
+from patarm_jax.rollout.engine import make_engine, network_of
+from patarm_jax.rollout.schedule import Request, complete
+from patarm_jax.types import UserError
+from tests.toys import TINY
+
+PALLAS = Kernel("pallas", interpret=True)
+ROOMY = Architecture(**TINY | {"head_dim": 16})
+ALONE = make_mesh(MeshSection())
+
+
+def plain(q, keys, values):
+    """One query [H] over keys [S, H] and values [S, H], in float64."""
+    scores = keys.astype(np.float64) @ q.astype(np.float64) / np.sqrt(q.size)
+    weights = np.exp(scores - scores.max(initial=-np.inf))
+    return weights @ values.astype(np.float64) / weights.sum() if len(keys) else np.zeros(q.size)
+
+
+def drawn(seed, rows, heads, queries, width, places):
+    """Queries, keys and values of so many rings, and where their keys lie."""
+    rng = np.random.default_rng(seed)
+    shapes = (rows, heads, queries, width), (rows, heads, width, places), (rows, heads, places, width)
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    return *arrays, rng.integers(0, places, rows, np.int32), rng.integers(-1, places, rows, np.int32)
+
+
+def assert_reads(kernel, q, k, v, newest, age, atol=2e-6):
+    out, lse = jax.jit(kernels.read_ring, static_argnums=4)(q, k, v, Ring(newest, age), kernel)
+    assert bool(jnp.isfinite(out).all() & jnp.isfinite(lse).all())
+    for row in range(len(q)):
+        places = [(newest[row] - passed) % v.shape[2] for passed in range(age[row] + 1)]
+        for head in range(q.shape[1]):
+            for query in range(q.shape[2]):
+                expected = plain(q[row, head, query], k[row, head][:, places].T, v[row, head][places])
+                np.testing.assert_allclose(out[row, head, query], expected, atol=atol)
+        if not places:
+            assert float(lse[row].max()) < -1e29
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 20),
+    queries=st.integers(1, 20),
+    places=st.sampled_from([64, 128, 640]),
+    pallas=st.booleans(),
+)
+@example(seed=0, queries=5, places=64, pallas=True)
+def test_a_ring_is_read_as_a_plain_softmax_reads_it(seed, queries, places, pallas):
+    assert_reads(PALLAS if pallas else PORTABLE, *drawn(seed, 3, 2, queries, 16, places))
+
+
+@pytest.mark.parametrize("kernel", [PORTABLE, PALLAS], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize(
+    ("newest", "age"),
+    [
+        (0, -1),
+        (0, 0),
+        (63, 0),
+        (64, 64),
+        (127, 127),
+        (0, 1),
+        (0, 63),
+        (0, 64),
+        (0, 127),
+        (70, 127),
+        (63, 64),
+        (126, 126),
+    ],
+)
+def test_one_key_all_keys_and_rings_that_have_come_round(kernel, newest, age):
+    q, k, v, *_ = drawn(age + 1 + 200 * newest, 1, 1, 2, 16, 128)
+    assert_reads(kernel, q, k, v, np.array([newest], np.int32), np.array([age], np.int32))
+
+
+def test_many_queries_are_cut_and_long_rings_are_shared_out():
+    """More queries than a program takes, and a ring that four programs share, most of which have nothing to do."""
+    assert flash_decode.MOST_QUERIES < 80
+    q, k, v, _, _ = drawn(3, 2, 1, 80, 16, 2048)
+    assert_reads(PALLAS, q, k, v, np.array([2000, 5], np.int32), np.array([3, 2047], np.int32))
+
+
+def test_a_ring_without_whole_blocks_is_refused_and_the_cache_has_none():
+    q, k, v, newest, age = drawn(0, 1, 1, 1, 16, 65)
+    with pytest.raises(ValueError, match=r"65 places.*blocks of 64"):
+        kernels.read_ring(q, k, v, Ring(newest, age), PALLAS)
+    assert [ring_places(n, PALLAS) for n in (1, 64, 65)] == [64, 64, 128]
+    assert ring_places(65, PORTABLE) == 65
+
+
+# ------------------------------------------------------------------------------------------------------------- seats
+
+
+def seated(seed, shards=1, prompts=3, group=4, rows=7, kv_heads=2, queries=2, width=16, longest=64, places=128):
+    """The arguments of `seated_attention`: some rows write nothing, some seats and prompts have nobody."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    lengths = rng.integers(1, longest + 1, shards * prompts).astype(np.int32)
+    seat = np.stack([rng.permutation(prompts * group)[:rows] for _ in range(shards)]).astype(np.int32)
+    age = rng.integers(0, places, (shards, rows)).astype(np.int32)
+    age[:, :2] = 0, places - 1
+    age[:, 2] = -1
+    row = np.full((shards, prompts * group), rows, np.int32)
+    for shard in range(shards):
+        sitting = age[shard] >= 0
+        row[shard, seat[shard][sitting]] = np.arange(rows)[sitting]
+    total, heads = shards * rows, kv_heads * queries
+    prompt = normal(shards * prompts, kv_heads, width, longest), normal(shards * prompts, kv_heads, longest, width)
+    own = normal(total, kv_heads, width, places), normal(total, kv_heads, places, width)
+    newest = np.int32(rng.integers(0, places))
+    return normal(total, heads, width), prompt, lengths, own, newest, Seats(seat, row, age)
+
+
+def plainly_seated(q, prompt, lengths, own, newest, seats):
+    (shards, rows), prompts = seats.seat.shape, len(lengths) // len(seats.seat)
+    group, kv_heads = seats.row.shape[1] // prompts, own[0].shape[1]
+    out = np.zeros(q.shape)
+    for index in range(shards * rows):
+        shard, row = divmod(index, rows)
+        mine = shard * prompts + seats.seat[shard, row] // group
+        places = [(newest - passed) % own[1].shape[2] for passed in range(seats.age[shard, row] + 1)]
+        for head in range(q.shape[1]):
+            k = head // (q.shape[1] // kv_heads)
+            keys = np.concatenate([prompt[0][mine, k][:, : lengths[mine]].T, own[0][index, k][:, places].T])
+            values = np.concatenate([prompt[1][mine, k][: lengths[mine]], own[1][index, k][places]])
+            out[index, head] = plain(q[index, head], keys, values)
+    return out
+
+
+@pytest.mark.parametrize("kernel", [PORTABLE, PALLAS], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize(
+    "case", [{"seed": 0}, {"seed": 1, "group": 1, "rows": 3}, {"seed": 2, "queries": 5, "shards": 2}], ids=str
+)
+def test_a_token_reads_its_prompt_and_its_own_past(kernel, case):
+    arguments = seated(**case)
+    found = np.asarray(jax.jit(seated_attention, static_argnums=6)(*arguments, kernel))
+    writing = arguments[-1].age.reshape(-1) >= 0
+    np.testing.assert_allclose(found[writing], plainly_seated(*arguments)[writing], atol=2e-6)
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("kernel", [PORTABLE, PALLAS], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("section", [MeshSection(data=2, fsdp=2, tensor=2), MeshSection(fsdp=8)], ids=str)
+def test_on_many_devices_each_does_its_rows_and_heads(kernel, section):
+    arguments = seated(4, shards=section.data * abs(section.fsdp))
+    alone = jax.jit(seated_attention, static_argnums=6)(*arguments, kernel)
+    with jax.set_mesh(make_mesh(section)):
+        together = jax.jit(seated_attention, static_argnums=6)(*arguments, kernel)
+    np.testing.assert_allclose(alone, together, atol=2e-6)
+
+
+def test_a_kernel_draws_what_plain_jax_draws():
+    """Rows that are taken over and halved, a ring that is no whole number of blocks, prompts that are narrowed."""
+    rng, stops = np.random.default_rng(0), tuple(range(6))
+    requests = [Request(rng.integers(6, 96, n, np.int32), row) for row, n in enumerate((5, 70, 9, 3, 12))]
+    params = unstack_layers(jax.tree.map(lambda x: x * 4, init_params(ROOMY, jax.random.key(1))))
+
+    def draw(kernel):
+        engine = make_engine(network_of(ROOMY, "float32", of_rows=kernel), ALONE, 4, SamplingParams(stops, 70), 8)
+        return complete(engine, params, requests, jax.random.key(2))
+
+    one, other = draw(PORTABLE), draw(PALLAS)
+    assert one.lengths.max() > 40 and len(set(one.lengths.reshape(-1).tolist())) > 8
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+    np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------- hardware
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("queries", "places"), [(4, 64), (5, 1024), (32, 2048), (80, 4096)])
+@pytest.mark.parametrize("width", [64, 128])
+def test_on_the_hardware_itself(queries, places, width):
+    *arrays, newest, age = drawn(queries, 8, 2, queries, width, places)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in arrays)
+    whole = [np.asarray(x.astype(jnp.float32)) for x in (q, k, v)]
+    read = jax.jit(kernels.read_ring, static_argnums=4)
+    expected, found = read(*whole, Ring(newest, age), PORTABLE), read(q, k, v, Ring(newest, age), Kernel("pallas"))
+    np.testing.assert_allclose(found[0], expected[0], atol=0.02)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("group", [1, 8, 20])
+def test_a_step_is_a_program_for_a_gpu_that_is_not_here(group):
+    """Two kernels in a layer: one for what rows have written, one for their prompts."""
+    arch, kernel, rows, prompts = replace(ROOMY, head_dim=128), Kernel("pallas"), 8 * group, 8
+    cache = jax.eval_shape(lambda: init_cache(arch, prompts, 128, rows, 64, jnp.bfloat16))
+    seats = Seats(*(jax.ShapeDtypeStruct((4, n // 4), jnp.int32) for n in (rows, prompts * group, rows)))
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = AbstractMesh((2, 2, 2), MESH_AXES, (AxisType.Auto,) * 3, abstract_device=device)
+
+    def step(params, tokens, cache, seats):
+        return decode(params, arch, tokens, cache, seats, dtype=jnp.bfloat16, kernel=kernel)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        arguments = abstract_params(arch, unstacked=True), jax.ShapeDtypeStruct((rows,), jnp.int32), cache, seats
+        text = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert len(re.findall(r"custom_call @__gpu\$xla\.gpu\.triton", text)) == 2 * arch.num_hidden_layers
+
+
+def test_what_is_asked_for_whole_rows_leaves_written_ones_to_what_fits(monkeypatch):
+    monkeypatch.setattr(kernels, "hardware_of", lambda device: "gpu")
+    wide = replace(ROOMY, head_dim=128)
+    chosen = {asked: kernel_for(ModelSection(attention=asked), wide, ALONE, "written").name
+              for asked in ("auto", "cudnn", "pallas", "portable")}  # fmt: skip
+    assert chosen == {"auto": "pallas", "cudnn": "pallas", "pallas": "pallas", "portable": "portable"}
+    monkeypatch.setattr(kernels, "hardware_of", lambda device: "tpu")
+    assert kernel_for(ModelSection(attention="splash"), wide, ALONE, "written") == PORTABLE
+    with pytest.raises(UserError, match=r"pallas needs an NVIDIA GPU.*not tpu"):
+        kernel_for(ModelSection(attention="pallas"), wide, ALONE, "written")
