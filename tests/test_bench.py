@@ -20,7 +20,9 @@ SMALL = "--rows 8 --length 24 --responses 16 --prompt 16 --group 2 --new 6 --rep
 def test_every_task_runs_and_is_written_down(tmp_path, capsys):
     assert main(["bench", *SMALL, "--mean_new", "4", "--kl_coef", "0.1", "--json", str(tmp_path / "bench.json")]) == 0
     written = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["task"] for row in written["results"]] == "sft sample logprobs grpo attention load compile".split()
+    assert [
+        row["task"] for row in written["results"]
+    ] == "sft sample logprobs grpo attention decode load compile".split()
     assert written["config"]["kl_coef"] == 0.1 and written["devices"] == ["cpu"] * 8
     by_task = {row["task"]: row for row in written["results"]}
     assert set(by_task["grpo"]["phases_s"]) == {"sample", "logprobs", "update"}

@@ -1,6 +1,5 @@
 """A new token's attention over its prompt and its own ring equals a plain softmax, by every kernel and on any mesh."""
 
-import re
 from dataclasses import replace
 
 import jax
@@ -25,6 +24,7 @@ from patarm_jax.rollout.draw import SamplingParams
 from patarm_jax.rollout.engine import make_engine, network_of
 from patarm_jax.rollout.schedule import Request, complete
 from patarm_jax.types import UserError
+from tests.lowering import triton_kernels
 from tests.toys import TINY
 
 PALLAS = Kernel("pallas", interpret=True)
@@ -221,8 +221,21 @@ def test_a_step_is_a_program_for_a_gpu_that_is_not_here(group):
 
     with jax.sharding.use_abstract_mesh(mesh):
         arguments = abstract_params(arch, unstacked=True), jax.ShapeDtypeStruct((rows,), jnp.int32), cache, seats
-        text = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    assert len(re.findall(r"custom_call @__gpu\$xla\.gpu\.triton", text)) == 2 * arch.num_hidden_layers
+        lowered = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert len(triton_kernels(lowered)) == 2 * arch.num_hidden_layers
+
+
+def test_weakly_typed_places_are_places():
+    """`jnp.full(2, 5)`, whose numbers would be of two types within the kernel."""
+    q, k, v, _, _ = drawn(0, 2, 1, 4, 64, 128)
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = AbstractMesh((1,), ("rows",), (AxisType.Auto,), abstract_device=device)
+
+    def read(q, k, v):
+        return flash_decode.read_ring(q, k, v, Ring(jnp.full(2, 5), jnp.full(2, 5)))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert len(triton_kernels(jax.jit(read).trace(q, k, v).lower(lowering_platforms=("cuda",)))) == 1
 
 
 def test_what_is_asked_for_whole_rows_leaves_written_ones_to_what_fits(monkeypatch):

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from patarm_jax.arrays import Params, Rollouts, SFTBatch
+from patarm_jax.arrays import Params, Rollouts, Seats, SFTBatch
 from patarm_jax.bench.measure import Timing, clock, time_calls, timed
 from patarm_jax.bench.shapes import SHAPES, cache_bytes, forward_flops, layer_weights
 from patarm_jax.config.recipes import BenchConfig, GRPOConfig, SFTConfig
@@ -22,6 +22,7 @@ from patarm_jax.model import kernels
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Streams
 from patarm_jax.model.kernels import kernel_for
+from patarm_jax.model.seated import seated_attention
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, make_mesh, place_batch
 from patarm_jax.model.transformer import init_params, unstack_layers
 from patarm_jax.recipes.programs import RolloutPrograms, grpo_learner, make_rollout_programs, sft_learner
@@ -292,6 +293,46 @@ def attend(bench: Bench) -> Result:
     )
 
 
+def decode(bench: Bench) -> Result:
+    """A layer's attention of a token of every row, a hundred in turn, for rows that have written a quarter of `new`.
+
+    Beside it, for rows that have written a twentieth, and all.
+    """
+    c, arch, times = bench.config, bench.arch, 100
+    step, rows = decode_step(bench, times), c.responses * c.group
+    timings = {percent: time_calls(partial(step, percent * c.new // 100), c.repeats) for percent in (25, 5, 100)}
+    keys = c.responses * c.prompt + rows * c.new // 4
+    read = times * keys * cache_bytes(arch, jnp.dtype(c.dtype).itemsize) / arch.num_hidden_layers
+    kernel = kernel_for(bench.section, arch, bench.mesh, "written")
+    shape = f"{times} times {c.responses} × {c.prompt}, G {c.group}, a quarter of {c.new}, {kernel.name}"
+    phases = {f"{percent} % written": timings[percent].median for percent in (5, 100)}
+    return Result("decode", shape, timings[25], tokens=times * rows, read=read, phases=phases)
+
+
+def decode_step(bench: Bench, times: int) -> Callable[[int], jax.Array]:
+    """A function of what every row has written: what a layer's attention gives, so often one behind the other."""
+    c, n = bench.config, bench.arch
+    kernel = kernel_for(bench.section, n, bench.mesh, "written")
+    rows, kv_heads, width = c.responses * c.group, n.num_key_value_heads, n.head_dim
+    shapes: list[tuple[int, ...]] = [(rows, n.num_attention_heads, width)]
+    for count, places in ((c.responses, c.prompt), (rows, kernels.ring_places(c.new, kernel))):
+        shapes += [(count, kv_heads, width, places), (count, kv_heads, places, width)]
+    arrays = tuple(jax.random.normal(jax.random.key(i), shape, c.dtype) for i, shape in enumerate(shapes))
+
+    @jax.jit
+    def steps(arrays: tuple[jax.Array, ...], age: jax.Array) -> jax.Array:
+        q, prompt, own = arrays[0], (arrays[1], arrays[2]), (arrays[3], arrays[4])
+        lengths, seat = jnp.full(c.responses, c.prompt), jnp.arange(rows, dtype=jnp.int32)[None]
+        seats = Seats(seat, seat, jnp.broadcast_to(age, (1, rows)))
+
+        def step(_: jax.Array, q: jax.Array) -> jax.Array:
+            return seated_attention(q, prompt, lengths, own, age, seats, kernel).astype(q.dtype)
+
+        return jax.lax.fori_loop(0, times, step, q)
+
+    return lambda written: steps(arrays, jnp.int32(max(written, 1) - 1))
+
+
 def load(bench: Bench) -> Result:
     """Weights from a Hugging Face folder, in the disk's cache, onto the devices."""
     from patarm_jax.model import weights  # the only task that needs the library of their files
@@ -334,6 +375,7 @@ TASKS: dict[str, Callable[[Bench], Result]] = {
     "logprobs": logprobs,
     "grpo": grpo,
     "attention": attend,
+    "decode": decode,
     "load": load,
     "compile": compile_update,
 }

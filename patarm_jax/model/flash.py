@@ -36,6 +36,14 @@ class Ref(Protocol):
     def dtype(self) -> jnp.dtype:
         """The type of its numbers."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many there are."""
+
+    @property
+    def at(self) -> Tree:
+        """`at[index]`: a part of it, to be read or written under a mask."""
+
     def __getitem__(self, index: Tree) -> jax.Array:
         """What is there."""
 

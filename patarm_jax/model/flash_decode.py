@@ -74,7 +74,7 @@ def read_ring(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, interpret: b
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="flash_decode",
-    )(ring.newest, ring.age, q, k, v)
+    )(*(x.astype(jnp.int32) for x in (ring.newest, ring.age)), q, k, v)  # a weak type would be no program
     shares = jax.nn.softmax(lse, axis=2)[..., None]
     return (out * shares).sum(axis=2)[:, :, :queries], jax.nn.logsumexp(lse, axis=2)[:, :, :queries]
 
@@ -94,20 +94,21 @@ def _kernel(
     """Some queries of a row and head over one program's share of the blocks of their ring."""
     places, width = v_ref.shape
     blocks, newest, age = places // KEYS, newest_ref[...], age_ref[...]
-    last = newest // KEYS
-    first = (newest - age + places) // KEYS - blocks  # of the oldest key; below 0 where the ring has come round
+    # None of what is divided is negative, for which `//` and `%` would be prepared.
+    last = jax.lax.div(newest, KEYS)
+    first = jax.lax.div(newest - age + places, KEYS) - blocks  # of the oldest key; below 0 where the ring came round
     visits = jnp.where(age < 0, 0, jnp.minimum(last - first + 1, blocks))
     each = pl.cdiv(visits, pl.num_programs(2))
     begin = pl.program_id(2) * each
-    here = pl.ds((pl.program_id(1) % parts) * size, size)
+    here = pl.ds(jax.lax.rem(pl.program_id(1), parts) * size, size)
     there = jnp.arange(size, dtype=jnp.int32) < q_ref.shape[0]
     q = triton.load(q_ref.at[here, :], mask=there[:, None], other=0.0)
 
     def visit(step: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         out, peak, total = carry
-        block = (last - step + blocks) % blocks
+        block = jax.lax.rem(last - step + blocks, blocks)
         keys = pl.ds(block * KEYS, KEYS)
-        passed = (newest - (block * KEYS + jnp.arange(KEYS, dtype=jnp.int32)) + places) % places
+        passed = jax.lax.rem(newest - block * KEYS - jnp.arange(KEYS, dtype=jnp.int32) + places, places)
         readable = (passed <= age)[None, :]
         scores = triton.dot(q, k_ref[:, keys], allow_tf32=False) * (width**-0.5 * LOG2_E)
         scores = jnp.where(readable, scores, MASKED)
