@@ -235,9 +235,8 @@ def _add_bench(verbs: _Verbs) -> None:
     bench.usage = "patarm bench [TASK …] [--quick] [--json FILE] [--setting value …]"
     bench.add_argument("--quick", action="store_true", help="compare with plain implementations, in two minutes")
     bench.add_argument("--json", type=_path, metavar="FILE", help="write the numbers there too")
-    bench.epilog = "tasks: sft, sample, logprobs, grpo, attention, load, compile; all when none is named\n\n" + (
-        bench.epilog or ""
-    )
+    tasks = "sft, sample, logprobs, grpo, attention, decode, load, compile"  # not imported: they need the devices
+    bench.epilog = f"tasks: {tasks}; all when none is named\n\n{bench.epilog or ''}"
     bench.settings = BenchConfig
 
 

@@ -5,6 +5,7 @@ Rules never change a result, only its placement.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 import jax
@@ -141,8 +142,10 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
 def place_batch(mesh: Mesh, tree: Tree) -> Tree:
     """Host arrays, each process's part of a global batch, as global arrays split along their leading axis."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+    sharding, tree = batch_sharding(mesh), jax.tree.map(np.asarray, tree)
+    if not mesh.is_multi_process:
+        return jax.device_put(tree, sharding)  # all at once: sampling does it hundreds of times
+    return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), tree)
 
 
 def local_part(x: Array) -> np.ndarray:
