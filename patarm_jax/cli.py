@@ -18,7 +18,7 @@ from patarm_jax import __version__
 from patarm_jax.config.help import settings_in_words
 from patarm_jax.config.load import TRAINING, Config, from_mapping, load, override, read_yaml
 from patarm_jax.config.recipes import BenchConfig, EvalConfig, JudgeConfig, SFTConfig
-from patarm_jax.config.sections import Section
+from patarm_jax.config.sections import GeneratorSection, ModelSection, Section
 from patarm_jax.files import refuse_address
 from patarm_jax.run.joining import tell_why_absent
 from patarm_jax.run.peers import end_all, end_together
@@ -188,6 +188,7 @@ def _add_eval(verbs: _Verbs) -> None:
         "patarm eval rewardbench --model judge-8b --output runs/look --limit 50",
         "patarm eval rewardbench --model judge-8b --output runs/rewardbench --dry-run",
         "patarm eval judgebench --endpoint.url http://host:8000/v1 --output runs/judgebench --judge pairwise",
+        "patarm eval rewardbench --judge rubric_judge --model judge-8b --generator generator-8b --output … --votes 5",
         "patarm eval pairs --model runs/demo/grpo --data runs/demo/data/heldout.jsonl --output runs/heldout",
         "patarm eval pairs --model runs/demo/sft --data … --output runs/sft --against runs/heldout",
     ]
@@ -202,6 +203,9 @@ def _add_eval(verbs: _Verbs) -> None:
     evaluate.add_argument("--output", type=_place, default="", help="folder that is written")
     evaluate.add_argument(
         "--judge", choices=_JUDGES, default="pointwise", help="how it is asked (default: %(default)s)"
+    )
+    evaluate.add_argument(
+        "--generator", type=_place, default="", help="of --judge rubric_judge: the model that writes the rubrics"
     )
     evaluate.add_argument("--votes", type=int, default=1, help="answers to each question (default: %(default)s)")
     evaluate.add_argument("--expected-score", action="store_true", help="the expectation instead of the number drawn")
@@ -325,9 +329,11 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
         limit=options.limit,
         seed=options.seed,
         against=options.against,
+        generator=GeneratorSection(model=ModelSection(path=options.generator)),
     )
     config = _told(partial(override, config, rest), rest)
-    _refuse_both(rest, {"--model": options.model and "--model.path", "--data": options.data and "--data.path"})
+    both = {"--model": "--model.path", "--data": "--data.path", "--generator": "--generator.model.path"}
+    _refuse_both(rest, {name: getattr(options, name[2:]) and setting for name, setting in both.items()})
     model = dataclasses.replace(config.model, path=options.model or config.model.path)
     data = dataclasses.replace(config.data, path=options.data or config.data.path)
     done = evaluate(dataclasses.replace(config, model=model, data=data), options.dry_run)

@@ -16,8 +16,11 @@ RubricMode = Literal["adaptive", "primary", "generated"]
 BenchmarkName = Literal["rewardbench", "rewardbench2", "rm-bench", "judgebench", "llmbar", "rmb", "ppe", "pairs"]
 # How a judge is asked: for a score of each response, which of two is better, for a score without rubrics (what a
 # general model is asked as a baseline). Two write nothing. scalar: a Bradley-Terry head gives the score; ordinal: it is
-# the expectation of a score from 0 to 10 that is asked for at once, by the model's own probabilities.
-JudgeKind = Literal["pointwise", "pairwise", "baseline", "scalar", "ordinal"]
+# the expectation of a score from 0 to 10 that is asked for at once, by the model's own probabilities. rubric_judge:
+# which of two is better by the rubric that a generator wrote for their prompt, as Rubric-ARM's judge.
+JudgeKind = Literal["pointwise", "pairwise", "baseline", "scalar", "ordinal", "rubric_judge"]
+# What a model of ours is asked for: a judgement of some kind, or a rubric.
+ModelKind = JudgeKind | Literal["rubric"]
 # Whether the chat template of a server that is not seen writes `<think>` itself; auto: as its answers show.
 OpensThinking = Literal["auto", "yes", "no"]
 

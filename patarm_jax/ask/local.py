@@ -40,7 +40,7 @@ from patarm_jax.run.peers import ASKING, get_on
 from patarm_jax.run.process import say
 from patarm_jax.run.progress import percent, progress
 from patarm_jax.run.stopping import stop_requests
-from patarm_jax.types import JudgeKind
+from patarm_jax.types import ModelKind
 
 AGAIN = (Kind.FAILED, Kind.TOO_LONG)  # what is too long for one limit may fit another
 # The ids of a question's votes lie this far apart, so that more votes leave those there are as they are; no two votes
@@ -110,14 +110,15 @@ def open_local(
     votes: int,
     seed: int,
     longest: int,
-    judge: JudgeKind,
+    judge: ModelKind,
     expects: bool = False,
+    called: str = "model.path",
 ) -> Local:
     """Opens the model's folder and takes the devices, of several processes each its own.
 
-    Weights are loaded when there is something to ask.
+    Weights are loaded when there is something to ask. `called` is the setting that names the model.
     """
-    model = open_model(section, judge)
+    model = open_model(section, judge, called=called)
     drawn = as_the_model_says(sampling, model)
     if FORMS[judge].writes:
         say(drawn.said)

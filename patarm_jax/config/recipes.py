@@ -22,6 +22,7 @@ from patarm_jax.config.sections import (
     DAPOSection,
     DataSection,
     EndpointSection,
+    GeneratorSection,
     HeldoutSection,
     JudgingSection,
     LoRASection,
@@ -435,6 +436,7 @@ class EvalConfig(Section):
     judge: JudgeKind = "pointwise"  # how the judge is asked
     model: ModelSection = field(default_factory=ModelSection)
     endpoint: EndpointSection = field(default_factory=EndpointSection)
+    generator: GeneratorSection = field(default_factory=GeneratorSection)  # of a rubric_judge
     mesh: MeshSection = field(default_factory=MeshSection)
     data: DataSection = field(default_factory=lambda: DataSection(split="", max_prompt_tokens=16384))
     sampling: JudgingSection = field(default_factory=lambda: JudgingSection(max_new_tokens=1024))
@@ -451,7 +453,20 @@ class EvalConfig(Section):
     against: str = field(default="", metadata=PLACE)
 
     def check(self) -> None:
-        """Refuses expected scores where there are none."""
+        """Refuses expected scores where there are none, and a judge without the rubrics that it needs."""
+        has_generator = self.generator != GeneratorSection()
+        if self.judge == "rubric_judge" and not (self.generator.model.path or self.generator.endpoint.url):
+            raise UsageError(
+                "judge is rubric_judge, and no model is named that writes the rubrics. Give --generator with its "
+                "folder, or generator.endpoint.url."
+            )
+        if self.judge != "rubric_judge" and has_generator:
+            raise UsageError(
+                f"a generator is given, and a {self.judge} judge reads no rubric of one. Leave it out, or set judge to "
+                "rubric_judge."
+            )
+        if self.generator.model.path and self.generator.endpoint.url:
+            raise UsageError("both --generator and generator.endpoint.url are given. Give one.")
         if self.expected_score and self.judge != "pointwise":
             raise UsageError(
                 f"expected_score is set, and a {self.judge} judge writes no score from 0 to 10. Leave it out, or set "

@@ -246,6 +246,33 @@ class JudgingSection(Section):
 
 
 @dataclass(frozen=True)
+class EndpointSection(Section):
+    """An OpenAI-compatible server, such as vLLM's or SGLang's, that judges instead of a model here."""
+
+    url: str = ""  # http://host:8000/v1; empty: the model judges here
+    model: str = ""  # as the server calls it; empty: the first one it lists
+    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; unset: none is sent
+    concurrency: Positive = 32  # requests under way at a time
+    timeout: AboveZero = 600.0  # seconds for one answer
+    tries: Positive = 6  # how often a request is sent, with growing pauses, before it is recorded as failed
+    busy: AboveZero = 1800.0  # seconds a request waits for a server that answers 429, before it is recorded as failed
+    thinking: Literal["server", "on", "off"] = "server"  # chat_template_kwargs.enable_thinking; server: not sent
+    # Whether the server's chat template writes `<think>` itself, so that answers begin inside the thinking. auto: yes
+    # once an answer held `</think>` alone; then a text that was cut off before it has no score.
+    opens_thinking: OpensThinking = "auto"
+    max_requests: Natural = 0  # the most that one command may send, those that are tried again included; 0: any number
+
+
+@dataclass(frozen=True)
+class GeneratorSection(Section):
+    """The model that writes the rubric of each prompt, greedily and unthought, by which a rubric_judge judges."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    endpoint: EndpointSection = field(default_factory=EndpointSection)
+    max_new_tokens: Positive = 1024  # of a rubric; a longer one is cut off, and shown as far as it goes
+
+
+@dataclass(frozen=True)
 class PairwiseSection(Section):
     """How a pairwise judge is shown the two responses of a pair while it is trained; a pointwise one is not."""
 
@@ -362,21 +389,3 @@ class HeldoutSection(Section):
     # The metric that selects the best checkpoint, which is kept besides the last ones.
     best: Literal["accuracy_strict", "accuracy_half", "score_gap", "valid"] = "accuracy_strict"
     sampling: JudgingSection = field(default_factory=JudgingSection)
-
-
-@dataclass(frozen=True)
-class EndpointSection(Section):
-    """An OpenAI-compatible server, such as vLLM's or SGLang's, that judges instead of a model here."""
-
-    url: str = ""  # http://host:8000/v1; empty: the model judges here
-    model: str = ""  # as the server calls it; empty: the first one it lists
-    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; unset: none is sent
-    concurrency: Positive = 32  # requests under way at a time
-    timeout: AboveZero = 600.0  # seconds for one answer
-    tries: Positive = 6  # how often a request is sent, with growing pauses, before it is recorded as failed
-    busy: AboveZero = 1800.0  # seconds a request waits for a server that answers 429, before it is recorded as failed
-    thinking: Literal["server", "on", "off"] = "server"  # chat_template_kwargs.enable_thinking; server: not sent
-    # Whether the server's chat template writes `<think>` itself, so that answers begin inside the thinking. auto: yes
-    # once an answer held `</think>` alone; then a text that was cut off before it has no score.
-    opens_thinking: OpensThinking = "auto"
-    max_requests: Natural = 0  # the most that one command may send, those that are tried again included; 0: any number

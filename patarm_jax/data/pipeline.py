@@ -19,7 +19,7 @@ from tqdm import tqdm
 from patarm_jax.config.sections import DataSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.preferences import Report
-from patarm_jax.data.scores import opened_answer
+from patarm_jax.data.scores import opened_answer, unthought_opening
 from patarm_jax.data.sft import JudgedPreference
 from patarm_jax.data.tokenizer import Tokenizer, encode_chat, encode_dialogue, encode_judgement
 from patarm_jax.judge.forms import POINTWISE, Form
@@ -159,7 +159,7 @@ def _encode(
 def encode_question(tokenizer: Tokenizer, messages: Sequence[Message], form: Form) -> Tokens:
     """What a judge of a form reads: a question up to where it begins to write, or all before the number it gives."""
     if form.writes:
-        ids = encode_chat(tokenizer, messages)
+        ids = encode_chat(tokenizer, messages) + ([] if form.thinks else unthought_opening(tokenizer))
     elif form.has_score_head:
         ids = encode_dialogue(tokenizer, messages)
     else:

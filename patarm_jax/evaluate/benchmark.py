@@ -23,7 +23,7 @@ class Published:
     """
 
     system: str
-    kind: str  # scalar, pairwise, or pointwise
+    kind: str  # a `types.JudgeKind`
     values: tuple[float | None, ...]  # in the order of the benchmark's columns
     source: str
     ties: str  # how the source counts equal scores: wrong, half, or not stated

@@ -110,6 +110,7 @@ def _write_judgements(path: Path, result: Evaluation, asked: Sequence[Asked], an
                 del said["question"], said["opened"]
                 said["cut"] = answer.cut
                 said["sent"] = json.dumps(answer.sent) if answer.sent else None
+                said["rubric"] = one.rubric or None
                 rows.append(about | place | said)
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=_JUDGEMENTS), path)
 
@@ -135,6 +136,7 @@ _JUDGEMENTS = pa.schema(
         ("kind", pa.string()),
         ("finish_reason", pa.string()),
         ("sent", pa.string()),  # JSON
+        ("rubric", pa.string()),  # a generator's, as the judge was shown it
     ]
 )
 

@@ -15,6 +15,7 @@ from patarm_jax.evaluate.expected import Pair, Spread, spread_of
 from patarm_jax.evaluate.items import Item
 from patarm_jax.evaluate.outcomes import Choices, Rule, Scores, gaps, position_bias, votes_curve
 from patarm_jax.evaluate.proportions import limits
+from patarm_jax.evaluate.rubrics import Written
 from patarm_jax.evaluate.scoring import TIE_RULES, Strata, measure, numbers, who_won
 from patarm_jax.evaluate.statistics import Difference, Measured, Name, TieRule, intervals
 from patarm_jax.judge.forms import FORMS
@@ -48,6 +49,7 @@ class Findings:
     calibration: list[dict[str, float]]  # by |gap| of mean scores: how often its sign is right, with an interval
     histogram: dict[str, object] | None  # how often each score was given to chosen and to rejected responses
     expected: Spread | None = None  # what expected scores did; None where the numbers that were drawn count
+    generator: Written | None = None  # what became of a generator's rubrics; None where there is no generator
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Evaluation:
     @property
     def is_official(self) -> bool:
         """Whether that rule makes our number the benchmark's own; some count a pairwise judge's orders one by one."""
-        return self.config.judge != "pairwise" or not self.strata.layout.of_pairwise_judges
+        return FORMS[self.config.judge].responses < 2 or not self.strata.layout.of_pairwise_judges
 
     @property
     def is_complete(self) -> bool:
@@ -99,7 +101,12 @@ class Evaluation:
 
 
 def find(
-    strata: Strata, items: Sequence[Item], judged: Scores | Choices, answers: Sequence[Answer], seed: int
+    strata: Strata,
+    items: Sequence[Item],
+    judged: Scores | Choices,
+    answers: Sequence[Answer],
+    seed: int,
+    generator: Written | None = None,
 ) -> tuple[Findings, Measured]:
     """Everything there is to say, and what was measured of each unit, for comparing with another judge."""
     measured = measure(strata, items, judged)
@@ -123,6 +130,7 @@ def find(
         calibration=_calibration(strata, judged) if isinstance(judged, Scores) else [],
         histogram=_histogram(judged) if isinstance(judged, Scores) else None,
         expected=spread_of(_by_question(answers).values()),
+        generator=generator,
     )
     return findings, measured
 

@@ -1,19 +1,23 @@
 """What a judge is asked about the items of a benchmark, and how its answers become scores or choices."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
+from types import MappingProxyType
 
 import numpy as np
 
 from patarm_jax.ask.answers import Answer, Answers, Question
 from patarm_jax.evaluate.items import Item
 from patarm_jax.evaluate.outcomes import Choices, Scores
+from patarm_jax.evaluate.rubrics import prompt_of
 from patarm_jax.judge.forms import ORDERS, SIDES, Form
 from patarm_jax.types import Message, RubricMode
 
 _Ask = Callable[[str, list[Message]], Question]  # name and messages → the question, which may be an earlier item's
+_Messages = Callable[..., list[Message]]  # responses → what the judge reads about them
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Asked:
 
     of_sides: tuple[Sequence[Question], Sequence[Question]] = ((), ())  # (chosen, rejected), one for each response
     of_pairs: tuple[tuple[int, int, int, Question], ...] = ()  # (chosen, rejected, index in ORDERS, question)
+    rubric: str = ""  # a generator's, which the questions show
 
     @property
     def questions(self) -> list[Question]:
@@ -29,16 +34,29 @@ class Asked:
         return [*self.of_sides[0], *self.of_sides[1], *(question for *_, question in self.of_pairs)]
 
 
-def ask_about(items: Sequence[Item], form: Form, rubrics: RubricMode) -> list[Asked]:
-    """The questions about every item; identical questions are asked once, whatever items they are about."""
+def ask_about(
+    items: Sequence[Item], form: Form, rubrics: RubricMode, written: Mapping[str, str] = MappingProxyType({})
+) -> list[Asked]:
+    """The questions about every item; identical questions are asked once, whatever items they are about.
+
+    Args:
+        items: of a benchmark.
+        form: of the judge.
+        rubrics: which the judge's prompt holds, or asks for.
+        written: the rubric of a generator for each prompt that has one, by `prompt_of`.
+    """
     asked_before: dict[str, Question] = {}
 
     def ask(name: str, messages: list[Message]) -> Question:
         text = json.dumps(messages)
         return asked_before.setdefault(text, Question(name, len(asked_before), messages))
 
-    about = _pairs if form.responses == 2 else _sides
-    return [about(item, form, rubrics, ask) for item in items]
+    about, asked = _pairs if form.responses == 2 else _sides, []
+    for item in items:
+        rubric = written.get(prompt_of(item), "")
+        messages = partial(form.ask, item.prompt, domain=item.domain, rubrics=rubrics, rubric=rubric)
+        asked.append(replace(about(item, messages, ask), rubric=rubric))
+    return asked
 
 
 def questions_of(asked: Sequence[Asked]) -> list[Question]:
@@ -46,10 +64,7 @@ def questions_of(asked: Sequence[Asked]) -> list[Question]:
     return list({question.sample_id: question for one in asked for question in one.questions}.values())
 
 
-def _sides(item: Item, form: Form, rubrics: RubricMode, ask: _Ask) -> Asked:
-    def messages(response: str) -> list[Message]:
-        return form.ask(item.prompt, response, domain=item.domain, rubrics=rubrics)
-
+def _sides(item: Item, messages: _Messages, ask: _Ask) -> Asked:
     chosen, rejected = (
         [ask(f"{item.id}/{side}/{number}", messages(response)) for number, response in enumerate(responses)]
         for side, responses in zip(SIDES, (item.chosen, item.rejected), strict=True)
@@ -57,13 +72,12 @@ def _sides(item: Item, form: Form, rubrics: RubricMode, ask: _Ask) -> Asked:
     return Asked(of_sides=(chosen, rejected))
 
 
-def _pairs(item: Item, form: Form, rubrics: RubricMode, ask: _Ask) -> Asked:
+def _pairs(item: Item, messages: _Messages, ask: _Ask) -> Asked:
     pairs = []
     for i, j, order in product(range(len(item.chosen)), range(len(item.rejected)), range(2)):
         responses = (item.chosen[i], item.rejected[j])
         first, second = responses if order == 0 else responses[::-1]
-        messages = form.ask(item.prompt, first, second, domain=item.domain, rubrics=rubrics)
-        pairs.append((i, j, order, ask(f"{item.id}/{i}:{j}/{ORDERS[order]}", messages)))
+        pairs.append((i, j, order, ask(f"{item.id}/{i}:{j}/{ORDERS[order]}", messages(first, second))))
     return Asked(of_pairs=tuple(pairs))
 
 

@@ -10,6 +10,7 @@ import rich.text
 from patarm_jax.ask.replies import ALL_APART
 from patarm_jax.evaluate.catalogue import BENCHMARKS
 from patarm_jax.evaluate.findings import Evaluation
+from patarm_jax.evaluate.rubrics import Written
 from patarm_jax.evaluate.statistics import Name, TieRule
 from patarm_jax.judge.forms import FORMS
 
@@ -223,6 +224,8 @@ def _notes(result: Evaluation) -> str:
     ]
     if result.findings.expected is not None:
         lines.append(f"- {result.findings.expected}")
+    if result.findings.generator is not None:
+        lines.append(f"- {_of_rubrics(result.findings.generator)}")
     if result.missing_sections:
         lines.append(f"- Overall is without {', '.join(result.missing_sections)}, which the data do not hold.")
     for section, parts in result.missing_parts.items():
@@ -236,13 +239,31 @@ def _notes(result: Evaluation) -> str:
     return "## Notes\n\n" + "\n".join(lines)
 
 
+def _of_rubrics(written: Written) -> str:
+    """What became of a generator's rubrics."""
+    text = f"{written.prompts:,} rubrics by {written.generator}: {100 * written.in_form:.1f} % are in form"
+    if written.criteria == written.criteria:
+        text += f", with {written.criteria:.1f} criteria in the mean"
+    if written.cut:
+        text += f"; {written.cut:,} were cut off"
+    if written.blank:
+        text += f"; {written.blank:,} are blank, and the judge compared by criteria of its own"
+    if written.reasons:
+        reason, count = written.reasons[0]
+        text += f". Out of form most often ({count:,} ×): {reason}"
+    return f"{text}."
+
+
 def _asked(result: Evaluation) -> str:
     """How the judge was asked."""
     config = result.config
     if not FORMS[config.judge].writes:
         return f"Numbers of a reward model ({config.judge}), nothing is sampled"
     sampling = config.sampling
-    rubrics = "No rubrics" if not FORMS[config.judge].reads_rubrics else f"Rubrics {config.rubrics}"
+    form = FORMS[config.judge]
+    rubrics = f"Rubrics {config.rubrics}" if form.reads_rubrics else "No rubrics"
+    if form.needs_rubric:
+        rubrics = "Rubrics of a generator"
     limit = f", at most {sampling.max_new_tokens:,} new tokens" if sampling.max_new_tokens else ""
     drawn = {"temperature": sampling.temperature, "top-p": sampling.top_p, "top-k": sampling.top_k}
     set_ = [f"{name} {value:g}" for name, value in drawn.items() if value is not None and (name, value) != ("top-k", 0)]

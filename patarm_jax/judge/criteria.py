@@ -70,6 +70,23 @@ def parse_rubric(text: str) -> Judgement:
     return Judgement(text, Status.OK, "", thinking=thinking.strip(), generated_rubrics=shown)
 
 
+def shown_rubric(text: str) -> str:
+    """What a judge is shown of what a generator wrote: the rubric as `render_criteria` writes it.
+
+    Out of form, all that stands behind the thinking; nothing, where the thinking has no end.
+
+    >>> shown_rubric("<think>A poem.</think>Be kind.")
+    'Be kind.'
+    """
+    read = parse_rubric(text)
+    if read.status is Status.OK:
+        return read.generated_rubrics
+    try:
+        return text[thinking_if_any(text)[1] :].strip()
+    except Unreadable:
+        return ""
+
+
 def criteria_of(rubric: str) -> tuple[Criterion, ...]:
     """The criteria of a rubric's text; none where it is empty or out of form.
 

@@ -1,21 +1,26 @@
-"""How a judge is asked, and how its answer is read. No other file tells the kinds of judge apart."""
+"""How a model is asked for a judgement, or for a rubric, and how its answer is read.
+
+No other file tells the kinds of judge apart.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from patarm_jax.judge.criteria import parse_rubric, parse_rubric_judge
 from patarm_jax.judge.parse import parse_baseline, parse_pairwise, parse_pointwise
-from patarm_jax.judge.prompts import baseline, ordinal, pairwise, pointwise
+from patarm_jax.judge.prompts import baseline, ordinal, pairwise, pointwise, rubric_judge
+from patarm_jax.judge.prompts import rubric as ask_for_rubric
 from patarm_jax.types import Judgement, Message, RubricMode
 
 
 class Ask(Protocol):
-    """What a judge reads about one response, or two."""
+    """What a model reads about a prompt and one response, two, or none."""
 
     def __call__(
-        self, prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode
+        self, prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode, rubric: str = ""
     ) -> list[Message]:
-        """Messages; `domain` says which primary rubrics there are."""
+        """Messages; `domain` says which primary rubrics there are, `rubric` is a generator's for the prompt."""
 
 
 @dataclass(frozen=True)
@@ -33,32 +38,57 @@ class Form:
     reads_rubrics: bool = True
     writes: bool = True  # whether the answer is text, which is read, and not a number
     has_score_head: bool = False  # whether a head of one number gives that number, in place of the vocabulary's
+    thinks: bool = True  # whether what is written may begin with the model's thinking; else its turn begins unthought
+    needs_rubric: bool = False  # whether it judges by what a generator wrote for the prompt
 
 
-def _pointwise(prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode) -> list[Message]:
+def _pointwise(
+    prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode, rubric: str = ""
+) -> list[Message]:
     (response,) = responses
     return pointwise(prompt, response, domain, rubrics)
 
 
-def _pairwise(prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode) -> list[Message]:
+def _pairwise(
+    prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode, rubric: str = ""
+) -> list[Message]:
     first, second = responses
     return pairwise(prompt, first, second, domain, rubrics)
 
 
-def _baseline(prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode) -> list[Message]:
+def _baseline(
+    prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode, rubric: str = ""
+) -> list[Message]:
     (response,) = responses
     return baseline(prompt, response)
 
 
-def _ordinal(prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode) -> list[Message]:
+def _ordinal(
+    prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode, rubric: str = ""
+) -> list[Message]:
     (response,) = responses
     return ordinal(prompt, response)
 
 
-def _dialogue(prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode) -> list[Message]:
+def _dialogue(
+    prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode, rubric: str = ""
+) -> list[Message]:
     (response,) = responses
     turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
     return [*turns, Message(role="assistant", content=response)]
+
+
+def _rubric(
+    prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode, rubric: str = ""
+) -> list[Message]:
+    return ask_for_rubric(prompt)
+
+
+def _rubric_judge(
+    prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode, rubric: str = ""
+) -> list[Message]:
+    first, second = responses
+    return rubric_judge(prompt, first, second, rubric)
 
 
 def _writes_nothing(text: str) -> Judgement:
@@ -67,6 +97,10 @@ def _writes_nothing(text: str) -> Judgement:
 
 def _score(judgement: Judgement, _place: int) -> float | None:
     return judgement.score
+
+
+def _no_number(_judgement: Judgement, _place: int) -> None:
+    return None
 
 
 def _is_right(judgement: Judgement, place: int) -> float | None:
@@ -89,5 +123,20 @@ SCALAR = Form(
 )
 # The expectation of a score that is asked for at once.
 ORDINAL = Form("ordinal", 1, _ordinal, _writes_nothing, _score, SIDES, reads_rubrics=False, writes=False)
+# A rubric for a prompt, before there are responses.
+RUBRIC = Form("rubric", 0, _rubric, parse_rubric, _no_number, SIDES, reads_rubrics=False, thinks=False)
+# Two responses and the rubric of their prompt, a choice.
+RUBRIC_JUDGE = Form(
+    "rubric_judge",
+    2,
+    _rubric_judge,
+    parse_rubric_judge,
+    _is_right,
+    ORDERS,
+    reads_rubrics=False,
+    thinks=False,
+    needs_rubric=True,
+)
 
-FORMS = {form.name: form for form in (POINTWISE, PAIRWISE, BASELINE, SCALAR, ORDINAL)}
+_EVERY = (POINTWISE, PAIRWISE, BASELINE, SCALAR, ORDINAL, RUBRIC, RUBRIC_JUDGE)
+FORMS: dict[str, Form] = {form.name: form for form in _EVERY}

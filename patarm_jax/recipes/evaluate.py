@@ -6,8 +6,8 @@ finished is only scored anew.
 
 import contextlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jax
@@ -27,29 +27,30 @@ from patarm_jax.ask.local import Local, ask_local, open_local
 from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import EvalConfig
-from patarm_jax.config.sections import JudgingSection, SamplingSection
+from patarm_jax.config.sections import EndpointSection, JudgingSection, SamplingSection
 from patarm_jax.evaluate.benchmark import Benchmark
 from patarm_jax.evaluate.catalogue import BENCHMARKS, read_benchmark
 from patarm_jax.evaluate.files import RESULTS, compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find
 from patarm_jax.evaluate.items import Item, limited
 from patarm_jax.evaluate.questions import ask_about, judged, questions_of
+from patarm_jax.evaluate.rubrics import Written, counted, prompt_of, rubric_questions, rubrics_shown
 from patarm_jax.evaluate.scoring import strata_of
 from patarm_jax.evaluate.summary import show, verdict
 from patarm_jax.files import check_writable, write_text, writing
-from patarm_jax.judge.forms import FORMS, Form
+from patarm_jax.judge.forms import FORMS, RUBRIC, Form
 from patarm_jax.locks import hold_folder
 from patarm_jax.run.drawing import as_the_server_says
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
 from patarm_jax.types import UsageError, UserError
 
-ANSWERS = "answers.jsonl"
+ANSWERS, RUBRICS = "answers.jsonl", "rubrics.jsonl"
 
 
 def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     """Writes `config.output`; gives what was found, or None when it was asked to stop before the end."""
-    if config.mesh.distributed != "none" and config.endpoint.url:
+    if config.mesh.distributed != "none" and (config.endpoint.url or config.generator.endpoint.url):
         raise UsageError("a judge behind an endpoint is asked by one process. Set mesh.distributed to none.")
     start_processes(config, dry_run=dry_run)
     folder = _output(config)
@@ -63,6 +64,7 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
 def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | None:
     first = jax.process_index() == 0
     judge = _open_judge(config, folder, dry_run)
+    generator = _open_generator(config, folder, dry_run) if FORMS[config.judge].needs_rubric else None
     if isinstance(judge, Local):
         config = replace(config, sampling=JudgingSection(**asdict(judge.sampling)))  # complete, for what is written
 
@@ -73,8 +75,12 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
     say(f"{config.data.path or benchmark.hub}: {read}{left_out}")
     if not items:
         raise UserError(f"nothing is left to ask of {config.benchmark}{left_out}. Give the whole benchmark.")
-    everything = dict(zip([item.id for item in items], ask_about(items, form, config.rubrics), strict=True))
     whole, items = items, limited(items, config.limit)
+    rubrics = NO_RUBRICS if generator is None else _rubrics(config, folder, generator, whole, items, dry_run)
+    if rubrics is None:
+        return None
+    about = ask_about(whole, form, config.rubrics, rubrics.shown)
+    everything = dict(zip([item.id for item in whole], about, strict=True))
     asked = [everything[item.id] for item in items]
     questions = questions_of(asked)
     groups = strata_of(benchmark.layout, items, whole)
@@ -85,6 +91,8 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
         if not first:
             return None
         print(to_yaml(config))
+        if generator is not None:
+            print(f"rubrics, before anything is judged:\n{rubrics.cost}\njudgements, to which these rubrics come:")
         print(estimate(judge, missing(there, questions, config.votes)))
         if isinstance(judge, Local):
             print("for a rate and a time, judge some: --limit 50")
@@ -110,7 +118,7 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
             "right, run the same command again to ask for what failed."
         )
     said = judged(asked, answers, config.votes)
-    findings, measured = find(groups, items, said, given, config.seed)
+    findings, measured = find(groups, items, said, given, config.seed, rubrics.written)
     result = Evaluation(
         config=config, model=config.name or judge.name, items=items, strata=groups, findings=findings, measured=measured
     )
@@ -126,6 +134,62 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
     if caution := verdict(result, str(folder / ANSWERS)):
         say(caution)
     return result
+
+
+@dataclass(frozen=True)
+class _Rubrics:
+    """A generator's rubrics."""
+
+    shown: Mapping[str, str]  # by `prompt_of`
+    written: Written | None = None
+    cost: str = ""  # what those will cost that are not there, of a dry run
+
+
+NO_RUBRICS = _Rubrics({})
+
+
+def _rubrics(
+    config: EvalConfig,
+    folder: Path,
+    generator: Local | Remote,
+    whole: Sequence[Item],
+    items: Sequence[Item],
+    dry_run: bool,
+) -> _Rubrics | None:
+    """The rubrics of some items' prompts, those asked for that are not there; None when it was asked to stop."""
+    path, identity, every = (
+        folder / RUBRICS,
+        {"benchmark": config.benchmark, **generator.identity},
+        rubric_questions(whole),
+    )
+    questions = list({prompt: every[prompt] for prompt in map(prompt_of, items)}.values())
+    if dry_run:
+        lacking = missing(read_answers(path, identity), questions, 1)
+        return _Rubrics({}, cost=estimate(generator, lacking))
+    agree_on_questions(identity, questions)
+    with shared_answers(path, identity) as answers:
+        say(f"rubrics of {len(questions):,} prompts by {generator.name}")
+        finished = _ask(generator, RUBRIC, answers, questions)
+    if not done_by_all(finished):
+        return None
+    given = [answers.known[question.key, 0] for question in questions]
+    lost = [answer for answer in given if not answer.came]
+    if lost:
+        raise UserError(
+            f"{len(lost):,} of {len(given):,} rubrics never came, the first one because: {lost[0].reason}. Nothing is "
+            "judged. When that is put right, run the same command again to ask for what failed."
+        )
+    return _Rubrics(rubrics_shown(every, answers), counted(generator.name, given))
+
+
+def _open_generator(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remote:
+    section, longest = config.generator, config.data.max_prompt_tokens
+    sampling = JudgingSection(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=section.max_new_tokens)
+    sampling = replace(sampling, rows=config.sampling.rows)
+    if not section.endpoint.url:
+        drawn = sampling, 1, config.seed, longest
+        return open_local(section.model, config.mesh, *drawn, "rubric", called="generator.model.path")
+    return _open_remote(section.endpoint, sampling, RUBRIC, 1, config.seed, folder / RUBRICS, dry_run)
 
 
 def _open_judge(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remote:
@@ -146,14 +210,21 @@ def _open_judge(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remo
             f"a reward model ({config.judge}) writes nothing that a server could send. Give --model instead of "
             "--endpoint.url, or another --judge."
         )
-    begun = (identity_of(folder / ANSWERS) or {}).get("endpoint model")
+    return _open_remote(config.endpoint, config.sampling, form, config.votes, config.seed, folder / ANSWERS, dry_run)
+
+
+def _open_remote(
+    section: EndpointSection, sampling: JudgingSection, form: Form, votes: int, seed: int, answers: Path, dry_run: bool
+) -> Remote:
+    begun = (identity_of(answers) or {}).get("endpoint model")
     # A dry run plans for a server that may not be up yet, and a finished evaluation for one that may not be any more.
-    name = config.endpoint.model or begun or ("" if dry_run else ask_name(config.endpoint))
-    sampling = config.sampling
+    name = section.model or begun or ("" if dry_run else ask_name(section))
     if sampling.max_new_tokens is None:  # a limit is always sent: without one, a server writes without end
         sampling = replace(sampling, max_new_tokens=SamplingSection().max_new_tokens)
     say(as_the_server_says(sampling))
-    return Remote(section=config.endpoint, name=name, sampling=sampling, votes=config.votes, seed=config.seed)
+    if not form.thinks and section.thinking == "server":
+        section = replace(section, thinking="off")
+    return Remote(section=section, name=name, sampling=sampling, votes=votes, seed=seed)
 
 
 def _ask(judge: Local | Remote, form: Form, answers: Answers, questions: Sequence[Question]) -> bool:
@@ -176,7 +247,7 @@ def _refuse_foreign(folder: Path) -> None:
     check_writable(folder, folder=True)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     foreign = [name for name in names if name[0] != "." and not name.endswith((".log", ".out", ".err", ".txt"))]
-    if foreign and ANSWERS not in names:
+    if foreign and not {ANSWERS, RUBRICS} & set(names):
         raise UserError(
             f"the output {folder} is not empty and holds no evaluation, but {', '.join(foreign[:3])}. Name another "
             "folder as --output."

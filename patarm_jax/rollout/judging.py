@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from patarm_jax.arrays import Params
 from patarm_jax.config.sections import ModelSection, SamplingSection
 from patarm_jax.data.pipeline import EncodedPair
-from patarm_jax.data.tokenizer import Tokenizer, written
+from patarm_jax.data.tokenizer import Tokenizer, decode, written
 from patarm_jax.judge.forms import POINTWISE, Form
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.rollout.draw import SamplingParams
@@ -94,8 +94,12 @@ def judge_all(
 
 
 def read_judgements(tokenizer: Tokenizer, group: Group, form: Form = POINTWISE) -> list[Judgement]:
-    """What the completions of a request say: the judge's turn, without the end token of one that has it."""
-    return [form.read(written(tokenizer, ids)) for ids in written_ids(group)]
+    """What the completions of a request say: the judge's turn, without the end token of one that has it.
+
+    Of a model that does not think, without what its turn was begun with.
+    """
+    text = written if form.thinks else decode
+    return [form.read(text(tokenizer, ids)) for ids in written_ids(group)]
 
 
 def written_ids(group: Group) -> list[list[int]]:

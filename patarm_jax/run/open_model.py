@@ -25,7 +25,7 @@ from patarm_jax.model.transformer import abstract_params, init_params, new_score
 from patarm_jax.model.weight_files import Stored, digest, read_stored
 from patarm_jax.run.process import say
 from patarm_jax.run.soundness import refuse_ruined
-from patarm_jax.types import JudgeKind, UsageError, UserError
+from patarm_jax.types import ModelKind, UsageError, UserError
 
 EXPORT = "export"  # the folder of a run that holds the model it made
 JUDGE = "judge.json"  # the file of a model that says how it is asked
@@ -47,7 +47,7 @@ class Model:
     tokenizer: Tokenizer
     stored: Stored | None  # where its weights lie; None where they are random
     adapter: StoredAdapter | None = None  # what is added to them
-    judge: str = ""  # what kind of judge it was trained to be, a `types.JudgeKind`; empty where nothing says
+    judge: str = ""  # what kind of judge it was trained to be, a `types.ModelKind`; empty where nothing says
 
     def holding(self, name: str) -> Path:
         """The folder whose file of this name counts: the adapters' where it has one, else the model's."""
@@ -55,7 +55,7 @@ class Model:
 
 
 def open_model(
-    section: ModelSection, judge: JudgeKind | None = None, new_head: bool = False, called: str = "model.path"
+    section: ModelSection, judge: ModelKind | None = None, new_head: bool = False, called: str = "model.path"
 ) -> Model:
     """The model in a Hugging Face folder, or the export of a finished run.
 
@@ -110,26 +110,28 @@ def _folders(section: ModelSection, called: str) -> tuple[Path, StoredAdapter | 
 
     Adapters that are named as the model lead to the one that they were trained on.
     """
+    # The settings beside it, where it is a section's path.
+    own = called.removesuffix(".path") if called.endswith(".path") else "model"
     if not section.path:
-        raise UsageError("model.path is empty. Give a Hugging Face folder, or the folder of a finished run.")
+        raise UsageError(f"{called} is empty. Give a Hugging Face folder, or the folder of a finished run.")
     folder = _of_run(called, section.path)
     if section.weights == "random" and (section.adapter or is_adapter(folder)):
-        named = f"model.adapter {section.adapter}" if section.adapter else f"model.path {section.path}"
-        raise UsageError(f"{named} holds adapters, and model.weights is random. Set model.weights to load.")
+        named = f"{own}.adapter {section.adapter}" if section.adapter else f"{own}.path {section.path}"
+        raise UsageError(f"{named} holds adapters, and {own}.weights is random. Set {own}.weights to load.")
     if not is_adapter(folder):
-        return folder, read_adapter(_of_run("model.adapter", section.adapter)) if section.adapter else None
+        return folder, read_adapter(_of_run(f"{own}.adapter", section.adapter)) if section.adapter else None
     if section.adapter:
         raise UsageError(
-            f"model.path {section.path} holds adapters, and so does model.adapter {section.adapter}. Name the model "
-            "that they belong to as model.path."
+            f"{own}.path {section.path} holds adapters, and so does {own}.adapter {section.adapter}. Name the model "
+            f"that they belong to as {own}.path."
         )
     adapters = read_adapter(folder)
     base = Path(adapters.base).expanduser()
     if not adapters.base or not base.is_dir():
         named = f"calls it {adapters.base!r}, which is no folder here" if adapters.base else "does not name it"
         remedy = (
-            "Give that model as model.path, and this folder as model.adapter"
-            if called == "model.path"
+            f"Give that model as {own}.path, and this folder as {own}.adapter"
+            if called == f"{own}.path"
             else "Merge the two, and give the merged folder"
         )
         raise UserError(
@@ -170,33 +172,49 @@ def _holding(name: str, folder: Path, adapter: StoredAdapter | None) -> Path:
     return adapter.folder if adapter is not None and (adapter.folder / name).is_file() else folder
 
 
-def _refuse_another_kind(model: Model, judge: JudgeKind | None) -> None:
-    """Refuses to ask a judge of pairs for a score, one of single responses for a choice, and one at once to reason."""
-    if {model.judge, judge} != {"pointwise", "pairwise"} and (
-        model.judge != "ordinal" or judge in (None, "ordinal", "scalar")
-    ):
+# Of each kind that a model can be trained to be: what it does, how it is used, and how it is trained on.
+_KINDS = {
+    "pointwise": (
+        "gives one response a score",
+        "patarm judge, and patarm eval with --judge pointwise, ask it so",
+        "sft and grpo train it on with judge: pointwise",
+    ),
+    "pairwise": (
+        "chooses between two responses",
+        "patarm eval with --judge pairwise asks it so",
+        "sft and grpo train it on with judge: pairwise",
+    ),
+    "ordinal": (
+        "gives a score at once and writes nothing",
+        "patarm eval with --judge ordinal asks it so",
+        "reward-model trains it on with head: ordinal",
+    ),
+    "rubric": (
+        "writes a rubric for a prompt and judges nothing",
+        "patarm eval with --judge rubric_judge takes it as --generator",
+        "",
+    ),
+    "rubric_judge": (
+        "chooses between two responses by a rubric that another model writes",
+        "patarm eval with --judge rubric_judge asks it so, with that other as --generator",
+        "",
+    ),
+}
+
+
+def _refuse_another_kind(model: Model, judge: ModelKind | None) -> None:
+    """Refuses to ask a model for what it was not trained to give, where it was trained to give something else."""
+    was, alike = model.judge, judge in (None, model.judge)
+    if alike or was not in _KINDS:
+        return
+    if judge == "scalar" or (was in ("pointwise", "pairwise") and judge in ("baseline", "ordinal")):
         return
     named = model.folder if model.adapter is None else model.adapter.folder
-    does, takes, train = {
-        "pointwise": (
-            "gives one response a score",
-            "patarm judge, and patarm eval with --judge pointwise, ask it so",
-            "sft and grpo train it on with judge: pointwise",
-        ),
-        "pairwise": (
-            "chooses between two responses",
-            "patarm eval with --judge pairwise asks it so",
-            "sft and grpo train it on with judge: pairwise",
-        ),
-        "ordinal": (
-            "gives a score at once and writes nothing",
-            "patarm eval with --judge ordinal asks it so",
-            "reward-model trains it on with head: ordinal",
-        ),
-    }[model.judge]
+    does, takes, train = _KINDS[was]
+    noun = "generator" if was == "rubric" else "judge"
     raise UsageError(
-        f"{named} is a judge of the kind {model.judge}, which {does}, and is to be {judge} here. {takes}; {train}. "
-        "Say so, or give another model."
+        f"{named} is a {noun} of the kind {was}, which {does}, and is to be {judge} here. {takes}{train and '; '}"
+        f"{train}. Say so, or give another model."
     )
 
 

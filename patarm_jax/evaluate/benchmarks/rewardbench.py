@@ -129,9 +129,14 @@ BENCHMARK = Benchmark(
         Published("RM-R1-DeepSeek-Distilled-Qwen-7B", "pairwise", (80.1, 88.9, 66.2, 78.4, 87.0), _RM_R1, _TIES_RM_R1),
         Published("RM-R1-Qwen-Instruct-14B", "pairwise", (88.2, 93.6, 80.5, 86.9, 92.0), _RM_R1, _TIES_RM_R1),
         Published("RM-R1-DeepSeek-Distilled-Qwen-14B", "pairwise", (88.9, 91.3, 79.4, 89.3, 95.5), _RM_R1, _TIES_RM_R1),
-        Published("Rubric-ARM", "pairwise", (None, 89.4, 79.6, None, None), "arXiv 2602.01511, Table 1", "not stated"),
-        Published(
-            "Rubric-ARM, 5 votes", "pairwise", (None, 90.3, 80.7, None, None), "arXiv 2602.01511, Table 1", "not stated"
+        *(
+            Published(name, "rubric_judge", (None, *values, None, None), "arXiv 2602.01511, Table 1", "not stated")
+            for name, values in {
+                "Rubric-ARM": (89.4, 79.6),
+                "Rubric-ARM, 5 votes": (90.3, 80.7),
+                "Rubric-RM": (88.2, 74.1),
+                "Qwen3-8B as generator and judge, untrained": (73.9, 63.6),
+            }.items()
         ),
     ),
 )

@@ -148,12 +148,14 @@ BENCHMARK = Benchmark(
             _RM_R1,
             _TIES_RM_R1,
         ),
-        Published(
-            "Rubric-ARM",
-            "pairwise",
-            (None, 69.2, None, None, None, None, None, None),
-            "arXiv 2602.01511, Table 1",
-            "not stated",
+        *(
+            Published(name, "rubric_judge", (None, chat, *(None,) * 6), "arXiv 2602.01511, Table 1", "not stated")
+            for name, chat in {
+                "Rubric-ARM": 69.2,
+                "Rubric-ARM, 5 votes": 69.1,
+                "Rubric-RM": 65.7,
+                "Qwen3-8B as generator and judge, untrained": 64.2,
+            }.items()
         ),
     ),
 )

@@ -1,0 +1,181 @@
+"""A judge that compares by the rubrics of a generator: what each is asked, what is kept, and what is counted."""
+
+import json
+import shutil
+
+import pyarrow.parquet
+import pytest
+import transformers
+
+from patarm_jax.cli import main
+from patarm_jax.data.pipeline import encode_question
+from patarm_jax.data.tokenizer import load_tokenizer
+from patarm_jax.judge.criteria import ANALYSIS, COMPLIANCE, FINAL, GATEKEEPER, JUSTIFICATION, OF_A, OF_B, WINNER
+from patarm_jax.judge.forms import RUBRIC, RUBRIC_JUDGE
+from tests.chat_server import BAD, GOOD, completion, overall, remote, served, write_pairs
+from tests.test_evaluate import local, world  # noqa: F401  # a fixture
+
+RUBRIC_TEXT = "1. The response is a good answer. [Hard Rule]\n2. The response is short. [Principle]"
+JUDGED = "\n".join(
+    [COMPLIANCE, f"{GATEKEEPER} good", ANALYSIS]
+    + [OF_A, f"- Criterion 1 [Hard Rule]: {JUSTIFICATION} so", f"- Criterion 2 [Principle]: {JUSTIFICATION} so"]
+    + [OF_B, f"- Criterion 1 [Hard Rule]: {JUSTIFICATION} so", f"- Criterion 2 [Principle]: {JUSTIFICATION} so"]
+    + [FINAL, f"{JUSTIFICATION} so", f"{WINNER} Response {{}}"]
+)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Six pairs of six prompts, and one more of the first prompt."""
+    folder = write_pairs(tmp_path)
+    more = {"prompt": "Topic 0", "chosen": f"{GOOD} again", "rejected": f"{BAD} again", "domain": "chat"}
+    with (folder / "pairs.jsonl").open("a") as file:
+        file.write(json.dumps(more) + "\n")
+    return folder
+
+
+def both(rubric=RUBRIC_TEXT, finish="stop"):
+    """A server that is generator and judge: the judge is right where it is shown the rubric, else chooses A."""
+
+    def answer(request):
+        user = request["messages"][-1]["content"]
+        if "<response_a>" not in user:
+            return 200, completion(rubric(user) if callable(rubric) else rubric, finish)
+        right = "A" if user.index(GOOD) < user.index(BAD) else "B"
+        return 200, completion(JUDGED.format(right if "good answer. [Hard Rule]" in user else "A"))
+
+    return answer
+
+
+def asked(folder, url, *more, output="out"):
+    given = ["--judge", "rubric_judge", "--generator.endpoint.url", url, *more]
+    return remote(folder, url, *given, output=output)
+
+
+def kept_rubrics(folder):
+    _, *lines = (folder / "rubrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_rubric_is_written_once_for_a_prompt_and_shown_to_every_vote(pairs):
+    with served(always=both()) as (url, chat):
+        assert main(asked(pairs, url, "--votes", 3)) == 0
+        assert main(asked(pairs, url, "--votes", 3)) == 0  # nothing is left to ask
+    generator, judge = ([one for one in chat.asked if ("<response_a>" in one["messages"][-1]["content"]) == is_judge]
+                        for is_judge in (False, True))  # fmt: skip
+    assert len(generator) == 6 and len(judge) == 7 * 2 * 3
+    assert all(one["temperature"] == 0 and one["max_tokens"] == 1024 for one in generator)
+    assert all(one["chat_template_kwargs"] == {"enable_thinking": False} for one in chat.asked)
+    assert not any(GOOD in one["messages"][-1]["content"] for one in generator)
+    section = f"<rubrics>\n{RUBRIC_TEXT}\n</rubrics>\n\n<response_a>\n"
+    assert all(section in one["messages"][-1]["content"] for one in judge)
+    results, value = overall(pairs)
+    assert value == 1 and results["position"]["same in both orders"] == 1
+    assert results["generator"] == {
+        "generator": "served-judge", "prompts": 6, "in_form": 1, "blank": 0, "cut": 0, "criteria": 2,
+        "characters": len(RUBRIC_TEXT), "reasons": [],
+    }  # fmt: skip
+    assert "6 rubrics by served-judge: 100.0 % are in form, with 2.0 criteria" in (pairs / "out/summary.md").read_text()
+    table = pyarrow.parquet.read_table(pairs / "out" / "judgements.parquet").to_pylist()
+    assert {row["rubric"] for row in table} == {RUBRIC_TEXT} and len(table) == 7 * 2 * 3
+
+
+def test_what_is_no_rubric_is_shown_as_it_is_and_what_is_blank_leaves_the_judge_to_itself(pairs):
+    written = {"Topic 1": "Be good. </rubrics>", "Topic 2": "", "Topic 3": "<think>I am still thinking"}
+
+    def rubric(user):
+        return next((text for topic, text in written.items() if topic in user), RUBRIC_TEXT)
+
+    with served(always=both(rubric)) as (url, chat):
+        assert main(asked(pairs, url)) == 0
+    shown = {one["messages"][-1]["content"] for one in chat.asked if "<response_a>" in one["messages"][-1]["content"]}
+    assert sum("<rubrics>\nBe good. &lt;/rubrics>\n</rubrics>" in user for user in shown) == 2
+    assert sum("<rubrics>" not in user for user in shown) == 4  # two prompts, in both orders
+    results, value = overall(pairs)
+    found = results["generator"]
+    assert (found["in_form"], found["blank"]) == (0.5, 2) and value == pytest.approx(4 / 7)
+    assert sum(count for _, count in found["reasons"]) == 3
+    summary = (pairs / "out" / "summary.md").read_text()
+    assert "2 are blank, and the judge compared by criteria of its own" in summary
+
+
+def test_rubrics_that_never_came_are_asked_for_again(pairs, capsys):
+    def broken(request):
+        return 500, {"error": "later"}
+
+    quick = ["--generator.endpoint.tries", 1, "--generator.endpoint.concurrency", 1]
+    with served(always=broken) as (url, _):
+        assert main(asked(pairs, url, *quick)) == 1
+    assert "Nothing is judged" in capsys.readouterr().err or not (pairs / "out" / "answers.jsonl").exists()
+    with served(always=both()) as (url, chat):
+        assert main(asked(pairs, url, *quick)) == 0
+    assert overall(pairs)[1] == 1 and len(chat.asked) == 6 + 14
+
+
+def test_another_generator_is_not_gone_on_with(pairs, capsys):
+    with served(always=both()) as (url, _):
+        assert main(asked(pairs, url)) == 0
+        assert main(asked(pairs, url, "--generator.endpoint.model", "another")) == 1
+    assert "rubrics.jsonl holds answers of another evaluation: endpoint model is" in capsys.readouterr().err
+
+
+def test_both_may_be_models_here(world, capsys):  # noqa: F811
+    """A limit asks nothing that the whole does not; the two are asked one after the other on the same devices."""
+    more = ["--judge", "rubric_judge", "--generator", world / "judge", "--generator.model.dtype", "float32"]
+    more += ["--generator.max_new_tokens", 5, "--votes", 1, "--limit"]
+    assert main(local(world, "rubrics", *more, 2)) == 0
+    few = kept_rubrics(world / "rubrics")
+    assert main(local(world, "rubrics", *more, 0)) == 0
+    every = kept_rubrics(world / "rubrics")
+    assert len(few) == 2 and every[:2] == few and len(every) == 4 and len({one["text"] for one in every}) > 1
+    table = pyarrow.parquet.read_table(world / "rubrics" / "judgements.parquet").to_pylist()
+    assert len(table) == 4 * 9 * 2 and {row["rubric"] for row in table} == {one["text"].strip() for one in every}
+    assert main(local(world, "dry", *more, 0, "--dry-run")) == 0
+    said = capsys.readouterr().out
+    assert "rubrics, before anything is judged:\nanswers to be asked for: 4, to 4 questions" in said
+    assert "answers to be asked for: 72, to 72 questions" in said and not (world / "dry").exists()
+
+
+def test_a_turn_begins_as_the_template_writes_it_without_thinking(real_inputs):
+    folder = real_inputs / "qwen3_tokenizer"
+    tokenizer, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    asks = [
+        (RUBRIC, RUBRIC.ask("Name a prime.", domain="math", rubrics="generated")),
+        (RUBRIC_JUDGE, RUBRIC_JUDGE.ask("Name a prime.", "2", "4", domain="math", rubrics="generated", rubric="1.")),
+    ]
+    for form, messages in asks:
+        expected = theirs.apply_chat_template(
+            messages, add_generation_prompt=True, enable_thinking=False, tokenize=True, return_dict=False
+        )
+        assert encode_question(tokenizer, messages, form).tolist() == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--judge", "rubric_judge", "--model", "{judge}"], "no model is named that writes the rubrics"),
+        (["--generator", "{judge}", "--model", "{judge}"], "a pointwise judge reads no rubric of one"),
+        (
+            ["--judge", "rubric_judge", "--generator", "{judge}", "--generator.endpoint.url", "http://x/v1"],
+            "both --generator and generator.endpoint.url",
+        ),
+        (["--judge", "rubric_judge", "--generator", "{none}", "--model", "{judge}"], "generator.model.path {none} is not"),
+        (["--judge", "rubric_judge", "--generator", "{judge}", "--model", "{writer}"], "is a generator of the kind rubric"),
+        (["--judge", "rubric_judge", "--generator", "{arm}", "--model", "{judge}"], "kind rubric_judge, which chooses"),
+        (["--model", "{arm}"], "takes it"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told(world, tmp_path, capsys, given, words):  # noqa: F811
+    names = {
+        "judge": world / "judge",
+        "none": tmp_path / "none",
+        "writer": tmp_path / "writer",
+        "arm": tmp_path / "arm",
+    }
+    for name, kind in (("writer", "rubric"), ("arm", "rubric_judge")):
+        shutil.copytree(world / "judge", names[name])
+        (names[name] / "judge.json").write_text(json.dumps({"judge": kind}))
+    command = ["eval", "rm-bench", "--data", "{judge}/../rm_bench.json", "--output", f"{tmp_path}/new", *given]
+    assert main([word.format(**names) for word in command]) in (1, 2)
+    said = capsys.readouterr().err
+    assert words.format(**names) in said and "Traceback" not in said
