@@ -12,16 +12,13 @@ from patarm_jax.data.pipeline import encode_question
 from patarm_jax.data.tokenizer import load_tokenizer
 from patarm_jax.judge.criteria import ANALYSIS, COMPLIANCE, FINAL, GATEKEEPER, JUSTIFICATION, OF_A, OF_B, WINNER
 from patarm_jax.judge.forms import RUBRIC, RUBRIC_JUDGE
-from tests.chat_server import BAD, GOOD, completion, overall, remote, served, write_pairs
+from tests.chat_server import BAD, GOOD, answer_to, completion, overall, remote, served, write_pairs
 from tests.test_evaluate import local, world  # noqa: F401  # a fixture
 
 RUBRIC_TEXT = "1. The response is a good answer. [Hard Rule]\n2. The response is short. [Principle]"
-JUDGED = "\n".join(
-    [COMPLIANCE, f"{GATEKEEPER} good", ANALYSIS]
-    + [OF_A, f"- Criterion 1 [Hard Rule]: {JUSTIFICATION} so", f"- Criterion 2 [Principle]: {JUSTIFICATION} so"]
-    + [OF_B, f"- Criterion 1 [Hard Rule]: {JUSTIFICATION} so", f"- Criterion 2 [Principle]: {JUSTIFICATION} so"]
-    + [FINAL, f"{JUSTIFICATION} so", f"{WINNER} Response {{}}"]
-)
+LINES = [f"- Criterion 1 [Hard Rule]: {JUSTIFICATION} so", f"- Criterion 2 [Principle]: {JUSTIFICATION} so"]
+ENDING = [f"{JUSTIFICATION} so", f"{WINNER} Response {{}}"]
+JUDGED = "\n".join([COMPLIANCE, f"{GATEKEEPER} good", ANALYSIS, OF_A, *LINES, OF_B, *LINES, FINAL, *ENDING])
 
 
 @pytest.fixture
@@ -41,14 +38,16 @@ def both(rubric=RUBRIC_TEXT, finish="stop"):
         user = request["messages"][-1]["content"]
         if "<response_a>" not in user:
             return 200, completion(rubric(user) if callable(rubric) else rubric, finish)
-        right = "A" if user.index(GOOD) < user.index(BAD) else "B"
+        responses = user[user.index("<response_a>") :]
+        right = "A" if responses.index(GOOD) < responses.index(BAD) else "B"
         return 200, completion(JUDGED.format(right if "good answer. [Hard Rule]" in user else "A"))
 
     return answer
 
 
 def asked(folder, url, *more, output="out"):
-    given = ["--judge", "rubric_judge", "--generator.endpoint.url", url, *more]
+    given = ["--generator.endpoint.url", url, *more]
+    given += [] if "--judge" in more else ["--judge", "rubric_judge"]
     return remote(folder, url, *given, output=output)
 
 
@@ -96,7 +95,7 @@ def test_what_is_no_rubric_is_shown_as_it_is_and_what_is_blank_leaves_the_judge_
     assert (found["in_form"], found["blank"]) == (0.5, 2) and value == pytest.approx(4 / 7)
     assert sum(count for _, count in found["reasons"]) == 3
     summary = (pairs / "out" / "summary.md").read_text()
-    assert "2 are blank, and the judge compared by criteria of its own" in summary
+    assert "2 are blank, and the judge was asked without" in summary
 
 
 def test_rubrics_that_never_came_are_asked_for_again(pairs, capsys):
@@ -106,10 +105,29 @@ def test_rubrics_that_never_came_are_asked_for_again(pairs, capsys):
     quick = ["--generator.endpoint.tries", 1, "--generator.endpoint.concurrency", 1]
     with served(always=broken) as (url, _):
         assert main(asked(pairs, url, *quick)) == 1
-    assert "Nothing is judged" in capsys.readouterr().err or not (pairs / "out" / "answers.jsonl").exists()
+    assert not (pairs / "out" / "answers.jsonl").exists()
+    assert "500" in capsys.readouterr().err
+    with served("500", always=both()) as (url, _):
+        assert main(asked(pairs, url, *quick)) == 1
+    assert "1 of 6 rubrics never came, the first one because" in capsys.readouterr().err
     with served(always=both()) as (url, chat):
         assert main(asked(pairs, url, *quick)) == 0
-    assert overall(pairs)[1] == 1 and len(chat.asked) == 6 + 14
+    assert overall(pairs)[1] == 1 and len(chat.asked) == 1 + 14
+
+
+@pytest.mark.parametrize("judge", ["pointwise", "pairwise"])
+def test_other_judges_read_a_generators_rubric_in_place_of_the_primary_ones(pairs, judge):
+    def answer(request):
+        user = request["messages"][-1]["content"]
+        return both()(request) if "<response" not in user else (200, answer_to(request))
+
+    with served(always=answer) as (url, chat):
+        assert main(asked(pairs, url, "--judge", judge)) == 0
+    users = [one["messages"][-1]["content"] for one in chat.asked]
+    shown = [user for user in users if "<response" in user]
+    assert len(users) == 6 + 14 and all(f"</prompt>\n\n<rubrics>\n{RUBRIC_TEXT}\n</rubrics>\n\n<r" in u for u in shown)
+    assert all(user.count("<rubrics>") == 1 for user in shown)
+    assert "Rubrics of a generator and the judge's own" in (pairs / "out" / "summary.md").read_text()
 
 
 def test_another_generator_is_not_gone_on_with(pairs, capsys):
@@ -154,17 +172,18 @@ def test_a_turn_begins_as_the_template_writes_it_without_thinking(real_inputs):
     ("given", "words"),
     [
         (["--judge", "rubric_judge", "--model", "{judge}"], "no model is named that writes the rubrics"),
-        (["--generator", "{judge}", "--model", "{judge}"], "a pointwise judge reads no rubric of one"),
+        (["--generator", "{judge}", "--judge", "baseline"], "a baseline judge reads no rubric of one"),
+        (["--generator", "{judge}", "--rubrics", "generated"], "by which a judge reads none but its own"),
         (
             ["--judge", "rubric_judge", "--generator", "{judge}", "--generator.endpoint.url", "http://x/v1"],
             "both --generator and generator.endpoint.url",
         ),
-        (["--judge", "rubric_judge", "--generator", "{none}", "--model", "{judge}"], "generator.model.path {none} is not"),
-        (["--judge", "rubric_judge", "--generator", "{judge}", "--model", "{writer}"], "is a generator of the kind rubric"),
+        (["--judge", "rubric_judge", "--generator", "{none}", "--model", "{judge}"], "generator.model.path {none} is"),
+        (["--judge", "rubric_judge", "--generator", "{judge}", "--model", "{writer}"], "is a generator of the kind"),
         (["--judge", "rubric_judge", "--generator", "{arm}", "--model", "{judge}"], "kind rubric_judge, which chooses"),
-        (["--model", "{arm}"], "takes it"),
+        (["--model", "{arm}"], "asks it so, with that other as --generator"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_told(world, tmp_path, capsys, given, words):  # noqa: F811
     names = {
         "judge": world / "judge",

@@ -436,7 +436,7 @@ class EvalConfig(Section):
     judge: JudgeKind = "pointwise"  # how the judge is asked
     model: ModelSection = field(default_factory=ModelSection)
     endpoint: EndpointSection = field(default_factory=EndpointSection)
-    generator: GeneratorSection = field(default_factory=GeneratorSection)  # of a rubric_judge
+    generator: GeneratorSection = field(default_factory=GeneratorSection)
     mesh: MeshSection = field(default_factory=MeshSection)
     data: DataSection = field(default_factory=lambda: DataSection(split="", max_prompt_tokens=16384))
     sampling: JudgingSection = field(default_factory=lambda: JudgingSection(max_new_tokens=1024))
@@ -460,10 +460,15 @@ class EvalConfig(Section):
                 "judge is rubric_judge, and no model is named that writes the rubrics. Give --generator with its "
                 "folder, or generator.endpoint.url."
             )
-        if self.judge != "rubric_judge" and has_generator:
+        if has_generator and self.judge not in ("rubric_judge", "pointwise", "pairwise"):
             raise UsageError(
                 f"a generator is given, and a {self.judge} judge reads no rubric of one. Leave it out, or set judge to "
-                "rubric_judge."
+                "rubric_judge, pointwise or pairwise."
+            )
+        if has_generator and self.rubrics == "generated":
+            raise UsageError(
+                "a generator is given, and rubrics is generated, by which a judge reads none but its own. Leave one "
+                "of the two out."
             )
         if self.generator.model.path and self.generator.endpoint.url:
             raise UsageError("both --generator and generator.endpoint.url are given. Give one.")

@@ -265,7 +265,10 @@ class EndpointSection(Section):
 
 @dataclass(frozen=True)
 class GeneratorSection(Section):
-    """The model that writes the rubric of each prompt, greedily and unthought, by which a rubric_judge judges."""
+    """The model that writes the rubric of each prompt, greedily and without thinking.
+
+    A rubric_judge compares by it; a pointwise or pairwise judge reads it in place of the primary rubrics.
+    """
 
     model: ModelSection = field(default_factory=ModelSection)
     endpoint: EndpointSection = field(default_factory=EndpointSection)

@@ -247,7 +247,7 @@ def _of_rubrics(written: Written) -> str:
     if written.cut:
         text += f"; {written.cut:,} were cut off"
     if written.blank:
-        text += f"; {written.blank:,} are blank, and the judge compared by criteria of its own"
+        text += f"; {written.blank:,} are blank, and the judge was asked without"
     if written.reasons:
         reason, count = written.reasons[0]
         text += f". Out of form most often ({count:,} ×): {reason}"
@@ -260,10 +260,10 @@ def _asked(result: Evaluation) -> str:
     if not FORMS[config.judge].writes:
         return f"Numbers of a reward model ({config.judge}), nothing is sampled"
     sampling = config.sampling
-    form = FORMS[config.judge]
-    rubrics = f"Rubrics {config.rubrics}" if form.reads_rubrics else "No rubrics"
-    if form.needs_rubric:
-        rubrics = "Rubrics of a generator"
+    rubrics = f"Rubrics {config.rubrics}" if FORMS[config.judge].reads_rubrics else "No rubrics"
+    if result.findings.generator is not None:
+        own = " and the judge's own" if FORMS[config.judge].reads_rubrics and config.rubrics == "adaptive" else ""
+        rubrics = f"Rubrics of a generator{own}"
     limit = f", at most {sampling.max_new_tokens:,} new tokens" if sampling.max_new_tokens else ""
     drawn = {"temperature": sampling.temperature, "top-p": sampling.top_p, "top-k": sampling.top_k}
     set_ = [f"{name} {value:g}" for name, value in drawn.items() if value is not None and (name, value) != ("top-k", 0)]

@@ -39,21 +39,20 @@ class Form:
     writes: bool = True  # whether the answer is text, which is read, and not a number
     has_score_head: bool = False  # whether a head of one number gives that number, in place of the vocabulary's
     thinks: bool = True  # whether what is written may begin with the model's thinking; else its turn begins unthought
-    needs_rubric: bool = False  # whether it judges by what a generator wrote for the prompt
 
 
 def _pointwise(
     prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode, rubric: str = ""
 ) -> list[Message]:
     (response,) = responses
-    return pointwise(prompt, response, domain, rubrics)
+    return pointwise(prompt, response, domain, rubrics, rubric)
 
 
 def _pairwise(
     prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode, rubric: str = ""
 ) -> list[Message]:
     first, second = responses
-    return pairwise(prompt, first, second, domain, rubrics)
+    return pairwise(prompt, first, second, domain, rubrics, rubric)
 
 
 def _baseline(
@@ -135,7 +134,6 @@ RUBRIC_JUDGE = Form(
     ORDERS,
     reads_rubrics=False,
     thinks=False,
-    needs_rubric=True,
 )
 
 _EVERY = (POINTWISE, PAIRWISE, BASELINE, SCALAR, ORDINAL, RUBRIC, RUBRIC_JUDGE)

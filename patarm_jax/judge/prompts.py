@@ -8,7 +8,8 @@ copies of our tags are neutralised, and `untrusted_spans` finds it again in the 
 A user message is a row of sections, each with its tags alone on their lines and a blank line between two of them:
 
     <task>chat</task> · <rubrics> · <prompt> · <response>                      pointwise
-    <task>chat</task> · <rubrics> · <prompt> · <response_a> · <response_b>     pairwise
+    <task>chat</task> · <prompt> · <rubrics> · <response>                      pointwise, by a generator's rubric
+    <task>chat</task> · <rubrics> · <prompt> · <response_a> · <response_b>     pairwise, and so likewise
     <prompt>                                                                   rubric
     <prompt> · <rubrics> · <response_a> · <response_b>                         rubric_judge
 """
@@ -109,7 +110,7 @@ _LINE = re.compile(
 
 
 def pointwise(
-    prompt: str | Sequence[Message], response: str, domain: str, rubrics: RubricMode = "adaptive"
+    prompt: str | Sequence[Message], response: str, domain: str, rubrics: RubricMode = "adaptive", rubric: str = ""
 ) -> list[Message]:
     """The messages that ask for a judgement of one response: read the answer with `parse_pointwise`.
 
@@ -118,6 +119,7 @@ def pointwise(
         response: the response, as it was written.
         domain: the kind of task, which chooses the primary rubrics.
         rubrics: "adaptive" for the primary rubrics and the judge's own, "primary" or "generated" for one of the two.
+        rubric: what a generator wrote for this prompt, in place of the primary ones; blank: these.
 
     >>> system, user = pointwise("2 + 2?", "4 </response>", "math", "generated")
     >>> print(user["content"])
@@ -133,7 +135,7 @@ def pointwise(
     """
     return _messages(
         f"{_POINTWISE} {_ONLY_JUDGE}\n\n{_instructions(rubrics, 'only the number')}",
-        [*_task(domain, rubrics), _section("prompt", _prompt(prompt)), _section("response", neutralise(response))],
+        [*_with_rubrics(prompt, domain, rubrics, rubric), _section("response", neutralise(response))],
     )
 
 
@@ -143,8 +145,11 @@ def pairwise(
     response_b: str,
     domain: str,
     rubrics: RubricMode = "adaptive",
+    rubric: str = "",
 ) -> list[Message]:
     r"""The messages that ask which of two responses is better: read the answer with `parse_pairwise`.
+
+    Other arguments as of `pointwise`.
 
     >>> system, user = pairwise("2 + 2?", "4", "5", "math", "generated")
     >>> user["content"].endswith("<response_a>\n4\n</response_a>\n\n<response_b>\n5\n</response_b>")
@@ -153,8 +158,7 @@ def pairwise(
     return _messages(
         f"{_PAIRWISE} {_ONLY_JUDGE}\n\n{_instructions(rubrics, 'A or B')}",
         [
-            *_task(domain, rubrics),
-            _section("prompt", _prompt(prompt)),
+            *_with_rubrics(prompt, domain, rubrics, rubric),
             _section("response_a", neutralise(response_a)),
             _section("response_b", neutralise(response_b)),
         ],
@@ -284,9 +288,15 @@ def _instructions(rubrics: RubricMode, answer: str) -> str:
     return f"{_RUBRICS[rubrics]}\n\n{_FORM.format(rubrics=own, answer=answer)}"
 
 
-def _task(domain: str, rubrics: RubricMode) -> list[str]:
-    task, given = f"<task>{domain}</task>", _section("rubrics", render(primary(domain)))
-    return [task] if rubrics == "generated" else [task, given]
+def _with_rubrics(prompt: str | Sequence[Message], domain: str, rubrics: RubricMode, rubric: str) -> list[str]:
+    """The sections before the responses: ours before the prompt, and what was written for it behind it."""
+    task, asked = f"<task>{domain}</task>", _section("prompt", _prompt(prompt))
+    ours = _section("rubrics", render(primary(domain)))  # in any case: an unknown domain is refused
+    if rubrics == "generated":
+        return [task, asked]
+    if written := rubric.strip():
+        return [task, asked, _section("rubrics", neutralise(written))]
+    return [task, ours, asked]
 
 
 def _section(name: str, inside: str) -> str:

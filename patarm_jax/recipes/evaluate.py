@@ -64,7 +64,7 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
 def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | None:
     first = jax.process_index() == 0
     judge = _open_judge(config, folder, dry_run)
-    generator = _open_generator(config, folder, dry_run) if FORMS[config.judge].needs_rubric else None
+    generator = _open_generator(config, folder, dry_run)
     if isinstance(judge, Local):
         config = replace(config, sampling=JudgingSection(**asdict(judge.sampling)))  # complete, for what is written
 
@@ -182,8 +182,10 @@ def _rubrics(
     return _Rubrics(rubrics_shown(every, answers), counted(generator.name, given))
 
 
-def _open_generator(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remote:
+def _open_generator(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remote | None:
     section, longest = config.generator, config.data.max_prompt_tokens
+    if not section.model.path and not section.endpoint.url:
+        return None
     sampling = JudgingSection(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=section.max_new_tokens)
     sampling = replace(sampling, rows=config.sampling.rows)
     if not section.endpoint.url:
