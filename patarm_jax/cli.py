@@ -20,6 +20,7 @@ from patarm_jax.config.load import TRAINING, Config, from_mapping, load, overrid
 from patarm_jax.config.recipes import BenchConfig, EvalConfig, JudgeConfig, SFTConfig
 from patarm_jax.config.sections import GeneratorSection, ModelSection, Section
 from patarm_jax.files import refuse_address
+from patarm_jax.run.devices import PASS, prepare_devices
 from patarm_jax.run.joining import tell_why_absent
 from patarm_jax.run.peers import end_all, end_together
 from patarm_jax.run.process import say
@@ -33,6 +34,7 @@ _BENCHMARKS, _JUDGES = get_args(BenchmarkName), get_args(JudgeKind)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; 0 done, 1 failed, 2 wrong use."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that there is no torch
+    prepare_devices()
     _keep_compiled_programs()
     try:
         options, rest = _parser().parse_known_args(arguments)
@@ -65,7 +67,7 @@ def _said(error: BaseException) -> tuple[str, int]:
         return (
             f"the devices ran out of memory: {' '.join(str(error).split())[:300]}. Raise micro_batches, lower "
             "pairs_per_step, group_size or sampling.max_new_tokens, or use a larger mesh; --dry-run shows what is "
-            "needed."
+            f"needed. Where little is lacking, {PASS}=1 lets XLA recompute more to save memory."
         ), 1
     return "", 1
 

@@ -33,6 +33,7 @@ from patarm_jax.rollout.probabilities import (
     unscored,
 )
 from patarm_jax.rollout.schedule import Request
+from patarm_jax.run.devices import tell_devices
 from patarm_jax.run.drawing import as_the_model_says
 from patarm_jax.run.learner import rollout_rules
 from patarm_jax.run.open_model import Model, judge_digest, load_params, name_of, open_model
@@ -240,6 +241,7 @@ def _ask(
         return True
     get_on(f"{ASKING}: loading and compiling")
     params = load_weights(local)
+    tell_devices()
     say(kernels_in_use(local.section, local.model.arch, local.mesh, "causal", "written"))
     written, cut, count = 0, 0, 0
     with stop_requests() as asked, progress(total, done, unit="question") as report:

@@ -19,6 +19,7 @@ from patarm_jax.evaluate.heldout import open_heldout
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.sharding import Program, make_mesh
 from patarm_jax.run.card import card_of
+from patarm_jax.run.devices import tell_devices
 from patarm_jax.run.drawing import with_heldout_sampling
 from patarm_jax.run.export import refuse_adapters_of_no_model
 from patarm_jax.run.folder import Evaluator, Length, batches_of, length_of, open_run
@@ -64,6 +65,7 @@ def make_ready(
     """
     config = config.complete()
     mesh = make_mesh(config.mesh)
+    tell_devices()
     check_batch(
         mesh,
         config.units_per_step,
