@@ -6,7 +6,8 @@ import jax
 
 from patarm_jax.run.process import say
 
-# Of a GPU's memory, which JAX takes when it starts; by itself it would take three quarters.
+# Of a GPU's memory, which JAX takes when it starts; by itself it would take three quarters. The rest is for NCCL, cuDNN
+# and the CUDA context.
 SHARE = "0.92"
 _SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the old name
 _ALLOCATION = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR")
