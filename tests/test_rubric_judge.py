@@ -95,7 +95,7 @@ def test_what_is_no_rubric_is_shown_as_it_is_and_what_is_blank_leaves_the_judge_
     assert (found["in_form"], found["blank"]) == (0.5, 2) and value == pytest.approx(4 / 7)
     assert sum(count for _, count in found["reasons"]) == 3
     summary = (pairs / "out" / "summary.md").read_text()
-    assert "2 are blank, and the judge was asked without" in summary
+    assert "blank, so that the judge was asked without: 2. Out of form most often (1 ×): " in summary
 
 
 def test_rubrics_that_never_came_are_asked_for_again(pairs, capsys):

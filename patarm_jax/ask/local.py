@@ -122,7 +122,7 @@ def open_local(
     model = open_model(section, judge, called=called)
     drawn = as_the_model_says(sampling, model)
     if FORMS[judge].writes:
-        say(drawn.said)
+        say(drawn.said if called == "model.path" else f"{called.partition('.')[0]}: {drawn.said}")
     mesh = make_mesh(placement, alone=True)
     local = Local(
         model=model,

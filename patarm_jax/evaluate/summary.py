@@ -245,9 +245,9 @@ def _of_rubrics(written: Written) -> str:
     if written.criteria == written.criteria:
         text += f", with {written.criteria:.1f} criteria in the mean"
     if written.cut:
-        text += f"; {written.cut:,} were cut off"
+        text += f"; cut off: {written.cut:,}"
     if written.blank:
-        text += f"; {written.blank:,} are blank, and the judge was asked without"
+        text += f"; blank, so that the judge was asked without: {written.blank:,}"
     if written.reasons:
         reason, count = written.reasons[0]
         text += f". Out of form most often ({count:,} ×): {reason}"

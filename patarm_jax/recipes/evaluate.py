@@ -223,7 +223,7 @@ def _open_remote(
     name = section.model or begun or ("" if dry_run else ask_name(section))
     if sampling.max_new_tokens is None:  # a limit is always sent: without one, a server writes without end
         sampling = replace(sampling, max_new_tokens=SamplingSection().max_new_tokens)
-    say(as_the_server_says(sampling))
+    say(f"{'generator: ' if form is RUBRIC else ''}{as_the_server_says(sampling)}")
     if not form.thinks and section.thinking == "server":
         section = replace(section, thinking="off")
     return Remote(section=section, name=name, sampling=sampling, votes=votes, seed=seed)
