@@ -207,7 +207,7 @@ def _add_eval(verbs: _Verbs) -> None:
         "--judge", choices=_JUDGES, default="pointwise", help="how it is asked (default: %(default)s)"
     )
     evaluate.add_argument(
-        "--generator", type=_place, default="", help="of --judge rubric_judge: the model that writes the rubrics"
+        "--generator", type=_place, default="", help="the model that writes a rubric for each prompt, to judge by"
     )
     evaluate.add_argument("--votes", type=int, default=1, help="answers to each question (default: %(default)s)")
     evaluate.add_argument("--expected-score", action="store_true", help="the expectation instead of the number drawn")

@@ -20,8 +20,10 @@ from patarm_jax.model.kernels import PORTABLE, Kernel, kernel_for, ring_places
 from patarm_jax.model.seated import seated_attention
 from patarm_jax.model.sharding import MESH_AXES, make_mesh
 from patarm_jax.model.transformer import abstract_params, decode, init_params, unstack_layers
+from patarm_jax.padding import WIDTH_MULTIPLE
 from patarm_jax.rollout.draw import SamplingParams
 from patarm_jax.rollout.engine import make_engine, network_of
+from patarm_jax.rollout.sampler import Network
 from patarm_jax.rollout.schedule import Request, complete
 from patarm_jax.types import UserError
 from tests.lowering import triton_kernels
@@ -108,6 +110,7 @@ def test_a_ring_without_whole_blocks_is_refused_and_the_cache_has_none():
         kernels.read_ring(q, k, v, Ring(newest, age), PALLAS)
     assert [ring_places(n, PALLAS) for n in (1, 64, 65)] == [64, 64, 128]
     assert ring_places(65, PORTABLE) == 65
+    assert WIDTH_MULTIPLE % flash_decode.KEYS == 0  # prompts lie in whole blocks too
 
 
 # ------------------------------------------------------------------------------------------------------------- seats
@@ -174,6 +177,30 @@ def test_on_many_devices_each_does_its_rows_and_heads(kernel, section):
     np.testing.assert_allclose(alone, together, atol=2e-6)
 
 
+def test_rows_that_are_done_read_nothing_any_more():
+    """Of two rows one ends at once; the other's age grows."""
+    seen = []
+
+    def decode_step(params, tokens, cache, seats):
+        jax.debug.callback(lambda age: seen.append(age.reshape(-1).tolist()), seats.age)
+        return jnp.where(jnp.arange(4) == tokens[:, None], 0.0, -1e9), cache  # what was drawn first, again and again
+
+    first = jnp.log(jnp.array([1e-30, 0.5, 0.5, 1e-30]))  # 1 ends, 2 does not
+    network = Network(
+        init=lambda *sizes: jnp.int32(0),
+        prefill=lambda params, tokens, lengths: (jnp.broadcast_to(first, (tokens.shape[0], 4)), None),
+        place=lambda cache, prompts, place: cache,
+        decode=decode_step,
+        resize=lambda cache, rows, prompts, width: cache,
+    )
+    engine = make_engine(network, ALONE, 8, SamplingParams((1,), 4), halvings=0)
+    written = complete(engine, None, [Request(np.array([3], np.int32), 0)], jax.random.key(0))
+    ended = written.lengths[0] == 1
+    assert ended.any() and not ended.all()
+    jax.effects_barrier()
+    assert sorted(seen) == sorted([-1 if end else age for end in ended] for age in range(3))
+
+
 def test_a_kernel_draws_what_plain_jax_draws():
     """Rows that are taken over and halved, a ring that is no whole number of blocks, prompts that are narrowed."""
     rng, stops = np.random.default_rng(0), tuple(range(6))
@@ -195,7 +222,7 @@ def test_a_kernel_draws_what_plain_jax_draws():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize(("queries", "places"), [(4, 64), (5, 1024), (32, 2048), (80, 4096)])
+@pytest.mark.parametrize(("queries", "places"), [(4, 64), (5, 1024), (20, 192), (20, 768), (32, 2048), (80, 4096)])
 @pytest.mark.parametrize("width", [64, 128])
 def test_on_the_hardware_itself(queries, places, width):
     *arrays, newest, age = drawn(queries, 8, 2, queries, width, places)

@@ -19,7 +19,7 @@ from patarm_jax.config.sections import JudgingSection, MeshSection, ModelSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import encode_question
 from patarm_jax.data.scores import room_for
-from patarm_jax.judge.forms import FORMS, Form
+from patarm_jax.judge.forms import FORMS, RUBRIC, Form
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.rollout.judging import Judged, judge, make_judge, written_ids
@@ -77,7 +77,8 @@ class Local:
     def room(self) -> Room:
         """The positions of the network, and how many of them an answer may take."""
         positions = self.model.arch.max_position_embeddings
-        return room_for(positions, self.model.tokenizer, self.form, self.sampling.max_new_tokens)
+        setting = "sampling.max_new_tokens" if self.form is not RUBRIC else "generator.max_new_tokens"
+        return room_for(positions, self.model.tokenizer, self.form, self.sampling.max_new_tokens, setting)
 
     @property
     def identity(self) -> dict[str, object]:

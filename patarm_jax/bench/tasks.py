@@ -310,12 +310,15 @@ def decode(bench: Bench) -> Result:
 
 
 def decode_step(bench: Bench, times: int) -> Callable[[int], jax.Array]:
-    """A function of what every row has written: what a layer's attention gives, so often one behind the other."""
+    """A function of how many tokens every row has written, which runs a layer's attention so many times in a row."""
     c, n = bench.config, bench.arch
     kernel = kernel_for(bench.section, n, bench.mesh, "written")
     rows, kv_heads, width = c.responses * c.group, n.num_key_value_heads, n.head_dim
     shapes: list[tuple[int, ...]] = [(rows, n.num_attention_heads, width)]
-    for count, places in ((c.responses, c.prompt), (rows, kernels.ring_places(c.new, kernel))):
+    for count, places in (
+        (c.responses, kernels.ring_places(c.prompt, kernel)),
+        (rows, kernels.ring_places(c.new, kernel)),
+    ):
         shapes += [(count, kv_heads, width, places), (count, kv_heads, places, width)]
     arrays = tuple(jax.random.normal(jax.random.key(i), shape, c.dtype) for i, shape in enumerate(shapes))
 

@@ -467,8 +467,13 @@ class EvalConfig(Section):
             )
         if has_generator and self.rubrics == "generated":
             raise UsageError(
-                "a generator is given, and rubrics is generated, by which a judge reads none but its own. Leave one "
-                "of the two out."
+                "settings of a generator are given, and rubrics is generated, by which a judge reads none but its own. "
+                "Leave one of the two out."
+            )
+        if has_generator and not (self.generator.model.path or self.generator.endpoint.url):
+            raise UsageError(
+                "settings of a generator are given, and no generator. Give --generator with its folder, or "
+                "generator.endpoint.url, or leave them out."
             )
         if self.generator.model.path and self.generator.endpoint.url:
             raise UsageError("both --generator and generator.endpoint.url are given. Give one.")

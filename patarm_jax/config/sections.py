@@ -256,7 +256,9 @@ class EndpointSection(Section):
     timeout: AboveZero = 600.0  # seconds for one answer
     tries: Positive = 6  # how often a request is sent, with growing pauses, before it is recorded as failed
     busy: AboveZero = 1800.0  # seconds a request waits for a server that answers 429, before it is recorded as failed
-    thinking: Literal["server", "on", "off"] = "server"  # chat_template_kwargs.enable_thinking; server: not sent
+    # chat_template_kwargs.enable_thinking; server: not sent, save to a generator of rubrics and a rubric_judge, which
+    # do not think: off.
+    thinking: Literal["server", "on", "off"] = "server"
     # Whether the server's chat template writes `<think>` itself, so that answers begin inside the thinking. auto: yes
     # once an answer held `</think>` alone; then a text that was cut off before it has no score.
     opens_thinking: OpensThinking = "auto"
@@ -265,7 +267,7 @@ class EndpointSection(Section):
 
 @dataclass(frozen=True)
 class GeneratorSection(Section):
-    """The model that writes the rubric of each prompt, greedily and without thinking.
+    """The model that writes the rubric of each prompt, greedily; and without thinking, unless endpoint.thinking is on.
 
     A rubric_judge compares by it; a pointwise or pairwise judge reads it in place of the primary rubrics.
     """

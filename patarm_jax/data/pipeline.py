@@ -19,9 +19,9 @@ from tqdm import tqdm
 from patarm_jax.config.sections import DataSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.preferences import Report
-from patarm_jax.data.scores import opened_answer, unthought_opening
+from patarm_jax.data.scores import opened_answer
 from patarm_jax.data.sft import JudgedPreference
-from patarm_jax.data.tokenizer import Tokenizer, encode_chat, encode_dialogue, encode_judgement
+from patarm_jax.data.tokenizer import Tokenizer, encode_chat, encode_dialogue, encode_judgement, unthought_opening
 from patarm_jax.judge.forms import POINTWISE, Form
 from patarm_jax.types import Message, Preference, RubricMode, UsageError, UserError
 

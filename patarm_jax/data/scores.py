@@ -1,12 +1,9 @@
-"""Scores as tokens: 0 to 10 as a judge writes them, and what stands before and behind them.
-
-And how the turn of a model begins that does not think first.
-"""
+"""Scores as tokens: 0 to 10 as a judge writes them, and what stands before and behind them."""
 
 from patarm_jax.data.limits import Room
-from patarm_jax.data.tokenizer import THINKING, Tokenizer, encode_text, encode_trusted
+from patarm_jax.data.tokenizer import Tokenizer, cannot_be_unthought, encode_text, encode_trusted, unthought
 from patarm_jax.judge.forms import Form
-from patarm_jax.types import SCORES, UserError
+from patarm_jax.types import SCORES
 
 OPENING, CLOSING = "<answer>", "</answer>"
 
@@ -22,28 +19,11 @@ def score_tokens(tokenizer: Tokenizer, before: str = "") -> tuple[tuple[int, ...
 
 
 def opened_answer(tokenizer: Tokenizer) -> list[int]:
-    """The ids of what a judge that does not reason has written where its score begins; see `answer_opening`."""
-    return encode_trusted(tokenizer, _unthought(tokenizer) + OPENING)
-
-
-def unthought_opening(tokenizer: Tokenizer) -> list[int]:
-    """The ids that begin the turn of a model that does not think, behind what the chat template has written.
-
-    There are none where neither the vocabulary nor the template knows of thinking.
-    """
-    if not tokenizer.thinking_tokens and not tokenizer.opening:
-        return []
-    return encode_trusted(tokenizer, _unthought(tokenizer))
-
-
-def _unthought(tokenizer: Tokenizer) -> str:
-    text = unthought(tokenizer.opening)
+    """The ids of what a judge that does not reason has written where its score begins: see `answer_opening`."""
+    text = answer_opening(tokenizer.opening)
     if text is None:
-        raise UserError(
-            f"the chat template in {tokenizer.fast.name_or_path} begins the thinking with {tokenizer.opening!r}, which "
-            "cannot be ended unthought. Take Qwen3's template."
-        )
-    return text
+        raise cannot_be_unthought(tokenizer)
+    return encode_trusted(tokenizer, text)
 
 
 def answer_opening(opening: str) -> str | None:
@@ -54,29 +34,6 @@ def answer_opening(opening: str) -> str | None:
     """
     text = unthought(opening)
     return None if text is None else text + OPENING
-
-
-def unthought(opening: str) -> str | None:
-    r"""What stands between a chat template's own words and the answer of a model that does not think.
-
-    So Qwen3's template writes it with enable_thinking off. What the template has written is not repeated.
-
-    Args:
-        opening: what the template writes of the judge's thinking: see `Tokenizer.opening`.
-
-    Returns:
-        The text; None where the template begins the thinking in another way.
-
-    >>> unthought(""), unthought("<think>\n"), unthought("<think>\n\n</think>\n\n")
-    ('<think>\n\n</think>\n\n', '\n</think>\n\n', '')
-    """
-    nothing = f"{THINKING[0]}\n\n{THINKING[1]}\n\n"
-    if nothing.startswith(opening):
-        return nothing.removeprefix(opening)
-    begun, closed, behind = opening.partition(THINKING[1])
-    if closed and not behind.strip() and not begun.strip().removeprefix(THINKING[0]).strip():
-        return ""
-    return None
 
 
 def room_for(

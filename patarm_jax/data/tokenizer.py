@@ -56,6 +56,7 @@ class Tokenizer:
     pad_id: int  # fills what lies past a row's length; may be a stop id too
     vocab_size: int  # ids from here on have no text, though the model may have rows for them
     opening: str  # what the chat template writes of the judge's thinking, such as "<think>\n"; empty where it does not
+    unthought: str | None  # what begins the turn of a model that does not think, behind that; None where nothing can
     files: dict[str, bytes]  # name → content, as read, for `save_tokenizer`
 
 
@@ -77,7 +78,9 @@ def load_tokenizer(folder: Path, model: Path | None = None) -> Tokenizer:
             "or take the folder of an instruction-tuned model."
         )
     # A template that cannot render what every judge is sent is found before any weight is read.
-    rendered = _render(fast, [Message(role="system", content="Judge."), Message(role="user", content=_PROBE)])
+    probe = [Message(role="system", content="Judge."), Message(role="user", content=_PROBE)]
+    rendered = _render(fast, probe)
+    opening = _opening(rendered)
     state = json.loads(fast.backend_tokenizer.to_str())
     _refuse_what_cannot_be_exact(folder, state)
     control_tokens = {token["content"]: token["id"] for token in state["added_tokens"]}
@@ -91,7 +94,8 @@ def load_tokenizer(folder: Path, model: Path | None = None) -> Tokenizer:
         stop_ids=stop_ids,
         pad_id=stop_ids[-1] if fast.pad_token_id is None else fast.pad_token_id,
         vocab_size=len(fast),
-        opening=_opening(rendered),
+        opening=opening,
+        unthought=_unthought(rendered, opening, _render(fast, probe, thinking=False)),
         files=files,
     )
 
@@ -107,6 +111,60 @@ def _opening(rendered: str) -> str:
     behind = rendered.rpartition(_PROBE)[2]
     places = [place for tag in THINKING if (place := behind.find(tag)) >= 0]
     return behind[min(places) :] if places else ""
+
+
+def unthought(opening: str) -> str | None:
+    r"""What stands between a chat template's own words and the answer of a model that does not think.
+
+    So Qwen3's template writes it with enable_thinking off. What the template has written is not repeated.
+
+    Args:
+        opening: what the template writes of the judge's thinking: see `Tokenizer.opening`.
+
+    Returns:
+        The text; None where the template begins the thinking in another way.
+
+    >>> unthought(""), unthought("<think>\n"), unthought("<think>\n\n</think>\n\n")
+    ('<think>\n\n</think>\n\n', '\n</think>\n\n', '')
+    """
+    nothing = f"{THINKING[0]}\n\n{THINKING[1]}\n\n"
+    if nothing.startswith(opening):
+        return nothing.removeprefix(opening)
+    begun, closed, behind = opening.partition(THINKING[1])
+    if closed and not behind.strip() and not begun.strip().removeprefix(THINKING[0]).strip():
+        return ""
+    return None
+
+
+def _unthought(rendered: str, opening: str, without: str) -> str | None:
+    """What the template itself writes behind `opening` where thinking is off; where it does not end it, as `unthought`.
+
+    Args:
+        rendered: a conversation, up to where a model begins to write that may think.
+        opening: its end.
+        without: the same conversation with enable_thinking off.
+    """
+    before = rendered.removesuffix(opening)
+    written = without.removeprefix(before)
+    is_over = THINKING[0] not in written or THINKING[1] in written
+    if without.startswith(before) and written.startswith(opening) and is_over:
+        return written.removeprefix(opening)
+    return unthought(opening)
+
+
+def unthought_opening(tokenizer: Tokenizer) -> list[int]:
+    """The ids that begin the turn of a model that does not think, behind what the chat template has written."""
+    if tokenizer.unthought is None:
+        raise cannot_be_unthought(tokenizer)
+    return encode_trusted(tokenizer, tokenizer.unthought)
+
+
+def cannot_be_unthought(tokenizer: Tokenizer) -> UserError:
+    """What is said of a template that opens the thinking in a way that has no known end."""
+    return UserError(
+        f"the chat template in {tokenizer.fast.name_or_path} begins the thinking with {tokenizer.opening!r}, which "
+        "cannot be ended unthought. Take Qwen3's template."
+    )
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -209,12 +267,14 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     return tokenizer.fast.backend_tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
 
 
-def _render(fast: PreTrainedTokenizerFast, messages: Sequence[Message], answering: bool = True) -> str:
+def _render(
+    fast: PreTrainedTokenizerFast, messages: Sequence[Message], answering: bool = True, thinking: bool = True
+) -> str:
     conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
     try:
         # enable_thinking leaves `<think>` for the judge to write; without it Qwen3's template would open and close it.
         text = fast.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=answering, enable_thinking=True
+            conversation, tokenize=False, add_generation_prompt=answering, enable_thinking=thinking
         )
     except Exception as error:  # a template is a program and may raise anything
         raise UserError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from patarm_jax.ask.answers import Answer, Answers, Question
+from patarm_jax.ask.answers import Answer, Known, Question
 from patarm_jax.evaluate.items import Item
 from patarm_jax.judge.criteria import criteria_of, shown_rubric
 from patarm_jax.judge.forms import RUBRIC
@@ -15,12 +15,12 @@ from patarm_jax.judge.forms import RUBRIC
 
 @dataclass(frozen=True)
 class Written:
-    """What became of the rubrics of an evaluation; a judge compares by its own criteria where one is blank."""
+    """What became of the rubrics of an evaluation; where one is blank, the judge is asked as without a generator."""
 
     generator: str  # its name
     prompts: int  # each has a rubric
     in_form: float  # the share of rubrics that are numbered lists of criteria of known kinds
-    blank: int  # nothing was written, or nothing behind the thinking
+    blank: int  # nothing was written that can be shown, or nothing came: refused, or the prompt too long
     cut: int  # cut off at the limit of new tokens
     criteria: float  # of a rubric that is in form, in the mean; NaN where none is
     characters: float  # of what the judge was shown, in the mean
@@ -41,10 +41,24 @@ def prompt_of(item: Item) -> str:
     return json.dumps(list(item.prompt), ensure_ascii=False)
 
 
-def rubrics_shown(questions: Mapping[str, Question], answers: Answers) -> dict[str, str]:
+def rubrics_shown(questions: Mapping[str, Question], known: Known) -> dict[str, str]:
     """What a judge is shown for each prompt that has a rubric, also of those that are not asked about now."""
-    answered = {prompt: answers.known.get((question.key, 0)) for prompt, question in questions.items()}
+    answered = {prompt: known.get((question.key, 0)) for prompt, question in questions.items()}
     return {prompt: shown_rubric(answer.text) for prompt, answer in answered.items() if answer is not None}
+
+
+def hardly_usable(written: Written) -> str:
+    """Words on rubrics of which less than half are in form; empty where more are."""
+    if written.in_form >= 0.5:
+        return ""
+    reason, count = written.reasons[0]
+    advice = "Most were cut off: raise generator.max_new_tokens. " if written.cut > written.prompts / 2 else ""
+    blank = f", and {written.blank:,} are blank" if written.blank else ""
+    share = f"only {100 * written.in_form:.1f} %" if written.in_form else "none"
+    return (
+        f"{share} of the {written.prompts:,} rubrics by {written.generator} can be read as rubrics{blank}. Most often "
+        f"({count:,} ×): {reason}. {advice}What is judged by them says little of a judge with its generator."
+    )
 
 
 def counted(generator: str, answers: Sequence[Answer]) -> Written:

@@ -12,7 +12,7 @@ from patarm_jax.evaluate.catalogue import BENCHMARKS
 from patarm_jax.evaluate.findings import Evaluation
 from patarm_jax.evaluate.rubrics import Written
 from patarm_jax.evaluate.statistics import Name, TieRule
-from patarm_jax.judge.forms import FORMS
+from patarm_jax.judge.forms import FORMS, Form
 
 _TIES: dict[TieRule, str] = {"strict": "wrong", "half": "½"}  # what a tie counts as
 _WORDS: dict[TieRule, str] = {rule: f"tie = {said}" for rule, said in _TIES.items()}
@@ -225,7 +225,7 @@ def _notes(result: Evaluation) -> str:
     if result.findings.expected is not None:
         lines.append(f"- {result.findings.expected}")
     if result.findings.generator is not None:
-        lines.append(f"- {_of_rubrics(result.findings.generator)}")
+        lines.append(f"- {_of_rubrics(result.findings.generator, FORMS[config.judge])}")
     if result.missing_sections:
         lines.append(f"- Overall is without {', '.join(result.missing_sections)}, which the data do not hold.")
     for section, parts in result.missing_parts.items():
@@ -239,7 +239,7 @@ def _notes(result: Evaluation) -> str:
     return "## Notes\n\n" + "\n".join(lines)
 
 
-def _of_rubrics(written: Written) -> str:
+def _of_rubrics(written: Written, judge: Form) -> str:
     """What became of a generator's rubrics."""
     text = f"{written.prompts:,} rubrics by {written.generator}: {100 * written.in_form:.1f} % are in form"
     if written.criteria == written.criteria:
@@ -247,7 +247,8 @@ def _of_rubrics(written: Written) -> str:
     if written.cut:
         text += f"; cut off: {written.cut:,}"
     if written.blank:
-        text += f"; blank, so that the judge was asked without: {written.blank:,}"
+        instead = "the primary ones took their place" if judge.reads_rubrics else "the judge was asked without"
+        text += f"; blank, so that {instead}: {written.blank:,}"
     if written.reasons:
         reason, count = written.reasons[0]
         text += f". Out of form most often ({count:,} ×): {reason}"

@@ -38,7 +38,7 @@ GATEKEEPER, JUSTIFICATION, WINNER = "Identified Gatekeeper Criterion:", "Justifi
 
 _ITEM = re.compile(r"([0-9]{1,4})\.[ \t]+(.*)")
 _KIND = re.compile(rf"\[({'|'.join(get_args(CriterionKind))})\]")
-_NAMES_A_RESPONSE = re.compile(r"\bResponse [AB]\b|\bWinner\s*:")
+_NAMES_A_RESPONSE = re.compile(r"\bResponse\s+[AB]\b|\b(?i:Winner)\s*:")
 _CRITERION = re.compile(r"(?:[-*][ \t]+)?Criterion ([0-9]{1,4})(?:[ \t]+\[[^\]]*\])?:(.*)")
 
 
@@ -71,20 +71,22 @@ def parse_rubric(text: str) -> Judgement:
 
 
 def shown_rubric(text: str) -> str:
-    """What a judge is shown of what a generator wrote: the rubric as `render_criteria` writes it.
+    r"""What a judge is shown of what a generator wrote: the rubric as `render_criteria` writes it.
 
-    Out of form, all that stands behind the thinking; nothing, where the thinking has no end.
+    Out of form, what stands behind the thinking, save lines that speak of response A or B or of a winner: no rubric
+    knows of these, and they would tell the judge how to decide. Nothing, where the thinking has no end.
 
-    >>> shown_rubric("<think>A poem.</think>Be kind.")
+    >>> shown_rubric("<think>A poem.</think>Be kind.\nResponse A is.")
     'Be kind.'
     """
     read = parse_rubric(text)
     if read.status is Status.OK:
         return read.generated_rubrics
     try:
-        return text[thinking_if_any(text)[1] :].strip()
+        behind = text[thinking_if_any(text)[1] :]
     except Unreadable:
         return ""
+    return "\n".join(line for line in behind.splitlines() if not _NAMES_A_RESPONSE.search(line)).strip()
 
 
 def criteria_of(rubric: str) -> tuple[Criterion, ...]:

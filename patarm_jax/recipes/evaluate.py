@@ -34,7 +34,7 @@ from patarm_jax.evaluate.files import RESULTS, compared, load_measured, write_fi
 from patarm_jax.evaluate.findings import Evaluation, find
 from patarm_jax.evaluate.items import Item, limited
 from patarm_jax.evaluate.questions import ask_about, judged, questions_of
-from patarm_jax.evaluate.rubrics import Written, counted, prompt_of, rubric_questions, rubrics_shown
+from patarm_jax.evaluate.rubrics import Written, counted, hardly_usable, prompt_of, rubric_questions, rubrics_shown
 from patarm_jax.evaluate.scoring import strata_of
 from patarm_jax.evaluate.summary import show, verdict
 from patarm_jax.files import check_writable, write_text, writing
@@ -51,7 +51,7 @@ ANSWERS, RUBRICS = "answers.jsonl", "rubrics.jsonl"
 def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     """Writes `config.output`; gives what was found, or None when it was asked to stop before the end."""
     if config.mesh.distributed != "none" and (config.endpoint.url or config.generator.endpoint.url):
-        raise UsageError("a judge behind an endpoint is asked by one process. Set mesh.distributed to none.")
+        raise UsageError("a model behind an endpoint is asked by one process. Set mesh.distributed to none.")
     start_processes(config, dry_run=dry_run)
     folder = _output(config)
     if dry_run:
@@ -76,6 +76,11 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
     if not items:
         raise UserError(f"nothing is left to ask of {config.benchmark}{left_out}. Give the whole benchmark.")
     whole, items = items, limited(items, config.limit)
+    groups = strata_of(benchmark.layout, items, whole)
+    # Before anything is asked: another evaluation that cannot be gone on or compared with costs nothing.
+    theirs = load_measured(Path(config.against).expanduser(), groups, items) if config.against else None
+    identity = _identity(config, judge, generator)
+    there = read_answers(folder / ANSWERS, identity)
     rubrics = NO_RUBRICS if generator is None else _rubrics(config, folder, generator, whole, items, dry_run)
     if rubrics is None:
         return None
@@ -83,11 +88,7 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
     everything = dict(zip([item.id for item in whole], about, strict=True))
     asked = [everything[item.id] for item in items]
     questions = questions_of(asked)
-    groups = strata_of(benchmark.layout, items, whole)
-    # Before anything is asked: another evaluation that cannot be compared with costs nothing.
-    theirs = load_measured(Path(config.against).expanduser(), groups, items) if config.against else None
     if dry_run:
-        there = read_answers(folder / ANSWERS, _identity(config, judge))
         if not first:
             return None
         print(to_yaml(config))
@@ -99,8 +100,8 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
         return None
 
     # ------------------------------------------------------------------------------------------------------------ ask
-    agree_on_questions(_identity(config, judge), questions)
-    with shared_answers(folder / ANSWERS, _identity(config, judge)) as answers:
+    agree_on_questions(identity, questions)
+    with shared_answers(folder / ANSWERS, identity) as answers:
         _refuse_other_data(folder, answers, questions_of(list(everything.values())))
         if first:
             with writing(folder, KEPT):
@@ -157,15 +158,12 @@ def _rubrics(
     dry_run: bool,
 ) -> _Rubrics | None:
     """The rubrics of some items' prompts, those asked for that are not there; None when it was asked to stop."""
-    path, identity, every = (
-        folder / RUBRICS,
-        {"benchmark": config.benchmark, **generator.identity},
-        rubric_questions(whole),
-    )
+    path, every = folder / RUBRICS, rubric_questions(whole)
+    identity = {"benchmark": config.benchmark, **generator.identity}
     questions = list({prompt: every[prompt] for prompt in map(prompt_of, items)}.values())
     if dry_run:
-        lacking = missing(read_answers(path, identity), questions, 1)
-        return _Rubrics({}, cost=estimate(generator, lacking))
+        known = read_answers(path, identity)
+        return _Rubrics(rubrics_shown(every, known), cost=estimate(generator, missing(known, questions, 1)))
     agree_on_questions(identity, questions)
     with shared_answers(path, identity) as answers:
         say(f"rubrics of {len(questions):,} prompts by {generator.name}")
@@ -179,7 +177,10 @@ def _rubrics(
             f"{len(lost):,} of {len(given):,} rubrics never came, the first one because: {lost[0].reason}. Nothing is "
             "judged. When that is put right, run the same command again to ask for what failed."
         )
-    return _Rubrics(rubrics_shown(every, answers), counted(generator.name, given))
+    written = counted(generator.name, given)
+    if caution := hardly_usable(written):
+        say(caution)
+    return _Rubrics(rubrics_shown(every, answers.known), written)
 
 
 def _open_generator(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remote | None:
@@ -197,7 +198,8 @@ def _open_generator(config: EvalConfig, folder: Path, dry_run: bool) -> Local | 
 def _open_judge(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remote:
     form = FORMS[config.judge]
     if not form.reads_rubrics and config.rubrics != "adaptive":
-        raise UsageError(f"rubrics is {config.rubrics}, and a {config.judge} judge reads none. Leave it out.")
+        reads = "a generator's alone" if config.judge == "rubric_judge" else "none"
+        raise UsageError(f"rubrics is {config.rubrics}, and a {config.judge} judge reads {reads}. Leave it out.")
     if not config.endpoint.url:
         longest = config.data.max_prompt_tokens
         if not form.writes and config.votes > 1:
@@ -278,8 +280,15 @@ def _that_can_be_asked(items: Sequence[Item], benchmark: Benchmark, form: Form) 
     return kept, f"; {len(items) - len(kept)} of {', '.join(without)} are left out: a pairwise judge gives no scores"
 
 
-def _identity(config: EvalConfig, judge: Local | Remote) -> dict[str, object]:
-    return {"benchmark": config.benchmark, "judge": config.judge, "rubrics": config.rubrics, **judge.identity}
+def _identity(config: EvalConfig, judge: Local | Remote, generator: Local | Remote | None) -> dict[str, object]:
+    written = {f"generator's {name}": value for name, value in (generator.identity if generator else {}).items()}
+    return {
+        "benchmark": config.benchmark,
+        "judge": config.judge,
+        "rubrics": config.rubrics,
+        **written,
+        **judge.identity,
+    }
 
 
 def _tell_what_is_replaced(folder: Path, items: int) -> None:

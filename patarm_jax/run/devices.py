@@ -11,11 +11,12 @@ from patarm_jax.run.process import say
 SHARE = "0.92"
 _SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the old name
 _ALLOCATION = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR")
+_PASSES = "xla_disable_hlo_passes"  # the flag that JAX would take the place of
 PASS = "JAX_COMPILER_ENABLE_REMAT_PASS"
 
 
 def prepare_devices() -> None:
-    """Lets JAX have nearly all of a GPU's memory, and turns XLA's own rematerialisation off.
+    """Lets JAX have nearly all of a GPU's memory, and turns XLA's own rematerialisation off, on TPUs too.
 
     That pass begins above 80 % of the memory, and recomputes much to save little; what is recomputed is `model.remat`'s
     to say. Where memory is not short it does nothing. Whoever sets an environment variable that decides either has the
@@ -23,7 +24,7 @@ def prepare_devices() -> None:
     """
     if not any(name in os.environ for name in (*_SHARES, *_ALLOCATION)):
         os.environ[_SHARES[0]] = SHARE
-    if PASS not in os.environ and "xla_disable_hlo_passes" not in os.environ.get("XLA_FLAGS", ""):
+    if PASS not in os.environ and _PASSES not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_compiler_enable_remat_pass", False)
 
 
@@ -34,6 +35,8 @@ def devices_in_words(platform: str) -> str:
     on = bool(jax.config.values["jax_compiler_enable_remat_pass"])
     now, other = ("on", "off") if on else ("off", "on")
     said = f"XLA's own rematerialisation is {now}: {PASS}={int(not on)} turns it {other}"
+    if on and _PASSES in os.environ.get("XLA_FLAGS", ""):
+        said = "XLA's own rematerialisation is as XLA_FLAGS has it"
     if platform != "gpu":
         return said
     share = next((os.environ[name] for name in _SHARES if name in os.environ), "")
