@@ -31,7 +31,7 @@ from tests.toys import TINY
 
 PALLAS = Kernel("pallas", interpret=True)
 ROOMY = Architecture(**TINY | {"head_dim": 16})
-ALONE = make_mesh(MeshSection())
+ALONE = jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
 
 
 def plain(q, keys, values):
