@@ -267,11 +267,9 @@ class EndpointSection(Section):
 
 @dataclass(frozen=True)
 class GeneratorSection(Section):
-    """The model that writes the rubric of each prompt, greedily; and without thinking, unless endpoint.thinking is on.
+    """The model that writes a rubric for each prompt, greedily, by which a judge judges."""
 
-    A rubric_judge compares by it; a pointwise or pairwise judge reads it in place of the primary rubrics.
-    """
-
+    # A rubric_judge compares by it; a pointwise or pairwise judge reads it in place of the primary rubrics.
     model: ModelSection = field(default_factory=ModelSection)
     endpoint: EndpointSection = field(default_factory=EndpointSection)
     max_new_tokens: Positive = 1024  # of a rubric; a longer one is cut off, and shown as far as it goes
