@@ -63,6 +63,7 @@ class Preference:
     source: str
     labels: tuple[float, float] | None = None  # scores given to the chosen and to the rejected response, 0 to 10
     margin: float | None = None  # by how much a reward model is to prefer the chosen response
+    rubric: str = ""  # by which the responses are compared, as the judge is shown it
 
 
 class Status(IntEnum):

@@ -8,8 +8,8 @@ import pytest
 import transformers
 
 from patarm_jax.config.sections import DataSection
+from patarm_jax.data.judged import read_judged_preferences
 from patarm_jax.data.mirror import mirrored
-from patarm_jax.data.preferences import read_judged_preferences
 from patarm_jax.data.tokenizer import decode, encode_chat, encode_judgement, load_tokenizer
 from patarm_jax.demo.settings import DemoSizes, demo_configs
 from patarm_jax.demo.tokenizer import write_untrained_model

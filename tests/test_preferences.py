@@ -8,7 +8,8 @@ import pytest
 
 from patarm_jax.config.sections import DataSection
 from patarm_jax.data import reasons as p
-from patarm_jax.data.preferences import read_judged_preferences, read_labelled_preferences, read_preferences
+from patarm_jax.data.judged import read_judged_preferences
+from patarm_jax.data.preferences import read_labelled_preferences, read_preferences
 from patarm_jax.data.sft import template_choice, template_judgement
 from patarm_jax.judge.forms import PAIRWISE
 from patarm_jax.judge.parse import parse_pointwise

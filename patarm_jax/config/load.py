@@ -16,8 +16,9 @@ import msgspec
 import yaml
 
 from patarm_jax.config.flags import BECAME_SECTIONS, merged, nearest, now_called, settings_of, with_names_of_now
-from patarm_jax.config.recipes import GRPOConfig, RewardModelConfig, SFTConfig, TrainConfig
+from patarm_jax.config.recipes import GRPOConfig, RewardModelConfig, SFTConfig
 from patarm_jax.config.sections import Section, limits_of
+from patarm_jax.config.training import TrainConfig
 from patarm_jax.files import one_line
 from patarm_jax.types import UsageError, UserError
 

@@ -1,16 +1,14 @@
 """The config of each verb: which sections it has, and what must hold between its settings."""
 
 import re
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from patarm_jax.config.flags import did_you_mean
 from patarm_jax.config.presets import (
-    CHOSEN_BY_ALGORITHM,
     CHOSEN_BY_MARGIN,
     IN_WORDS,
     MARGINS,
-    PRESETS,
     completed,
     value_at,
     with_values,
@@ -18,119 +16,26 @@ from patarm_jax.config.presets import (
 from patarm_jax.config.sections import (
     FREE,
     PLACE,
-    TARGETS,
-    DAPOSection,
     DataSection,
     EndpointSection,
     GeneratorSection,
     HeldoutSection,
     JudgingSection,
-    LoRASection,
     MeshSection,
     ModelSection,
     Natural,
     NotNegative,
-    OptimizerSection,
     PairwiseSection,
     Positive,
     RewardSection,
-    RunSection,
-    SamplingSection,
     Section,
     Seed,
-    UpdateSection,
     Votes,
 )
+from patarm_jax.config.training import PolicyConfig, SupervisedConfig, TrainConfig
 from patarm_jax.types import BenchmarkName, JudgeKind, RubricMode, UsageError
 
-Training = TypeVar("Training", bound="TrainConfig")
 OWN_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:name
-
-
-@dataclass(frozen=True)
-class TrainConfig(Section):
-    """What every training run has, whatever it trains."""
-
-    recipe: str = ""
-    # The model and the data are compared by what is in them when a run is resumed, not by their paths.
-    model: ModelSection = field(default_factory=ModelSection, metadata=FREE)
-    mesh: MeshSection = field(default_factory=MeshSection, metadata=FREE)
-    data: DataSection = field(default_factory=DataSection, metadata=FREE)
-    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
-    lora: LoRASection = field(default_factory=LoRASection)
-    run: RunSection = field(default_factory=RunSection, metadata=FREE)
-    heldout: HeldoutSection = field(default_factory=HeldoutSection, metadata=FREE)
-    pairs_per_step: Positive = 32  # each gives a prompt for each response; of a pairwise judge, for each order
-    micro_batches: Positive = field(default=1, metadata=FREE)  # slices summed in one update; never changes the result
-
-    def check(self) -> None:
-        """Refuses settings of adapters that are not there, and adapters that would belong to no model on disk."""
-        lora, unset = self.lora, LoRASection()
-        for name in ("alpha", "targets", "export"):
-            if not lora.rank and getattr(lora, name) != getattr(unset, name):
-                raise UsageError(
-                    f"lora.{name} is set, and lora.rank is 0: all weights are trained. Set lora.rank, such as 32, or "
-                    "leave it out."
-                )
-        if not lora.targets or len(set(lora.targets)) < len(lora.targets):
-            raise UsageError(
-                f"lora.targets is {list(lora.targets)}; allowed is one or more of {', '.join(TARGETS)}, each once."
-            )
-        beside = "random" if self.model.weights == "random" else self.model.adapter and "changed by model.adapter"
-        if lora.export == "adapter" and beside:
-            raise UsageError(
-                f"lora.export is adapter, and the weights beside them are {beside}: no folder holds what the adapters "
-                "would belong to. Set lora.export to merged."
-            )
-
-    def complete(self: Training) -> Training:
-        """With what other settings decide for those that are unset."""
-        return self
-
-    @property
-    def judge(self) -> JudgeKind:
-        """How the trained model is asked."""
-        raise NotImplementedError
-
-    @property
-    def rubrics(self) -> RubricMode:
-        """The rubrics that its prompts hold, or ask for."""
-        raise NotImplementedError
-
-    @property
-    def stage_in_words(self) -> str:
-        """What the recipe is, for the model card."""
-        return self.recipe
-
-    @property
-    def prompts_per_pair(self) -> int:
-        """What the model reads of each pair."""
-        return 2
-
-    @property
-    def units_per_step(self) -> int:
-        """What a batch has along its first axis, which slices and devices share and never cut."""
-        return self.prompts_per_pair * self.pairs_per_step
-
-    @property
-    def updates_per_step(self) -> int:
-        """Optimiser updates in a step."""
-        return 1
-
-    @property
-    def rollout_sampling(self) -> SamplingSection | None:
-        """How training draws judgements; None where it draws none."""
-        return None
-
-    @property
-    def kl_reference(self) -> str | None:
-        """The model folder that the KL is measured from; None where there is no KL."""
-        return None
-
-    @property
-    def reward_in_words(self) -> str:
-        """What is rewarded, for the model card; empty where nothing is."""
-        return ""
 
 
 @dataclass(frozen=True)
@@ -158,32 +63,26 @@ class JudgeTrainConfig(TrainConfig):
     @property
     def prompts_per_pair(self) -> int:
         """What a judge is asked about each pair: of both responses, or in both orders; of pairs in turns, once."""
-        return 1 if self.judge == "pairwise" and self.pairwise.orders == "alternate" else 2
+        return 1 if self.alternates else 2
+
+    @property
+    def alternates(self) -> bool:
+        """Whether each pair comes with one of its two questions, and with the other one in the next epoch."""
+        return self.judge == "pairwise" and self.pairwise.orders == "alternate"
 
 
 @dataclass(frozen=True)
-class SFTConfig(JudgeTrainConfig):
+class SFTConfig(SupervisedConfig, JudgeTrainConfig):
     """`patarm sft`: supervised fine-tuning on judgements."""
 
     recipe: Literal["sft"] = "sft"
-    packing: bool = field(default=True, metadata=FREE)  # short sequences share a row; never changes the result
-
-    @property
-    def stage_in_words(self) -> str:
-        """What the recipe is, for the model card."""
-        return "supervised fine-tuning on judgements"
 
 
 @dataclass(frozen=True)
-class GRPOConfig(JudgeTrainConfig):
+class GRPOConfig(PolicyConfig, JudgeTrainConfig):
     """`patarm grpo`: reinforcement learning on preference pairs."""
 
     recipe: Literal["grpo"] = "grpo"
-    sampling: SamplingSection = field(default_factory=SamplingSection)
-    reward: RewardSection = field(default_factory=RewardSection)
-    update: UpdateSection = field(default_factory=UpdateSection)
-    dapo: DAPOSection = field(default_factory=DAPOSection)
-    group_size: Positive = 8  # G, judgements of each response; of a pairwise judge, of each pair
 
     @property
     def stage_in_words(self) -> str:
@@ -193,30 +92,10 @@ class GRPOConfig(JudgeTrainConfig):
         return f"reinforcement learning ({algorithm}) on preference pairs{by}"
 
     @property
-    def updates_per_step(self) -> int:
-        """Optimiser updates in a step."""
-        return self.update.updates_per_rollout
-
-    @property
-    def rollout_sampling(self) -> SamplingSection:
-        """How training draws judgements."""
-        return self.sampling
-
-    @property
-    def kl_reference(self) -> str | None:
-        """The model folder that the KL is measured from; None where there is no KL."""
-        return self.update.reference or self.model.path if self.charges_kl else None
-
-    @property
-    def algorithm_settings(self) -> dict[str, Any]:
-        """What the algorithm uses by dotted name: what is set, and its own value for what is not."""
-        own = dict(PRESETS[self.update.algorithm])
-        if self.judge == "pairwise" and "reward.group_by" in own:  # else always choosing the first is never wrong
-            own["reward.group_by"] = "pair"
-        if "dapo.overlong_buffer" in own:
-            own["dapo.overlong_buffer"] = self.sampling.max_new_tokens // 5
-        given = {name: value_at(self, name) for name in CHOSEN_BY_ALGORITHM}
-        return completed("update.algorithm", self.update.algorithm, own, given)
+    def own_group(self) -> str:
+        """What advantages compare where reward.group_by is not set."""
+        # Of a pairwise judge both orders: else always choosing the first is never wrong.
+        return "pair" if self.judge == "pairwise" else "response"
 
     @property
     def margin_settings(self) -> dict[str, Any]:
@@ -229,23 +108,6 @@ class GRPOConfig(JudgeTrainConfig):
     def rollouts_per_prompt(self) -> int:
         """Judgements of each prompt: of a pairwise judge's two orders, half of the group."""
         return self.group_size // (2 if self.judge == "pairwise" and self.prompts_per_pair == 2 else 1)
-
-    @property
-    def prompts_per_group(self) -> int:
-        """So many consecutive prompts make one group of judgements that are compared; 1 where none are."""
-        return self.prompts_per_pair if self.algorithm_settings.get("reward.group_by") == "pair" else 1
-
-    @property
-    def charges_kl(self) -> bool:
-        """Whether a KL to the reference is charged at all."""
-        return bool(self.algorithm_settings["update.kl.coef"])
-
-    @property
-    def reference_model(self) -> ModelSection:
-        """Where the KL's reference comes from: the weights that training starts from, unless others are named."""
-        if not self.update.reference:
-            return self.model
-        return replace(self.model, path=self.update.reference, adapter="", weights="load")
 
     @property
     def reward_name(self) -> str:
@@ -269,65 +131,27 @@ class GRPOConfig(JudgeTrainConfig):
         return f"PAR with the {reward.margin.name} margin{against[reward.opponent]}{loser}, {each}"
 
     def complete(self) -> "GRPOConfig":
-        """With the algorithm's own values for what is unset.
-
-        Raises:
-            UsageError: when something is said of a KL that is not charged.
-        """
-        settings = self.algorithm_settings
-        own = PRESETS[self.update.algorithm]
-        said = [name for name in settings if name.startswith("update.kl.") and settings[name] != own[name]]
-        said = [name for name in said if name != "update.kl.coef"] + ["update.reference"] * bool(self.update.reference)
-        if said and not self.charges_kl:
-            raise UsageError(
-                f"{said[0]} is {value_at(self, said[0])}, and update.kl.coef is 0, which it is with "
-                f"{self.update.algorithm} unless it is set: no KL is charged. Set update.kl.coef, or leave it out."
-            )
+        """With the algorithm's and the margin's own values for what is unset."""
         rewarded_by_margin = self.judge == "pointwise" and self.reward.kind == "par"
-        return with_values(self, settings | (self.margin_settings if rewarded_by_margin else {}))
+        return with_values(super().complete(), self.margin_settings if rewarded_by_margin else {})
 
     def check(self) -> None:
         """Refuses settings that are right one by one and together make no sense."""
         super().check()
         self._check_reward()
-        settings = self.algorithm_settings
         both_orders = self.judge == "pairwise" and self.prompts_per_pair == 2
         if both_orders and self.group_size % 2:
             raise UsageError(
                 f"group_size is {self.group_size}; allowed is an even number where pairwise.orders is both: half of a "
                 "pair's judgements are given in each order. Change one of the two."
             )
-        group_by = settings.get("reward.group_by")
+        group_by = self.algorithm_settings.get("reward.group_by")
         if group_by and self.rollouts_per_prompt * self.prompts_per_group == 1:
             raise UsageError(
                 f"group_size is {self.group_size} where reward.group_by is {group_by}; allowed is "
                 f"{4 if both_orders else 2} or more: a judgement that is compared with itself teaches nothing. Raise "
                 "group_size."
             )
-        if (settings.get("dapo.overlong_buffer") or 0) > self.sampling.max_new_tokens:
-            raise UsageError(
-                f"dapo.overlong_buffer is {self.dapo.overlong_buffer}; allowed is 0 to sampling.max_new_tokens "
-                f"{self.sampling.max_new_tokens}. Lower it."
-            )
-        if settings.get("update.kl.by_ratio") and settings["update.kl.place"] != "loss":
-            raise UsageError(
-                "update.kl.by_ratio is true, and update.kl.place is reward; only a KL in the loss has ratios. Set "
-                "update.kl.place to loss, or leave by_ratio out."
-            )
-        if self.update.importance_cap is not None and self.update.old_logprobs != "trainer":
-            raise UsageError(
-                f"update.importance_cap is {self.update.importance_cap}, and update.old_logprobs is sampler: the "
-                "sampler's own log-probs make every weight 1. Set update.old_logprobs to trainer, or leave the cap out."
-            )
-        for always_the_same, got, allowed in (
-            (self.sampling.temperature == 0, "temperature is 0", "above 0, such as 1"),
-            (self.sampling.top_k == 1, "top_k is 1", "0, for all, or 2 or more"),
-        ):
-            if always_the_same:
-                raise UsageError(
-                    f"sampling.{got}; allowed for grpo is {allowed}: judgements of a response that are all the same "
-                    "teach nothing when they are compared."
-                )
 
     def _check_reward(self) -> None:
         """Refuses an unknown margin, and settings of a reward that is not given."""

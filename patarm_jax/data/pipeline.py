@@ -21,7 +21,14 @@ from patarm_jax.data.limits import Room
 from patarm_jax.data.preferences import Report
 from patarm_jax.data.scores import opened_answer
 from patarm_jax.data.sft import JudgedPreference
-from patarm_jax.data.tokenizer import Tokenizer, encode_chat, encode_dialogue, encode_judgement, unthought_opening
+from patarm_jax.data.tokenizer import (
+    Tokenizer,
+    encode_chat,
+    encode_dialogue,
+    encode_judgement,
+    encode_unthought,
+    unthought_opening,
+)
 from patarm_jax.judge.forms import POINTWISE, Form
 from patarm_jax.types import Message, Preference, RubricMode, UsageError, UserError
 
@@ -34,8 +41,8 @@ class EncodedPair:
 
     index: int  # in the preferences that were encoded, dropped ones counted: stable when a limit changes
     preference: Preference
-    # Two: of the chosen and of the rejected response, or of both with the chosen one first and second. Of pairs that
-    # are shown in one order at a time, a batch has one.
+    # Two: of the chosen and of the rejected response, or of both with the chosen one first and second. One, of pairs
+    # that are shown in one order at a time, or where a rubric is asked for of the prompt.
     prompt_tokens: tuple[Tokens, ...]
     completion_tokens: tuple[Tokens, ...] | None = None  # of each question, end token included; None without SFT
     places: tuple[int, ...] = (0, 1)  # which of the two questions these are
@@ -148,12 +155,12 @@ def _encode(
     tokenizer: Tokenizer, index: int, given: Preference | JudgedPreference, rubrics: RubricMode, form: Form
 ) -> EncodedPair:
     if isinstance(given, JudgedPreference):
-        written = tuple(np.asarray(encode_judgement(tokenizer, text), np.int32) for text in given.judgements)
+        encode = encode_judgement if form.thinks else encode_unthought
+        written = tuple(np.asarray(encode(tokenizer, text), np.int32) for text in given.judgements)
         return replace(_encode(tokenizer, index, given.preference, rubrics, form), completion_tokens=written)
-    ask = partial(form.ask, given.prompt, domain=given.domain, rubrics=rubrics)
-    sides = (given.chosen, given.rejected)
-    shown = (sides, sides[::-1]) if form.responses == 2 else ((given.chosen,), (given.rejected,))
-    return EncodedPair(index, given, tuple(encode_question(tokenizer, ask(*responses), form) for responses in shown))
+    ask = partial(form.ask, given.prompt, domain=given.domain, rubrics=rubrics, rubric=given.rubric)
+    questions = [encode_question(tokenizer, ask(*responses), form) for responses in form.shown(given)]
+    return EncodedPair(index, given, tuple(questions), places=tuple(range(len(questions))))
 
 
 def encode_question(tokenizer: Tokenizer, messages: Sequence[Message], form: Form) -> Tokens:

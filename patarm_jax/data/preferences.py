@@ -14,14 +14,11 @@ from typing import TypeVar, get_args
 from patarm_jax.config.sections import DataSection
 from patarm_jax.data import reasons
 from patarm_jax.data.cells import is_blank, joined, number, word
-from patarm_jax.data.mirror import mirrored
 from patarm_jax.data.pairs import laid_out, pair_key_and_order
 from patarm_jax.data.reasons import Dropped
 from patarm_jax.data.rows import Row, read_rows
-from patarm_jax.data.sft import JudgedPreference, template_choice, template_judgement
 from patarm_jax.data.sides import sides_of
-from patarm_jax.judge.forms import PAIRWISE, POINTWISE, Form
-from patarm_jax.types import Conversation, Domain, Preference, Status, UsageError, UserError
+from patarm_jax.types import Conversation, Domain, Preference, UsageError, UserError
 
 Record = TypeVar("Record")
 
@@ -29,7 +26,17 @@ JUDGEMENTS = ("chosen_judgement", "rejected_judgement")  # of the sides, by a po
 CHOICES = ("pairwise_judgement", "pairwise_judgement_swapped")  # of both, the chosen response first, and second
 LABELS = ("chosen_score", "rejected_score")
 MARGIN = "margin"
-COLUMNS = ("prompt", "chosen", "rejected", "id", "source", "domain", *JUDGEMENTS, *CHOICES, *LABELS, MARGIN)
+RUBRIC_COLUMN = "rubric"  # of the prompt
+COMPARISONS = ("chosen_first_judgement", "rejected_first_judgement")  # of both by the rubric, in either order
+COLUMNS = (
+    *("prompt", "chosen", "rejected", "id", "source", "domain"),
+    *JUDGEMENTS,
+    *CHOICES,
+    *LABELS,
+    MARGIN,
+    RUBRIC_COLUMN,
+    *COMPARISONS,
+)
 _NEEDED = ("chosen", "rejected")
 _DOMAINS: dict[str, Domain] = {domain: domain for domain in get_args(Domain)}
 _AHEAD = 100  # rows of a file that say which columns it has
@@ -68,26 +75,7 @@ def read_preferences(section: DataSection, setting: str = "data") -> tuple[list[
         section: what to read. An empty split means the only one there is.
         setting: the section of the settings that says path and split, as an error names it.
     """
-    return _collect(section, setting, lambda preference, _row, _values: preference)
-
-
-def read_judged_preferences(section: DataSection, form: Form = POINTWISE) -> tuple[list[JudgedPreference], Report]:
-    """The same with a judgement of each side, from the rows or, where the config says so, from the template.
-
-    For a judge of pairs, with a judgement in each order: the second, where the rows have none, is the first one with
-    the responses' names exchanged.
-    """
-
-    def judged(preference: Preference, row: Row, values: Mapping[str, object]) -> JudgedPreference:
-        found = _choices if form.responses == 2 else _judgements
-        return JudgedPreference(preference, found(preference, row, values, section))
-
-    read, report = _collect(section, "data", judged)
-    if form.responses == 1:
-        return read, report
-    wrong = sum(form.read(one.judgements[0]).choice == "B" for one in read)
-    note = (f"{wrong:,} judgements with the chosen response first choose the rejected one",) if wrong else ()
-    return read, replace(report, notes=(*report.notes, *note))
+    return collect(section, setting, lambda preference, _row, _values: preference)
 
 
 def read_labelled_preferences(section: DataSection) -> tuple[list[Preference], Report]:
@@ -97,7 +85,7 @@ def read_labelled_preferences(section: DataSection) -> tuple[list[Preference], R
         chosen, rejected = (_label(name, values) for name in LABELS)
         return replace(preference, labels=(chosen, rejected))
 
-    return _collect(section, "data", labelled)
+    return collect(section, "data", labelled)
 
 
 def read_preferences_with_margins(section: DataSection) -> tuple[list[Preference], Report]:
@@ -111,7 +99,7 @@ def read_preferences_with_margins(section: DataSection) -> tuple[list[Preference
             raise Dropped(reasons.MARGIN_NOT_FINITE)
         return replace(preference, margin=margin)
 
-    return _collect(section, "data", with_margin)
+    return collect(section, "data", with_margin)
 
 
 def read_preferences_without_margins(section: DataSection) -> tuple[list[Preference], Report]:
@@ -123,14 +111,21 @@ def read_preferences_without_margins(section: DataSection) -> tuple[list[Prefere
             where.append(row.where)
         return preference
 
-    read, report = _collect(section, "data", without)
+    read, report = collect(section, "data", without)
     note = f"{len(where):,} have a margin, which is not read unless margins is true [{where[0]}]" if where else ""
     return read, replace(report, notes=(*report.notes, note) if note else report.notes)
 
 
-def _collect(
+def collect(
     section: DataSection, setting: str, finish: Callable[[Preference, Row, Mapping[str, object]], Record]
 ) -> tuple[list[Record], Report]:
+    """What becomes of all usable preferences, in order, and of the rows.
+
+    Args:
+        section: what to read.
+        setting: the section of the settings that says path and split.
+        finish: makes a record of a preference, its row and the row's values by our names; may raise `Dropped`.
+    """
     words = _Words(section)
     kept: list[Record] = []
     dropped: Counter[str] = Counter()
@@ -224,7 +219,7 @@ def _preference(
     _drop_what_teaches_nothing(*sides)
     name = word("id", values["id"]) or row.name
     said = word("domain", values["domain"])
-    _drop_lone_surrogates(name + source + said)  # they are hashed and logged
+    drop_lone_surrogates(name + source + said)  # they are hashed and logged
     domain = words.domain(said, source)
     if domain is None:
         raise Dropped(reasons.UNKNOWN_DOMAIN)
@@ -242,11 +237,11 @@ def _drop_what_teaches_nothing(prompt: Conversation, chosen: str, rejected: str)
     if laid_out(chosen) == laid_out(rejected):
         raise Dropped(reasons.IDENTICAL)
     for text in (chosen, rejected, *(message["content"] for message in prompt)):
-        _drop_lone_surrogates(text)
+        drop_lone_surrogates(text)
 
 
-def _drop_lone_surrogates(text: str) -> None:
-    r"""JSON can spell half a character (`\ud83d`), which no tokenizer and no file takes."""
+def drop_lone_surrogates(text: str) -> None:
+    r"""Drops what is not Unicode: JSON can spell half a character (`\ud83d`), which no tokenizer and no file takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -366,61 +361,6 @@ def _refuse_unknown_names(section: DataSection) -> None:
     for said, domain in section.domains.items():
         if known_domain(spelled.setdefault(_spelled(said), domain)) != known_domain(domain):
             raise UsageError(f"data.domains gives {said} two domains, however it is spelled. Keep one of them.")
-
-
-# ---- Judgements -----------------------------------------------------------------------------------------------------
-
-
-def _judgements(
-    preference: Preference, row: Row, values: Mapping[str, object], section: DataSection
-) -> tuple[str, str]:
-    """What is taught of the chosen and of the rejected response."""
-    chosen, rejected = (
-        _given(word(name, values[name]), POINTWISE)
-        or _missing(name, row, section)
-        or template_judgement(preference, side)
-        for side, name in enumerate(JUDGEMENTS)
-    )
-    return chosen, rejected
-
-
-def _choices(preference: Preference, row: Row, values: Mapping[str, object], section: DataSection) -> tuple[str, str]:
-    """What is taught with the chosen response first, and with it second."""
-    first, second = (_given(word(name, values[name]), PAIRWISE) for name in CHOICES)
-    if not first and not second:
-        _missing(CHOICES[0], row, section)
-        return template_choice(preference, 0), template_choice(preference, 1)
-    return first or _mirrored(second), second or _mirrored(first)
-
-
-def _mirrored(judgement: str) -> str:
-    other = mirrored(judgement)
-    if other is None:
-        raise Dropped(reasons.NOT_MIRRORED)
-    return other
-
-
-def _given(judgement: str, form: Form) -> str:
-    """A judgement of the data, empty where there is none."""
-    if is_blank(judgement):
-        return ""
-    if form.read(judgement).status is not Status.OK:
-        raise Dropped(reasons.BAD_JUDGEMENT)
-    _drop_lone_surrogates(judgement)
-    return judgement
-
-
-def _missing(column: str, row: Row, section: DataSection) -> str:
-    """Nothing, where a judgement may be missing and the template takes its place."""
-    if section.missing_judgements == "error":
-        raise UserError(
-            f"{row.where} has no {column}, which SFT learns from. Name its column under data.columns, or set "
-            "data.missing_judgements to template, which teaches the form of a judgement and nothing else, or to "
-            "drop, which leaves such rows out."
-        )
-    if section.missing_judgements == "drop":
-        raise Dropped(reasons.NO_JUDGEMENT)
-    return ""
 
 
 # ---- Labels ---------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ NOT_ONE_MESSAGE = "response that is not exactly one assistant message"
 TEXT_AND_MESSAGES = "a response in text beside a dialogue in messages, and no prompt"
 NOT_UNICODE = "text that is not valid Unicode"
 BAD_JUDGEMENT = "judgement that is out of form"
+BAD_RUBRIC = "rubric that is out of form"
 NO_JUDGEMENT = "no judgement"
 NOT_MIRRORED = (
     "pairwise judgement in one order, with an A or B in it that may name something else than a response: give the one "

@@ -7,6 +7,19 @@ templates here.
 import hashlib
 from dataclasses import dataclass
 
+from patarm_jax.judge.criteria import (
+    ANALYSIS,
+    COMPLIANCE,
+    FINAL,
+    GATEKEEPER,
+    JUSTIFICATION,
+    OF_A,
+    OF_B,
+    WINNER,
+    Criterion,
+    criteria_of,
+    render_criteria,
+)
 from patarm_jax.judge.rubrics import primary
 from patarm_jax.types import CHOSEN, REJECTED, Preference
 
@@ -19,8 +32,9 @@ class JudgedPreference:
     """A preference and, for each question about it, the judgement that SFT teaches."""
 
     preference: Preference
-    # Of the chosen and of the rejected response; of a pairwise judge, with the chosen one first and with it second.
-    judgements: tuple[str, str]
+    # Of the chosen and of the rejected response; of a judge of pairs, with the chosen one first and with it second; of
+    # a generator, the rubric alone.
+    judgements: tuple[str, ...]
 
 
 def template_judgement(preference: Preference, side: int) -> str:
@@ -74,6 +88,60 @@ def template_choice(preference: Preference, place: int) -> str:
     chosen = "AB"[place]
     reasoning = f"I compare the responses by {names} first, then by how they fit this prompt."
     return _in_form(reasoning, f"Response {chosen} does better on {names}, and on Fit.", chosen)
+
+
+def template_rubric(preference: Preference) -> str:
+    """A rubric written from the domain alone; it teaches the form, and nothing of the prompt.
+
+    >>> prompt = ({"role": "user", "content": "2 + 2?"},)
+    >>> print(template_rubric(Preference("a", prompt, "4", "5", "math", "")))
+    1. The response does what this very request asks for. [Hard Rule]
+    2. The response does well on Correctness. [Principle]
+    3. The response does well on Logic. [Principle]
+    """
+    first = Criterion("The response does what this very request asks for.", "Hard Rule")
+    names = [rubric.name for rubric in primary(preference.domain)]
+    return render_criteria([first, *(Criterion(f"The response does well on {name}.", "Principle") for name in names)])
+
+
+def template_comparison(preference: Preference, place: int) -> str:
+    """A judgement by the preference's rubric, written from the label alone; it teaches the form, not taste.
+
+    Args:
+        preference: that is judged.
+        place: where the chosen response stands, 0 for A and 1 for B.
+
+    >>> prompt = ({"role": "user", "content": "2 + 2?"},)
+    >>> rubric = "1. The response is right. [Hard Rule]"
+    >>> print(template_comparison(Preference("a", prompt, "4", "5", "math", "", rubric=rubric), 1))
+    --- Compliance Check ---
+    Identified Gatekeeper Criterion: Criterion 1
+    --- Analysis ---
+    **Response A:**
+    - Criterion 1 [Hard Rule]: Justification: Response A falls short of it.
+    **Response B:**
+    - Criterion 1 [Hard Rule]: Justification: Response B meets it.
+    --- Final Judgment ---
+    Justification: Response B meets the rubric better.
+    Winner: Response B
+    """
+    chosen, found = "AB"[place], []
+    for letter, heading in zip("AB", (OF_A, OF_B), strict=True):
+        finding = "meets it" if letter == chosen else "falls short of it"
+        said = f"{JUSTIFICATION} Response {letter} {finding}."
+        criteria = enumerate(criteria_of(preference.rubric), 1)
+        found += [heading, *(f"- Criterion {number} [{one.kind}]: {said}" for number, one in criteria)]
+    return "\n".join(
+        [
+            COMPLIANCE,
+            f"{GATEKEEPER} Criterion 1",
+            ANALYSIS,
+            *found,
+            FINAL,
+            f"{JUSTIFICATION} Response {chosen} meets the rubric better.",
+            f"{WINNER} Response {chosen}",
+        ]
+    )
 
 
 def _in_form(reasoning: str, finding: str, answer: str) -> str:

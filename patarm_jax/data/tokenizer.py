@@ -247,6 +247,11 @@ def encode_judgement(tokenizer: Tokenizer, text: str) -> list[int]:
     return [*ids, tokenizer.stop_ids[0]]
 
 
+def encode_unthought(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids that a model which does not think learns to write: the text, behind `unthought_opening`, and the end."""
+    return [*encode_text(tokenizer, text), tokenizer.stop_ids[0]]
+
+
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a piece of a judgement, in which no control token is meant."""
     return _encode(tokenizer.plain, text, (), {})

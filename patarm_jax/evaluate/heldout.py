@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from patarm_jax.arrays import Params, Tree
-from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import HeldoutSection
+from patarm_jax.config.training import TrainConfig
 from patarm_jax.data.pairs import shared_between
 from patarm_jax.data.pipeline import EncodedPair, digest_of, encode_pairs
 from patarm_jax.data.preferences import read_preferences

@@ -1,32 +1,22 @@
 """What the judgements of a training step say: the metrics logged of them, and the rows written of them."""
 
-from collections.abc import Sequence
-
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from patarm_jax.config.recipes import GRPOConfig
+from patarm_jax.config.training import PolicyConfig
 from patarm_jax.evaluate.accuracy import accuracy_of_choices, gap_or_position, pairwise_accuracy
 from patarm_jax.judge.forms import FORMS, Form
 from patarm_jax.model.sharding import process_in
 from patarm_jax.reward import Rewards
-from patarm_jax.rollout.rounds import Chosen, Round
+from patarm_jax.rollout.rounds import Reinforced
 from patarm_jax.run.rollouts import RolloutRow, gather_rows
 from patarm_jax.types import CHOSEN, REJECTED, Status
 
 
-def rollout_metrics(
-    config: GRPOConfig, rounds: Sequence[Round], chosen: Chosen, advantages: np.ndarray
-) -> dict[str, float]:
-    """The vitals of a step; TRL's names where TRL has the metric.
-
-    Args:
-        config: of the run.
-        rounds: all that was sampled.
-        chosen: what is learnt from.
-        advantages: [R, G] of that.
-    """
+def rollout_metrics(config: PolicyConfig, found: Reinforced) -> dict[str, float]:
+    """The vitals of a step; TRL's names where TRL has the metric."""
+    rounds, chosen = found.rounds, found.chosen
     numbers, status, lengths, truncated = (
         np.concatenate([getattr(each, name) for each in rounds])
         for name in ("numbers", "status", "lengths", "truncated")
@@ -45,7 +35,7 @@ def rollout_metrics(
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": truncated.mean(),
-        "advantages/abs_mean": np.abs(advantages).sum() / max(chosen.valid.sum(), 1),
+        "advantages/abs_mean": np.abs(found.advantages).sum() / max(chosen.valid.sum(), 1),
     }
     if "dapo.max_rounds" in config.algorithm_settings:
         metrics |= {
@@ -58,7 +48,7 @@ def rollout_metrics(
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _judge_metrics(config: GRPOConfig, numbers: np.ndarray, valid: np.ndarray, rewards: Rewards) -> dict[str, float]:
+def _judge_metrics(config: PolicyConfig, numbers: np.ndarray, valid: np.ndarray, rewards: Rewards) -> dict[str, float]:
     """How good the judge is, from all that was sampled [P, S, G]."""
     pairwise = FORMS[config.judge].responses == 2
     found = accuracy_of_choices(np.nan_to_num(numbers), valid) if pairwise else pairwise_accuracy(numbers, valid)
@@ -86,23 +76,19 @@ def advantages_by_rollout(advantages: np.ndarray, lengths: np.ndarray) -> np.nda
     return mean
 
 
-def rollout_rows(
-    mesh: Mesh, form: Form, rounds: Sequence[Round], chosen: Chosen, advantages: np.ndarray
-) -> list[RolloutRow]:
-    """One row for each judgement of all processes, in the order of pairs and questions.
+def rollout_rows(mesh: Mesh, form: Form, found: Reinforced) -> list[RolloutRow]:
+    """One row for each sample of all processes, in the order of pairs and questions.
 
     Args:
         mesh: whose processes have a part each.
         form: of the questions.
-        rounds: all that was sampled.
-        chosen: what is learnt from.
-        advantages: [R, G] of that.
+        found: in the step.
     """
     mine, processes = process_in(mesh)
     rows: list[RolloutRow] = []
-    for number, each in enumerate(rounds):
+    for number, each in enumerate(found.rounds):
         share = slice(mine * len(each.status) // processes, (mine + 1) * len(each.status) // processes)
-        learnt = chosen.of_round(number, advantages, len(each.status))[share]
+        learnt = found.chosen.of_round(number, found.advantages, len(each.status))[share]
         questions = [(record.preference.id, place) for record in each.pairs.records for place in record.places]
         own = [
             RolloutRow(

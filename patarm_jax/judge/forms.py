@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from patarm_jax.judge.criteria import parse_rubric, parse_rubric_judge
+from patarm_jax.judge.criteria import criteria_of, parse_rubric, parse_rubric_judge
 from patarm_jax.judge.parse import parse_baseline, parse_pairwise, parse_pointwise
 from patarm_jax.judge.prompts import baseline, ordinal, pairwise, pointwise, rubric_judge
 from patarm_jax.judge.prompts import rubric as ask_for_rubric
-from patarm_jax.types import Judgement, Message, RubricMode
+from patarm_jax.types import Judgement, Message, Preference, RubricMode
 
 
 class Ask(Protocol):
@@ -23,6 +23,13 @@ class Ask(Protocol):
         """Messages; `domain` says which primary rubrics there are, `rubric` is a generator's for the prompt."""
 
 
+class Read(Protocol):
+    """What is read from what a model wrote; it never raises."""
+
+    def __call__(self, text: str, rubric: str = "", /) -> Judgement:
+        """Status and content; `rubric` is what a judge was shown of a generator's, where it must go through it."""
+
+
 @dataclass(frozen=True)
 class Form:
     """How to ask, and how to read."""
@@ -30,7 +37,7 @@ class Form:
     name: str
     responses: int  # how many one question shows
     ask: Ask
-    read: Callable[[str], Judgement]
+    read: Read
     # Of a judgement whose question has a place in its pair: what it is worth as a number, None where it is not valid.
     number: Callable[[Judgement, int], float | None]
     # What the two questions about a pair are called: of the chosen and of the rejected response, or in both orders.
@@ -39,6 +46,11 @@ class Form:
     writes: bool = True  # whether the answer is text, which is read, and not a number
     has_score_head: bool = False  # whether a head of one number gives that number, in place of the vocabulary's
     thinks: bool = True  # whether what is written may begin with the model's thinking; else its turn begins unthought
+
+    def shown(self, preference: Preference) -> tuple[tuple[str, ...], ...]:
+        """The responses in each question about a pair: each by itself, both in either order, or none in one."""
+        both = preference.chosen, preference.rejected
+        return {0: ((),), 1: ((both[0],), (both[1],)), 2: (both, both[::-1])}[self.responses]
 
 
 def _pointwise(
@@ -90,7 +102,21 @@ def _rubric_judge(
     return rubric_judge(prompt, first, second, rubric)
 
 
-def _writes_nothing(text: str) -> Judgement:
+def _regardless(parse: Callable[[str], Judgement]) -> Read:
+    """Reads without a look at the rubric."""
+
+    def read(text: str, rubric: str = "", /) -> Judgement:
+        return parse(text)
+
+    return read
+
+
+def _comparison(text: str, rubric: str = "", /) -> Judgement:
+    """A judgement that goes through every criterion of its rubric, where that is one."""
+    return parse_rubric_judge(text, len(criteria_of(rubric)) or None)
+
+
+def _writes_nothing(text: str, rubric: str = "", /) -> Judgement:
     raise TypeError("a reward model gives a number and writes nothing that could be read")
 
 
@@ -111,11 +137,11 @@ SIDES = ("chosen", "rejected")
 ORDERS = ("chosen first", "rejected first")
 
 # One response, a score from 0 to 10.
-POINTWISE = Form("pointwise", 1, _pointwise, parse_pointwise, _score, SIDES)
+POINTWISE = Form("pointwise", 1, _pointwise, _regardless(parse_pointwise), _score, SIDES)
 # Two responses, a choice.
-PAIRWISE = Form("pairwise", 2, _pairwise, parse_pairwise, _is_right, ORDERS)
+PAIRWISE = Form("pairwise", 2, _pairwise, _regardless(parse_pairwise), _is_right, ORDERS)
 # A general model, asked for a score without rubrics.
-BASELINE = Form("baseline", 1, _baseline, parse_baseline, _score, SIDES, reads_rubrics=False)
+BASELINE = Form("baseline", 1, _baseline, _regardless(parse_baseline), _score, SIDES, reads_rubrics=False)
 # A reward model with a head that gives one number.
 SCALAR = Form(
     "scalar", 1, _dialogue, _writes_nothing, _score, SIDES, reads_rubrics=False, writes=False, has_score_head=True
@@ -123,13 +149,13 @@ SCALAR = Form(
 # The expectation of a score that is asked for at once.
 ORDINAL = Form("ordinal", 1, _ordinal, _writes_nothing, _score, SIDES, reads_rubrics=False, writes=False)
 # A rubric for a prompt, before there are responses.
-RUBRIC = Form("rubric", 0, _rubric, parse_rubric, _no_number, SIDES, reads_rubrics=False, thinks=False)
+RUBRIC = Form("rubric", 0, _rubric, _regardless(parse_rubric), _no_number, SIDES, reads_rubrics=False, thinks=False)
 # Two responses and the rubric of their prompt, a choice.
 RUBRIC_JUDGE = Form(
     "rubric_judge",
     2,
     _rubric_judge,
-    parse_rubric_judge,
+    _comparison,
     _is_right,
     ORDERS,
     reads_rubrics=False,

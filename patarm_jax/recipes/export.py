@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from patarm_jax.config.load import load_run, override
-from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import MeshSection
+from patarm_jax.config.training import TrainConfig
 from patarm_jax.files import check_writable, is_occupied, occupied_error, read_json_object
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.locks import hold_output

@@ -8,24 +8,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
-import jax
-
 from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import GRPOConfig
 from patarm_jax.data.preferences import read_labelled_preferences, read_preferences
-from patarm_jax.evaluate.rollouts import advantages_by_rollout, rollout_metrics, rollout_rows
+from patarm_jax.evaluate.rollouts import rollout_metrics, rollout_rows
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.kernels import kernels_in_use
-from patarm_jax.model.sharding import TRAIN_RULES, batch_sharding, fetch
+from patarm_jax.model.sharding import TRAIN_RULES
 from patarm_jax.padding import bucket
 from patarm_jax.recipes.programs import grpo_learner, grpo_programs, large, make_rollout_programs
 from patarm_jax.recipes.ready import Ready, make_ready
+from patarm_jax.recipes.reinforce import reinforce
 from patarm_jax.reward import MarginFn
-from patarm_jax.rollout.batches import completion_width, rollouts_of
 from patarm_jax.rollout.judging import Judge, make_judge
 from patarm_jax.rollout.rewards import make_rewards
-from patarm_jax.rollout.rounds import chosen_of, key_of, sample_round, tokens_of, wants_another
+from patarm_jax.rollout.rounds import sample_round
 from patarm_jax.run.card import card_of
 from patarm_jax.run.claim import claimed
 from patarm_jax.run.folder import open_run
@@ -73,34 +71,9 @@ def _train(ready: Ready[GRPOConfig], margin: MarginFn) -> bool:
             lambda width: large(grpo_programs(config, model.arch, learner, rollout, judge.engine, width)),
             _shown,
         ):
-            with step.phase("sample"):
-                sample = partial(
-                    sample_round, judge, reward, rollout.to_rollout(run.state.params, run.frozen), phase=step.phase
-                )
-            rounds = [sample(step.pairs, key_of(config.run.seed, step.number))]
-            while wants_another(config, rounds):
-                rounds.append(sample(step.draw(), key_of(config.run.seed, step.number, len(rounds))))
-            del sample  # and with it the copy of the weights, whose memory the update needs
-            with step.phase("reward"):
-                chosen = chosen_of(config, mesh, rounds)
-                longest = max(each.pairs.longest_prompt for each in rounds)
-                widest = completion_width(int(chosen.lengths.max()), config.sampling.max_new_tokens)
-                rollouts = rollouts_of(mesh, chosen.requests, chosen.finished, bucket(longest), widest)
-            with step.phase("logprobs"):
-                sampled = rollouts
-                if reference is not None:
-                    rollouts = replace(rollouts, ref_logprobs=rollout.logprobs(*reference, sampled))
-                if config.update.old_logprobs == "trainer":
-                    anew = rollout.logprobs(run.state.params, run.frozen, sampled)
-                    rollouts = replace(rollouts, old_logprobs=anew, sampler_logprobs=sampled.old_logprobs)
-                rewarded, valid = jax.device_put((chosen.rewards, chosen.valid), batch_sharding(mesh))
-                rollouts = replace(rollouts, advantages=rollout.advantages(rewarded, valid, rollouts))
-                jax.block_until_ready(rollouts)
-            step.update(rollouts, config.update.updates_per_rollout)
-            advantages = advantages_by_rollout(fetch(rollouts.advantages), chosen.lengths)
-            step.metrics |= rollout_metrics(config, rounds, chosen, advantages)
-            step.rows = rollout_rows(mesh, judge.form, rounds, chosen, advantages)
-            step.tokens = sum(tokens_of(each) for each in rounds)
+            found = reinforce(config, mesh, rollout, reference, step, partial(sample_round, judge, reward))
+            step.metrics |= rollout_metrics(config, found)
+            step.rows = rollout_rows(mesh, judge.form, found)
         return run.finish(card_of(config, model, len(records)))
 
 

@@ -25,7 +25,8 @@ from patarm_jax.arrays import (
     abstract,
 )
 from patarm_jax.config.presets import WEIGHS_SEQUENCES
-from patarm_jax.config.recipes import GRPOConfig, RewardModelConfig, SFTConfig, TrainConfig
+from patarm_jax.config.recipes import GRPOConfig, RewardModelConfig, SFTConfig
+from patarm_jax.config.training import PolicyConfig, SupervisedConfig, TrainConfig
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import Form, kernel_for
 from patarm_jax.model.lora import abstract_parts, joined
@@ -111,7 +112,7 @@ def _forward(config: TrainConfig, arch: Architecture, mesh: Mesh, form: Form) ->
 # ---------------------------------------------------------------------------------------------------------------- sft
 
 
-def sft_learner(config: SFTConfig, arch: Architecture, mesh: Mesh, updates: int = 1) -> Learner[SFTBatch]:
+def sft_learner(config: SupervisedConfig, arch: Architecture, mesh: Mesh, updates: int = 1) -> Learner[SFTBatch]:
     """All weights or adapters, by the cross-entropy of judgements."""
     run = _forward(config, arch, mesh, sft_form(config))
 
@@ -121,7 +122,7 @@ def sft_learner(config: SFTConfig, arch: Architecture, mesh: Mesh, updates: int 
     return _learner(config, arch, mesh, sft_loss(read, batch_shards(mesh)), updates)
 
 
-def sft_form(config: SFTConfig) -> Form:
+def sft_form(config: SupervisedConfig) -> Form:
     """What rows look like to attention."""
     return "packed" if config.packing else "causal"
 
@@ -197,14 +198,14 @@ class RolloutPrograms:
     advantages: OnMesh[[jax.Array, jax.Array, Rollouts], jax.Array]  # rewards and valid [R, G] to [R, G] or [R, G, Tc]
 
 
-def grpo_learner(config: GRPOConfig, arch: Architecture, mesh: Mesh, updates: int = 1) -> Learner[Rollouts]:
+def grpo_learner(config: PolicyConfig, arch: Architecture, mesh: Mesh, updates: int = 1) -> Learner[Rollouts]:
     """All weights or adapters, by the loss of the config's algorithm."""
     read, temperature = two_streams(config, arch, mesh), config.sampling.temperature
     loss = policy_loss(read, algorithm_of(config), partial(_tokens_of, config), temperature, batch_shards(mesh))
     return _learner(config, arch, mesh, loss, updates)
 
 
-def algorithm_of(config: GRPOConfig) -> Algorithm:
+def algorithm_of(config: PolicyConfig) -> Algorithm:
     """The algorithm with the settings of a config."""
     own = {name.removeprefix("update."): value for name, value in config.algorithm_settings.items()}
     settings: dict[str, Any] = {name: own[name] for name in ("clip_low", "clip_high", "dual_clip") if name in own}
@@ -216,7 +217,7 @@ def algorithm_of(config: GRPOConfig) -> Algorithm:
     return ALGORITHMS[config.update.algorithm](**settings)
 
 
-def _tokens_of(config: GRPOConfig, rollouts: Rollouts) -> SampledTokens:
+def _tokens_of(config: PolicyConfig, rollouts: Rollouts) -> SampledTokens:
     """The batch as the config's algorithm weighs its tokens."""
     aggregation: Aggregation = "sequence_mean"
     if config.update.algorithm not in WEIGHS_SEQUENCES:
@@ -224,7 +225,7 @@ def _tokens_of(config: GRPOConfig, rollouts: Rollouts) -> SampledTokens:
     return sampled_tokens(rollouts, aggregation, config.sampling.max_new_tokens, config.update.importance_cap)
 
 
-def make_rollout_programs(config: GRPOConfig, arch: Architecture, mesh: Mesh) -> RolloutPrograms:
+def make_rollout_programs(config: PolicyConfig, arch: Architecture, mesh: Mesh) -> RolloutPrograms:
     """Jits the weight sync, log-probs and advantages."""
     run, temperature, shards = two_streams(config, arch, mesh), config.sampling.temperature, batch_shards(mesh)
 
@@ -249,7 +250,7 @@ def two_streams(config: TrainConfig, arch: Architecture, mesh: Mesh) -> Forward:
 
 
 def grpo_programs(
-    config: GRPOConfig,
+    config: PolicyConfig,
     arch: Architecture,
     learner: Learner[Rollouts],
     rollout: RolloutPrograms,
@@ -282,7 +283,7 @@ def grpo_programs(
     return shown
 
 
-def _abstract_rollouts(config: GRPOConfig, mesh: Mesh, width: int) -> Rollouts:
+def _abstract_rollouts(config: PolicyConfig, mesh: Mesh, width: int) -> Rollouts:
     prompts, group = config.prompts_per_pair * config.pairs_per_step, config.rollouts_per_prompt
     new = config.sampling.max_new_tokens
 

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 
 from patarm_jax.arrays import ComparedPairs, ComparedShape, ScoredPairs, ScoredShape, SFTBatch, SFTShape
 from patarm_jax.config.load import to_yaml
-from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import DataSection
+from patarm_jax.config.training import TrainConfig
 from patarm_jax.data.pipeline import Batches, EncodedPair, PairBatch, encode_pairs
 from patarm_jax.data.preferences import Report
 from patarm_jax.data.scores import room_for

@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from patarm_jax.arrays import SFTBatch, SFTShape
 from patarm_jax.config.recipes import SFTConfig
+from patarm_jax.data.judged import read_judged_preferences
 from patarm_jax.data.packing import sft_batch, sft_shape
 from patarm_jax.data.pipeline import PairBatch
-from patarm_jax.data.preferences import read_judged_preferences
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.sharding import place_batch

@@ -24,7 +24,8 @@ import pyarrow
 import pyarrow.parquet
 
 from patarm_jax.config.load import load_run, read_yaml
-from patarm_jax.config.recipes import GRPOConfig, TrainConfig
+from patarm_jax.config.recipes import GRPOConfig
+from patarm_jax.config.training import TrainConfig
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.files import check_writable, write_text, writing
 from patarm_jax.locks import hold_output

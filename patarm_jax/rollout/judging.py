@@ -72,7 +72,9 @@ def requests_of(records: Sequence[EncodedPair]) -> list[Request]:
     ]
 
 
-def judge(judging: Judge, params: Params, requests: Sequence[Request], key: jax.Array) -> Iterator[Judged]:
+def judge(
+    judging: Judge, params: Params, requests: Sequence[Request], key: jax.Array, rubrics: Sequence[str] = ()
+) -> Iterator[Judged]:
     """The G judgements of each request, as soon as they are written, the longest prompts first.
 
     Args:
@@ -80,26 +82,34 @@ def judge(judging: Judge, params: Params, requests: Sequence[Request], key: jax.
         params: its weights.
         requests: this process's; all processes have equally many.
         key: the same key, sample id and weights give the same judgements, in whatever company.
+        rubrics: of each request, the generator's rubric that it shows, which its judgements must go through; none
+            given: none is looked at.
     """
     for group in completed_groups(judging.engine, params, requests, key):
-        yield Judged(group, read_judgements(judging.tokenizer, group, judging.form))
+        rubric = rubrics[group.index] if rubrics else ""
+        yield Judged(group, read_judgements(judging.tokenizer, group, judging.form, rubric))
 
 
 def judge_all(
-    judging: Judge, params: Params, requests: Sequence[Request], key: jax.Array
+    judging: Judge, params: Params, requests: Sequence[Request], key: jax.Array, rubrics: Sequence[str] = ()
 ) -> tuple[Finished, list[list[Judgement]]]:
     """What was written for all requests and what it says, in their order; arguments as of `judge`."""
-    every = sorted(judge(judging, params, requests, key), key=lambda judged: judged.group.index)
+    every = sorted(judge(judging, params, requests, key, rubrics), key=lambda judged: judged.group.index)
     return stacked([judged.group for judged in every]), [judged.judgements for judged in every]
 
 
-def read_judgements(tokenizer: Tokenizer, group: Group, form: Form = POINTWISE) -> list[Judgement]:
+def read_judgements(tokenizer: Tokenizer, group: Group, form: Form = POINTWISE, rubric: str = "") -> list[Judgement]:
     """What the completions of a request say: the judge's turn, without the end token of one that has it.
 
     Of a model that does not think, without what its turn was begun with.
     """
     text = written if form.thinks else decode
-    return [form.read(text(tokenizer, ids)) for ids in written_ids(group)]
+    return [form.read(text(tokenizer, ids), rubric) for ids in written_ids(group)]
+
+
+def rubrics_of(records: Sequence[EncodedPair]) -> list[str]:
+    """Of each of `requests_of`, the generator's rubric that it shows; empty where it shows none."""
+    return [record.preference.rubric for record in records for _ in record.places]
 
 
 def written_ids(group: Group) -> list[list[int]]:

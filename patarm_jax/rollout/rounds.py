@@ -12,21 +12,23 @@ and the batch is the same on any number of them.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from patarm_jax.arrays import Params
-from patarm_jax.config.recipes import GRPOConfig
+from patarm_jax.config.training import PolicyConfig
 from patarm_jax.data.pipeline import PairBatch
 from patarm_jax.model.sharding import fetch, gather, process_in
 from patarm_jax.reward import Rewards
-from patarm_jax.rollout.judging import Judge, judge_all, numbers_of, requests_of
+from patarm_jax.rollout.judging import Judge, judge_all, numbers_of, requests_of, rubrics_of
 from patarm_jax.rollout.rewards import RewardFn, opponent_draws
 from patarm_jax.rollout.schedule import Finished, Request
 from patarm_jax.types import Judgement
 
+Phase: TypeAlias = Callable[[str], AbstractContextManager[None]]  # times a part of a step by its name
 _LATER_ROUNDS = 2**32 - 2  # counted down from: no completion's id, from which its key is folded
 
 
@@ -43,6 +45,13 @@ class Round:
     lengths: np.ndarray  # [R, G] everyone's tokens
     truncated: np.ndarray  # [R, G] everyone's, whether they were cut off
     rewards: Rewards  # everyone's, [P, S, G]; numpy's
+    # This process's, [r][G]: of samples that judge nothing, rubrics, the judgements that earn them their reward.
+    by: Sequence[Sequence[Judgement]] = ()
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens, of everyone's."""
+        return self.pairs.longest_prompt
 
     @property
     def total(self) -> np.ndarray:
@@ -70,13 +79,22 @@ class Chosen:
         return found
 
 
+@dataclass(frozen=True)
+class Reinforced:
+    """What a step has sampled, and what it has learnt from."""
+
+    rounds: Sequence[Round]
+    chosen: Chosen
+    advantages: np.ndarray  # [R, G] of what is chosen
+
+
 def sample_round(
     judge: Judge,
     reward: RewardFn,
     weights: Params,
     pairs: PairBatch,
     key: jax.Array,
-    phase: Callable[[str], AbstractContextManager[None]],
+    phase: Phase,
 ) -> Round:
     """Judgements of a batch of pairs, and what they earn.
 
@@ -90,7 +108,7 @@ def sample_round(
     """
     mesh, group, requests = judge.engine.mesh, judge.engine.group, requests_of(pairs.records)
     with phase("sample"):
-        finished, judgements = judge_all(judge, weights, requests, key)
+        finished, judgements = judge_all(judge, weights, requests, key, rubrics_of(pairs.records))
     with phase("reward"):
         questions = [(record, place) for record in pairs.records for place in record.places]
         labels = np.array([(record.preference.labels or (0.0, 0.0))[place] for record, place in questions], np.float32)
@@ -126,13 +144,13 @@ def tokens_of(each: Round) -> int:
     return group * sum(prompt for prompt, _ in each.pairs.lengths) + int(each.lengths.sum())
 
 
-def wants_another(config: GRPOConfig, rounds: Sequence[Round]) -> bool:
+def wants_another(config: PolicyConfig, rounds: Sequence[Round]) -> bool:
     """Whether groups are still missing of a step's batch, and another round may be sampled for them."""
     most = config.algorithm_settings.get("dapo.max_rounds", 1)
     return len(rounds) < most and len(with_spread(rounds, config.prompts_per_group)) < len(rounds[0].status)
 
 
-def chosen_of(config: GRPOConfig, mesh: Mesh, rounds: Sequence[Round]) -> Chosen:
+def chosen_of(config: PolicyConfig, mesh: Mesh, rounds: Sequence[Round]) -> Chosen:
     """What a step learns from: with DAPO the groups with a spread, else all that was sampled."""
     if "dapo.max_rounds" in config.algorithm_settings:
         return refilled(mesh, rounds, config.prompts_per_group)

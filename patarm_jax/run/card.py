@@ -9,13 +9,13 @@ from pathlib import Path
 
 import huggingface_hub
 
-from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import LoRASection
+from patarm_jax.config.training import TrainConfig
 from patarm_jax.data.scores import answer_opening
 from patarm_jax.model.generation import Drawing
 from patarm_jax.run.drawing import exported_drawing, heldout_in_words
 from patarm_jax.run.open_model import Model
-from patarm_jax.types import JudgeKind, RubricMode
+from patarm_jax.types import ModelKind, RubricMode
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its max_lora_rank may be
 # What a name on the Hub looks like. `data/pairs.jsonl` and `./runs/sft` are files and folders.
@@ -43,7 +43,7 @@ class ModelCardFacts:
     steps: int  # optimiser updates
     reward: str  # such as "PAR, graded margin, 8 judgements of each response"; empty where there is none
     rubrics: RubricMode
-    judge: JudgeKind = "pointwise"  # how it is asked
+    judge: ModelKind = "pointwise"  # how it is asked
     # As it was trained, and as it is to be served; None of a model that writes nothing.
     drawing: Drawing | None = field(default_factory=Drawing)
     measured_on: str = ""  # the held-out pairs, and how they were judged; empty where there are none

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 
 from patarm_jax.config.load import to_yaml
-from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import RunSection
+from patarm_jax.config.training import TrainConfig
 from patarm_jax.files import check_writable, is_writable, read_json_object, write_json, write_text, writing
 from patarm_jax.locks import hold_folder
 from patarm_jax.run.checkpoint_files import steps_in

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
-from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import JudgingSection, SamplingSection
+from patarm_jax.config.training import TrainConfig
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.generation import FILE, Drawing, Generation, read_generation
 from patarm_jax.run.open_model import Model

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from patarm_jax.arrays import Params, Tree
-from patarm_jax.config.recipes import TrainConfig
+from patarm_jax.config.training import TrainConfig
 from patarm_jax.data.tokenizer import Tokenizer, save_tokenizer
 from patarm_jax.files import appearing_whole, write_text
 from patarm_jax.model import weights

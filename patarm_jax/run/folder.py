@@ -24,8 +24,8 @@ import jax
 import numpy as np
 
 from patarm_jax.arrays import Params, Tree
-from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import RunSection
+from patarm_jax.config.training import TrainConfig
 from patarm_jax.data.pipeline import Batches, EncodedPair, PairBatch, batches, batches_drawn, batches_per_epoch
 from patarm_jax.files import read_json_object, writing
 from patarm_jax.model.adapter_files import is_adapter
@@ -85,7 +85,7 @@ class Length:
 def batches_of(config: TrainConfig, records: Sequence[EncodedPair]) -> Batches:
     """This process's part of a run's batches, from the first one on and without end."""
     shares = (jax.process_index(), jax.process_count())
-    return batches(records, config.pairs_per_step, None, config.run.seed, *shares, config.prompts_per_pair == 1)
+    return batches(records, config.pairs_per_step, None, config.run.seed, *shares, config.alternates)
 
 
 def length_of(section: RunSection, records: Sequence[EncodedPair], pairs_per_step: int) -> Length:

@@ -9,8 +9,8 @@ import optax
 from jax.sharding import Mesh
 
 from patarm_jax.arrays import Params, Tree
-from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import MeshSection
+from patarm_jax.config.training import TrainConfig
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.lora import joined, merged
 from patarm_jax.model.sharding import (

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from patarm_jax.arrays import Params, Tree
-from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import ModelSection
+from patarm_jax.config.training import TrainConfig
 from patarm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from patarm_jax.files import read_json_object
 from patarm_jax.judge.forms import FORMS

@@ -27,8 +27,9 @@ import jaxlib
 
 from patarm_jax import __version__
 from patarm_jax.config.load import shared_settings
-from patarm_jax.config.recipes import EvalConfig, JudgeConfig, TrainConfig
+from patarm_jax.config.recipes import EvalConfig, JudgeConfig
 from patarm_jax.config.sections import MeshSection
+from patarm_jax.config.training import TrainConfig
 from patarm_jax.run.joining import dismiss, find_place, join, listed
 from patarm_jax.run.process import note_signals, print_aside
 from patarm_jax.types import UsageError, UserError

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from patarm_jax.config.load import read_yaml
-from patarm_jax.config.recipes import TrainConfig
+from patarm_jax.config.training import TrainConfig
 from patarm_jax.train.optimizer import make_schedule
 
 

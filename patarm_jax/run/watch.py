@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from patarm_jax.config.recipes import TrainConfig
+from patarm_jax.config.training import TrainConfig
 from patarm_jax.run.health import Health, Told, after, reason_to_stop, untouched, verdict, warnings
 from patarm_jax.run.metrics import read_metrics
 from patarm_jax.run.peers import arrive

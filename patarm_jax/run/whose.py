@@ -14,8 +14,8 @@ from typing import Any
 from patarm_jax.config.flags import with_names_of_now
 from patarm_jax.config.load import lasting_settings
 from patarm_jax.config.presets import CHOSEN_BY_MARGIN, MARGINS
-from patarm_jax.config.recipes import TrainConfig
 from patarm_jax.config.sections import TARGETS, LoRASection
+from patarm_jax.config.training import TrainConfig
 from patarm_jax.data.pipeline import EncodedPair, digest_of
 from patarm_jax.run.open_model import Model, weights_digest
 from patarm_jax.types import UserError
