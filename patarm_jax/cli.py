@@ -152,6 +152,7 @@ def _add_training(verbs: _Verbs) -> None:
         "sft": "teach a model the form of judgements",
         "grpo": "train a judge on preference pairs",
         "reward-model": "train a reward model that writes nothing on preference pairs",
+        "rubric-arm": "train a generator of rubrics and a judge that compares by them, in turns",
     }
     for verb, what in verbs_and_what.items():
         name = verb.replace("-", "_")

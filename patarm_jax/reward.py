@@ -195,6 +195,22 @@ def accuracy_reward(right: jax.Array, valid: jax.Array, reward: float = 1.0, oth
     return jnp.where(valid, jnp.where(right == 1, reward, otherwise), 0.0)
 
 
+def verdict_reward(right: jax.Array, valid: jax.Array, form: float = 0.0) -> Rewards:
+    """What Rubric-ARM's models earn, a judge for its verdict and a generator for that by its rubric.
+
+        R = 1[o = o*] + form · 1[valid]
+
+    Args:
+        right: [...], 1 where the verdict prefers the chosen response; all else, NaN included, earns nothing.
+        valid: [...] bool, whether what was written, judgement or rubric, is in form.
+        form: what that earns.
+
+    Source: Rubric-ARM (arXiv 2602.01511), which does not publish `form`; others take 1 for the judge.
+    """
+    earned, format = (right == 1).astype(jnp.float32), jnp.where(valid, form, 0.0).astype(jnp.float32)
+    return Rewards(earned, format, jnp.zeros_like(earned), earned + format)
+
+
 def format_reward(status: jax.Array) -> jax.Array:
     """0 for a well-formed judgement, −1.0 for a bad score, −1.5 for bad tags.
 

@@ -17,16 +17,18 @@ import yaml
 
 from patarm_jax.config.flags import BECAME_SECTIONS, merged, nearest, now_called, settings_of, with_names_of_now
 from patarm_jax.config.recipes import GRPOConfig, RewardModelConfig, SFTConfig
+from patarm_jax.config.rubric_arm import RubricArmConfig
 from patarm_jax.config.sections import Section, limits_of
-from patarm_jax.config.training import TrainConfig
+from patarm_jax.config.training import RunConfig
 from patarm_jax.files import one_line
 from patarm_jax.types import UsageError, UserError
 
 Config = TypeVar("Config", bound=Section)
-TRAINING: dict[str, type[TrainConfig]] = {  # by `recipe`
+TRAINING: dict[str, type[RunConfig]] = {  # by `recipe`
     "sft": SFTConfig,
     "grpo": GRPOConfig,
     "reward_model": RewardModelConfig,
+    "rubric_arm": RubricArmConfig,
 }
 
 
@@ -35,7 +37,7 @@ def load(cls: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config
     return override(from_mapping(cls, read_yaml(path), str(path)), overrides)
 
 
-def load_run(folder: Path) -> TrainConfig:
+def load_run(folder: Path) -> RunConfig:
     """The config.yaml of a run folder, of an earlier version too."""
     path = folder / "config.yaml"
     mapping = with_names_of_now(read_yaml(path))

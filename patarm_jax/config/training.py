@@ -60,6 +60,11 @@ class RunConfig(Section):
                 "would belong to. Set lora.export to merged."
             )
 
+    @property
+    def kl_reference(self) -> str | None:
+        """The model folder that the KL is measured from; None where there is no KL, or where that is not set."""
+        return None
+
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
@@ -111,11 +116,6 @@ class TrainConfig(RunConfig):
     @property
     def rollout_sampling(self) -> SamplingSection | None:
         """How training draws judgements; None where it draws none."""
-        return None
-
-    @property
-    def kl_reference(self) -> str | None:
-        """The model folder that the KL is measured from; None where there is no KL."""
         return None
 
     @property

@@ -128,7 +128,7 @@ def encode_pairs(
     shortest: dict[str, int] = {}  # reason → the smallest limit that would have kept a preference
     # disable=None: no bar where nobody watches.
     for index, preference in enumerate(tqdm(preferences, desc="encode", unit="pair", disable=None)):
-        pair = _encode(tokenizer, index, preference, rubrics, form)
+        pair = encode_pair(tokenizer, index, preference, rubrics, form)
         excess = _excess(pair, section, room)
         if excess is None:
             kept.append(pair)
@@ -151,13 +151,14 @@ def encode_pairs(
     return kept, Report(len(kept), dict(dropped.most_common()))
 
 
-def _encode(
+def encode_pair(
     tokenizer: Tokenizer, index: int, given: Preference | JudgedPreference, rubrics: RubricMode, form: Form
 ) -> EncodedPair:
+    """One preference as `encode_pairs` encodes it, however long it is."""
     if isinstance(given, JudgedPreference):
         encode = encode_judgement if form.thinks else encode_unthought
         written = tuple(np.asarray(encode(tokenizer, text), np.int32) for text in given.judgements)
-        return replace(_encode(tokenizer, index, given.preference, rubrics, form), completion_tokens=written)
+        return replace(encode_pair(tokenizer, index, given.preference, rubrics, form), completion_tokens=written)
     ask = partial(form.ask, given.prompt, domain=given.domain, rubrics=rubrics, rubric=given.rubric)
     questions = [encode_question(tokenizer, ask(*responses), form) for responses in form.shown(given)]
     return EncodedPair(index, given, tuple(questions), places=tuple(range(len(questions))))

@@ -1,7 +1,7 @@
 """Held-out pairs, judged now and then by the weights that are being trained, through the road of the rollouts."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import jax
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.sections import HeldoutSection
-from patarm_jax.config.training import TrainConfig
+from patarm_jax.config.training import RunConfig, TrainConfig
 from patarm_jax.data.pairs import shared_between
 from patarm_jax.data.pipeline import EncodedPair, digest_of, encode_pairs
 from patarm_jax.data.preferences import read_preferences
@@ -18,7 +18,7 @@ from patarm_jax.data.scores import room_for
 from patarm_jax.evaluate.accuracy import Accuracy, accuracy_of_choices, gap_or_position, pairwise_accuracy
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.sharding import OnMesh, batch_shards, gather
-from patarm_jax.rollout.judging import Judge, judge_all, make_judge, numbers_of, places_of, requests_of
+from patarm_jax.rollout.judging import Judge, judge_all, make_judge, numbers_of, places_of, requests_of, rubrics_of
 from patarm_jax.rollout.numbers import Numbers, make_numbers
 from patarm_jax.run.drawing import heldout_sampling
 from patarm_jax.run.learner import weight_sync
@@ -29,7 +29,7 @@ from patarm_jax.types import Preference, Status, UserError
 
 
 @dataclass(frozen=True)
-class _NowAndThen:
+class NowAndThen:
     """Anything that is measured on held-out pairs while a run goes on."""
 
     section: HeldoutSection
@@ -40,11 +40,11 @@ class _NowAndThen:
 
 
 @dataclass(frozen=True)
-class Heldout(_NowAndThen):
+class Heldout(NowAndThen):
     """What is judged, and by which programs."""
 
     judge: Judge
-    to_rollout: OnMesh[[Params, Tree], Params]  # to the copy for sampling
+    to_rollout: Callable[[Params, Tree], Params]  # to the copy for sampling
     key: jax.Array  # the same at every step, so that a difference is the weights'
     records: Sequence[EncodedPair]
     # This process's part of them; behind the last the first ones follow again, so that devices share evenly.
@@ -56,7 +56,7 @@ class Heldout(_NowAndThen):
 
 
 @dataclass(frozen=True)
-class HeldoutRewards(_NowAndThen):
+class HeldoutRewards(NowAndThen):
     """What a reward model that writes nothing is measured on, and by what."""
 
     rewards: Numbers
@@ -84,37 +84,38 @@ def open_heldout(
     section = config.heldout
     if not section.path:
         return None
-    data = replace(config.data, path=section.path, split=section.split)
-    preferences, read = read_preferences(data, "heldout")
-    said = _refuse_shared_pairs(config, training, preferences)
-    if section.limit:
-        preferences = preferences[: section.limit]
+    preferences, read = read_heldout(config, training)
     form, to_rollout = FORMS[config.judge], weight_sync(config, model.arch, mesh)
     sampling = heldout_sampling(config, model) if form.writes else None
     new_tokens = sampling.max_new_tokens if sampling else 0
     settings = model.tokenizer, form, new_tokens, "heldout.sampling.max_new_tokens"
     room = room_for(model.arch.max_position_embeddings, *settings)
     records, encoded = encode_pairs(model.tokenizer, preferences, config.rubrics, config.data, room, form)
-    say(f"held out, {section.path}: {read}{said}. Encoded: {encoded}.")
+    say(f"held out, {section.path}: {read}. Encoded: {encoded}.")
     asked = {"number of pairs": len(records), "pairs": digest_of(records)}
     agree("the held-out pairs they read", asked | ({"sampling": asdict(sampling)} if sampling else {}))
     if sampling is None:
         rewards = make_numbers(model.arch, model.tokenizer, mesh, config.model, form)
         return HeldoutRewards(section, rewards, to_rollout, records)
-    shards, processes = batch_shards(mesh), jax.process_count()
-    padded = list(itertools.islice(itertools.cycle(records), -(-len(records) // shards) * shards))
-    each = len(padded) // processes
     return Heldout(
         section=section,
         judge=make_judge(model.arch, model.tokenizer, mesh, config.model, sampling, section.votes, form),
         to_rollout=to_rollout,
         key=jax.random.fold_in(jax.random.key(config.run.seed), 0),  # training's begin at step 1
         records=records,
-        share=padded[jax.process_index() * each :][:each],
+        share=share_of(mesh, records),
     )
 
 
-def _refuse_shared_pairs(config: TrainConfig, training: Sequence[Preference], heldout: Sequence[Preference]) -> str:
+def read_heldout(config: RunConfig, training: Sequence[Preference]) -> tuple[list[Preference], str]:
+    """The held-out pairs, none of which is trained on, and a clause on what became of the rows."""
+    section = config.heldout
+    preferences, read = read_preferences(replace(config.data, path=section.path, split=section.split), "heldout")
+    said = _refuse_shared_pairs(config, training, preferences)
+    return preferences[: section.limit or None], f"{read}{said}"
+
+
+def _refuse_shared_pairs(config: RunConfig, training: Sequence[Preference], heldout: Sequence[Preference]) -> str:
     """Refuses pairs that are trained on; a clause on prompts that are, with other responses."""
     shared = shared_between(training, heldout)
     if shared.example is not None:
@@ -131,15 +132,40 @@ def _refuse_shared_pairs(config: TrainConfig, training: Sequence[Preference], he
     return f"; {shared.prompts:,} of these pairs have a prompt that training has with other responses"
 
 
+def share_of(mesh: Mesh, records: Sequence[EncodedPair]) -> list[EncodedPair]:
+    """This process's part of some records; behind the last the first ones follow again, so that devices share evenly.
+
+    `gather` puts the parts together again: what is known of the records themselves comes first.
+    """
+    shards, processes = batch_shards(mesh), jax.process_count()
+    padded = list(itertools.islice(itertools.cycle(records), -(-len(records) // shards) * shards))
+    each = len(padded) // processes
+    return padded[jax.process_index() * each :][:each]
+
+
 def judge_heldout(heldout: Heldout, params: Params, frozen: Tree) -> tuple[Accuracy, float]:
     """What the judge is worth on all held-out pairs, and the share of judgements that were cut off."""
-    finished, judgements = judge_all(
-        heldout.judge, heldout.to_rollout(params, frozen), requests_of(heldout.share), heldout.key
-    )
-    form = heldout.judge.form
-    mine = (*numbers_of(judgements, places_of(heldout.share), form), finished.truncated)
-    numbers, status, truncated = (x[: 2 * len(heldout.records)] for x in gather(heldout.judge.engine.mesh, mine))
-    pairs = (x.reshape(len(heldout.records), 2, -1) for x in (np.nan_to_num(numbers), status == Status.OK))
+    weights = heldout.to_rollout(params, frozen)
+    return judge_pairs(heldout.judge, weights, heldout.share, len(heldout.records), heldout.key)
+
+
+def judge_pairs(
+    judge: Judge, weights: Params, share: Sequence[EncodedPair], number: int, key: jax.Array
+) -> tuple[Accuracy, float]:
+    """What a judge is worth on some pairs, and the share of judgements that were cut off.
+
+    Args:
+        judge: from `make_judge`.
+        weights: of it.
+        share: this process's part of the pairs, from `share_of`.
+        number: of all pairs.
+        key: that judgements draw from.
+    """
+    finished, judgements = judge_all(judge, weights, requests_of(share), key, rubrics_of(share))
+    form = judge.form
+    mine = (*numbers_of(judgements, places_of(share), form), finished.truncated)
+    numbers, status, truncated = (x[: 2 * number] for x in gather(judge.engine.mesh, mine))
+    pairs = (x.reshape(number, 2, -1) for x in (np.nan_to_num(numbers), status == Status.OK))
     accuracy = accuracy_of_choices if form.responses == 2 else pairwise_accuracy
     return accuracy(*pairs), float(truncated.mean())
 

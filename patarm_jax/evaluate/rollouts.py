@@ -1,17 +1,24 @@
 """What the judgements of a training step say: the metrics logged of them, and the rows written of them."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from patarm_jax.config.training import PolicyConfig
 from patarm_jax.evaluate.accuracy import accuracy_of_choices, gap_or_position, pairwise_accuracy
-from patarm_jax.judge.forms import FORMS, Form
+from patarm_jax.judge.forms import FORMS, RUBRIC, Form
 from patarm_jax.model.sharding import process_in
 from patarm_jax.reward import Rewards
-from patarm_jax.rollout.rounds import Reinforced
+from patarm_jax.rollout.rounds import JudgedBy, Reinforced
 from patarm_jax.run.rollouts import RolloutRow, gather_rows
+from patarm_jax.run.rubrics import sha256_of
 from patarm_jax.types import CHOSEN, REJECTED, Status
+
+NO_RUBRICS: Mapping[str, str] = MappingProxyType({})
 
 
 def rollout_metrics(config: PolicyConfig, found: Reinforced) -> dict[str, float]:
@@ -44,21 +51,24 @@ def rollout_metrics(config: PolicyConfig, found: Reinforced) -> dict[str, float]
             "rewards/length/mean": rewards.length.mean(),
         }
     by_pair = rewards.total.shape
-    metrics |= _judge_metrics(config, numbers.reshape(by_pair), status.reshape(by_pair) == Status.OK, rewards)
+    # Of rubrics the numbers are those of the judgements by them, which have a form of their own.
+    metrics |= _judge_metrics(config, numbers.reshape(by_pair), ~np.isnan(numbers).reshape(by_pair), rewards)
+    if FORMS[config.judge] is RUBRIC:
+        metrics["rubrics/valid"] = (status == Status.OK).mean()
     return {name: float(value) for name, value in metrics.items()}
 
 
 def _judge_metrics(config: PolicyConfig, numbers: np.ndarray, valid: np.ndarray, rewards: Rewards) -> dict[str, float]:
     """How good the judge is, from all that was sampled [P, S, G]."""
-    pairwise = FORMS[config.judge].responses == 2
-    found = accuracy_of_choices(np.nan_to_num(numbers), valid) if pairwise else pairwise_accuracy(numbers, valid)
+    scores = FORMS[config.judge].responses == 1
+    found = pairwise_accuracy(numbers, valid) if scores else accuracy_of_choices(np.nan_to_num(numbers), valid)
     metrics = {
         "judge/valid": found.valid,
         "judge/accuracy_strict": found.accuracy_strict,
         "judge/accuracy_half": found.accuracy_half,
         **{f"judge/{name}": value for name, value in gap_or_position(found).items()},
     }
-    if not pairwise:
+    if scores:
         metrics |= {
             "rewards/chosen/mean": float(rewards.total[:, CHOSEN].mean()),
             "rewards/rejected/mean": float(rewards.total[:, REJECTED].mean()),
@@ -76,13 +86,16 @@ def advantages_by_rollout(advantages: np.ndarray, lengths: np.ndarray) -> np.nda
     return mean
 
 
-def rollout_rows(mesh: Mesh, form: Form, found: Reinforced) -> list[RolloutRow]:
+def rollout_rows(
+    mesh: Mesh, form: Form, found: Reinforced, rubrics: Mapping[str, str] = NO_RUBRICS
+) -> list[RolloutRow]:
     """One row for each sample of all processes, in the order of pairs and questions.
 
     Args:
         mesh: whose processes have a part each.
         form: of the questions.
         found: in the step.
+        rubrics: by the id of a pair, the rubric that it was judged by, where there is one.
     """
     mine, processes = process_in(mesh)
     rows: list[RolloutRow] = []
@@ -100,9 +113,18 @@ def rollout_rows(mesh: Mesh, form: Form, found: Reinforced) -> list[RolloutRow]:
                 choice=one.choice,
                 reward=float(reward),
                 advantage=None if np.isnan(advantage) else float(advantage),
+                rubric_sha256=sha256_of(rubrics[pair]) if pair in rubrics else None,
             )
             for (pair, place), *group in zip(questions, each.judgements, each.total[share], learnt, strict=True)
             for one, reward, advantage in zip(*group, strict=True)
         ]
+        if each.by:
+            own = [_with_verdict(row, by) for row, by in zip(own, each.by, strict=True)]
         rows += gather_rows(mesh, own)
     return rows
+
+
+def _with_verdict(rubric: RolloutRow, by: JudgedBy) -> RolloutRow:
+    """The row of a rubric with what was judged by it."""
+    verdict = by.verdict
+    return replace(rubric, choice=verdict.choice, rubric_sha256=sha256_of(by.rubric), judgement=verdict.text)

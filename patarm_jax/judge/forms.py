@@ -148,8 +148,8 @@ SCALAR = Form(
 )
 # The expectation of a score that is asked for at once.
 ORDINAL = Form("ordinal", 1, _ordinal, _writes_nothing, _score, SIDES, reads_rubrics=False, writes=False)
-# A rubric for a prompt, before there are responses.
-RUBRIC = Form("rubric", 0, _rubric, _regardless(parse_rubric), _no_number, SIDES, reads_rubrics=False, thinks=False)
+# A rubric for a prompt, before there are responses; its places are of the judgement that says what it is worth.
+RUBRIC = Form("rubric", 0, _rubric, _regardless(parse_rubric), _no_number, ORDERS, reads_rubrics=False, thinks=False)
 # Two responses and the rubric of their prompt, a choice.
 RUBRIC_JUDGE = Form(
     "rubric_judge",

@@ -3,6 +3,7 @@
 Rules never change a result, only its placement.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -161,6 +162,16 @@ def gather(mesh: Mesh, tree: Tree) -> Tree:
     if not mesh.is_multi_process:
         return tree
     return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(np.asarray(x), tiled=True)), tree)
+
+
+def gather_json(mesh: Mesh, mine: list[Any]) -> list[Any]:
+    """JSON values, each process's list of them, put together on every process."""
+    if not mesh.is_multi_process:
+        return mine
+    text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+    sizes = gather(mesh, np.array([len(text)]))
+    padded = gather(mesh, np.pad(text, (0, sizes.max() - len(text)))[None])
+    return [value for size, part in zip(sizes, padded, strict=True) for value in json.loads(part[:size].tobytes())]
 
 
 def fetch(tree: Tree) -> Tree:

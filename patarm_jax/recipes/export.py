@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from patarm_jax.config.load import load_run, override
+from patarm_jax.config.rubric_arm import Role, RubricArmConfig
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.config.training import TrainConfig
 from patarm_jax.files import check_writable, is_occupied, occupied_error, read_json_object
@@ -17,6 +18,7 @@ from patarm_jax.run.checkpoint import open_checkpoints
 from patarm_jax.run.checkpoint_files import best_of, metrics_of, steps_in
 from patarm_jax.run.claim import CHECKPOINTS, MARK
 from patarm_jax.run.export import export_trained
+from patarm_jax.run.metrics import read_metrics
 from patarm_jax.run.open_model import load_parts, open_model
 from patarm_jax.run.process import say
 from patarm_jax.run.whose import refuse_another_start
@@ -44,7 +46,7 @@ def _export(checkpoint: Path, out: Path, best: bool, lora: Literal["merged", "ad
     if is_occupied(out):  # by one that ended just now
         raise occupied_error(out)
     folder, step = _run_and_step(checkpoint.expanduser())
-    config = load_run(folder)
+    config = _config_of(folder, step)
     if lora is not None:
         if not config.lora.rank:
             raise UsageError(f"{folder} has trained all weights, and no adapters. Leave --lora out.")
@@ -66,6 +68,24 @@ def _export(checkpoint: Path, out: Path, best: bool, lora: Literal["merged", "ad
     card = replace(card_of(config, model), steps=updates, measured=measured)
     export_trained(out, config, model, mesh, params, frozen, card)
     say(f"step {step} of {folder}: {out}")
+
+
+def _config_of(folder: Path, step: int | None) -> TrainConfig:
+    """What a checkpoint was trained by; of a run of phases, the config of its phase."""
+    config = load_run(folder)
+    if isinstance(config, TrainConfig):
+        return config
+    assert isinstance(config, RubricArmConfig)
+    steps = steps_in(folder / CHECKPOINTS)
+    wanted = max(steps, default=0) if step is None else step
+    for line in read_metrics(folder / "metrics.jsonl"):
+        if line["step"] == wanted:
+            role: Role = "judge" if line["phase"].startswith("judge") else "generator"
+            return config.turn_of(role) if line["round"] else config.warmup_of(role)
+    raise UserError(
+        f"{folder / 'metrics.jsonl'} says nothing of step {wanted}, so that it is not known which of the two models "
+        "its checkpoint holds. Name another checkpoint."
+    )
 
 
 def _run_and_step(path: Path) -> tuple[Path, int | None]:

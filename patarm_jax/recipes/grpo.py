@@ -69,7 +69,7 @@ def _train(ready: Ready[GRPOConfig], margin: MarginFn) -> bool:
         for step in run.steps(
             lambda pairs: bucket(pairs.longest_prompt),
             lambda width: large(grpo_programs(config, model.arch, learner, rollout, judge.engine, width)),
-            _shown,
+            shown,
         ):
             found = reinforce(config, mesh, rollout, reference, step, partial(sample_round, judge, reward))
             step.metrics |= rollout_metrics(config, found)
@@ -133,7 +133,7 @@ def _load_reference(ready: Ready[GRPOConfig], frozen: Tree) -> tuple[Params, Tre
     return load_params(config.reference_model, ready.reference, ready.mesh, seed, TRAIN_RULES, dtype), None
 
 
-def _shown(values: Mapping[str, float]) -> Shown:
+def shown(values: Mapping[str, float]) -> Shown:
     """What of a step's metrics is printed."""
     shares = {"readable": "judge/valid", "cut off": "completions/clipped_ratio"}
     return {"reward": values["reward"], **{words: percent(values[name]) for words, name in shares.items()}}

@@ -22,7 +22,7 @@ from patarm_jax.run.card import card_of
 from patarm_jax.run.devices import tell_devices
 from patarm_jax.run.drawing import with_heldout_sampling
 from patarm_jax.run.export import refuse_adapters_of_no_model
-from patarm_jax.run.folder import Evaluator, Length, batches_of, length_of, open_run
+from patarm_jax.run.folder import Evaluator, Length, Run, batches_of, length_of, open_run
 from patarm_jax.run.learner import Learner, check_batch
 from patarm_jax.run.open_model import Model, open_model
 from patarm_jax.run.process import say
@@ -104,12 +104,20 @@ def learn(
     with open_run(ready.config, ready.model, ready.records, ready.length, learner, ready.heldout) as run:
         if run is None:
             return True
-        for step in run.steps(
-            prepare, lambda batch: {"update": (learner.update, (run.state, learner.frozen, batch))}, shown
-        ):
-            step.update(step.batch)
-            step.tokens = sum(map(sum, step.pairs.lengths))
+        take_updates(run, prepare, shown)
         return run.finish(card_of(ready.config, ready.model, len(ready.records)))
+
+
+def take_updates(
+    run: Run, prepare: Callable[[PairBatch], Prepared], shown: Callable[[Mapping[str, float]], Shown]
+) -> None:
+    """Takes the steps of a run, one update each."""
+    learner = run.learner
+    for step in run.steps(
+        prepare, lambda batch: {"update": (learner.update, (run.state, learner.frozen, batch))}, shown
+    ):
+        step.update(step.batch)
+        step.tokens = sum(map(sum, step.pairs.lengths))
 
 
 def describe_update(

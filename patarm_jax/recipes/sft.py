@@ -10,9 +10,11 @@ from jax.sharding import Mesh
 
 from patarm_jax.arrays import SFTBatch, SFTShape
 from patarm_jax.config.recipes import SFTConfig
+from patarm_jax.config.training import SupervisedConfig
 from patarm_jax.data.judged import read_judged_preferences
 from patarm_jax.data.packing import sft_batch, sft_shape
 from patarm_jax.data.pipeline import PairBatch
+from patarm_jax.data.tokenizer import Tokenizer
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.sharding import place_batch
@@ -41,13 +43,14 @@ def _train(ready: Ready[SFTConfig]) -> bool:
     config, mesh, model = ready.config, ready.mesh, ready.model
     learner = sft_learner(config, model.arch, mesh, updates=ready.length.steps)
     say(kernels_in_use(config.model, model.arch, mesh, sft_form(config)))
+    return learn(ready, learner, partial(prepare, config, mesh, model.tokenizer), shown)
 
-    def prepare(pairs: PairBatch) -> SFTBatch:
-        rows = sft_batch(pairs, _shape(config, mesh, pairs), model.tokenizer.pad_id, config.packing)
-        batch: SFTBatch = place_batch(mesh, rows)
-        return batch
 
-    return learn(ready, learner, prepare, _shown)
+def prepare(config: SupervisedConfig, mesh: Mesh, tokenizer: Tokenizer, pairs: PairBatch) -> SFTBatch:
+    """A batch of pairs as rows on the devices."""
+    rows = sft_batch(pairs, _shape(config, mesh, pairs), tokenizer.pad_id, config.packing)
+    batch: SFTBatch = place_batch(mesh, rows)
+    return batch
 
 
 def dry_run(config: SFTConfig) -> None:
@@ -60,10 +63,10 @@ def dry_run(config: SFTConfig) -> None:
     describe_update(ready, partial(_shape, config, mesh), partial(sft_programs, learner))
 
 
-def _shape(config: SFTConfig, mesh: Mesh, pairs: PairBatch) -> SFTShape:
+def _shape(config: SupervisedConfig, mesh: Mesh, pairs: PairBatch) -> SFTShape:
     return sft_shape(pairs, WIDTH_MULTIPLE, rows_multiple(mesh, config.micro_batches), config.packing)
 
 
-def _shown(values: Mapping[str, float]) -> Shown:
+def shown(values: Mapping[str, float]) -> Shown:
     """What of a step's metrics is printed."""
     return {"loss": values["loss"], "tokens right": percent(values["mean_token_accuracy"])}

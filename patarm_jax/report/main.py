@@ -25,9 +25,11 @@ import pyarrow.parquet
 
 from patarm_jax.config.load import load_run, read_yaml
 from patarm_jax.config.recipes import GRPOConfig
+from patarm_jax.config.rubric_arm import RubricArmConfig
 from patarm_jax.config.training import TrainConfig
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.files import check_writable, write_text, writing
+from patarm_jax.judge.forms import FORMS
 from patarm_jax.locks import hold_output
 from patarm_jax.run.health import Health, after, verdict
 from patarm_jax.run.watch import told_of
@@ -140,7 +142,7 @@ def _write(run: Path, config: TrainConfig, out: Path, megabytes: int, mark: str)
         "rollout_steps": len(steps),
         "preferences": preferences,
         "missing": missing,
-        "pairwise": config.judge == "pairwise",
+        "pairwise": FORMS[config.judge].responses == 2,
     }
     with writing(out):
         write_text(out, _page(payload, rollouts, mark))
@@ -201,7 +203,11 @@ def _config(run: Path) -> TrainConfig:
         )
     if "benchmark" in read_yaml(path):
         raise UserError(f"{run} is an evaluation and has no steps. Read {run / 'summary.md'}, or give a run's folder.")
-    return load_run(run)
+    config = load_run(run)
+    if isinstance(config, RubricArmConfig):  # of its two models the judge, which both are rewarded by
+        return config.turn_of("judge")
+    assert isinstance(config, TrainConfig)
+    return config
 
 
 def _metrics(path: Path) -> list[dict[str, object]]:
@@ -262,8 +268,9 @@ def _step(path: Path) -> _Step:
     return _Step(int(path.stem.removeprefix("step_")), tuple(pairs), _packed({"pairs": list(pairs.values())}))
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _finite(value: Any) -> Any:
+    """A number, or what is none, such as the name of a phase; None of one that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _preferences(config: TrainConfig, ids: Iterable[str]) -> tuple[dict[str, Any], str]:

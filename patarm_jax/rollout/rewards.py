@@ -9,6 +9,7 @@ import numpy as np
 
 from patarm_jax.arrays import Array
 from patarm_jax.config.recipes import GRPOConfig
+from patarm_jax.config.training import PolicyConfig
 from patarm_jax.reward import (
     MarginFn,
     Rewards,
@@ -41,16 +42,21 @@ def make_rewards(config: GRPOConfig, margin: MarginFn) -> RewardFn:
         config: whose reward it is.
         margin: f of PAR.
     """
-    earned, settings = _earned(config, margin), config.algorithm_settings
-    buffer, factor = settings.get("dapo.overlong_buffer", 0), settings.get("dapo.overlong_factor", 0.0)
+    earned = _earned(config, margin)
 
     def rewards(
         numbers: jax.Array, status: jax.Array, lengths: jax.Array, draws: jax.Array, labels: jax.Array
     ) -> Rewards:
-        lost = overlong_penalty(lengths, config.sampling.max_new_tokens, buffer, factor) if buffer else 0.0
-        return in_all(earned(numbers, status == Status.OK, draws, labels), status, lost)
+        return in_all(earned(numbers, status == Status.OK, draws, labels), status, lost_for_length(config, lengths))
 
     return jax.jit(rewards)
+
+
+def lost_for_length(config: PolicyConfig, lengths: jax.Array) -> jax.Array | float:
+    """What an algorithm takes off samples that come near the limit of tokens; DAPO does."""
+    settings = config.algorithm_settings
+    buffer, factor = settings.get("dapo.overlong_buffer", 0), settings.get("dapo.overlong_factor", 0.0)
+    return overlong_penalty(lengths, config.sampling.max_new_tokens, buffer, factor) if buffer else 0.0
 
 
 def _earned(config: GRPOConfig, margin: MarginFn) -> _Earned:

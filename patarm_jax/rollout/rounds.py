@@ -33,6 +33,14 @@ _LATER_ROUNDS = 2**32 - 2  # counted down from: no completion's id, from which i
 
 
 @dataclass(frozen=True)
+class JudgedBy:
+    """A judgement by a sampled rubric."""
+
+    rubric: str  # as the judge was shown it
+    verdict: Judgement
+
+
+@dataclass(frozen=True)
 class Round:
     """Judgements of some pairs and what they earn."""
 
@@ -45,8 +53,7 @@ class Round:
     lengths: np.ndarray  # [R, G] everyone's tokens
     truncated: np.ndarray  # [R, G] everyone's, whether they were cut off
     rewards: Rewards  # everyone's, [P, S, G]; numpy's
-    # This process's, [r][G]: of samples that judge nothing, rubrics, the judgements that earn them their reward.
-    by: Sequence[Sequence[Judgement]] = ()
+    by: Sequence[JudgedBy] = ()  # this process's, [r·G], of rubrics: what earns each of them its reward
 
     @property
     def longest_prompt(self) -> int:

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -32,6 +32,7 @@ from patarm_jax.types import UserError
 Found = TypeVar("Found")
 STATE, DATA, FINGERPRINT = "state", "data", "fingerprint"
 UNFINISHED = "*.orbax-checkpoint-tmp"
+_GO_ON = "Set run.on_damaged to previous to go on from {}, remove that folder, or give another run folder"
 
 
 def _silent(message: str) -> None:
@@ -106,12 +107,29 @@ class Checkpoints:
         Raises:
             UserError: when there is none, when it is of another run, or when it is damaged.
         """
-        remedy = "Set run.on_damaged to previous to go on from {}, remove that folder, or give another run folder"
-        (state, data_state), step = self._last_whole(lambda step: self._restored(step, abstract_state), remedy)
-        damaged = [one for one in steps_in(self.folder) if one > step or damage_of(self.folder / str(one))]
-        if _seen_by_all("some" if damaged else ""):  # nothing is moved before every process has looked
-            self._put_aside(damaged)
+        (state, data_state), step = self._last_whole(lambda step: self._restored(step, abstract_state), _GO_ON)
+        self._put_damaged_aside(step)
         return state, data_state, step
+
+    def last_whole(self) -> int | None:
+        """The last step whose files are all there, or None; those after it are treated as `on_damaged` says."""
+        if self.latest() is None:
+            return None
+
+        def look(step: int) -> None:
+            if damage := _seen_by_all(damage_of(self.folder / str(step))):
+                raise Damage(damage)
+
+        _, step = self._last_whole(look, _GO_ON)
+        self._put_damaged_aside(step)
+        return step
+
+    def restore_step(self, abstract_state: Found, step: int) -> tuple[Found, dict[str, object]]:
+        """One checkpoint as (state, data state); arguments and errors as of `restore`."""
+        try:
+            return self._restored(step, abstract_state)
+        except Damage as damage:
+            raise self._refusal(step, damage, _GO_ON) from None
 
     def restore_params(self, abstract_params: Params, step: int | None = None) -> tuple[Params, int]:
         """(parameters of one checkpoint without the optimiser's moments, straight into their shardings; its step).
@@ -181,6 +199,12 @@ class Checkpoints:
             f"cannot restore the checkpoint {self.folder / str(step)}: {damage}. It is damaged, or of another model. "
             f"{remedy.format(self.folder / str(before))}."
         )
+
+    def _put_damaged_aside(self, last: int) -> None:
+        """Those after the last whole one, and others that are damaged."""
+        damaged = [one for one in steps_in(self.folder) if one > last or damage_of(self.folder / str(one))]
+        if _seen_by_all("some" if damaged else ""):  # nothing is moved before every process has looked
+            self._put_aside(damaged)
 
     def _put_aside(self, steps: Sequence[int]) -> None:
         """Moves damaged checkpoints out of the way of those that will be saved; none is removed."""
@@ -270,6 +294,7 @@ def open_checkpoints(
     best: str = "",
     on_damaged: Literal["stop", "previous"] = "stop",
     say: Callable[[str], None] = _silent,
+    kept_besides: Callable[[Sequence[int]], Set[int]] | None = None,
 ) -> Checkpoints:
     """The checkpoints in a folder, which is made when it is missing.
 
@@ -281,6 +306,7 @@ def open_checkpoints(
         best: the metric whose largest value tells the best checkpoint, which is kept besides; empty: none is.
         on_damaged: whether a damaged checkpoint stops the run, or the one before it is taken.
         say: tells the user of damaged checkpoints that are passed over.
+        kept_besides: of the steps that are saved, those that are kept however old they are.
     """
     logging.getLogger("absl").addFilter(_not_from_orbax)
     policies = ocp.checkpoint_managers
@@ -295,6 +321,9 @@ def open_checkpoints(
         options = ocp.CheckpointManagerOptions(
             best_fn=value, preservation_policy=policies.AnyPreservationPolicy([latest, kept])
         )
+    elif kept_besides is not None:
+        several = policies.AnyPreservationPolicy([latest, _Besides(kept_besides)])
+        options = ocp.CheckpointManagerOptions(preservation_policy=several)
     else:
         options = ocp.CheckpointManagerOptions(preservation_policy=latest)
     checkpoints = Checkpoints(
@@ -308,6 +337,20 @@ def open_checkpoints(
     if checkpoints.latest() is None:
         checkpoints.manager  # noqa: B018  # makes the folder, or says why not
     return checkpoints
+
+
+@dataclass(frozen=True)
+class _Besides:
+    """Orbax's preservation policy that keeps the steps which a function names."""
+
+    kept: Callable[[Sequence[int]], Set[int]]
+
+    def should_preserve(
+        self, checkpoints: Sequence[ocp.checkpoint_managers.PolicyCheckpointInfo], *, context: object
+    ) -> list[bool]:
+        """Of each checkpoint, whether it is kept."""
+        kept = self.kept([each.step for each in checkpoints])
+        return [each.step in kept for each in checkpoints]
 
 
 def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:

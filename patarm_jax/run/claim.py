@@ -12,7 +12,7 @@ import jax
 
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.sections import RunSection
-from patarm_jax.config.training import TrainConfig
+from patarm_jax.config.training import RunConfig
 from patarm_jax.files import check_writable, is_writable, read_json_object, write_json, write_text, writing
 from patarm_jax.locks import hold_folder
 from patarm_jax.run.checkpoint_files import steps_in
@@ -154,7 +154,7 @@ def refuse_another_begun(folder: Path, whose: Mapping[str, object]) -> None:
         refuse_another_run(where, expected=json.loads(json.dumps(whose)), got=found, what="holds another run")
 
 
-def write_mark(folder: Path, config: TrainConfig, whose: Mapping[str, object], keep_config: bool) -> None:
+def write_mark(folder: Path, config: RunConfig, whose: Mapping[str, object], keep_config: bool) -> None:
     """Whose folder this is, and the resolved config, complete."""
     if jax.process_index() == 0:
         with writing(folder / MARK):

@@ -35,6 +35,7 @@ def write_export(
     card: ModelCardFacts,
     dtype: str = "bfloat16",
     replace: bool = False,
+    noted: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Writes a folder that transformers, vLLM and `patarm judge` load as it is; it appears whole or not at all.
 
@@ -48,6 +49,7 @@ def write_export(
         card: the facts for README.md.
         dtype: of the stored weights: "bfloat16", "float16" or "float32".
         replace: a folder that is not empty makes room for the new one, when that is whole.
+        noted: what judge.json says besides.
 
     Raises:
         UserError: when the folder is not empty, or cannot be written, or when the weights are ruined.
@@ -58,7 +60,7 @@ def write_export(
         weights.save(params, arch, part, dtype=dtype, drawing=card.drawing, **ids)
         if jax.process_index() == 0:
             save_tokenizer(tokenizer, part)
-            _write_judge(part, card, name_of(folder), tokenizer.opening)
+            _write_judge(part, card, name_of(folder), tokenizer.opening, noted)
 
 
 def export_trained(
@@ -70,6 +72,7 @@ def export_trained(
     frozen: Tree,
     card: ModelCardFacts,
     replace: bool = False,
+    noted: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Exports what a run has trained as its config says: a whole model, or adapters alone, in PEFT's format.
 
@@ -82,13 +85,14 @@ def export_trained(
         frozen: what is only read.
         card: the facts for README.md.
         replace: whether a folder that is not empty makes room.
+        noted: what judge.json of a whole model says besides.
     """
     refuse_adapters_of_no_model(config, model)
     if exports_adapters(config):
         _write_adapter(folder, params, config, model, card, replace)
         return
     whole = whole_weights(config, model.arch, mesh, params, frozen)
-    write_export(folder, whole, model.arch, model.tokenizer, card, config.model.dtype, replace)
+    write_export(folder, whole, model.arch, model.tokenizer, card, config.model.dtype, replace, noted)
 
 
 def exports_adapters(config: TrainConfig) -> bool:
@@ -123,7 +127,7 @@ def _write_adapter(
 
 
 def _write_judge(
-    part: Path, card: ModelCardFacts, name: str, opening: str, further: Mapping[str, str] = MappingProxyType({})
+    part: Path, card: ModelCardFacts, name: str, opening: str, further: Mapping[str, object] = MappingProxyType({})
 ) -> None:
     """How the judge is asked, for programs and for people."""
     rubrics = {"rubrics": card.rubrics} if card.judge in JUDGES else {}

@@ -147,6 +147,7 @@ class Run:
     watch: Watch
     evaluation: Evaluator | None
     began_at: int  # steps that were done when this process began
+    labels: Mapping[str, object] = field(default_factory=dict)  # what every line of metrics says besides, such as its phase
     under_way: Generator[Step[Tree], None, None] | None = None
 
     def steps(
@@ -190,7 +191,7 @@ class Run:
                 measured = self._evaluated(step)
                 line = self.watch.line(number, values | measured, batches_drawn(data_state), step.tokens, step.timer)
                 arrive(f"step {number}: writing what it gave")
-                self.writer.write(number, line | compilations().since_last())
+                self.writer.write(number, line | compilations().since_last(), self.labels)
                 report(number, shown(values), self.watch.new_tokens)
                 self._write_rollouts(step)
                 arrive(f"step {number}: saving")
@@ -254,6 +255,17 @@ class Run:
         self.writer.close()
         if best is not None:
             say(f"best on the held-out pairs: {self._checkpoint(best)}, which `patarm export` takes")
+        if not self.came_to_its_end():
+            return False
+        self._export(card)
+        return True
+
+    def came_to_its_end(self) -> bool:
+        """Whether all steps are done; says so where the run was asked to stop before.
+
+        Raises:
+            UserError: when the run stopped because too many updates were skipped.
+        """
         if self.watch.stop:
             raise UserError(
                 f"stopped at step {self.done} of {self.length.steps}: {self.watch.stop} A changed setting needs a "
@@ -266,7 +278,6 @@ class Run:
                 "to resume"
             )
             return False
-        self._export(card)
         return True
 
     def _export(self, card: ModelCardFacts) -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -39,13 +40,24 @@ class MetricsWriter:
     tensorboard: RecordWriter | None  # written at once, so that a full disk is noticed here
     wandb: Any  # a wandb Run, or None
 
-    def write(self, step: int, metrics: Mapping[str, Scalar]) -> None:
-        """One line of metrics.jsonl, `{"step": …}` and the metrics by name; NaN and infinities become null there."""
+    def write(
+        self, step: int, metrics: Mapping[str, Scalar], labels: Mapping[str, object] = MappingProxyType({})
+    ) -> None:
+        """One line of metrics.jsonl, `{"step": …}` and the metrics by name; NaN and infinities become null there.
+
+        Args:
+            step: that was done.
+            metrics: numbers.
+            labels: what else the line says; JSON, of which TensorBoard shows nothing.
+        """
         if self.lines is None:
             return
         values = {name: np.asarray(metrics[name]).item() for name in sorted(metrics)}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        line = json.dumps({"step": step} | {name: finite.get(name) for name in values}, allow_nan=False) + "\n"
+        line = (
+            json.dumps({"step": step} | dict(labels) | {name: finite.get(name) for name in values}, allow_nan=False)
+            + "\n"
+        )
         with writing(Path(str(self.lines.name)), TO_RESUME):
             if self.lines.write(line.encode()) < len(line):  # the last bytes of a disk: the next line must not follow
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -53,7 +65,7 @@ class MetricsWriter:
             scalars = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
             _write_event(self.tensorboard, step, summary=summary_pb2.Summary(value=scalars))
         if self.wandb is not None:
-            self.wandb.log(finite, step=step)
+            self.wandb.log({**labels, **finite}, step=step)
 
     def close_files(self) -> None:
         """Everything written so far is on disk."""

@@ -1,13 +1,11 @@
 """The rollouts of a step, as they are kept and shown: one row for each judgement."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import rich.console
@@ -16,7 +14,7 @@ import rich.text
 from jax.sharding import Mesh
 
 from patarm_jax.files import whole_file, writing
-from patarm_jax.model.sharding import gather
+from patarm_jax.model.sharding import gather_json
 from patarm_jax.run.process import TO_RESUME
 from patarm_jax.types import Status
 
@@ -33,6 +31,9 @@ class RolloutRow:
     reward: float
     advantage: float | None  # None where its group was left out
     choice: str | None = None  # of a pairwise judge, A or B; None unless status is OK
+    # Of Rubric-ARM: the SHA-256 of the rubric that was judged by, under which rubrics/round-N.jsonl has its text.
+    rubric_sha256: str | None = None
+    judgement: str | None = None  # of a rubric: what the judge wrote by it
 
 
 SCHEMA = pa.schema(
@@ -45,6 +46,8 @@ SCHEMA = pa.schema(
         ("reward", pa.float64()),
         ("advantage", pa.float64()),
         ("choice", pa.string()),
+        ("rubric_sha256", pa.string()),
+        ("judgement", pa.string()),
     ]
 )
 
@@ -63,14 +66,8 @@ def gather_rows(mesh: Mesh, rows: Sequence[RolloutRow]) -> list[RolloutRow]:
     """The rows of all processes that share a mesh, one process after another, on each of them."""
     if not mesh.is_multi_process:
         return list(rows)
-    mine = np.frombuffer(json.dumps([asdict(row) for row in rows]).encode(), np.uint8)
-    sizes = gather(mesh, np.array([len(mine)]))
-    padded = gather(mesh, np.pad(mine, (0, sizes.max() - len(mine)))[None])
-    return [
-        RolloutRow(**row | {"status": Status(row["status"])})
-        for size, part in zip(sizes, padded, strict=True)
-        for row in json.loads(part[:size].tobytes())
-    ]
+    every = gather_json(mesh, [asdict(row) for row in rows])
+    return [RolloutRow(**row | {"status": Status(row["status"])}) for row in every]
 
 
 def show_judgements(step: int, rows: Sequence[RolloutRow], characters: int = 600) -> None:

@@ -84,13 +84,22 @@ def told_of(config: TrainConfig, folder: Path) -> Told:
     )
 
 
-def open_watch(config: TrainConfig, folder: Path, done: int, per_epoch: int) -> Watch:
-    """The watch of a run that has done `done` steps; its metrics.jsonl must be open, and so end with that step."""
+def open_watch(config: TrainConfig, folder: Path, done: int, per_epoch: int, before_it: int = 0) -> Watch:
+    """The watch of a run that has done `done` steps; its metrics.jsonl must be open, and so end with that step.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        done: steps.
+        per_epoch: batches.
+        before_it: steps that the folder had before this run, of other phases: their tokens count, and nothing else.
+    """
     told, before, health, tokens = told_of(config, folder), Health(), Health(), 0
     if done and jax.process_index() == 0:
         lines = read_metrics(folder / "metrics.jsonl")
         for line in lines:
-            before, health = health, after(health, line, told.updates_per_step)
+            if line["step"] > before_it:
+                before, health = health, after(health, line, told.updates_per_step)
         tokens = int((lines[-1] if lines else {}).get("num_tokens") or 0)
         if not tokens:
             say(f"{folder / 'metrics.jsonl'} counts no tokens up to step {done}: num_tokens counts from there on")
@@ -104,5 +113,5 @@ def open_watch(config: TrainConfig, folder: Path, done: int, per_epoch: int) -> 
         per_epoch=per_epoch,
         health=health,
         tokens=tokens,
-        stop=reason_to_stop(before, health, told) if done else "",
+        stop=reason_to_stop(before, health, told) if done > before_it else "",
     )

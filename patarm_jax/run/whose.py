@@ -22,7 +22,13 @@ from patarm_jax.types import UserError
 
 WEIGHTS = "weights"
 START, REFERENCE = "start", "reference"  # the weights under WEIGHTS
-_CALLED = {START: "model.path", REFERENCE: "update.reference"}
+# The setting of each; of Rubric-ARM's two models, what each of them begins with.
+_CALLED = {
+    REFERENCE: "update.reference",
+    START: "model.path",
+    "generator": "generator.path, or model.path,",
+    "judge": "judge.path, or model.path,",
+}
 
 
 def fingerprint(
@@ -130,7 +136,7 @@ def refuse_another_run(
     if theirs is None:
         _refuse_another_path(where, what, ours, got)
         return
-    for role in (REFERENCE, START):
+    for role in _CALLED:
         beside_adapters = bool(expected.get("lora", {}).get("rank"))
         _refuse_other_weights(f"{where} {what}", role, ours.get(role), theirs.get(role), beside_adapters)
 
@@ -144,10 +150,10 @@ def with_known_start(fingerprint: Mapping[str, Any], got: Mapping[str, Any] | No
     """The fingerprint of a run whose model folder holds no weights any more, with those that were noted before."""
     ours = dict(fingerprint.get(WEIGHTS, {}))
     theirs = (got or {}).get(WEIGHTS, {})
-    if START in ours and not ours[START]["digest"] and START in theirs:
-        ours[START] = theirs[START]
-        return dict(fingerprint) | {WEIGHTS: ours}
-    return dict(fingerprint)
+    for role in ours.keys() & theirs.keys() - {REFERENCE}:
+        if not ours[role]["digest"]:
+            ours[role] = theirs[role]
+    return dict(fingerprint) | ({WEIGHTS: ours} if WEIGHTS in fingerprint else {})
 
 
 def _refuse_another_path(where: str, what: str, ours: Mapping[str, Any], got: Mapping[str, object]) -> None:

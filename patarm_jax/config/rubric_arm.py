@@ -1,0 +1,247 @@
+"""The config of Rubric-ARM: a generator of rubrics and a judge that compares by them train each other in turns."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from patarm_jax.config.presets import IN_WORDS
+from patarm_jax.config.sections import (
+    FREE,
+    PLACE,
+    HeldoutSection,
+    ModelSection,
+    Natural,
+    NotNegative,
+    OptimizerSection,
+    Positive,
+    RewardSection,
+    SamplingSection,
+    Section,
+    Share,
+    UpdateSection,
+)
+from patarm_jax.config.training import PolicyConfig, RunConfig, SupervisedConfig
+from patarm_jax.types import RubricMode, UsageError
+
+Role = Literal["generator", "judge"]
+ROLES: tuple[Role, Role] = ("generator", "judge")
+FORM_OF: dict[Role, Literal["rubric", "rubric_judge"]] = {"generator": "rubric", "judge": "rubric_judge"}
+Order = Literal["judge_first", "generator_first", "judge_only", "generator_only"]
+# Who trains in a round, one after the other.
+TURNS: dict[Order, tuple[Role, ...]] = {
+    "judge_first": ("judge", "generator"),
+    "generator_first": ("generator", "judge"),
+    "judge_only": ("judge",),
+    "generator_only": ("generator",),
+}
+
+
+@dataclass(frozen=True)
+class WarmupSection(Section):
+    """Supervised fine-tuning of both models before the rounds, the generator first."""
+
+    epochs: Natural = 1  # passes over the data; 0: both begin the rounds as they are
+    steps: Natural = 0  # of each model; so many instead of whole epochs
+    # As data.path, whose other settings hold here too; empty: data.path.
+    path: str = field(default="", metadata=PLACE | FREE)
+    pairs_per_step: Positive = 32  # each gives a prompt to the generator, and to the judge one for each order
+    packing: bool = field(default=True, metadata=FREE)  # short sequences share a row; never changes the result
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+
+
+@dataclass(frozen=True)
+class GeneratorTrainingSection(Section):
+    """How the generator is trained in its phase of a round: by what the judge, frozen, makes of its rubrics."""
+
+    path: str = field(default="", metadata=PLACE | FREE)  # what it begins with; empty: model.path
+    group_size: Positive = 6  # G, rubrics of a prompt, each of which is judged by once, greedily
+    pairs_per_step: Positive = 48  # each gives one prompt
+    steps: Natural = 0  # of each phase; 0: run.epochs passes over the round's pairs
+    # What a rubric in form earns, beside 1 where the judge by it prefers the chosen response; the paper states none.
+    format_reward: NotNegative = 0.0
+    normalise_std: bool | None = None  # as reward.normalise_std; null: as update.algorithm has it
+    sampling: SamplingSection = field(default_factory=lambda: SamplingSection(max_new_tokens=512))
+    update: UpdateSection = field(default_factory=UpdateSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+
+
+@dataclass(frozen=True)
+class JudgeTrainingSection(Section):
+    """How the judge is trained in its phase of a round, by the generator's rubrics, which are written beforehand."""
+
+    path: str = field(default="", metadata=PLACE | FREE)  # what it begins with; empty: model.path
+    group_size: Positive = 7  # G, judgements of a pair, in the one order in which it is shown
+    pairs_per_step: Positive = 32  # each gives one prompt
+    steps: Natural = 0  # of each phase; 0: run.epochs passes over the round's pairs
+    # What a judgement in form earns, beside 1 for preferring the chosen response.
+    format_reward: NotNegative = 1.0
+    normalise_std: bool | None = None  # as reward.normalise_std; null: as update.algorithm has it
+    # The share of criteria that are left out of the rubrics it is trained by, at random.
+    rubric_dropout: Share = 0.0
+    sampling: SamplingSection = field(default_factory=SamplingSection)
+    update: UpdateSection = field(default_factory=UpdateSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+
+
+@dataclass(frozen=True)
+class WarmupConfig(SupervisedConfig):
+    """The warm-up of one model."""
+
+    judge: Literal["rubric", "rubric_judge"] = "rubric"
+    rubrics: RubricMode = "adaptive"
+
+    @property
+    def prompts_per_pair(self) -> int:
+        """What the model reads of each pair: its prompt, or both responses in both orders."""
+        return 1 if self.judge == "rubric" else 2
+
+    @property
+    def stage_in_words(self) -> str:
+        """What the recipe is, for the model card."""
+        return f"supervised fine-tuning on {'rubrics' if self.judge == 'rubric' else 'judgements by rubrics'}"
+
+
+@dataclass(frozen=True)
+class TurnConfig(PolicyConfig):
+    """The phases of one model in the rounds."""
+
+    judge: Literal["rubric", "rubric_judge"] = "rubric"
+    rubrics: RubricMode = "adaptive"
+    format_reward: NotNegative = 0.0
+    turns: str = ""  # the order of the whole, in words
+
+    @property
+    def prompts_per_pair(self) -> int:
+        """What the model reads of each pair: its prompt, or both responses in one order."""
+        return 1
+
+    @property
+    def stage_in_words(self) -> str:
+        """What the recipe is, for the model card."""
+        algorithm = IN_WORDS[self.update.algorithm]
+        return f"Rubric-ARM: reinforcement learning ({algorithm}) of a rubric generator and a judge, {self.turns}"
+
+    @property
+    def reward_in_words(self) -> str:
+        """What is rewarded, for the model card."""
+        form = f", and {self.format_reward:g} for the form" if self.format_reward else ""
+        if self.judge == "rubric":
+            return f"1 where the judge, greedily, prefers the chosen response by the rubric{form}; {self._each}"
+        return f"1 for preferring the chosen response{form}; {self._each}"
+
+    @property
+    def _each(self) -> str:
+        what = "rubrics of each prompt" if self.judge == "rubric" else "judgements of each pair, in one order"
+        return f"{self.group_size} {what}"
+
+
+@dataclass(frozen=True)
+class RubricArmConfig(RunConfig):
+    """`patarm rubric-arm`: a generator of rubrics and a judge that compares by them, trained in turns."""
+
+    recipe: Literal["rubric_arm"] = "rubric_arm"
+    warmup: WarmupSection = field(default_factory=WarmupSection)
+    generator: GeneratorTrainingSection = field(default_factory=GeneratorTrainingSection)
+    judge: JudgeTrainingSection = field(default_factory=JudgeTrainingSection)
+    # Who trains first in each round, and which model is written for or judged by when the other one trains; judge_only
+    # and generator_only leave the other as the warm-up has made it.
+    order: Order = "judge_first"
+    rounds: Positive = 3  # each on a part of the pairs of its own
+    # A model's optimizer where its next phase begins: anew, or as its last phase has left it, which rests on disk.
+    optimizer_per_phase: Literal["fresh", "kept"] = "fresh"
+    micro_batches: Positive = field(default=1, metadata=FREE)  # slices summed in one update; never changes the result
+
+    def model_of(self, role: Role) -> ModelSection:
+        """What a model begins with."""
+        return replace(self.model, path=self.section_of(role).path or self.model.path)
+
+    def section_of(self, role: Role) -> GeneratorTrainingSection | JudgeTrainingSection:
+        """How a model is trained in the rounds."""
+        return self.judge if role == "judge" else self.generator
+
+    @property
+    def turns(self) -> tuple[Role, ...]:
+        """Who trains in a round, one after the other."""
+        return TURNS[self.order]
+
+    @property
+    def is_warmed_up(self) -> bool:
+        """Whether the models are fine-tuned before the rounds."""
+        return bool(self.warmup.steps or self.warmup.epochs)
+
+    def warmup_of(self, role: Role) -> WarmupConfig:
+        """The warm-up of one model, as a run of its own would be set."""
+        section = self.warmup
+        return WarmupConfig(
+            **self._shared(role),
+            optimizer=section.optimizer,
+            pairs_per_step=section.pairs_per_step,
+            packing=section.packing,
+            judge=FORM_OF[role],
+        )
+
+    def turn_of(self, role: Role) -> TurnConfig:
+        """The phases of one model in the rounds, as a run of its own would be set."""
+        section = self.section_of(role)
+        config = TurnConfig(
+            **self._shared(role),
+            optimizer=section.optimizer,
+            pairs_per_step=section.pairs_per_step,
+            sampling=section.sampling,
+            reward=RewardSection(normalise_std=section.normalise_std),
+            update=section.update,
+            group_size=section.group_size,
+            judge=FORM_OF[role],
+            format_reward=section.format_reward,
+            turns=f"{self.rounds} rounds, {self.order.replace('_', ' ')}",
+        )
+        return config.complete()
+
+    def _shared(self, role: Role) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe,
+            "model": self.model_of(role),
+            "mesh": self.mesh,
+            "data": self.data,
+            "lora": self.lora,
+            "run": self.run,
+            "heldout": self.heldout,
+            "micro_batches": self.micro_batches,
+        }
+
+    def check(self) -> None:
+        """Refuses settings that are right one by one and together make no sense."""
+        super().check()
+        for role in ROLES:
+            self._check_turn(role)
+        if self.run.steps:
+            raise UsageError(
+                f"run.steps is {self.run.steps}, and this run has phases. Set warmup.steps, generator.steps and "
+                "judge.steps, or leave it out."
+            )
+        if self.lora.export == "adapter":
+            raise UsageError(
+                "lora.export is adapter, and each of the two models is loaded as a whole where the other one trains. "
+                "Set lora.export to merged, or leave it out."
+            )
+        if self.heldout.best != HeldoutSection().best:
+            raise UsageError(
+                f"heldout.best is {self.heldout.best}, and two models that belong together have no best checkpoint "
+                "each. Leave it out."
+            )
+
+    def _check_turn(self, role: Role) -> None:
+        section = self.section_of(role)
+        try:
+            self.turn_of(role).check()
+        except UsageError as error:
+            raise UsageError(f"of the {role}: {error}") from None
+        if section.group_size < 2:
+            raise UsageError(
+                f"{role}.group_size is {section.group_size}; allowed is 2 or more: what is compared with itself "
+                "teaches nothing. Raise it."
+            )
+        if section.update.reference:
+            raise UsageError(
+                f"{role}.update.reference is {section.update.reference}, and a model's KL is measured from what it was "
+                "when the rounds began. Leave it out."
+            )

@@ -1,0 +1,113 @@
+"""Rubrics that a generator writes: one for each pair, to judge by, or a group, which a frozen judge rewards."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from patarm_jax.arrays import Params
+from patarm_jax.config.rubric_arm import TurnConfig
+from patarm_jax.data.pipeline import EncodedPair, PairBatch
+from patarm_jax.judge.criteria import shown_rubric
+from patarm_jax.model.sharding import fetch, gather, gather_json
+from patarm_jax.reward import Rewards, verdict_reward
+from patarm_jax.rollout.judging import Judge, judge_all, numbers_of, places_of, requests_of, rubrics_of
+from patarm_jax.rollout.rewards import RewardFn, lost_for_length
+from patarm_jax.rollout.rounds import JudgedBy, Phase, Round
+from patarm_jax.types import Status
+
+
+@dataclass(frozen=True)
+class Written:
+    """A rubric as a generator wrote it."""
+
+    shown: str  # what a judge is shown of it
+    status: Status  # of all that was written
+
+
+def write_rubrics(
+    generator: Judge, weights: Params, share: Sequence[EncodedPair], key: jax.Array, number: int
+) -> list[Written]:
+    """One rubric for each of some records, on every process.
+
+    Args:
+        generator: with groups of one.
+        weights: of it.
+        share: this process's part of the records, see `evaluate.heldout.share_of`.
+        key: that sampled rubrics draw from.
+        number: of the records; the rest of what is written is padding.
+    """
+    _, rubrics = judge_all(generator, weights, requests_of(share), key)
+    mine = [[shown_rubric(rubric.text), int(rubric.status)] for (rubric,) in rubrics]
+    every = gather_json(generator.engine.mesh, mine)[:number]
+    return [Written(shown, Status(status)) for shown, status in every]
+
+
+@dataclass(frozen=True)
+class FrozenJudge:
+    """A judge that says what rubrics are worth, one greedy judgement by each."""
+
+    judge: Judge  # greedy, with groups of one
+    weights: Params
+    ruled: Callable[[EncodedPair, str], EncodedPair]  # a pair as it reads it by a rubric, in the pair's order
+
+
+def sample_rubrics(
+    generator: Judge,
+    reward: RewardFn,
+    by: FrozenJudge,
+    weights: Params,
+    pairs: PairBatch,
+    key: jax.Array,
+    phase: Phase,
+) -> Round:
+    """A group of rubrics for the prompt of each pair, and what they earn: 1 where the judge by one prefers the chosen.
+
+    Arguments as of `sample_round`; `by` is the judge.
+    """
+    mesh = generator.engine.mesh
+    with phase("sample"):
+        requests = requests_of(pairs.records)
+        finished, rubrics = judge_all(generator, weights, requests, key)
+    with phase("judge"):
+        group = generator.engine.group
+        ruled = [
+            by.ruled(record, shown_rubric(rubric.text))
+            for record, of_it in zip(pairs.records, rubrics, strict=True)
+            for rubric in of_it
+        ]
+        _, verdicts = judge_all(by.judge, by.weights, requests_of(ruled), key, rubrics_of(ruled))
+    with phase("reward"):
+        right, _ = numbers_of(verdicts, places_of(ruled), by.judge.form)
+        status = np.array([[int(rubric.status) for rubric in of_it] for of_it in rubrics], np.int32)
+        mine = (right.reshape(-1, group), status, finished.lengths, finished.truncated)
+        right, status, lengths, truncated = gather(mesh, mine)
+        one_each = (len(pairs.ids), 1, group)
+        arrays = (x.reshape(one_each) for x in (right, status, lengths))
+        rewards = fetch(reward(*arrays, None, None))
+    return Round(
+        pairs=pairs,
+        requests=requests,
+        finished=finished,
+        judgements=rubrics,
+        numbers=right,
+        status=status,
+        lengths=lengths,
+        truncated=truncated,
+        rewards=rewards,
+        by=[JudgedBy(record.preference.rubric, verdict) for record, (verdict,) in zip(ruled, verdicts, strict=True)],
+    )
+
+
+def make_verdict_rewards(config: TurnConfig) -> RewardFn:
+    """The jitted function that rewards a batch of judgements by rubrics, or of rubrics, called as `make_rewards`'s."""
+
+    def rewards(
+        right: jax.Array, status: jax.Array, lengths: jax.Array, _draws: jax.Array, _labels: jax.Array
+    ) -> Rewards:
+        found = verdict_reward(right, status == Status.OK, config.format_reward)
+        lost = lost_for_length(config, lengths)
+        return Rewards(found.earned, found.format, found.length + lost, found.total + lost)
+
+    return jax.jit(rewards)
