@@ -121,6 +121,11 @@ class TurnConfig(PolicyConfig):
         return f"Rubric-ARM: reinforcement learning ({algorithm}) of a rubric generator and a judge, {self.turns}"
 
     @property
+    def taught_in_words(self) -> str:
+        """How the form of what is sampled is taught."""
+        return "in the warm-up (warmup.epochs, warmup.steps)"
+
+    @property
     def reward_in_words(self) -> str:
         """What is rewarded, for the model card."""
         form = f", and {self.format_reward:g} for the form" if self.format_reward else ""

@@ -123,6 +123,11 @@ class TrainConfig(RunConfig):
         """What is rewarded, for the model card; empty where nothing is."""
         return ""
 
+    @property
+    def taught_in_words(self) -> str:
+        """How the form of what is sampled is taught, for what is said of a run in which nothing can be read."""
+        return "with `patarm sft`"
+
 
 @dataclass(frozen=True)
 class SupervisedConfig(TrainConfig):

@@ -223,7 +223,7 @@ def started(out: Path, name: str, seed: int, sizes: DemoSizes) -> tuple[Path, GR
     grpo_config = replace(grpo_config, rubrics=start.rubrics, sampling=sampling)
     if not (folder / "data" / "heldout.jsonl").is_file():
         _make_data(folder, start, seed, sizes)
-    write_untrained_model(folder / "model", folder / "data" / "train.jsonl", seed, FORMS[start.system], start.rubrics)
+    write_untrained_model(folder / "model", folder / "data" / "train.jsonl", seed, [FORMS[start.system]], start.rubrics)
     if not (folder / "sft" / "export").is_dir():
         say(f"SFT of {name}, seed {seed}")
         with quietly(folder / "log.txt"):

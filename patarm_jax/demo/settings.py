@@ -5,8 +5,15 @@ from pathlib import Path
 from typing import Literal
 
 from patarm_jax.config.recipes import EvalConfig, GRPOConfig, JudgeConfig, SFTConfig
+from patarm_jax.config.rubric_arm import (
+    GeneratorTrainingSection,
+    JudgeTrainingSection,
+    RubricArmConfig,
+    WarmupSection,
+)
 from patarm_jax.config.sections import (
     DataSection,
+    GeneratorSection,
     JudgingSection,
     KLSection,
     ModelSection,
@@ -17,7 +24,7 @@ from patarm_jax.config.sections import (
 )
 from patarm_jax.model.architecture import Architecture
 
-System = Literal["pointwise", "pairwise"]
+System = Literal["pointwise", "pairwise"]  # a judge that learns by itself
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,22 @@ class DemoSizes:
     def short(cls) -> "DemoSizes":
         """Enough to see that everything runs, and too little to learn anything."""
         return cls(train_pairs=100, heldout_pairs=100, sft_steps=4, grpo_steps=2)
+
+
+@dataclass(frozen=True)
+class ArmSizes:
+    """How much of everything, where a generator and a judge are trained."""
+
+    train_pairs: int = 6000
+    heldout_pairs: int = 500
+    warmup_steps: int = 500  # of each model
+    turn_steps: int = 20  # of each phase
+    rounds: int = 2
+
+    @classmethod
+    def short(cls) -> "ArmSizes":
+        """Enough to see that everything runs."""
+        return cls(train_pairs=100, heldout_pairs=100, warmup_steps=3, turn_steps=1)
 
 
 def model_shape(vocab_size: int) -> Architecture:
@@ -133,3 +156,47 @@ def model_section(path: Path) -> ModelSection:
 def _sampling() -> SamplingSection:
     """The judge's own distribution, by which all stages are compared too. A judgement has 37 tokens."""
     return SamplingSection(temperature=1.0, max_new_tokens=48)
+
+
+def rubric_arm_config(folder: Path, seed: int, sizes: ArmSizes) -> RubricArmConfig:
+    """The run of a generator and a judge, in folder/rubric-arm."""
+    adam = OptimizerSection(learning_rate=3e-3, warmup_steps=20, decay="cosine", final_fraction=0.1, beta2=0.99)
+    gentle = OptimizerSection(learning_rate=3e-4, warmup_steps=5, beta2=0.99)
+    update = UpdateSection(clip_high=0.28, kl=KLSection(coef=0.02))
+    return RubricArmConfig(
+        model=model_section(folder / "model"),
+        data=DataSection(path=str(folder / "data" / "train.jsonl")),
+        run=RunSection(folder=str(folder / "rubric-arm"), seed=seed, checkpoint_every=100),
+        warmup=WarmupSection(steps=sizes.warmup_steps, pairs_per_step=16, optimizer=adam),
+        generator=GeneratorTrainingSection(
+            group_size=6,
+            pairs_per_step=32,
+            steps=sizes.turn_steps,
+            sampling=SamplingSection(max_new_tokens=24),  # a rubric has 12
+            update=update,
+            optimizer=gentle,
+        ),
+        judge=JudgeTrainingSection(
+            group_size=7,
+            pairs_per_step=16,
+            steps=sizes.turn_steps,
+            sampling=SamplingSection(max_new_tokens=88),  # a judgement has 71
+            update=update,
+            optimizer=gentle,
+        ),
+        rounds=sizes.rounds,
+    )
+
+
+def by_rubrics_config(judge: Path, generator: Path, pairs: Path, folder: Path, seed: int) -> EvalConfig:
+    """Choices of the pairs of a file by a generator's rubrics, one judgement in each order."""
+    return EvalConfig(
+        benchmark="pairs",
+        judge="rubric_judge",
+        model=model_section(judge),
+        generator=GeneratorSection(model=model_section(generator), max_new_tokens=24),
+        data=DataSection(path=str(pairs), split=""),
+        sampling=JudgingSection(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=88),  # as it is trained
+        output=str(folder),
+        seed=seed,
+    )

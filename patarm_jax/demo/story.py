@@ -11,8 +11,9 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet
@@ -60,13 +61,19 @@ CAPTIONS: Mapping[System, Mapping[str, str]] = {
 ONE_JUDGEMENT: Mapping[System, str] = {"pointwise": "one judgement per response", "pairwise": "one judgement per order"}
 
 
-def main(out: Path, seed: int, short: bool, system: System = "pointwise") -> dict[str, Accuracy]:
+def main(
+    out: Path, seed: int, short: bool, system: System | Literal["rubric-arm"] = "pointwise"
+) -> dict[str, Accuracy]:
     """Writes `out` and prints what came out; gives the accuracies by stage."""
+    if system == "rubric-arm":
+        from patarm_jax.demo.rubric_story import demo
+    else:
+        demo = partial(_demo, system=system)
     mark = json.dumps({"seed": seed, "short": short} | ({} if system == "pointwise" else {"system": system}))
-    _refuse_another(out, mark)
-    with hold_folder(out, _say):
-        _begin_anew(out, mark)
-        return _demo(out, seed, short, system)
+    refuse_another(out, mark)
+    with hold_folder(out, say):
+        begin_anew(out, mark)
+        return demo(out, seed, short)
 
 
 def _demo(out: Path, seed: int, short: bool, system: System) -> dict[str, Accuracy]:
@@ -75,25 +82,25 @@ def _demo(out: Path, seed: int, short: bool, system: System) -> dict[str, Accura
     sft_config, grpo_config = demo_configs(out, seed, sizes, system)
 
     # -------------------------------------------------------------------------------------- data, tokenizer, weights
-    _say(f"making {sizes.train_pairs} training and {sizes.heldout_pairs} held-out pairs in five domains")
+    say(f"making {sizes.train_pairs} training and {sizes.heldout_pairs} held-out pairs in five domains")
     with writing(out):
         make_data(out, seed, sizes, system)
-        write_untrained_model(out / "model", out / "data" / "train.jsonl", seed, FORMS[system])
+        write_untrained_model(out / "model", out / "data" / "train.jsonl", seed, [FORMS[system]])
 
     # ---------------------------------------------------------------------------------------------------------- train
-    _say("SFT: learning the form, and the opinions of the teacher")
+    say("SFT: learning the form, and the opinions of the teacher")
     finished = sft.main(sft_config)
     if finished:
-        _say("GRPO: learning from which response is preferred, with no score given")
+        say("GRPO: learning from which response is preferred, with no score given")
         finished = _reinforced(grpo_config, short)
     if not finished:
-        raise _stopped(out)
+        raise stopped(out)
 
     # ------------------------------------------------------------------------------------------------------- evaluate
-    _say(f"judging the held-out pairs, {ONE_JUDGEMENT[system]}")
+    say(f"judging the held-out pairs, {ONE_JUDGEMENT[system]}")
     judged = _judge if system == "pointwise" else _compare
     results = {name: judged(out, name, seed, sft_config) for name in STAGES}
-    summary = {name: _summary(result) for name, result in results.items()}
+    summary = {name: summary_of(result) for name, result in results.items()}
     summary["run"] = {"seed": seed, "seconds": round(time.monotonic() - begun), "heldout_pairs": sizes.heldout_pairs}
     with writing(out):
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -110,7 +117,7 @@ def _reinforced(config: GRPOConfig, short: bool) -> bool:
     except LearntNothing as nothing:
         if not short:
             raise
-        _say(f"{nothing} A shortened demo ends too early to learn anything.")
+        say(f"{nothing} A shortened demo ends too early to learn anything.")
         return True
 
 
@@ -131,7 +138,7 @@ def make_data(out: Path, seed: int, sizes: DemoSizes, system: System = "pointwis
     write_pairs(out / "data" / "swapped.jsonl", deal_to_other_prompts(world.heldout, seed))
 
 
-def _refuse_another(out: Path, mark: str) -> None:
+def refuse_another(out: Path, mark: str) -> None:
     """Refuses a folder that cannot be written, that holds a demo of other arguments, or something else."""
     check_writable(out, folder=True)
     file = out / MARK
@@ -141,9 +148,9 @@ def _refuse_another(out: Path, mark: str) -> None:
         raise UserError(f"{out} is not empty and holds no demo. Give another folder as --out.")
 
 
-def _begin_anew(out: Path, mark: str) -> None:
+def begin_anew(out: Path, mark: str) -> None:
     """A finished demo is made anew, an unfinished one goes on."""
-    _refuse_another(out, mark)  # another demo may have written there before this one had the folder
+    refuse_another(out, mark)  # another demo may have written there before this one had the folder
     if (out / "summary.json").is_file():
         for each in out.iterdir():
             if each.name != LOCK:
@@ -162,7 +169,7 @@ def _judge(out: Path, stage: str, seed: int, config: SFTConfig) -> Accuracy:
     scores = out / "scores" / f"{stage}.jsonl"
     result = judge_file.main(judge_config(*_of_stage(out, stage), scores, seed, config))
     if result is None:
-        raise _stopped(out)
+        raise stopped(out)
     return result
 
 
@@ -172,29 +179,31 @@ def _compare(out: Path, stage: str, seed: int, config: SFTConfig) -> Accuracy:
     with contextlib.redirect_stdout(io.StringIO()):  # the demo has a table of its own
         finished = evaluate.main(compare_config(*_of_stage(out, stage), folder, seed, config)) is not None
     if not finished:
-        raise _stopped(out)
+        raise stopped(out)
     return accuracy_of_choices(*right_choices(folder))
 
 
 def right_choices(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Which judgements of an evaluation chose the chosen response, and which are valid: both [P, orders, 1]."""
-    rows = _choices(folder)
+    rows = choices_of(folder)
     right = np.array([row["choice"] == "AB"[ORDERS.index(row["side"])] for row in rows], float)
     valid = np.array([row["status"] == Status.OK.name for row in rows])
     return right.reshape(-1, 2, 1), valid.reshape(-1, 2, 1)
 
 
-def _choices(folder: Path) -> list[dict[str, Any]]:
+def choices_of(folder: Path) -> list[dict[str, Any]]:
     """The judgements of an evaluation, both orders of a pair one after the other."""
     rows: list[dict[str, Any]] = pyarrow.parquet.read_table(folder / SAID).to_pylist()
     return rows
 
 
-def _stopped(out: Path) -> UserError:
+def stopped(out: Path) -> UserError:
+    """What is said of a demo that was asked to stop."""
     return UserError(f"the demo was stopped. Start it again to go on in {out}.")
 
 
-def _summary(result: Accuracy) -> dict[str, object]:
+def summary_of(result: Accuracy) -> dict[str, object]:
+    """What a stage is worth, as JSON."""
     values = asdict(result)
     position, gap = values.pop("position"), values.pop("gap")
     if position:  # of choices; NaN is no JSON
@@ -220,7 +229,7 @@ def _show(out: Path, results: Mapping[str, Accuracy], system: System) -> None:
 def _told_of(out: Path, system: System, index: int, place: int) -> tuple[str, str]:
     """What the last stage's judge wrote about a held-out pair: (of which side or in which order, the text)."""
     if system == "pairwise":
-        return ORDERS[place], _choices(out / "choices" / "grpo")[2 * index + place]["text"]
+        return ORDERS[place], choices_of(out / "choices" / "grpo")[2 * index + place]["text"]
     lines = (out / "scores" / "grpo.jsonl").read_text(encoding="utf-8").splitlines()
     return SIDES[place], json.loads(lines[index])["judgements"][SIDES[place]][0]["text"]
 
@@ -241,17 +250,19 @@ def results_table(results: Mapping[str, Accuracy], system: System = "pointwise")
     for name, result in results.items():
         low, high = result.interval
         if result.gap is None:
-            more = [_percent(result.position[each]) for each in ("chose the first", "same in both orders")]
+            more = [percent(result.position[each]) for each in ("chose the first", "same in both orders")]
         else:
             more = [f"{result.gap:+.2f}" if result.gap == result.gap else "–"]
-        shares = map(_percent, (result.valid, result.accuracy_strict, result.accuracy_half))
+        shares = map(percent, (result.valid, result.accuracy_strict, result.accuracy_half))
         table.add_row(name, *shares, f"{100 * low:.1f} … {100 * high:.1f}", *more)
     return table
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share in per cent; a dash where there is none."""
     return f"{100 * share:.1f}" if share == share else "–"
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """Says how far the demo is."""
     rich.console.Console(stderr=True).print(message, style="bold", highlight=False)

@@ -5,17 +5,17 @@ Both are written as a Hugging Face folder that is read like any other.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from patarm_jax.data.preferences import CHOICES, JUDGEMENTS
+from patarm_jax.data.preferences import CHOICES, COMPARISONS, JUDGEMENTS, RUBRIC_COLUMN
 from patarm_jax.demo.settings import model_shape
 from patarm_jax.files import appearing_whole
-from patarm_jax.judge.forms import POINTWISE, Form
+from patarm_jax.judge.forms import POINTWISE, RUBRIC_JUDGE, Form
 from patarm_jax.judge.rubrics import PRIMARY
 from patarm_jax.model import weights
 from patarm_jax.model.transformer import init_params
@@ -43,16 +43,16 @@ MOST_TOKENS = 2000  # the demo's few words make about 1,100
 
 
 def write_untrained_model(
-    folder: Path, pairs: Path, seed: int, form: Form = POINTWISE, rubrics: RubricMode = "adaptive"
+    folder: Path, pairs: Path, seed: int, forms: Sequence[Form] = (POINTWISE,), rubrics: RubricMode = "adaptive"
 ) -> None:
     """A tokenizer trained on the texts of a pair file, and random weights; a folder that is there already stays.
 
-    The paragraphs that it knows are those of a judge that is asked by the form.
+    The paragraphs that it knows are those of models that are asked by these forms.
     """
     if folder.is_dir():
         return
     rows = map(json.loads, pairs.read_text(encoding="utf-8").splitlines())
-    tokenizer = train_tokenizer((text for row in rows for text in _texts(row)), form, rubrics)
+    tokenizer = train_tokenizer((text for row in rows for text in _texts(row)), forms, rubrics)
     ids = tokenizer.get_vocab()
     shape = model_shape(len(ids))
     with appearing_whole(folder) as part:
@@ -67,7 +67,7 @@ def write_untrained_model(
         write_tokenizer(tokenizer, part)
 
 
-def train_tokenizer(texts: Iterable[str], form: Form, rubrics: RubricMode) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], forms: Sequence[Form], rubrics: RubricMode) -> Tokenizer:
     """A byte-level BPE of these texts, with the paragraphs that every judge prompt repeats as tokens of their own.
 
     The rubrics and instructions are 230 of the 280 tokens that a demo prompt would have. As one token a paragraph,
@@ -88,7 +88,7 @@ def train_tokenizer(texts: Iterable[str], form: Form, rubrics: RubricMode) -> To
     tokenizer.train_from_iterator([*texts, *2 * ("system\n", "user\n", "assistant\n\n")], trainer)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
     tokenizer.add_tokens(
-        [AddedToken(text, special=False, normalized=False) for text in (*THINKING, *_paragraphs(form, rubrics))]
+        [AddedToken(text, special=False, normalized=False) for text in (*THINKING, *_paragraphs(forms, rubrics))]
     )
     return tokenizer
 
@@ -107,11 +107,16 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-def _paragraphs(form: Form, rubrics: RubricMode) -> list[str]:
-    """What stands around the judged texts in the judge's prompts of all domains, cut after each blank line."""
+def _paragraphs(forms: Sequence[Form], rubrics: RubricMode) -> list[str]:
+    """What stands around the judged texts in the prompts of all domains, cut after each blank line."""
     gap = "\0"
-    responses = [gap] * form.responses
-    messages = [m for domain in PRIMARY for m in form.ask(gap, *responses, domain=domain, rubrics=rubrics)]
+    messages = [
+        message
+        for form in forms
+        for rubric in (["", gap] if form is RUBRIC_JUDGE else [""])
+        for domain in PRIMARY
+        for message in form.ask(gap, *[gap] * form.responses, domain=domain, rubrics=rubrics, rubric=rubric)
+    ]
     fixed = [text for message in messages for text in message["content"].split(gap)]
     return list(dict.fromkeys(part for text in fixed for part in re.split(r"(?<=\n\n)", text) if part))
 
@@ -119,4 +124,7 @@ def _paragraphs(form: Form, rubrics: RubricMode) -> list[str]:
 def _texts(row: dict[str, Any]) -> list[str]:
     """All texts of one row of a pair file."""
     messages = [message["content"] for column in ("prompt", "chosen", "rejected") for message in row[column]]
-    return [*messages, *(row[column] for column in (*JUDGEMENTS, *CHOICES) if column in row)]
+    return [
+        *messages,
+        *(row[column] for column in (*JUDGEMENTS, *CHOICES, RUBRIC_COLUMN, *COMPARISONS) if column in row),
+    ]

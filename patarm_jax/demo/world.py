@@ -267,6 +267,11 @@ def given(domain: Domain, response: str) -> str:
     return _only(_CORNERS[domain].responses, response)
 
 
+def answers_of(domain: Domain) -> tuple[str, ...]:
+    """The answers that prompts of a domain may call for, each once."""
+    return tuple(dict.fromkeys(_CORNERS[domain].asks.values()))
+
+
 def _only(phrases: Iterable[str], text: str) -> str:
     (found,) = (phrase for phrase in phrases if re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text))
     return found
@@ -360,11 +365,11 @@ def _deal(own: list[Preference], rng: random.Random) -> list[Preference]:
 def write_pairs(
     path: Path,
     preferences: Sequence[Preference],
-    judgements: Sequence[tuple[str, str]] | None = None,
-    columns: tuple[str, str] = JUDGEMENTS,
+    judgements: Sequence[tuple[str, ...]] | None = None,
+    columns: tuple[str, ...] = JUDGEMENTS,
     labels: Sequence[tuple[float, float]] | None = None,
 ) -> None:
-    """JSON lines: an explicit prompt, messages on both sides; judgements in two columns and labels where given."""
+    """JSON lines: an explicit prompt, messages on both sides; judgements by their columns and labels where given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for index, preference in enumerate(preferences):

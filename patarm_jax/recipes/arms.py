@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from patarm_jax.arrays import Params
 from patarm_jax.config.load import lasting_settings
 from patarm_jax.config.rubric_arm import FORM_OF, ROLES, Role, RubricArmConfig, TurnConfig, WarmupConfig
-from patarm_jax.config.sections import DataSection, SamplingSection
+from patarm_jax.config.sections import DataSection, JudgingSection, SamplingSection
 from patarm_jax.config.training import TrainConfig
 from patarm_jax.data.judged import read_judged_preferences
 from patarm_jax.data.limits import Room
@@ -148,6 +148,7 @@ def open_arms(config: RubricArmConfig) -> Arms:
         _check_batch(mesh, warmups[role], "warmup.pairs_per_step")
     models = {role: _open(config, role) for role in ROLES}
     preferences, read = read_preferences(config.data)
+    turns = {role: _with_heldout_sampling(one, turns["judge"], models["judge"]) for role, one in turns.items()}
     taught = {role: _taught(config, warmups[role], models[role]) for role in ROLES}
     folder = folder_of(config.run)
     arms = {role: Arm(role, folder / role, models[role], warmups[role], turns[role], taught[role]) for role in ROLES}
@@ -159,6 +160,12 @@ def open_arms(config: RubricArmConfig) -> Arms:
 
 def _check_batch(mesh: Mesh, config: TrainConfig, setting: str) -> None:
     check_batch(mesh, config.units_per_step, config.micro_batches, f"{setting} {config.pairs_per_step}")
+
+
+def _with_heldout_sampling(config: TurnConfig, judge: TurnConfig, model: Model) -> TurnConfig:
+    """With how held-out pairs are judged, whichever model is trained: what is not set as the judge's rollouts are."""
+    sampling = JudgingSection(**asdict(heldout_sampling(judge, model)))
+    return replace(config, heldout=replace(config.heldout, sampling=sampling))
 
 
 def _open(config: RubricArmConfig, role: Role) -> Model:

@@ -25,8 +25,9 @@ from patarm_jax.arrays import (
     abstract,
 )
 from patarm_jax.config.presets import WEIGHS_SEQUENCES
-from patarm_jax.config.recipes import GRPOConfig, RewardModelConfig, SFTConfig
-from patarm_jax.config.training import PolicyConfig, SupervisedConfig, TrainConfig
+from patarm_jax.config.recipes import RewardModelConfig
+from patarm_jax.config.rubric_arm import ROLES, RubricArmConfig
+from patarm_jax.config.training import PolicyConfig, RunConfig, SupervisedConfig, TrainConfig
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import Form, kernel_for
 from patarm_jax.model.lora import abstract_parts, joined
@@ -54,7 +55,7 @@ from patarm_jax.types import SCORES
 Batch = TypeVar("Batch")
 
 
-def programs(config: TrainConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
+def programs(config: RunConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
     """Every jitted program of a recipe with abstract arguments, at the largest shapes that its settings allow.
 
     Args:
@@ -65,13 +66,13 @@ def programs(config: TrainConfig, arch: Architecture, mesh: Mesh) -> dict[str, P
     return _OF_RECIPE[config.recipe](config, arch, mesh)
 
 
-def _sft(config: SFTConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
+def _sft(config: SupervisedConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
     width = bucket(config.data.max_prompt_tokens + config.data.max_completion_tokens)
     shape = SFTShape(config.prompts_per_pair * config.pairs_per_step, width, bucket(config.data.max_completion_tokens))
     return sft_programs(sft_learner(config, arch, mesh), shape)
 
 
-def _grpo(config: GRPOConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
+def _grpo(config: PolicyConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
     network = network_for(config.model, arch, mesh)
     # Which token ends a judgement changes no shape.
     params = SamplingParams((arch.eos_token_id or 0,), config.sampling.max_new_tokens)
@@ -89,10 +90,22 @@ def _reward_model(config: RewardModelConfig, arch: Architecture, mesh: Mesh) -> 
     return reward_programs(reward_learner(config, arch, mesh), compared)
 
 
+def _rubric_arm(config: RubricArmConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
+    """Those of both models, which are taken to be of one network."""
+    found: dict[str, Program] = {}
+    for role in ROLES:
+        phases = {f"{role}: ": _grpo(config.turn_of(role), arch, mesh)}
+        if config.is_warmed_up:
+            phases[f"{role}, warm-up: "] = _sft(config.warmup_of(role), arch, mesh)
+        found |= {f"{which}{name}": program for which, every in phases.items() for name, program in every.items()}
+    return found
+
+
 _OF_RECIPE: dict[str, Callable[..., dict[str, Program]]] = {
     "sft": _sft,
     "grpo": _grpo,
     "reward_model": _reward_model,
+    "rubric_arm": _rubric_arm,
 }
 
 

@@ -89,7 +89,7 @@ def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingfa
         opening: `Tokenizer.opening`, which the code of the card puts before what the judge writes.
     """
     writes = facts.judge in JUDGES
-    kind = {"scalar": ["bradley-terry"], "ordinal": ["ordinal"]}.get(facts.judge, ["generative-reward-model", "judge"])
+    kind = KINDS.get(facts.judge, ["generative-reward-model", "judge"])
     data = huggingface_hub.ModelCardData(
         base_model=_if_on_hub(facts.base_model),
         datasets=_if_on_hub(facts.data_path),
@@ -108,10 +108,13 @@ def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingfa
         ("optimiser updates", f"{facts.steps:,}"),
         *([("reward", facts.reward)] if facts.reward else []),
         *([("rubrics", facts.rubrics)] if writes else []),
-        *([("sampling", f"{facts.drawing}{said}")] if writes else []),
+        *([("sampling", f"{facts.drawing}{said}")] if facts.drawing else []),
         *_measured(facts),
     ]
     top = TOP.format(name=name, table="\n".join(f"| {key} | {value} |" for key, value in rows))
+    if facts.judge in ARMS:
+        text = ARM_BODY.format(name=name, does=ARMS[facts.judge], top=top)
+        return huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
     if not writes:
         body = ORDINAL_BODY if facts.judge == "ordinal" else SCALAR_BODY
         begun = json.dumps(answer_opening(opening))
@@ -173,6 +176,19 @@ def _scalar_code(name: str, adapters: AdapterFacts | None) -> dict[str, str]:
     return {"served": "", "peft": ", with peft installed", "labels": "num_labels=1, "}
 
 
+KINDS = {
+    "scalar": ["bradley-terry"],
+    "ordinal": ["ordinal"],
+    "rubric": ["rubric-generator", "rubric-arm"],
+    "rubric_judge": ["generative-reward-model", "judge", "rubric-arm"],
+}
+# What Rubric-ARM's two models do.
+ARMS = {
+    "rubric": "A generator of rubrics. It reads a request and writes, before there is any response, what a good one\n"
+    "must do: a numbered list of hard rules and principles. A judge then compares two responses by its rubric.",
+    "rubric_judge": "A judge. It reads a request, two responses and the rubric that a generator wrote for the\n"
+    "request, goes through the rubric for each response and ends with its choice, A or B.",
+}
 # What the card of each kind of judge says that writes.
 JUDGES = {
     "pointwise": {
@@ -321,4 +337,46 @@ for score in range(11):
     logprobs.append(logits.float().log_softmax(-1)[range(len(behind)), behind].sum())
 print((torch.stack(logprobs).softmax(0) * torch.arange(11)).sum().item())
 ```
+"""
+ARM_BODY = """\
+# {name}
+
+{does} It was trained with `patarm_jax`, by Rubric-ARM.
+
+{top}The two models of a run belong together: `GENERATOR` and `JUDGE` stand for its folders `generator/export` and
+`judge/export`, one of which is this one. On a file of preference pairs (`prompt`, `chosen`, `rejected`), with one
+rubric for each prompt and five judgements in each order:
+
+```sh
+patarm eval pairs --judge rubric_judge --model JUDGE --generator GENERATOR --votes 5 \\
+    --data pairs.jsonl --output runs/pairs
+```
+
+With either of them served, such as by `vllm serve JUDGE`, `--endpoint.url http://host:8000/v1` takes the place of
+`--model`, and `--generator.endpoint.url` that of `--generator`. Neither thinks: ask with `enable_thinking` off.
+
+With transformers and torch:
+
+```python
+from patarm_jax.judge.criteria import parse_rubric_judge, shown_rubric
+from patarm_jax.judge.prompts import rubric, rubric_judge
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def answer(folder, messages):
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, enable_thinking=False, return_dict=True, return_tensors="pt"
+    )
+    output = model.generate(**inputs, max_new_tokens=1024)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+criteria = shown_rubric(answer("GENERATOR", rubric("What is 2 + 2?")))
+judgement = parse_rubric_judge(answer("JUDGE", rubric_judge("What is 2 + 2?", "4", "5", criteria)))
+print(criteria, judgement.choice, sep="\\n")
+```
+
+A choice is None where the judgement could not be read. It may depend on which response stands first: ask in both
+orders, and take several judgements of each.
 """

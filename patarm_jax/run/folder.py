@@ -147,7 +147,7 @@ class Run:
     watch: Watch
     evaluation: Evaluator | None
     began_at: int  # steps that were done when this process began
-    labels: Mapping[str, object] = field(default_factory=dict)  # what every line of metrics says besides, such as its phase
+    labels: Mapping[str, object] = field(default_factory=dict)  # said in every line of metrics, such as the phase
     under_way: Generator[Step[Tree], None, None] | None = None
 
     def steps(

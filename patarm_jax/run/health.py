@@ -44,6 +44,7 @@ class Told:
     updates_per_step: int = 1
     on_nonfinite: Literal["skip", "stop"] = "skip"
     max_skipped: int = 10
+    taught: str = "with `patarm sft`"  # how the form of what is sampled is taught
 
 
 def symptoms(line: Mapping[str, float | None], skipped: int) -> list[Symptom]:
@@ -189,11 +190,11 @@ def _advice(name: Symptom, told: Told) -> str:
             return f"All cut off: raise heldout.sampling.max_new_tokens, which is {told.heldout_new_tokens:,}."
         case "unreadable":
             return (
-                "Teach the form with `patarm sft` first. If that is done, model.path, its chat template and rubrics "
+                f"Teach the form {told.taught} first. If that is done, model.path, its chat template and rubrics "
                 f"must be those of that run. {look}"
             )
         case "no_pair":
-            return f"Teach the form with `patarm sft` for longer, or raise group_size. {look}"
+            return f"Teach the form {told.taught} for longer, or raise group_size. {look}"
         case "no_reward":
             return (
                 "Either all scores are the same (raise sampling.temperature), or the rejected responses score higher: "

@@ -146,8 +146,14 @@ def _of_run(name: str, path: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"{name} {path} is not a folder. Give a Hugging Face folder, or the folder of a finished run.")
-    if not (folder / "config.yaml").is_file() or (folder / "config.json").is_file():
+    if (folder / "config.json").is_file():
         return folder
+    if not (folder / "config.yaml").is_file():
+        return folder / EXPORT if (folder / EXPORT).is_dir() else folder  # one of the two models of a run
+    if all((folder / one).is_dir() for one in ("generator", "judge")):
+        raise UserError(
+            f"{name} {path} is a run of two models. Give {folder / 'judge'} or {folder / 'generator'} instead."
+        )
     if not (folder / EXPORT).is_dir():
         raise UserError(
             f"the run {folder} is not finished, so it has no {EXPORT} folder. Start its command again to finish it, or "

@@ -81,6 +81,7 @@ def told_of(config: TrainConfig, folder: Path) -> Told:
         updates_per_step=config.updates_per_step,
         on_nonfinite=config.run.on_nonfinite,
         max_skipped=config.run.max_skipped,
+        taught=config.taught_in_words,
     )
 
 
