@@ -1,10 +1,14 @@
 """A run of Rubric-ARM from end to end, in processes of its own: two models, their phases, and what they leave."""
 
+import base64
+import gzip
 import hashlib
 import json
+import re
 
 import pytest
 
+from patarm_jax.cli import main
 from patarm_jax.config.load import load
 from patarm_jax.config.rubric_arm import RubricArmConfig
 from patarm_jax.data.ruled import place_of
@@ -12,9 +16,13 @@ from patarm_jax.judge.criteria import parse_rubric, parse_rubric_judge
 from patarm_jax.types import Status
 from tests.arms import arms_config, write_arms_world
 from tests.runs import (
+    CUBE,
+    assert_nearly_equal,
     exported,
     judgements,
     lines_of,
+    run_as_two,
+    run_whole_and_killed,
     timeless,
 )
 
@@ -90,15 +98,10 @@ def test_rewards_equal_a_plain_loop(whole):
     assert all(seen.values()), "nothing was rewarded, so nothing was compared"
 
 
-def test_what_rests_does_not_change(whole):
-    """The judge's weights after its last phase are those of its export, though the generator was trained after it."""
-    steps = {
-        role: json.loads((whole / role / "export" / "judge.json").read_text())["step"]
-        for role in ("judge", "generator")
-    }
-    assert steps == {"judge": 129, "generator": 132}
-    kinds = {role: json.loads((whole / role / "export" / "judge.json").read_text())["judge"] for role in steps}
-    assert kinds == {"judge": "rubric_judge", "generator": "rubric"}
+def test_each_model_is_exported_after_its_last_phase(whole):
+    notes = {role: json.loads((whole / role / "export" / "judge.json").read_text()) for role in ("judge", "generator")}
+    assert {role: note["step"] for role, note in notes.items()} == {"judge": 129, "generator": 132}
+    assert {role: note["judge"] for role, note in notes.items()} == {"judge": "rubric_judge", "generator": "rubric"}
 
 
 def test_killed_in_any_phase_it_ends_as_if_it_had_not_been(world, whole, started):
@@ -113,6 +116,163 @@ def test_killed_in_any_phase_it_ends_as_if_it_had_not_been(world, whole, started
     assert judgements(world / "killed") == judgements(whole)
     for role in ("generator", "judge"):
         assert exported(world / "killed" / role) == exported(whole / role)
-    assert (world / "killed" / "rubrics" / "round-2.jsonl").read_bytes() == (
-        whole / "rubrics" / "round-2.jsonl"
-    ).read_bytes()
+    for number in (1, 2):
+        assert rubrics_of(world / "killed", number) == rubrics_of(whole, number)
+
+
+# ------------------------------------------------------------------------------------------- from what it has warmed up
+
+
+def from_warmup(world, whole, name, **sections):
+    """A run that begins with what another's warm-up has made: one round, two steps of each model."""
+    sections = {
+        "warmup": {"epochs": 0, "steps": 0},
+        "generator": {"path": str(whole / "generator" / "warmup"), "steps": 2, **sections.pop("generator", {})},
+        "judge": {"path": str(whole / "judge" / "warmup"), "steps": 2, **sections.pop("judge", {})},
+        "model": {"path": ""},
+        "rounds": 1,
+        **sections,
+    }
+    return arms_config(world, name, **sections)
+
+
+@pytest.fixture(scope="module")
+def short(world, whole, started):
+    """One round on one device."""
+    started("rubric-arm", from_warmup(world, whole, "short")).end()
+    return world / "short"
+
+
+def test_both_begin_with_what_they_are_given(short, whole):
+    """The first round is the one behind the warm-up, but for what its steps are called."""
+    assert [(line["phase"], line["round"]) for line in lines_of(short)] == [("judge", 1)] * 2 + [("generator", 1)] * 2
+    assert not (short / "judge" / "warmup").exists()
+    assert exported(short / "judge") != exported(whole / "judge")
+
+
+def test_eight_devices_learn_as_one(world, whole, short):
+    assert main(["rubric-arm", str(from_warmup(world, whole, "eight", mesh=CUBE, micro_batches=1))]) == 0
+    assert_nearly_equal(world / "eight", short)
+    texts = [[(row["text"], row["judgement"]) for row in rows] for _, rows in sorted(judgements(short).items())]
+    assert texts == [
+        [(row["text"], row["judgement"]) for row in rows] for _, rows in sorted(judgements(world / "eight").items())
+    ]
+
+
+@pytest.mark.long
+def test_two_processes_learn_as_one(world, whole, short, started):
+    config = from_warmup(world, whole, "pod", mesh={**CUBE, "distributed": "auto"})
+    run_as_two(started, "rubric-arm", config)
+    assert_nearly_equal(world / "pod", short)
+    assert (world / "pod" / "rubrics" / "round-1.jsonl").read_text() == (
+        short / "rubrics" / "round-1.jsonl"
+    ).read_text()
+
+
+@pytest.mark.long
+def test_the_generator_first_and_optimizers_that_are_kept(world, whole, started):
+    settings = {"order": "generator_first", "optimizer_per_phase": "kept", "rounds": 2}
+    settings["lora"] = {"rank": 4, "alpha": 8.0}
+    configs = [from_warmup(world, whole, name, **settings) for name in ("kept", "kept_killed")]
+    run_whole_and_killed(started, "rubric-arm", *configs, world / "kept_killed")
+    assert [(line["phase"], line["round"]) for line in lines_of(world / "kept")] == [
+        (role, number) for number in (1, 2) for role in ("generator", "judge") for _ in range(2)
+    ]
+    assert timeless(world / "kept_killed") == timeless(world / "kept")
+    started("rubric-arm", from_warmup(world, whole, "fresh", **settings | {"optimizer_per_phase": "fresh"})).end()
+    kept, fresh = (timeless(world / name) for name in ("kept", "fresh"))
+    assert kept[:5] == fresh[:5]  # a first update shows in the step behind it
+    assert kept[5:] != fresh[5:]
+    for role in ("generator", "judge"):
+        assert exported(world / "kept_killed" / role) == exported(world / "kept" / role)
+
+
+def test_one_of_the_two_may_stay_as_it_is(world, whole, started):
+    config = from_warmup(world, whole, "judge_only", order="judge_only", judge={"rubric_dropout": 0.5})
+    said = started("rubric-arm", config).end()
+    assert f"done: {world / 'judge_only' / 'judge' / 'export'}" in said
+    assert {line["phase"] for line in lines_of(world / "judge_only")} == {"judge"}
+    assert not (world / "judge_only" / "generator").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ what comes out
+
+
+def test_others_take_the_two_by_their_folders(world, whole, started, tmp_path):
+    arguments = ["--judge", "rubric_judge", "--data", world / "heldout.jsonl", "--output", tmp_path / "eval"]
+    settings = ["--model.dtype", "float32", "--sampling.max_new_tokens", "96", "--generator.max_new_tokens", "24"]
+    models = ["--model", whole / "judge", "--generator", whole / "generator"]
+    started("eval", "pairs", *models, *arguments, *settings, "--generator.model.dtype", "float32").end()
+    assert json.loads((tmp_path / "eval" / "results.json").read_text())["generator"]["prompts"] == 10
+    said = started("eval", "pairs", "--model", whole, *arguments[:2], "--generator", whole / "generator").end(1)
+    assert f"is a run of two models. Give {whole / 'judge'} or {whole / 'generator'} instead" in said
+
+
+def test_a_checkpoint_is_exported_as_the_model_of_its_phase(whole, started, tmp_path):
+    step = max(int(path.name) for path in (whole / "checkpoints").iterdir())
+    started("export", whole / "checkpoints" / str(step), tmp_path / "out").end()
+    kind = json.loads((tmp_path / "out" / "judge.json").read_text())["judge"]
+    assert kind == "rubric"
+    names = ("model.safetensors", "config.json", "tokenizer.json")
+    for name in names:
+        ours, theirs = (folder / name for folder in (tmp_path / "out", whole / "generator" / "export"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_only_what_the_run_goes_on_from_is_kept(whole):
+    """The last two checkpoints, and the last one of the judge's last phase."""
+    assert sorted(int(path.name) for path in (whole / "checkpoints").iterdir()) == [129, 130, 132]
+
+
+def test_a_finished_run_is_left_as_it_is(world, whole, started):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and "export" in path.parts}
+    said = started("rubric-arm", arms_config(world, "whole")).end()
+    assert "132 of 132 steps are done" in said
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+REFUSED = {
+    "a generator as judge": (
+        lambda whole: {"judge": {"path": str(whole / "generator" / "warmup")}},
+        "is a generator of the kind rubric, which writes a rubric for a prompt and judges nothing",
+    ),
+    "a judge as generator": (
+        lambda whole: {"generator": {"path": str(whole / "judge" / "warmup")}},
+        "is a judge of the kind rubric_judge",
+    ),
+    "more rounds than pairs": (
+        lambda whole: {"rounds": 20},
+        "rounds is 20, and its part of the 40 usable pairs, 2, does not fill one batch of judge.pairs_per_step 4",
+    ),
+    "no model": (lambda whole: {"judge": {"path": ""}}, "model.path is empty"),
+    "prompts that do not fit": (lambda whole: {"data": {"max_prompt_tokens": 20}}, "no preference is short enough"),
+}
+
+
+@pytest.mark.parametrize("changed, message", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_refused_before_anything_is_trained(world, whole, capsys, changed, message):
+    assert main(["rubric-arm", str(from_warmup(world, whole, "refused", **changed(whole)))]) in (1, 2)
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (world / "refused").exists()
+
+
+def test_another_run_is_not_gone_on_with(world, whole, started):
+    said = started("rubric-arm", arms_config(world, "whole", judge={"format_reward": 0.5})).end(1)
+    assert "holds another run: judge.format_reward is 1.0 there and 0.5 here" in said
+
+
+def test_the_report_shows_rubrics_and_what_was_judged_by_them(whole, started):
+    started("report", whole).end()
+    page = (whole / "report.html").read_text()
+    packed = re.findall(r'data-step="(\d+)">([^<]*)<', page)
+    steps = {int(step): json.loads(gzip.decompress(base64.b64decode(data))) for step, data in packed}
+    kept = {row["prompt_id"]: row["text"] for row in rubrics_of(whole, 1)}
+    assert all(pair["rubric"] == kept[pair["id"]] for pair in steps[121]["pairs"])
+    told = [one for pair in steps[126]["pairs"] for one in (*pair["chosen"], *pair["rejected"])]
+    assert len(told) == 16 and all(one["judgement"] for one in told)
+
+
+def test_a_dry_run_describes_both_models(world, whole, capsys):
+    assert main(["rubric-arm", str(from_warmup(world, whole, "dry")), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "generator: update" in out and "judge: update" in out and not (world / "dry").exists()

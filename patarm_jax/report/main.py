@@ -32,6 +32,7 @@ from patarm_jax.files import check_writable, write_text, writing
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.locks import hold_output
 from patarm_jax.run.health import Health, after, verdict
+from patarm_jax.run.rubrics import RUBRICS
 from patarm_jax.run.watch import told_of
 from patarm_jax.types import UsageError, UserError
 
@@ -69,6 +70,9 @@ PANELS = (
     ),
     Panel("Entropy (nats per token)", {"": "entropy"}),
     Panel("Valid judgements", {"rollouts": "judge/valid", "held out": "eval/valid"}),
+    Panel("Valid rubrics", {"rollouts": "rubrics/valid", "held out": "eval/rubrics/valid"}),
+    Panel("Criteria of a rubric", {"rollouts": "rubrics/criteria", "held out": "eval/rubrics/criteria"}),
+    Panel("Characters of a rubric", {"rollouts": "rubrics/characters", "held out": "eval/rubrics/characters"}),
     Panel(
         "Accuracy",
         {
@@ -129,7 +133,7 @@ def main(run: Path, out: Path | None = None, megabytes: int = 25) -> tuple[Path,
 def _write(run: Path, config: TrainConfig, out: Path, megabytes: int, mark: str) -> tuple[Path, str]:
     metrics = _metrics(run / "metrics.jsonl")
     steps = sorted(p for p in (run / "rollouts").glob("step_*") if re.fullmatch(r"step_\d+\.parquet", p.name))
-    packed = functools.cache(_step)
+    packed = functools.cache(functools.partial(_step, _rubrics(run)))
     taken = within(steps, lambda path: len(packed(path).data), megabytes * 1_000_000)
     rollouts = [packed(path) for path in taken]
     preferences, missing = _preferences(config, {pair for step in rollouts for pair in step.pairs})
@@ -251,14 +255,33 @@ def within(steps: Sequence[Path], size: Callable[[Path], int], limit: int) -> li
         count = max(2, fit)
 
 
-def _step(path: Path) -> _Step:
-    """The pairs of a step: judgements of the chosen and of the rejected response, or with either of them first."""
+def _rubrics(run: Path) -> dict[str, str]:
+    """The rubrics that pairs were judged by, by their SHA-256; none of a run without."""
+    found: dict[str, str] = {}
+    for path in sorted((run / RUBRICS).glob("round-*.jsonl")):
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            found |= {row["sha256"]: row["text"] for row in rows}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} holds no rubrics: {error}. Remove the file; the page is made without it."
+            ) from error
+    return found
+
+
+def _step(rubrics: Mapping[str, str], path: Path) -> _Step:
+    """The pairs of a step: judgements of the chosen and of the rejected response, or with either of them first.
+
+    Of pairs that were judged by a rubric, with it; of rubrics that were rewarded, with what was judged by each.
+    """
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
         pairs: dict[str, Any] = {}
         for row in rows:
             pair = pairs.setdefault(row["pair_id"], {"id": row["pair_id"], "chosen": [], "rejected": []})
-            told = {"status": row["status"], "text": row["text"], "choice": row.get("choice")}
+            told = {name: row.get(name) for name in ("status", "text", "choice", "judgement")}
+            if not told["judgement"] and row.get("rubric_sha256") in rubrics:
+                pair["rubric"] = rubrics[row["rubric_sha256"]]
             side = row["side"].removesuffix(" first")  # of a pairwise judge, which response stood first
             pair[side].append(told | {name: _finite(row[name]) for name in ("score", "reward", "advantage")})
     except (OSError, KeyError, pyarrow.ArrowException) as error:
@@ -314,6 +337,8 @@ def _facts(config: TrainConfig, metrics: Sequence[Mapping[str, object]]) -> list
     ]
     if isinstance(config, GRPOConfig):
         facts.append(("group", str(config.group_size)))
+    if last.get("phase"):
+        facts.append(("phase", f"{last['phase']}, round {last['round']}" if last["round"] else f"{last['phase']}"))
     for label, name in (
         ("reward", "reward"),
         ("valid", "judge/valid"),

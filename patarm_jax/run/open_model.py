@@ -198,12 +198,12 @@ _KINDS = {
     "rubric": (
         "writes a rubric for a prompt and judges nothing",
         "patarm eval with --judge rubric_judge takes it as --generator",
-        "",
+        "rubric-arm trains it on as generator.path",
     ),
     "rubric_judge": (
         "chooses between two responses by a rubric that another model writes",
         "patarm eval with --judge rubric_judge asks it so, with that other as --generator",
-        "",
+        "rubric-arm trains it on as judge.path",
     ),
 }
 
