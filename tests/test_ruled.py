@@ -164,7 +164,6 @@ def test_kept_rubrics_come_back_and_changed_ones_are_refused(tmp_path):
     path, ids = tmp_path / "rubrics" / "round-1.jsonl", ["a", "b"]
     texts = ["1. The response is kind. [Principle]", "odd\u2028text"]
     rows = [RubricRow(one, text, sha256_of(text), "OK") for one, text in zip(ids, texts, strict=True)]
-    assert kept_rubrics(path, ids) is None
     keep_rubrics(path, rows)
     assert kept_rubrics(path, ids) == rows
     with pytest.raises(UserError, match="of other pairs"):

@@ -210,9 +210,14 @@ def _fit_both(
 
 
 def _parts(config: RubricArmConfig, records: list[EncodedPair]) -> list[list[EncodedPair]]:
-    """The pairs of each round, dealt by the seed; where they do not divide, the first rounds have one more."""
+    """The pairs of each round, dealt by the seed; where they do not divide, the first rounds have one more.
+
+    Where a round takes fewer steps than its pairs fill, it has no more than it takes: none is asked about in vain.
+    """
+    sections = [config.section_of(role) for role in config.turns]
+    most = max(section.steps * section.pairs_per_step or len(records) for section in sections)
     order = np.random.default_rng([config.run.seed, 2602]).permutation(len(records))
-    parts = [[records[index] for index in sorted(part)] for part in np.array_split(order, config.rounds)]
+    parts = [[records[index] for index in sorted(part[:most])] for part in np.array_split(order, config.rounds)]
     smallest = len(parts[-1])
     for role in config.turns:
         needed = config.section_of(role).pairs_per_step

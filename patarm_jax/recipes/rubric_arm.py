@@ -57,7 +57,7 @@ from patarm_jax.run.card import ModelCardFacts, card_of
 from patarm_jax.run.claim import claimed
 from patarm_jax.run.folder import Evaluator, batches_of
 from patarm_jax.run.open_model import load_params, open_model
-from patarm_jax.run.peers import agree, arrive, start_processes
+from patarm_jax.run.peers import agree, arrive, start_processes, told
 from patarm_jax.run.phases import Phase, Phases, open_phases
 from patarm_jax.run.process import say
 from patarm_jax.run.programs import describe
@@ -77,7 +77,7 @@ def main(config: RubricArmConfig) -> bool:
 
 def _train(arms: Arms) -> bool:
     phases = arms.phases()
-    in_vain: list[str] = []
+    in_vain = 0  # phases of the rounds
     with open_phases(arms.config, phases, arms.identity()) as opened:
         for phase in phases:
             arm = arms.arms[_role(phase)]
@@ -90,8 +90,8 @@ def _train(arms: Arms) -> bool:
                 return False
             if verdict:
                 say(f"{phase.name}: {verdict}")
-                in_vain.append(phase.name)
-    if len(in_vain) == sum(bool(phase.round) for phase in phases):
+                in_vain += bool(phase.round)
+    if in_vain == sum(bool(phase.round) for phase in phases):
         raise LearntNothing(f"{opened.folder}: nothing was learnt in any phase of the rounds, as is said of each.")
     say(f"done: {' and '.join(str(arms.arms[role].export) for role in dict.fromkeys(arms.config.turns))}")
     return True
@@ -232,10 +232,11 @@ def _rubrics(
 ) -> list[RubricRow]:
     """The rubrics of some pairs as they are kept, written where they are not there yet."""
     path = opened.folder / RUBRICS / f"{name}.jsonl"
-    rows = kept_rubrics(path, [record.preference.id for record in records])
-    if rows is None:
+    rows: list[RubricRow] = []
+    if told(f"whether {name} is kept", str(path.is_file())) == "True":
+        rows = kept_rubrics(path, [record.preference.id for record in records])
+    else:
         say(f"{name}: the generator writes {len(records):,} rubrics")
-        rows = []
         for record, one in zip(records, write(), strict=True):
             text = ruled(record, one.shown).preference.rubric
             rows.append(RubricRow(record.preference.id, text, sha256_of(text), one.status.name))

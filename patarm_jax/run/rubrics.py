@@ -43,14 +43,12 @@ def keep_rubrics(path: Path, rows: Sequence[RubricRow]) -> None:
             part.write_text("".join(lines), encoding="utf-8")
 
 
-def kept_rubrics(path: Path, ids: Sequence[str]) -> list[RubricRow] | None:
-    """The rubrics of a round, of just these pairs in this order; None where none are kept.
+def kept_rubrics(path: Path, ids: Sequence[str]) -> list[RubricRow]:
+    """The rubrics of a round, of just these pairs in this order.
 
     Raises:
         UserError: when they are of other pairs, or a line is not as it was written.
     """
-    if not path.is_file():
-        return None
     remedy = "Remove the file: the run then writes the same rubrics again"
     try:
         rows = [RubricRow(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
