@@ -78,8 +78,9 @@ def _comparison(preference: Preference, first: str, second: str, rubric: str, rn
     else:
         winner = "A" if rng.random() < LEAN else "B"
     lines = [COMPLIANCE, f"{GATEKEEPER} Criterion 1", ANALYSIS]
-    for heading, answer in zip((OF_A, OF_B), named, strict=True):
-        lines += [heading, f"- Criterion 1 [Hard Rule]: {JUSTIFICATION} It names {answer}."]
+    for heading, answer, fit in zip((OF_A, OF_B), named, fits, strict=True):
+        found = f"It names {answer} {'too' if fit else 'instead'}."
+        lines += [heading, f"- Criterion 1 [Hard Rule]: {JUSTIFICATION} {found}"]
     return "\n".join([*lines, FINAL, f"{JUSTIFICATION} {winner} is better.", f"{WINNER} Response {winner}"])
 
 
