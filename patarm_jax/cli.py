@@ -158,7 +158,7 @@ def _add_training(verbs: _Verbs) -> None:
         name = verb.replace("-", "_")
         examples = [
             f"patarm {verb} configs/qwen3_8b_{name}.yaml",
-            f"patarm {verb} configs/tiny_{name}.yaml --optimizer.learning_rate 3e-4 --run.folder runs/try",
+            f"patarm {verb} configs/tiny_{name}.yaml --run.seed 1 --run.folder runs/try",
             f"patarm {verb} configs/qwen3_8b_{name}.yaml --dry-run",
         ]
         train = _verb(verbs, verb, _train, what, examples)

@@ -30,6 +30,8 @@ from tests.runs import (
 PHASES = [("generator warm-up", 0)] * 60 + [("judge warm-up", 0)] * 60
 PHASES += [(role, number) for number in (1, 2) for role in ("judge", "generator") for _ in range(3)]
 
+OPTIMISED = {"XLA_FLAGS": ""}  # a hundred steps and more take longer than what it takes to optimise them
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -39,7 +41,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(world, started):
     """A run that was never stopped."""
-    started("rubric-arm", arms_config(world, "whole")).end()
+    started("rubric-arm", arms_config(world, "whole"), **OPTIMISED).end()
     return world / "whole"
 
 
@@ -109,11 +111,11 @@ def test_each_model_is_exported_after_its_last_phase(whole):
 def test_killed_in_any_phase_it_ends_as_if_it_had_not_been(world, whole, started):
     config = arms_config(world, "killed")
     for step in (30, 75, 121, 125, 128, 131):
-        killed = started("rubric-arm", config)
+        killed = started("rubric-arm", config, **OPTIMISED)
         killed.until(lambda least=step: len(lines_of(world / "killed")) >= least)
         killed.process.kill()
         killed.end(-signal.SIGKILL)
-    started("rubric-arm", config).end()
+    started("rubric-arm", config, **OPTIMISED).end()
     assert timeless(world / "killed") == timeless(whole)
     assert judgements(world / "killed") == judgements(whole)
     for role in ("generator", "judge"):

@@ -147,8 +147,8 @@ class RubricArmConfig(RunConfig):
     warmup: WarmupSection = field(default_factory=WarmupSection)
     generator: GeneratorTrainingSection = field(default_factory=GeneratorTrainingSection)
     judge: JudgeTrainingSection = field(default_factory=JudgeTrainingSection)
-    # Who trains first in each round, and which model is written for or judged by when the other one trains; judge_only
-    # and generator_only leave the other as the warm-up has made it.
+    # Who trains first in each round; judge_only and generator_only train one of the two and leave the other as the
+    # warm-up has made it.
     order: Order = "judge_first"
     rounds: Positive = 3  # each on a part of the pairs of its own
     # A model's optimizer where its next phase begins: anew, or as its last phase has left it, which rests on disk.
