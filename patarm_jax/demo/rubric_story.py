@@ -163,7 +163,7 @@ def results_table(results: Mapping[str, Accuracy]) -> rich.table.Table:
         caption="\n".join(f"{name}: {what}" for name, what in STAGES.items()),
         caption_justify="left",
     )
-    table.add_column("judge and generator", no_wrap=True)
+    table.add_column("stage", no_wrap=True)
     for heading in ("valid", "tie = wrong", "tie = ½", "95 % interval", "first", "same"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
