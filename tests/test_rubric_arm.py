@@ -179,6 +179,17 @@ def test_killed_among_rubrics_it_ends_as_if_it_had_not_been(world, whole, short,
     assert judgements(world / "short_killed") == judgements(short)
 
 
+def test_asked_to_stop_in_the_last_step_of_a_phase_it_begins_no_other(world, whole, started):
+    config = from_warmup(world, whole, "stopped", judge={"steps": 1}, generator={"steps": 1})
+    stopping = started("rubric-arm", config)
+    stopping.until(lambda: (world / "stopped" / "rubrics" / "round-1.jsonl").exists())
+    stopping.until(lambda: "compiled in" in stopping.so_far())
+    stopping.process.send_signal(signal.SIGTERM)
+    assert f"stopped after step 1 of 2, saved in {world / 'stopped'}" in stopping.end()
+    assert not (world / "stopped" / "generator").exists()
+    assert "done: " in started("rubric-arm", config).end()
+
+
 @pytest.mark.long
 def test_two_processes_learn_as_one(world, whole, short, started):
     config = from_warmup(world, whole, "pod", mesh={**CUBE, "distributed": "auto"})

@@ -157,7 +157,8 @@ class RubricArmConfig(RunConfig):
 
     def model_of(self, role: Role) -> ModelSection:
         """What a model begins with."""
-        return replace(self.model, path=self.section_of(role).path or self.model.path)
+        own = self.section_of(role).path
+        return replace(self.model, path=own, adapter="") if own else self.model
 
     def section_of(self, role: Role) -> GeneratorTrainingSection | JudgeTrainingSection:
         """How a model is trained in the rounds."""

@@ -148,6 +148,7 @@ class Run:
     evaluation: Evaluator | None
     began_at: int  # steps that were done when this process began
     labels: Mapping[str, object] = field(default_factory=dict)  # said in every line of metrics, such as the phase
+    asked_to_stop: bool = False  # by a signal, in its last step
     under_way: Generator[Step[Tree], None, None] | None = None
 
     def steps(
@@ -195,7 +196,8 @@ class Run:
                 report(number, shown(values), self.watch.new_tokens)
                 self._write_rollouts(step)
                 arrive(f"step {number}: saving")
-                stopping = stop_asked() or bool(self.watch.stop)
+                self.asked_to_stop = stop_asked()
+                stopping = self.asked_to_stop or bool(self.watch.stop)
                 self._save(number, data_state, stopping, measured)
                 self.done = number
                 if stopping:
@@ -273,10 +275,7 @@ class Run:
                 "`patarm export` takes."
             )
         if self.done < self.length.steps:
-            say(
-                f"stopped after step {self.done} of {self.length.steps}, saved in {self.folder}; run the command again "
-                "to resume"
-            )
+            say(stopped(self.done, self.length.steps, self.folder))
             return False
         return True
 
@@ -312,6 +311,11 @@ class Run:
 
     def _checkpoint(self, step: int) -> Path:
         return self.folder / CHECKPOINTS / str(step)
+
+
+def stopped(done: int, steps: int, folder: Path) -> str:
+    """What is said of a run that was asked to stop."""
+    return f"stopped after step {done} of {steps}, saved in {folder}; run the command again to resume"
 
 
 # --------------------------------------------------------------------------------------------------------------- open

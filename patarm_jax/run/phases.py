@@ -23,7 +23,7 @@ from patarm_jax.run.card import ModelCardFacts
 from patarm_jax.run.checkpoint import Checkpoints, open_checkpoints
 from patarm_jax.run.claim import CHECKPOINTS, MARK, folder_of, refuse_another_begun, write_mark
 from patarm_jax.run.export import export_trained
-from patarm_jax.run.folder import Evaluator, Length, Run, batches_of
+from patarm_jax.run.folder import Evaluator, Length, Run, batches_of, stopped
 from patarm_jax.run.learner import Learner
 from patarm_jax.run.metrics import MetricsWriter, open_metrics
 from patarm_jax.run.open_model import JUDGE, Model, load_parts
@@ -153,6 +153,9 @@ class Phases:
         parts = run.learner.mesh, run.state.params, run.frozen
         card = dataclasses.replace(card, steps=updates)
         export_trained(export, run.config, run.model, *parts, card, replace=True, noted={STEP: run.done})
+        if run.asked_to_stop and run.done < self.phases[-1].last:
+            say(stopped(run.done, self.phases[-1].last, self.folder))
+            return False
         return True
 
 
