@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
 import signal
 
 import pytest
@@ -290,6 +291,26 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(world, whole, caps
 def test_another_run_is_not_gone_on_with(world, whole, started):
     said = started("rubric-arm", arms_config(world, "whole", judge={"format_reward": 0.5})).end(1)
     assert "holds another run: judge.format_reward is 1.0 there and 0.5 here" in said
+
+
+def test_other_responses_are_another_run(world, whole, short, started):
+    """With the prompts and ids as they were, which is all that the generator reads."""
+    rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    rows[3]["chosen"], rows[3]["rejected"] = rows[3]["rejected"], rows[3]["chosen"]
+    (world / "exchanged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = from_warmup(world, whole, "short", data={"path": str(world / "exchanged.jsonl")})
+    assert "holds another run: data is" in started("rubric-arm", config).end(1)
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(world, whole, short, started):
+    (short / "checkpoints").rename(world / "elsewhere")
+    try:
+        lines = lines_of(short)
+        said = started("rubric-arm", from_warmup(world, whole, "short")).end(1)
+        assert "holds a run whose checkpoints are gone" in said and lines_of(short) == lines
+    finally:
+        shutil.rmtree(short / "checkpoints", ignore_errors=True)
+        (world / "elsewhere").rename(short / "checkpoints")
 
 
 def test_the_report_shows_rubrics_and_what_was_judged_by_them(whole, started):

@@ -88,6 +88,7 @@ class Arms:
     mesh: Mesh
     arms: dict[Role, Arm]
     records: list[EncodedPair]  # as the generator reads them; each fits the judge too
+    data: str  # tells them from others, as both models read them
     parts: list[list[EncodedPair]]  # those of each round
     heldout: HeldoutPairs | None
 
@@ -127,7 +128,7 @@ class Arms:
             "recipe": config.recipe,
             **networks,
             "dtype": config.model.dtype,
-            "data": digest_of(self.records),
+            "data": self.data,
             **taught,
             "seed": config.run.seed,
             "epochs": config.run.epochs,
@@ -152,10 +153,10 @@ def open_arms(config: RubricArmConfig) -> Arms:
     taught = {role: _taught(config, warmups[role], models[role]) for role in ROLES}
     folder = folder_of(config.run)
     arms = {role: Arm(role, folder / role, models[role], warmups[role], turns[role], taught[role]) for role in ROLES}
-    records = _fit_both(config, arms, preferences, f"{config.data.path}: {read}")
+    records, data = _fit_both(config, arms, preferences, f"{config.data.path}: {read}")
     parts = _parts(config, records)
     trained = [*preferences, *(record.preference for arm in arms.values() for record in arm.taught)]
-    return Arms(config, mesh, arms, records, parts, _heldout(config, mesh, arms, trained))
+    return Arms(config, mesh, arms, records, data, parts, _heldout(config, mesh, arms, trained))
 
 
 def _check_batch(mesh: Mesh, config: TrainConfig, setting: str) -> None:
@@ -193,20 +194,20 @@ def _taught(config: RubricArmConfig, warmup: WarmupConfig, model: Model) -> list
 
 def _fit_both(
     config: RubricArmConfig, arms: dict[Role, Arm], preferences: Sequence[Preference], read: str
-) -> list[EncodedPair]:
-    """The pairs that fit both models, as the generator reads them."""
+) -> tuple[list[EncodedPair], str]:
+    """The pairs that fit both models, as the generator reads them, and a digest of what both read."""
     fit: dict[Role, list[EncodedPair]] = {}
     for role, arm in arms.items():
         fit[role], encoded = encode_pairs(arm.model.tokenizer, preferences, "adaptive", config.data, arm.room, arm.form)
         say(f"{read}. Encoded for the {role}: {encoded}.")
-    judged = {record.index for record in fit["judge"]}
+    judged = {record.index: record for record in fit["judge"]}
     both = [record for record in fit["generator"] if record.index in judged]
     if not both:
         raise UserError(
             "no pair fits both models: the prompts of the judge and of the generator that are short enough are of "
             "different pairs. Raise data.max_prompt_tokens."
         )
-    return both
+    return both, f"{digest_of(both)} {digest_of([judged[record.index] for record in both])}"
 
 
 def _parts(config: RubricArmConfig, records: list[EncodedPair]) -> list[list[EncodedPair]]:
@@ -247,9 +248,9 @@ def _heldout(
     if not config.heldout.path:
         return None
     preferences, read = read_heldout(config, training)
-    records = _fit_both(config, arms, preferences, f"held out, {config.heldout.path}: {read}")
+    records, digest = _fit_both(config, arms, preferences, f"held out, {config.heldout.path}: {read}")
     judge, generator = arms["judge"], arms["generator"]
-    agree("the held-out pairs they read", {"number of pairs": len(records), "pairs": digest_of(records)})
+    agree("the held-out pairs they read", {"number of pairs": len(records), "pairs": digest})
     sampling = heldout_sampling(judge.turn, judge.model)
     return HeldoutPairs(
         generator=generator.asked(mesh, generator.greedy, 1),

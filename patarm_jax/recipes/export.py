@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from patarm_jax.config.load import load_run, override
-from patarm_jax.config.rubric_arm import Role, RubricArmConfig
+from patarm_jax.config.rubric_arm import FORM_OF, Role, RubricArmConfig
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.config.training import TrainConfig
 from patarm_jax.files import check_writable, is_occupied, occupied_error, read_json_object
@@ -21,8 +21,10 @@ from patarm_jax.run.export import export_trained
 from patarm_jax.run.metrics import read_metrics
 from patarm_jax.run.open_model import load_parts, open_model
 from patarm_jax.run.process import say
-from patarm_jax.run.whose import refuse_another_start
+from patarm_jax.run.whose import START, refuse_another_start
 from patarm_jax.types import UsageError, UserError
+
+_ROLE_OF: dict[str, str] = {form: role for role, form in FORM_OF.items()}
 
 
 def main(checkpoint: Path, out: Path, best: bool = False, lora: Literal["merged", "adapter"] | None = None) -> None:
@@ -58,7 +60,8 @@ def _export(checkpoint: Path, out: Path, best: bool, lora: Literal["merged", "ad
         step = _best(folder, config, step)
     model = open_model(config.model, config.judge, new_head=FORMS[config.judge].has_score_head)
     if config.lora.rank:
-        refuse_another_start(folder, read_json_object(folder / MARK) or {}, model)
+        begun = _ROLE_OF.get(config.judge, START)
+        refuse_another_start(folder, read_json_object(folder / MARK) or {}, model, begun)
     mesh = make_mesh(MeshSection())
     checkpoints = open_checkpoints(folder / CHECKPOINTS, 1, {}, on_damaged=config.run.on_damaged, say=say)
     shapes, _ = abstract_parts(model.arch, mesh, config.lora, config.model.dtype)

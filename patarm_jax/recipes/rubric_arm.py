@@ -21,7 +21,7 @@ from patarm_jax.config.load import to_yaml
 from patarm_jax.config.rubric_arm import Role, RubricArmConfig
 from patarm_jax.config.sections import SamplingSection
 from patarm_jax.config.training import TrainConfig
-from patarm_jax.data.pipeline import EncodedPair
+from patarm_jax.data.pipeline import EncodedPair, digest_of
 from patarm_jax.data.ruled import place_of, without_some
 from patarm_jax.evaluate.heldout import share_of
 from patarm_jax.evaluate.heldout_rubrics import GeneratorOnHeldout, JudgeOnHeldout, rubric_metrics
@@ -115,20 +115,20 @@ def _warm_up(arms: Arms, arm: Arm, opened: Phases, phase: Phase) -> str | None:
     say(kernels_in_use(config.model, model.arch, mesh, sft_form(config)))
     run = opened.run(phase, config, model, arm.taught, learner, None)
     take_updates(run, partial(sft.prepare, config, mesh, model.tokenizer), sft.shown)
-    ended = opened.end(run, arm.warmed_up, _card(arm, config, len(arm.taught)))
+    ended = opened.end(run, arm.warmed_up, _card(arm, config, len(arm.taught)), updates_before=0)
     return run.watch.verdict if ended else None
 
 
 def _turn(arms: Arms, arm: Arm, opened: Phases, phase: Phase) -> str | None:
     """Reinforces a model in a round, while the other one rests; returns as `_warm_up`."""
     config, mesh, model = arm.turn, arms.mesh, arm.model
-    before, kept = opened.before(phase), arms.config.optimizer_per_phase == "kept"
+    last, kept = opened.before(phase), arms.config.optimizer_per_phase == "kept"
     steps = steps_in_all(opened.phases, arm.role) if kept else phase.last - phase.first
     learner = grpo_learner(config, model.arch, mesh, updates=steps * config.update.updates_per_rollout)
     rollout = make_rollout_programs(config, model.arch, mesh)
     say(kernels_in_use(config.model, model.arch, mesh, "causal", "shared", "written"))
     lesson = (_judges_lesson if arm.role == "judge" else _generators_lesson)(arms, opened, phase, rollout)
-    goes_on = kept and before is not None and before.round > 0
+    goes_on = kept and last is not None and last.round > 0
     run = opened.run(phase, config, model, lesson.records, learner, lesson.evaluation, goes_on)
     reference = _load_reference(arms, arm)
     for step in run.steps(
@@ -139,8 +139,17 @@ def _turn(arms: Arms, arm: Arm, opened: Phases, phase: Phase) -> str | None:
         found = reinforce(config, mesh, rollout, reference, step, lesson.sample)
         step.metrics |= {**rollout_metrics(config, found), **lesson.metrics}
         step.rows = rollout_rows(mesh, arm.form, found, lesson.rubrics)
-    ended = opened.end(run, arm.export, _card(arm, config, len(arms.records)))
+    ended = opened.end(
+        run, arm.export, _card(arm, config, len(arms.records)), _updates_before(opened, phase, arm, kept)
+    )
     return run.watch.verdict if ended else None
+
+
+def _updates_before(opened: Phases, phase: Phase, arm: Arm, kept: bool) -> int:
+    """Updates of a model in its earlier phases, but for those that an optimizer which is kept has counted."""
+    earlier = [one for one in opened.phases if one.role == phase.role and one.last <= phase.first]
+    each = {True: 0 if kept else arm.turn.update.updates_per_rollout, False: 1}
+    return sum(each[bool(one.round)] * (one.last - one.first) for one in earlier)
 
 
 @dataclass(frozen=True)
@@ -172,7 +181,7 @@ def _judges_lesson(arms: Arms, opened: Phases, phase: Phase, rollout: RolloutPro
     if arms.heldout is not None:
         pairs = arms.heldout
         greedy = arms.arms["generator"].greedy
-        name = f"heldout-round-{phase.round}"
+        name = f"heldout-{digest_of(pairs.records)[:8]}-round-{phase.round}"
         kept = _rubrics(opened, name, pairs.records, arms.ruled, lambda: write(greedy, pairs.records, pairs.key))
         evaluation = JudgeOnHeldout(config.heldout, pairs, [_as_written(row) for row in kept], rollout.to_rollout)
     asked = arm.asked(arms.mesh, arm.turn.sampling, arm.turn.group_size)
@@ -237,9 +246,13 @@ def _rubrics(
         rows = kept_rubrics(path, [record.preference.id for record in records])
     else:
         say(f"{name}: the generator writes {len(records):,} rubrics")
+        shortened = 0
         for record, one in zip(records, write(), strict=True):
             text = ruled(record, one.shown).preference.rubric
+            shortened += text != one.shown
             rows.append(RubricRow(record.preference.id, text, sha256_of(text), one.status.name))
+        if shortened:
+            say(f"{name}: {shortened:,} rubrics are longer than data.max_prompt_tokens leaves, and lose their end")
         if jax.process_index() == 0:
             keep_rubrics(path, rows)
         arrive(f"keeping {path}")

@@ -26,13 +26,14 @@ from patarm_jax.run.export import export_trained
 from patarm_jax.run.folder import Evaluator, Length, Run, batches_of, stopped
 from patarm_jax.run.learner import Learner
 from patarm_jax.run.metrics import MetricsWriter, open_metrics
-from patarm_jax.run.open_model import JUDGE, Model, load_parts
-from patarm_jax.run.peers import agree
+from patarm_jax.run.open_model import EXPORT, JUDGE, Model, load_parts
+from patarm_jax.run.peers import agree, told
 from patarm_jax.run.process import say
 from patarm_jax.run.soundness import refuse_ruined
 from patarm_jax.run.watch import open_watch
-from patarm_jax.run.whose import refuse_another_run, with_known_start
+from patarm_jax.run.whose import WEIGHTS, refuse_another_run, with_known_start
 from patarm_jax.train.steps import TrainState
+from patarm_jax.types import UserError
 
 STEP = "step"  # in judge.json of an export: the step of the run after which it was made
 
@@ -72,7 +73,8 @@ class Phases:
 
     def is_over(self, phase: Phase, export: Path) -> bool:
         """Whether a phase has come to its end, its export included."""
-        return self.done > phase.last or (self.done == phase.last and step_of(export) == phase.last)
+        is_made = told(f"whether {phase.name} is exported", str(step_of(export) == phase.last)) == "True"
+        return self.done > phase.last or (self.done == phase.last and is_made)
 
     def run(
         self,
@@ -139,8 +141,14 @@ class Phases:
         params, _ = self.checkpoints.restore_params(learner.shape.params, step)
         return learner.new_state(params)
 
-    def end(self, run: Run, export: Path, card: ModelCardFacts) -> bool:
+    def end(self, run: Run, export: Path, card: ModelCardFacts, updates_before: int) -> bool:
         """Ends a phase and exports what it has trained; False when the run was asked to stop before.
+
+        Args:
+            run: of the phase.
+            export: the folder.
+            card: what the model card says; the number of updates is filled in.
+            updates_before: those that the model has had before, which its optimizer has not counted.
 
         Raises:
             UserError: when too many updates were skipped.
@@ -149,7 +157,7 @@ class Phases:
         self.done = run.done
         if not run.came_to_its_end():
             return False
-        updates = int(run.state.step) - int(run.state.skipped)
+        updates = updates_before + int(run.state.step) - int(run.state.skipped)
         parts = run.learner.mesh, run.state.params, run.frozen
         card = dataclasses.replace(card, steps=updates)
         export_trained(export, run.config, run.model, *parts, card, replace=True, noted={STEP: run.done})
@@ -180,7 +188,8 @@ def open_phases(config: RunConfig, phases: Sequence[Phase], identity: Mapping[st
     folder = folder_of(config.run)
     noted = read_json_object(folder / MARK)
     whose = with_known_start(identity, noted)
-    agree("what they read", {"pairs": whose["data"]})
+    weights = {f"weights ({role})": one["digest"] for role, one in whose[WEIGHTS].items()}  # whatever their paths
+    agree("what they read", {name: value for name, value in whose.items() if name != WEIGHTS} | weights)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     refuse_another_begun(folder, whose)
@@ -195,6 +204,8 @@ def open_phases(config: RunConfig, phases: Sequence[Phase], identity: Mapping[st
         kept_besides=partial(last_of_each, phases),
     )
     done = checkpoints.last_whole() or 0
+    if not done:
+        _refuse_to_begin_anew(folder, phases)
     write_mark(folder, config, whose, keep_config=done >= phases[-1].last)
     writer = open_metrics(
         folder,
@@ -211,6 +222,17 @@ def open_phases(config: RunConfig, phases: Sequence[Phase], identity: Mapping[st
         writer.close()
     finally:
         writer.close_files()
+
+
+def _refuse_to_begin_anew(folder: Path, phases: Sequence[Phase]) -> None:
+    """Refuses to train over models that a run has made whose checkpoints are gone."""
+    made = [folder / role / EXPORT for role in dict.fromkeys(phase.role for phase in phases)]
+    made = [export for export in made if step_of(export) is not None]
+    if told("whether the run has made models", str(bool(made))) == "True":
+        raise UserError(
+            f"{folder} holds a run whose checkpoints are gone, so that it cannot go on; what it has made is left as it "
+            f"is: {' and '.join(map(str, made))}. Give another run folder."
+        )
 
 
 def last_of_each(phases: Sequence[Phase], steps: Sequence[int]) -> Set[int]:

@@ -189,15 +189,16 @@ def _refuse_other_weights(
     )
 
 
-def refuse_another_start(folder: Path, noted: Mapping[str, Any], model: Model) -> None:
+def refuse_another_start(folder: Path, noted: Mapping[str, Any], model: Model, role: str = START) -> None:
     """Refuses to put adapters on other weights than those that their run has trained them beside.
 
     Args:
         folder: of the run.
         noted: the fingerprint that stands in it.
         model: what its adapters are to be put on.
+        role: under which the weights that they were trained beside are noted.
     """
-    theirs = noted.get(WEIGHTS, {}).get(START)
+    theirs = noted.get(WEIGHTS, {}).get(role)
     ours = {"path": _named(model), "digest": weights_digest(model)}
     if theirs is not None and theirs["digest"] != ours["digest"]:
         raise UserError(
