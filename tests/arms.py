@@ -11,8 +11,8 @@ from patarm_jax.demo.world import make_world, write_pairs
 from patarm_jax.judge.forms import RUBRIC, RUBRIC_JUDGE
 
 
-def write_arms_world(root, pairs=40, heldout=10, seed=0):
-    """Writes pairs.jsonl, heldout.jsonl and model/; returns the folder."""
+def write_arms_world(root, pairs=40, heldout=10, seed=1):
+    """Writes pairs.jsonl, heldout.jsonl and model/, whose vocabulary two devices can share; returns the folder."""
     world, rng = make_world(seed, pairs, heldout), random.Random(seed)
     rubrics = [teacher_rubric(pair, rng) for pair in world.train]
     taught = [

@@ -36,6 +36,7 @@ from patarm_jax.run.rubrics import RUBRICS
 from patarm_jax.run.watch import told_of
 from patarm_jax.types import UsageError, UserError
 
+PHASE = "phase"  # what a line of metrics says in words: whose steps these are
 _PROMPTS = 4000  # characters of a prompt or response that are shown
 
 
@@ -224,7 +225,9 @@ def _metrics(path: Path) -> list[dict[str, object]]:
         try:
             values = json.loads(line)
             step = int(values["step"])
-            found.setdefault(step, {}).update({name: _finite(value) for name, value in values.items()} | {"step": step})
+            found.setdefault(step, {}).update(
+                {name: value if name == PHASE else _finite(value) for name, value in values.items()} | {"step": step}
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: line {number} is not metrics of a step. Remove the line.") from error
     if not found:
@@ -291,9 +294,8 @@ def _step(rubrics: Mapping[str, str], path: Path) -> _Step:
     return _Step(int(path.stem.removeprefix("step_")), tuple(pairs), _packed({"pairs": list(pairs.values())}))
 
 
-def _finite(value: Any) -> Any:
-    """A number, or what is none, such as the name of a phase; None of one that is not finite."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _preferences(config: TrainConfig, ids: Iterable[str]) -> tuple[dict[str, Any], str]:
@@ -337,8 +339,8 @@ def _facts(config: TrainConfig, metrics: Sequence[Mapping[str, object]]) -> list
     ]
     if isinstance(config, GRPOConfig):
         facts.append(("group", str(config.group_size)))
-    if last.get("phase"):
-        facts.append(("phase", f"{last['phase']}, round {last['round']}" if last["round"] else f"{last['phase']}"))
+    if last.get(PHASE):
+        facts.append((PHASE, f"{last[PHASE]}, round {last['round']}" if last["round"] else f"{last[PHASE]}"))
     for label, name in (
         ("reward", "reward"),
         ("valid", "judge/valid"),
