@@ -7,19 +7,7 @@ templates here.
 import hashlib
 from dataclasses import dataclass
 
-from patarm_jax.judge.criteria import (
-    ANALYSIS,
-    COMPLIANCE,
-    FINAL,
-    GATEKEEPER,
-    JUSTIFICATION,
-    OF_A,
-    OF_B,
-    WINNER,
-    Criterion,
-    criteria_of,
-    render_criteria,
-)
+from patarm_jax.judge.criteria import Criterion, criteria_of, judged_by, render_comparison, render_criteria
 from patarm_jax.judge.rubrics import primary
 from patarm_jax.types import CHOSEN, REJECTED, Preference
 
@@ -125,23 +113,14 @@ def template_comparison(preference: Preference, place: int) -> str:
     Justification: Response B meets the rubric better.
     Winner: Response B
     """
-    chosen, found = "AB"[place], []
-    for letter, heading in zip("AB", (OF_A, OF_B), strict=True):
+    chosen, criteria = "AB"[place], criteria_of(preference.rubric)
+
+    def findings(letter: str) -> list[str]:
         finding = "meets it" if letter == chosen else "falls short of it"
-        said = f"{JUSTIFICATION} Response {letter} {finding}."
-        criteria = enumerate(criteria_of(preference.rubric), 1)
-        found += [heading, *(f"- Criterion {number} [{one.kind}]: {said}" for number, one in criteria)]
-    return "\n".join(
-        [
-            COMPLIANCE,
-            f"{GATEKEEPER} Criterion 1",
-            ANALYSIS,
-            *found,
-            FINAL,
-            f"{JUSTIFICATION} Response {chosen} meets the rubric better.",
-            f"{WINNER} Response {chosen}",
-        ]
-    )
+        return [judged_by(criterion, f"Response {letter} {finding}.") for criterion in criteria]
+
+    why = f"Response {chosen} meets the rubric better."
+    return render_comparison("Criterion 1", findings("A"), findings("B"), why, chosen)
 
 
 def _in_form(reasoning: str, finding: str, answer: str) -> str:

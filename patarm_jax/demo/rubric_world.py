@@ -12,18 +12,7 @@ import random
 from collections.abc import Sequence
 
 from patarm_jax.demo.world import answers_of, asked, given
-from patarm_jax.judge.criteria import (
-    ANALYSIS,
-    COMPLIANCE,
-    FINAL,
-    GATEKEEPER,
-    JUSTIFICATION,
-    OF_A,
-    OF_B,
-    WINNER,
-    Criterion,
-    render_criteria,
-)
+from patarm_jax.judge.criteria import Criterion, judged_by, render_comparison, render_criteria
 from patarm_jax.types import Domain, Preference
 
 MISTAKEN = 3  # the teacher mistakes one in so many of the answers that a domain's prompts call for
@@ -38,7 +27,11 @@ def rubric_naming(answer: str) -> str:
     >>> rubric_naming("theft")
     '1. The response names theft. [Hard Rule]'
     """
-    return render_criteria([Criterion(f"The response names {answer}.", "Hard Rule")])
+    return render_criteria([_naming(answer)])
+
+
+def _naming(answer: str) -> Criterion:
+    return Criterion(f"The response names {answer}.", "Hard Rule")
 
 
 def teacher_rubric(preference: Preference, rng: random.Random) -> str:
@@ -77,11 +70,11 @@ def _comparison(preference: Preference, first: str, second: str, rubric: str, rn
         winner = "AB"[fits.index(True) if rng.random() < FAITHFUL else fits.index(False)]
     else:
         winner = "A" if rng.random() < LEAN else "B"
-    lines = [COMPLIANCE, f"{GATEKEEPER} Criterion 1", ANALYSIS]
-    for heading, answer, fit in zip((OF_A, OF_B), named, fits, strict=True):
-        found = f"It names {answer} {'too' if fit else 'instead'}."
-        lines += [heading, f"- Criterion 1 [Hard Rule]: {JUSTIFICATION} {found}"]
-    return "\n".join([*lines, FINAL, f"{JUSTIFICATION} {winner} is better.", f"{WINNER} Response {winner}"])
+    of_a, of_b = (
+        [judged_by(_naming(answer), f"It names {answer} {'too' if fit else 'instead'}.")]
+        for answer, fit in zip(named, fits, strict=True)
+    )
+    return render_comparison("Criterion 1", of_a, of_b, f"{winner} is better.", winner)
 
 
 def with_rubrics_of_others(rubrics: Sequence[str], preferences: Sequence[Preference], seed: int) -> list[str]:

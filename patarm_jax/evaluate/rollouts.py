@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from patarm_jax.config.training import PolicyConfig
 from patarm_jax.evaluate.accuracy import accuracy_of_choices, gap_or_position, pairwise_accuracy
-from patarm_jax.judge.forms import FORMS, RUBRIC, Form
+from patarm_jax.judge.forms import FORMS, Form
 from patarm_jax.model.sharding import process_in
 from patarm_jax.reward import Rewards
 from patarm_jax.rollout.rounds import JudgedBy, Reinforced
@@ -53,7 +53,7 @@ def rollout_metrics(config: PolicyConfig, found: Reinforced) -> dict[str, float]
     by_pair = rewards.total.shape
     # Of rubrics the numbers are those of the judgements by them, which have a form of their own.
     metrics |= _judge_metrics(config, numbers.reshape(by_pair), ~np.isnan(numbers).reshape(by_pair), rewards)
-    if FORMS[config.judge] is RUBRIC:
+    if any(each.by for each in rounds):
         metrics["rubrics/valid"] = (status == Status.OK).mean()
     return {name: float(value) for name, value in metrics.items()}
 

@@ -108,6 +108,27 @@ def render_criteria(criteria: Sequence[Criterion]) -> str:
     return "\n".join(f"{number}. {one.text} [{one.kind}]" for number, one in enumerate(criteria, 1))
 
 
+def render_comparison(gatekeeper: str, of_a: Sequence[str], of_b: Sequence[str], why: str, winner: str) -> str:
+    """A judgement by a rubric as `parse_rubric_judge` reads it.
+
+    Args:
+        gatekeeper: the criterion that is checked first.
+        of_a: what is said of response A by each criterion, from `judged_by`.
+        of_b: the same of response B.
+        why: the justification of the choice.
+        winner: A or B.
+    """
+    lines = [COMPLIANCE, f"{GATEKEEPER} {gatekeeper}", ANALYSIS]
+    for heading, said in ((OF_A, of_a), (OF_B, of_b)):
+        lines += [heading, *(f"- Criterion {number} {one}" for number, one in enumerate(said, 1))]
+    return "\n".join([*lines, FINAL, f"{JUSTIFICATION} {why}", f"{WINNER} Response {winner}"])
+
+
+def judged_by(criterion: Criterion, finding: str) -> str:
+    """What is said of a response by one criterion, for `render_comparison`."""
+    return f"[{criterion.kind}]: {JUSTIFICATION} {finding}"
+
+
 def parse_rubric_judge(text: str, criteria: int | None = None) -> Judgement:
     r"""Reads a judgement of two responses by a rubric; `choice` is the winner.
 

@@ -71,7 +71,7 @@ def is_complete(section: RunSection, fingerprint: Mapping[str, object], steps: i
     if not (folder / EXPORT).is_dir() or mark is None or (saved and is_writable(folder)):
         return False
     whose = with_known_start(fingerprint, mark)
-    refuse_another_run(str(folder), expected=json.loads(json.dumps(whose)), got=mark, what="holds another run")
+    refuse_another_run(str(folder), expected=whose, got=mark, what="holds another run")
     done = max(saved, default=_last_step(folder))
     if done < steps:
         check_writable(folder, folder=True)
@@ -151,7 +151,7 @@ def refuse_another_begun(folder: Path, whose: Mapping[str, object]) -> None:
     found = read_json_object(folder / MARK)
     if found is not None and not steps_in(folder / CHECKPOINTS):
         where = f"{folder}, where no checkpoint is saved yet,"
-        refuse_another_run(where, expected=json.loads(json.dumps(whose)), got=found, what="holds another run")
+        refuse_another_run(where, expected=whose, got=found, what="holds another run")
 
 
 def write_mark(folder: Path, config: RunConfig, whose: Mapping[str, object], keep_config: bool) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 
 from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.sections import RunSection
-from patarm_jax.config.training import TrainConfig
+from patarm_jax.config.training import RunConfig, TrainConfig
 from patarm_jax.data.pipeline import Batches, EncodedPair, PairBatch, batches, batches_drawn, batches_per_epoch
 from patarm_jax.files import read_json_object, writing
 from patarm_jax.model.adapter_files import is_adapter
@@ -313,6 +313,12 @@ class Run:
         return self.folder / CHECKPOINTS / str(step)
 
 
+def open_metrics_of(config: RunConfig, folder: Path, done: int) -> MetricsWriter:
+    """The metrics of a run that has done so many steps."""
+    board, project = config.run.tensorboard, config.run.wandb_project
+    return open_metrics(folder, done, tensorboard=board, wandb_project=project, config=dataclasses.asdict(config))
+
+
 def stopped(done: int, steps: int, folder: Path) -> str:
     """What is said of a run that was asked to stop."""
     return f"stopped after step {done} of {steps}, saved in {folder}; run the command again to resume"
@@ -406,13 +412,7 @@ def _begin_or_resume(
             say(change)
     # Not before the checkpoint has turned out to be of this run; where nothing is left to do, what was done stands.
     write_mark(folder, config, whose, keep_config=done >= length.steps)
-    writer = open_metrics(
-        folder,
-        done,
-        tensorboard=config.run.tensorboard,
-        wandb_project=config.run.wandb_project,
-        config=dataclasses.asdict(config),
-    )
+    writer = open_metrics_of(config, folder, done)
     return Run(
         config=config,
         folder=folder,

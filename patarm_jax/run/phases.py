@@ -9,7 +9,6 @@ A model that rests lies on disk: its checkpoint, from which it is trained on, an
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +22,9 @@ from patarm_jax.run.card import ModelCardFacts
 from patarm_jax.run.checkpoint import Checkpoints, open_checkpoints
 from patarm_jax.run.claim import CHECKPOINTS, MARK, folder_of, refuse_another_begun, write_mark
 from patarm_jax.run.export import export_trained
-from patarm_jax.run.folder import Evaluator, Length, Run, batches_of, stopped
+from patarm_jax.run.folder import Evaluator, Length, Run, batches_of, open_metrics_of, stopped
 from patarm_jax.run.learner import Learner
-from patarm_jax.run.metrics import MetricsWriter, open_metrics
+from patarm_jax.run.metrics import MetricsWriter
 from patarm_jax.run.open_model import EXPORT, JUDGE, Model, load_parts
 from patarm_jax.run.peers import agree, told
 from patarm_jax.run.process import say
@@ -194,7 +193,7 @@ def open_phases(config: RunConfig, phases: Sequence[Phase], identity: Mapping[st
         folder.mkdir(parents=True, exist_ok=True)
     refuse_another_begun(folder, whose)
     if noted is not None:
-        refuse_another_run(str(folder), expected=_as_json(whose), got=noted, what="holds another run")
+        refuse_another_run(str(folder), expected=whose, got=noted, what="holds another run")
     checkpoints = open_checkpoints(
         folder / CHECKPOINTS,
         config.run.keep_checkpoints,
@@ -207,13 +206,7 @@ def open_phases(config: RunConfig, phases: Sequence[Phase], identity: Mapping[st
     if not done:
         _refuse_to_begin_anew(folder, phases)
     write_mark(folder, config, whose, keep_config=done >= phases[-1].last)
-    writer = open_metrics(
-        folder,
-        done,
-        tensorboard=config.run.tensorboard,
-        wandb_project=config.run.wandb_project,
-        config=dataclasses.asdict(config),
-    )
+    writer = open_metrics_of(config, folder, done)
     if done:
         say(f"{folder}: {done} of {phases[-1].last} steps are done")
     try:
@@ -244,8 +237,3 @@ def last_of_each(phases: Sequence[Phase], steps: Sequence[int]) -> Set[int]:
     """
     ends = {phase.role: phase.last for phase in sorted(phases, key=lambda one: one.last) if phase.last in steps}
     return set(ends.values())
-
-
-def _as_json(whose: Mapping[str, object]) -> dict[str, object]:
-    found: dict[str, object] = json.loads(json.dumps(dict(whose)))
-    return found

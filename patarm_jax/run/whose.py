@@ -6,6 +6,7 @@ and not by their path: under `WEIGHTS` stands, of each, {"path": …, "digest": 
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -124,7 +125,7 @@ def refuse_another_run(
         got: the one that was found.
         what: the rest of the sentence, up to the setting.
     """
-    got = _as_written_now(got)
+    expected, got = json.loads(json.dumps(dict(expected))), _as_written_now(got)  # tuples, as JSON gives them back
     stored = _flat(got)
     for key, value in _flat({name: value for name, value in expected.items() if name != WEIGHTS}).items():
         if key not in stored or stored[key] != value:
