@@ -22,7 +22,16 @@ from patarm_jax.config.sections import DataSection
 from patarm_jax.data.preferences import COMPARISONS, RUBRIC_COLUMN, read_preferences
 from patarm_jax.demo.rubric_world import teacher_comparisons, teacher_rubric, with_rubrics_of_others
 from patarm_jax.demo.settings import ArmSizes, by_rubrics_config, rubric_arm_config
-from patarm_jax.demo.story import choices_of, percent, right_choices, say, stopped, summary_of
+from patarm_jax.demo.story import (
+    ONE_JUDGEMENT,
+    POSITION,
+    accuracy_table,
+    choices_of,
+    right_choices,
+    say,
+    stopped,
+    summary_of,
+)
 from patarm_jax.demo.tokenizer import write_untrained_model
 from patarm_jax.demo.world import make_world, write_pairs
 from patarm_jax.evaluate.accuracy import Accuracy, accuracy_of_choices
@@ -137,7 +146,7 @@ def _swap_rubrics(kept: Path, swapped: Path, pairs: Path, seed: int) -> None:
 
 def _show(out: Path, results: Mapping[str, Accuracy]) -> None:
     console = rich.console.Console()
-    console.print(results_table(results))
+    console.print(accuracy_table(results, ONE_JUDGEMENT["pairwise"], STAGES | POSITION))
     folder = out / "choices" / RUN
     texts = [json.loads(line) for line in (out / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
     judgements = choices_of(folder)
@@ -152,23 +161,3 @@ def _show(out: Path, results: Mapping[str, Accuracy]) -> None:
     made = {"judge": f"{RUN}/judge/export", "generator": f"{RUN}/generator/export", "report": f"{RUN}/report.html"}
     for what, path in (made | {"numbers": "summary.json"}).items():
         console.print(f"{what + ':':11}{out / path}", highlight=False, soft_wrap=True)
-
-
-def results_table(results: Mapping[str, Accuracy]) -> rich.table.Table:
-    """The accuracies by stage, in per cent."""
-    table = rich.table.Table(
-        box=rich.box.SIMPLE_HEAD,
-        title="held-out pairs, one judgement per order, in %",
-        title_justify="left",
-        caption="\n".join(f"{name}: {what}" for name, what in STAGES.items()),
-        caption_justify="left",
-    )
-    table.add_column("stage", no_wrap=True)
-    for heading in ("valid", "tie = wrong", "tie = ½", "95 % interval", "first", "same"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, result in results.items():
-        low, high = result.interval
-        position = [percent(result.position[each]) for each in ("chose the first", "same in both orders")]
-        shares = map(percent, (result.valid, result.accuracy_strict, result.accuracy_half))
-        table.add_row(name, *shares, f"{100 * low:.1f} … {100 * high:.1f}", *position)
-    return table

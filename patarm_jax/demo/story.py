@@ -49,13 +49,16 @@ STAGES = {
     "grpo": "after GRPO with PAR on the pairs alone",
     "swapped": "the same judge, when the response pairs are dealt to other prompts",
 }
+POSITION = {  # columns of judges that compare
+    "first": "choices of the response that stood first",
+    "same": "pairs of which both orders have the same choice",
+}
 # What else the table's caption says, by system.
 CAPTIONS: Mapping[System, Mapping[str, str]] = {
     "pointwise": {},
     "pairwise": {
         "grpo": "after GRPO on the pairs alone",
-        "first": "choices of the response that stood first",
-        "same": "pairs of which both orders have the same choice",
+        **POSITION,
     },
 }
 ONE_JUDGEMENT: Mapping[System, str] = {"pointwise": "one judgement per response", "pairwise": "one judgement per order"}
@@ -236,15 +239,27 @@ def _told_of(out: Path, system: System, index: int, place: int) -> tuple[str, st
 
 def results_table(results: Mapping[str, Accuracy], system: System = "pointwise") -> rich.table.Table:
     """The accuracies by stage, in per cent."""
+    return accuracy_table(results, ONE_JUDGEMENT[system], {**STAGES, **CAPTIONS[system]})
+
+
+def accuracy_table(results: Mapping[str, Accuracy], judged: str, captions: Mapping[str, str]) -> rich.table.Table:
+    """Accuracies by stage, in per cent.
+
+    Args:
+        results: by stage.
+        judged: how the pairs were judged, in words.
+        captions: what is said of stages and columns below the table.
+    """
     table = rich.table.Table(
         box=rich.box.SIMPLE_HEAD,
-        title=f"held-out pairs, {ONE_JUDGEMENT[system]}, in %",
+        title=f"held-out pairs, {judged}, in %",
         title_justify="left",
-        caption="\n".join(f"{name}: {what}" for name, what in {**STAGES, **CAPTIONS[system]}.items()),
+        caption="\n".join(f"{name}: {what}" for name, what in captions.items()),
         caption_justify="left",
     )
     table.add_column("judge", no_wrap=True)
-    last = {"pointwise": ("score gap",), "pairwise": ("first", "same")}[system]
+    gives_scores = all(result.gap is not None for result in results.values())
+    last = ("score gap",) if gives_scores else ("first", "same")
     for heading in ("valid", "tie = wrong", "tie = ½", "95 % interval", *last):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
