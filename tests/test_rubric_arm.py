@@ -31,9 +31,6 @@ from tests.runs import (
 PHASES = [("generator warm-up", 0)] * 60 + [("judge warm-up", 0)] * 60
 PHASES += [(role, number) for number in (1, 2) for role in ("judge", "generator") for _ in range(3)]
 
-# Both steps of the judge, and the generator's first. Adam makes much of the rounding of a gradient that is nearly 0, so
-# that some steps later another token may be drawn on another number of devices.
-COMPARED = 3
 OPTIMISED = {"XLA_FLAGS": ""}  # a hundred steps and more take longer than what it takes to optimise them
 
 
@@ -131,11 +128,20 @@ def test_killed_in_any_phase_it_ends_as_if_it_had_not_been(world, whole, started
 # ------------------------------------------------------------------------------------------- from what it has warmed up
 
 
+# A temperature at which the rubrics of every prompt differ in what they earn, and in whether they are in form.
+VARIED = {"sampling": {"max_new_tokens": 24, "temperature": 1.6}}
+
+
 def from_warmup(world, whole, name, **sections):
     """A run that begins with what another's warm-up has made: one round, two steps of each model."""
     sections = {
         "warmup": {"epochs": 0, "steps": 0},
-        "generator": {"path": str(whole / "generator" / "warmup"), "steps": 2, **sections.pop("generator", {})},
+        "generator": {
+            "path": str(whole / "generator" / "warmup"),
+            "steps": 2,
+            **VARIED,
+            **sections.pop("generator", {}),
+        },
         "judge": {"path": str(whole / "judge" / "warmup"), "steps": 2, **sections.pop("judge", {})},
         "model": {"path": ""},
         "rounds": 1,
@@ -155,15 +161,18 @@ def test_both_begin_with_what_they_are_given(short, whole):
     """The first round is the one behind the warm-up, but for what its steps are called."""
     assert [(line["phase"], line["round"]) for line in lines_of(short)] == [("judge", 1)] * 2 + [("generator", 1)] * 2
     assert not (short / "judge" / "warmup").exists()
+    # Where nothing is won or lost a gradient is rounding alone, of which Adam makes a whole step: on another number of
+    # devices another one.
+    assert all(line["advantages/abs_mean"] > 0 for line in lines_of(short))
     assert exported(short / "judge") != exported(whole / "judge")
 
 
 @pytest.mark.long
 def test_eight_devices_learn_as_one(world, whole, short):
     assert main(["rubric-arm", str(from_warmup(world, whole, "eight", mesh=CUBE, micro_batches=1))]) == 0
-    assert_nearly_equal(world / "eight", short, COMPARED)
+    assert_nearly_equal(world / "eight", short)
     ours, theirs = (
-        [[(row["text"], row["judgement"]) for row in rows] for _, rows in sorted(judgements(run).items())][:COMPARED]
+        [[(row["text"], row["judgement"]) for row in rows] for _, rows in sorted(judgements(run).items())]
         for run in (world / "eight", short)
     )
     assert ours == theirs
@@ -200,7 +209,7 @@ def test_asked_to_stop_in_the_last_step_of_a_phase_it_begins_no_other(world, who
 def test_two_processes_learn_as_one(world, whole, short, started):
     config = from_warmup(world, whole, "pod", mesh={**CUBE, "distributed": "auto"})
     run_as_two(started, "rubric-arm", config)
-    assert_nearly_equal(world / "pod", short, COMPARED)
+    assert_nearly_equal(world / "pod", short)
     assert (world / "pod" / "rubrics" / "round-1.jsonl").read_text() == (
         short / "rubrics" / "round-1.jsonl"
     ).read_text()
