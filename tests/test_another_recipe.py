@@ -86,7 +86,7 @@ def train(config, trouble=None):
                 return True
             for step in run.steps(
                 prepare,
-                lambda batch: {"update": (learner.update, (run.state, learner.frozen, batch))},
+                lambda batch: {"update": (learner.update, (run.trained.state, learner.frozen, batch))},
                 lambda values: {"loss": values["loss"]},
             ):
                 if trouble:

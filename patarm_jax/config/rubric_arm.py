@@ -25,11 +25,12 @@ from patarm_jax.types import RubricMode, UsageError
 Role = Literal["generator", "judge"]
 ROLES: tuple[Role, Role] = ("generator", "judge")
 FORM_OF: dict[Role, Literal["rubric", "rubric_judge"]] = {"generator": "rubric", "judge": "rubric_judge"}
-Order = Literal["judge_first", "generator_first", "judge_only", "generator_only"]
-# Who trains in a round, one after the other.
+Order = Literal["judge_first", "generator_first", "joint", "judge_only", "generator_only"]
+# Who trains in a round, one after the other; jointly, step by step in turn.
 TURNS: dict[Order, tuple[Role, ...]] = {
     "judge_first": ("judge", "generator"),
     "generator_first": ("generator", "judge"),
+    "joint": ("judge", "generator"),
     "judge_only": ("judge",),
     "generator_only": ("generator",),
 }
@@ -148,7 +149,8 @@ class RubricArmConfig(RunConfig):
     generator: GeneratorTrainingSection = field(default_factory=GeneratorTrainingSection)
     judge: JudgeTrainingSection = field(default_factory=JudgeTrainingSection)
     # Who trains first in each round; judge_only and generator_only train one of the two and leave the other as the
-    # warm-up has made it.
+    # warm-up has made it. joint: both stay on the devices and take turns step by step, on the same pairs; the judge
+    # learns by rubrics that are written in the step itself.
     order: Order = "judge_first"
     rounds: Positive = 3  # each on a part of the pairs of its own
     # A model's optimizer where its next phase begins: anew, or as its last phase has left it, which rests on disk.
@@ -168,6 +170,16 @@ class RubricArmConfig(RunConfig):
     def turns(self) -> tuple[Role, ...]:
         """Who trains in a round, one after the other."""
         return TURNS[self.order]
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the models take turns step by step."""
+        return self.order == "joint"
+
+    @property
+    def keeps_optimizers(self) -> bool:
+        """Whether a model's optimizer goes on from phase to phase."""
+        return self.optimizer_per_phase == "kept"
 
     @property
     def is_warmed_up(self) -> bool:
@@ -219,6 +231,8 @@ class RubricArmConfig(RunConfig):
         super().check()
         for role in ROLES:
             self._check_turn(role)
+        if self.is_joint:
+            self._check_joint()
         if self.run.steps:
             raise UsageError(
                 f"run.steps is {self.run.steps}, and this run has phases. Set warmup.steps, generator.steps and "
@@ -234,6 +248,21 @@ class RubricArmConfig(RunConfig):
                 f"heldout.best is {self.heldout.best}, and two models that belong together have no best checkpoint "
                 "each. Leave it out."
             )
+
+    def _check_joint(self) -> None:
+        for name in ("pairs_per_step", "steps"):
+            of_judge, of_generator = (getattr(self.section_of(role), name) for role in ("judge", "generator"))
+            if of_judge != of_generator:
+                raise UsageError(
+                    f"order is joint, in which both models learn from the same pairs in turn; judge.{name} is "
+                    f"{of_judge} and generator.{name} {of_generator}. Set both to one number, or order to judge_first."
+                )
+        for role in ROLES:
+            if self.section_of(role).update.algorithm == "dapo":
+                raise UsageError(
+                    f"order is joint and {role}.update.algorithm is dapo, which draws further pairs that the other "
+                    "model would not see. Set another algorithm, or order to judge_first."
+                )
 
     def _check_turn(self, role: Role) -> None:
         section = self.section_of(role)

@@ -212,6 +212,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     in_turns: bool = False,
+    times: int = 1,
 ) -> Batches:
     """Shuffled batches, each epoch in another order; `get_state` and `set_state` resume exactly.
 
@@ -226,6 +227,7 @@ def batches(
         process_count: among so many.
         in_turns: each pair comes with one of its two questions: every second one with the other, and in every second
             epoch.
+        times: how often each batch comes, one time after the other.
     """
     if pairs_per_step % process_count:
         raise UsageError(
@@ -247,6 +249,8 @@ def batches(
         .map_with_index(partial(_global_batch, batches_per_epoch(len(records), pairs_per_step), in_turns))
         .map(lambda batch: replace(batch, records=batch.records[mine]))
     )
+    if times > 1:
+        dataset = grain.MapDataset.mix([dataset] * times)
     # The records are in memory: threads that read ahead would have nothing to wait for.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 

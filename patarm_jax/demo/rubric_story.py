@@ -20,7 +20,7 @@ import rich.text
 
 from patarm_jax.config.sections import DataSection
 from patarm_jax.data.preferences import COMPARISONS, RUBRIC_COLUMN, read_preferences
-from patarm_jax.demo.rubric_world import teacher_comparisons, teacher_rubric, with_rubrics_of_others
+from patarm_jax.demo.rubric_world import KNOWN_BY_RUBRIC, teacher_comparisons, teacher_rubric, with_rubrics_of_others
 from patarm_jax.demo.settings import ArmSizes, by_rubrics_config, rubric_arm_config
 from patarm_jax.demo.story import (
     ONE_JUDGEMENT,
@@ -63,7 +63,7 @@ def demo(out: Path, seed: int, short: bool) -> dict[str, Accuracy]:
     """Writes `out` and prints what came out; gives the accuracies by stage."""
     begun = time.monotonic()
     sizes = ArmSizes.short() if short else ArmSizes()
-    say(f"making {sizes.train_pairs} training and {sizes.heldout_pairs} held-out pairs in five domains")
+    say(f"making {sizes.train_pairs} training and {sizes.heldout_pairs} held-out pairs in three domains")
     with writing(out):
         make_data(out, seed, sizes)
         write_untrained_model(out / "model", out / "data" / "train.jsonl", seed, (RUBRIC, RUBRIC_JUDGE))
@@ -85,7 +85,7 @@ def demo(out: Path, seed: int, short: bool) -> dict[str, Accuracy]:
 
 def make_data(out: Path, seed: int, sizes: ArmSizes) -> None:
     """Writes data/train.jsonl with the teacher's rubrics and judgements, and held-out pairs."""
-    world, rng = make_world(seed, sizes.train_pairs, sizes.heldout_pairs), random.Random(seed + 1)
+    world, rng = make_world(seed, sizes.train_pairs, sizes.heldout_pairs, KNOWN_BY_RUBRIC), random.Random(seed + 1)
     rubrics = [teacher_rubric(pair, rng) for pair in world.train]
     taught = [
         (rubric, *teacher_comparisons(pair, rubric, rng)) for pair, rubric in zip(world.train, rubrics, strict=True)
@@ -150,7 +150,7 @@ def _show(out: Path, results: Mapping[str, Accuracy]) -> None:
     folder = out / "choices" / RUN
     texts = [json.loads(line) for line in (out / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
     judgements = choices_of(folder)
-    for index in range(0, 10, 2):  # one pair of each domain
+    for index in range(0, 2 * len(KNOWN_BY_RUBRIC), 2):  # one pair of each domain
         pair, place = texts[index], index // 2 % 2
         row = judgements[2 * index + place]
         shown = ("chosen", "rejected") if place == 0 else ("rejected", "chosen")

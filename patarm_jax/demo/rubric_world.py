@@ -1,7 +1,8 @@
 """The demo's world for Rubric-ARM: what matters differs from prompt to prompt, and a teacher who often mistakes it.
 
-The pairs are those of `world`: a response is right when it gives what its prompt calls for. Here that is the rubric's
-to say, "The response names theft.", and the judge's to find in the responses. The teacher's rubrics are wrong for a
+The pairs are those of `world` in the domains where a prompt does not itself name what it calls for: a sum, a function,
+a crime or a tool. Here that is the rubric's to say, "The response names theft.", and the judge's to find in the
+responses. The teacher's rubrics are wrong for a
 third of what prompts ask for, more often than not and always in the same way, so that a generator which imitates it
 errs even where it takes the likeliest words. Its judgements go by the rubric that they have, right or wrong, and lean
 to the response that stands first. The preferences know nothing of all that.
@@ -15,6 +16,7 @@ from patarm_jax.demo.world import answers_of, asked, given
 from patarm_jax.judge.criteria import Criterion, judged_by, render_comparison, render_criteria
 from patarm_jax.types import Domain, Preference
 
+KNOWN_BY_RUBRIC: tuple[Domain, ...] = ("math", "code", "safety")
 MISTAKEN = 3  # the teacher mistakes one in so many of the answers that a domain's prompts call for
 RIGHT, RIGHT_WHERE_MISTAKEN = 0.9, 0.4  # how often its rubric names the right answer
 FAITHFUL = 0.85  # how often it chooses the response that its rubric names

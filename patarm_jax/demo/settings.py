@@ -53,15 +53,15 @@ class ArmSizes:
     """How much of everything, where a generator and a judge are trained."""
 
     train_pairs: int = 6000
-    heldout_pairs: int = 500
-    warmup_steps: int = 500  # of each model
+    heldout_pairs: int = 480
+    warmup_steps: int = 800  # of each model
     turn_steps: int = 20  # of each phase
     rounds: int = 2
 
     @classmethod
     def short(cls) -> "ArmSizes":
         """Enough to see that everything runs."""
-        return cls(train_pairs=100, heldout_pairs=100, warmup_steps=3, turn_steps=1)
+        return cls(train_pairs=96, heldout_pairs=96, warmup_steps=3, turn_steps=1)
 
 
 def model_shape(vocab_size: int) -> Architecture:
@@ -161,7 +161,7 @@ def _sampling() -> SamplingSection:
 def rubric_arm_config(folder: Path, seed: int, sizes: ArmSizes) -> RubricArmConfig:
     """The run of a generator and a judge, in folder/rubric-arm."""
     adam = OptimizerSection(learning_rate=3e-3, warmup_steps=20, decay="cosine", final_fraction=0.1, beta2=0.99)
-    gentle = OptimizerSection(learning_rate=3e-4, warmup_steps=5, beta2=0.99)
+    gentle = OptimizerSection(learning_rate=5e-4, warmup_steps=5, beta2=0.99)
     update = UpdateSection(clip_high=0.28, kl=KLSection(coef=0.02))
     return RubricArmConfig(
         model=model_section(folder / "model"),

@@ -190,14 +190,15 @@ DOMAINS: tuple[Domain, ...] = tuple(_CORNERS)
 # -------------------------------------------------------------------------------------------------------------- world
 
 
-def make_world(seed: int, train_pairs: int, heldout_pairs: int) -> World:
-    """Preferences spread evenly over the domains; the numbers of pairs are multiples of ten.
+def make_world(seed: int, train_pairs: int, heldout_pairs: int, domains: Sequence[Domain] = DOMAINS) -> World:
+    """Preferences spread evenly over the domains; the numbers of pairs are multiples of twice that of domains.
 
-    Ten because a couple of mirrored pairs comes from each of the five domains in turn.
+    A couple of mirrored pairs comes from each domain in turn.
     """
     rng = random.Random(seed)
     train, heldout = {}, {}
-    for domain, corner in _CORNERS.items():
+    for domain in domains:
+        corner = _CORNERS[domain]
         combinations = [(first, second) for first in corner.first for second in corner.second]
         rng.shuffle(combinations)
         cut = round(HELDOUT_SHARE * len(combinations))
@@ -208,11 +209,12 @@ def make_world(seed: int, train_pairs: int, heldout_pairs: int) -> World:
 def _pairs(
     name: str, number: int, combinations: dict[Domain, list[tuple[str, str]]], rng: random.Random
 ) -> list[Preference]:
-    if number % (2 * len(DOMAINS)):
-        raise ValueError(f"{number} pairs cannot be spread over {len(DOMAINS)} domains in couples")
+    domains = list(combinations)
+    if number % (2 * len(domains)):
+        raise ValueError(f"{number} pairs cannot be spread over {len(domains)} domains in couples")
     pairs: list[Preference] = []
     while len(pairs) < number:
-        domain = DOMAINS[len(pairs) // 2 % len(DOMAINS)]
+        domain = domains[len(pairs) // 2 % len(domains)]
         prompts, responses = _couple(_CORNERS[domain], *rng.choice(combinations[domain]), rng)
         for prompt, chosen, rejected in zip(prompts, responses, responses[::-1], strict=True):
             conversation = (Message(role="user", content=prompt),)

@@ -11,7 +11,8 @@ from patarm_jax.data.pipeline import EncodedPair
 from patarm_jax.evaluate.heldout import NowAndThen, heldout_metrics, judge_pairs, share_of
 from patarm_jax.judge.criteria import criteria_of
 from patarm_jax.rollout.judging import Judge
-from patarm_jax.rollout.rubrics import Written, write_rubrics
+from patarm_jax.rollout.rounds import Written
+from patarm_jax.rollout.rubrics import write_rubrics
 from patarm_jax.types import Status
 
 
@@ -40,28 +41,28 @@ class HeldoutPairs:
 
 @dataclass(frozen=True)
 class JudgeOnHeldout(NowAndThen):
-    """The judge that is trained, by rubrics that stay."""
+    """The judge that is trained, by the rubrics of the generator beside it."""
 
     pairs: HeldoutPairs
-    rubrics: Sequence[Written]
+    rubrics: Callable[[], Sequence[Written]]
     to_rollout: Callable[[Params, Tree], Params]  # to the copy for sampling
 
     def __call__(self, params: Params, frozen: Tree) -> dict[str, float]:
         """What the weights are worth, as metrics `eval/…`."""
-        return self.pairs.metrics(self.rubrics, self.to_rollout(params, frozen))
+        return self.pairs.metrics(self.rubrics(), self.to_rollout(params, frozen))
 
 
 @dataclass(frozen=True)
 class GeneratorOnHeldout(NowAndThen):
-    """The generator that is trained, by a judge that stays."""
+    """The generator that is trained, by the judge beside it."""
 
     pairs: HeldoutPairs
-    judge: Params  # its copy for sampling
+    judge: Callable[[], Params]  # its copy for sampling
     to_rollout: Callable[[Params, Tree], Params]  # to that of the generator
 
     def __call__(self, params: Params, frozen: Tree) -> dict[str, float]:
         """What the weights are worth, as metrics `eval/…`."""
-        return self.pairs.metrics(self.pairs.write(self.to_rollout(params, frozen)), self.judge)
+        return self.pairs.metrics(self.pairs.write(self.to_rollout(params, frozen)), self.judge())
 
 
 def rubric_metrics(rubrics: Sequence[Written], prefix: str) -> dict[str, float]:

@@ -1,8 +1,6 @@
 """What the judgements of a training step say: the metrics logged of them, and the rows written of them."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -17,8 +15,6 @@ from patarm_jax.rollout.rounds import JudgedBy, Reinforced
 from patarm_jax.run.rollouts import RolloutRow, gather_rows
 from patarm_jax.run.rubrics import sha256_of
 from patarm_jax.types import CHOSEN, REJECTED, Status
-
-NO_RUBRICS: Mapping[str, str] = MappingProxyType({})
 
 
 def rollout_metrics(config: PolicyConfig, found: Reinforced) -> dict[str, float]:
@@ -86,16 +82,13 @@ def advantages_by_rollout(advantages: np.ndarray, lengths: np.ndarray) -> np.nda
     return mean
 
 
-def rollout_rows(
-    mesh: Mesh, form: Form, found: Reinforced, rubrics: Mapping[str, str] = NO_RUBRICS
-) -> list[RolloutRow]:
+def rollout_rows(mesh: Mesh, form: Form, found: Reinforced) -> list[RolloutRow]:
     """One row for each sample of all processes, in the order of pairs and questions.
 
     Args:
         mesh: whose processes have a part each.
         form: of the questions.
         found: in the step.
-        rubrics: by the id of a pair, the rubric that it was judged by, where there is one.
     """
     mine, processes = process_in(mesh)
     rows: list[RolloutRow] = []
@@ -113,7 +106,7 @@ def rollout_rows(
                 choice=one.choice,
                 reward=float(reward),
                 advantage=None if np.isnan(advantage) else float(advantage),
-                rubric_sha256=sha256_of(rubrics[pair]) if pair in rubrics else None,
+                rubric_sha256=sha256_of(each.rubrics[pair].shown) if pair in each.rubrics else None,
             )
             for (pair, place), *group in zip(questions, each.judgements, each.total[share], learnt, strict=True)
             for one, reward, advantage in zip(*group, strict=True)

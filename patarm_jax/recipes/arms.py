@@ -100,20 +100,21 @@ class Arms:
         """All phases in order."""
         found: list[Phase] = []
 
-        def add(role: Role, name: str, number: int, steps: int, per_epoch: int) -> None:
-            first = found[-1].last if found else 0
-            found.append(Phase(role, name, number, first, first + steps, per_epoch))
+        def add(roles: Sequence[Role], name: str, number: int, steps: int, per_epoch: int) -> None:
+            """Steps and steps of an epoch are those of each model."""
+            first, turns = found[-1].last if found else 0, len(roles)
+            found.append(Phase(tuple(roles), name, number, first, first + turns * steps, turns * per_epoch))
 
         config, warmup = self.config, self.config.warmup
         for role in ROLES if config.is_warmed_up else ():
             per_epoch = len(self.arms[role].taught) // warmup.pairs_per_step
-            add(role, f"warm-up of the {role}", 0, warmup.steps or warmup.epochs * per_epoch, per_epoch)
+            add([role], f"warm-up of the {role}", 0, warmup.steps or warmup.epochs * per_epoch, per_epoch)
         for number, part in enumerate(self.parts, 1):
-            for role in config.turns:
-                section = config.section_of(role)
+            for roles in [config.turns] if config.is_joint else [(role,) for role in config.turns]:
+                section = config.section_of(roles[0])
                 per_epoch = len(part) // section.pairs_per_step
-                name = f"round {number} of {config.rounds}, {role}"
-                add(role, name, number, section.steps or config.run.epochs * per_epoch, per_epoch)
+                name = f"round {number} of {config.rounds}, {' and '.join(roles)}"
+                add(roles, name, number, section.steps or config.run.epochs * per_epoch, per_epoch)
         return found
 
     def identity(self) -> dict[str, object]:
@@ -289,5 +290,5 @@ def resting(arms: Arms, role: Role, since: Phase | None) -> tuple[Model, Params]
 
 
 def steps_in_all(phases: Sequence[Phase], role: Role) -> int:
-    """Steps of a model's phases of the rounds."""
-    return sum(phase.last - phase.first for phase in phases if phase.role == role and phase.round)
+    """Steps of a model in the phases of the rounds."""
+    return sum(phase.steps_of_each for phase in phases if role in phase.roles and phase.round)

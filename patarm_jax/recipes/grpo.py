@@ -65,7 +65,7 @@ def _train(ready: Ready[GRPOConfig], margin: MarginFn) -> bool:
     with open_run(config, model, records, length, learner, ready.heldout, ready.reference, further) as run:
         if run is None:
             return True
-        reference = _load_reference(ready, run.frozen)
+        reference = _load_reference(ready, run.trained.frozen)
         for step in run.steps(
             lambda pairs: bucket(pairs.longest_prompt),
             lambda width: large(grpo_programs(config, model.arch, learner, rollout, judge.engine, width)),

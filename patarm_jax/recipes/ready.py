@@ -112,9 +112,10 @@ def take_updates(
     run: Run, prepare: Callable[[PairBatch], Prepared], shown: Callable[[Mapping[str, float]], Shown]
 ) -> None:
     """Takes the steps of a run, one update each."""
-    learner = run.learner
+    trained = run.trained
+    learner = trained.learner
     for step in run.steps(
-        prepare, lambda batch: {"update": (learner.update, (run.state, learner.frozen, batch))}, shown
+        prepare, lambda batch: {"update": (learner.update, (trained.state, learner.frozen, batch))}, shown
     ):
         step.update(step.batch)
         step.tokens = sum(map(sum, step.pairs.lengths))

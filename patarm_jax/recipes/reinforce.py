@@ -50,9 +50,9 @@ def reinforce(
         step: of a run that trains what is sampled.
         sample: one round of it.
     """
-    run = step.run
+    trained = step.run.trained
     with step.phase("sample"):
-        weights = rollout.to_rollout(run.state.params, run.frozen)
+        weights = rollout.to_rollout(trained.state.params, trained.frozen)
     rounds = [sample(weights, step.pairs, key_of(config.run.seed, step.number), step.phase)]
     while wants_another(config, rounds):
         key = key_of(config.run.seed, step.number, len(rounds))
@@ -68,7 +68,7 @@ def reinforce(
         if reference is not None:
             rollouts = replace(rollouts, ref_logprobs=rollout.logprobs(*reference, sampled))
         if config.update.old_logprobs == "trainer":
-            anew = rollout.logprobs(run.state.params, run.frozen, sampled)
+            anew = rollout.logprobs(trained.state.params, trained.frozen, sampled)
             rollouts = replace(rollouts, old_logprobs=anew, sampler_logprobs=sampled.old_logprobs)
         rewarded, valid = jax.device_put((chosen.rewards, chosen.valid), batch_sharding(mesh))
         rollouts = replace(rollouts, advantages=rollout.advantages(rewarded, valid, rollouts))

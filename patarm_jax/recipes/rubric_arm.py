@@ -3,38 +3,36 @@
 Both are rewarded by one thing, whether the verdict prefers the chosen response. After a warm-up of both, each round has
 its own part of the pairs and two phases: the generator writes one rubric for each pair, which is kept, and the judge
 learns by these; then the judge rests, and the generator learns by what it makes of a group of rubrics for each prompt.
-The same command resumes a run that was stopped, in whatever phase.
+Or both take turns step by step. The same command resumes a run that was stopped, in whatever phase.
 
 Source: Rubric-ARM (arXiv 2602.01511).
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TypeAlias
-
-import jax
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
 
 from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.rubric_arm import Role, RubricArmConfig
-from patarm_jax.config.sections import SamplingSection
 from patarm_jax.config.training import TrainConfig
-from patarm_jax.data.pipeline import EncodedPair, digest_of
-from patarm_jax.data.ruled import place_of, without_some
-from patarm_jax.evaluate.heldout import share_of
-from patarm_jax.evaluate.heldout_rubrics import GeneratorOnHeldout, JudgeOnHeldout, rubric_metrics
 from patarm_jax.evaluate.rollouts import rollout_metrics, rollout_rows
 from patarm_jax.model.generation import Drawing
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.sharding import TRAIN_RULES, Program
 from patarm_jax.padding import bucket
 from patarm_jax.recipes import sft
-from patarm_jax.recipes.arms import Arm, Arms, open_arms, resting, steps_in_all
+from patarm_jax.recipes.arms import Arm, Arms, open_arms, steps_in_all
 from patarm_jax.recipes.grpo import shown
+from patarm_jax.recipes.lessons import (
+    Lesson,
+    Turn,
+    generators_lesson,
+    judges_lesson,
+    judges_lesson_by_new_rubrics,
+    resting_weights,
+)
 from patarm_jax.recipes.programs import (
-    RolloutPrograms,
     grpo_learner,
     grpo_programs,
     large,
@@ -43,29 +41,16 @@ from patarm_jax.recipes.programs import (
     sft_learner,
 )
 from patarm_jax.recipes.ready import take_updates
-from patarm_jax.recipes.reinforce import Sample, reinforce
-from patarm_jax.rollout.judging import Judge
-from patarm_jax.rollout.rounds import sample_round
-from patarm_jax.rollout.rubrics import (
-    FrozenJudge,
-    Written,
-    make_verdict_rewards,
-    sample_rubrics,
-    write_rubrics,
-)
+from patarm_jax.recipes.reinforce import reinforce
 from patarm_jax.run.card import ModelCardFacts, card_of
 from patarm_jax.run.claim import claimed
-from patarm_jax.run.folder import Evaluator, batches_of
+from patarm_jax.run.folder import Run, batches_of
 from patarm_jax.run.open_model import load_params, open_model
-from patarm_jax.run.peers import agree, arrive, start_processes, told
-from patarm_jax.run.phases import Phase, Phases, open_phases
+from patarm_jax.run.peers import start_processes
+from patarm_jax.run.phases import Phase, Phases, Pupil, open_phases
 from patarm_jax.run.process import say
 from patarm_jax.run.programs import describe
-from patarm_jax.run.rubrics import RUBRICS, RubricRow, keep_rubrics, kept_rubrics, sha256_of
-from patarm_jax.types import LearntNothing, Status
-
-_Write: TypeAlias = Callable[[SamplingSection, Sequence[EncodedPair], jax.Array], list[Written]]
-_RUBRICS = 2**32 - 3  # no step, from which the keys of its rollouts are folded
+from patarm_jax.types import LearntNothing
 
 
 def main(config: RubricArmConfig) -> bool:
@@ -77,200 +62,119 @@ def main(config: RubricArmConfig) -> bool:
 
 def _train(arms: Arms) -> bool:
     phases = arms.phases()
-    in_vain = 0  # phases of the rounds
     with open_phases(arms.config, phases, arms.identity()) as opened:
         for phase in phases:
-            arm = arms.arms[_role(phase)]
-            export = arm.export if phase.round else arm.warmed_up
-            if opened.is_over(phase, export):
+            if opened.is_over(phase, [_export(arms.arms[role], phase) for role in _roles(phase)]):
                 continue
             say(f"{phase.name}: steps {phase.first + 1:,} to {phase.last:,} of {phases[-1].last:,}")
-            verdict = (_turn if phase.round else _warm_up)(arms, arm, opened, phase)
-            if verdict is None:
+            run = (_take_turns if phase.round else _warm_up)(arms, opened, phase)
+            if run is None:
                 return False
-            if verdict:
-                say(f"{phase.name}: {verdict}")
-                in_vain += bool(phase.round)
-    if in_vain == sum(bool(phase.round) for phase in phases):
+            for one in run.models:
+                if one.watch.verdict:
+                    say(f"{phase.name}, of the {one.name}: {one.watch.verdict}")
+        in_vain = all(
+            opened.watch(phase, role, arms.arms[role].turn, arms.config.keeps_optimizers).verdict
+            for phase in phases
+            for role in _roles(phase)
+            if phase.round
+        )
+    if in_vain:
         raise LearntNothing(f"{opened.folder}: nothing was learnt in any phase of the rounds, as is said of each.")
     say(f"done: {' and '.join(str(arms.arms[role].export) for role in dict.fromkeys(arms.config.turns))}")
     return True
 
 
-def _role(phase: Phase) -> Role:
-    return "judge" if phase.role == "judge" else "generator"
+def _roles(phase: Phase) -> list[Role]:
+    """Its models, in the order of their turns."""
+    return [_role(role) for role in phase.roles]
+
+
+def _role(name: str) -> Role:
+    return "judge" if name == "judge" else "generator"
+
+
+def _export(arm: Arm, phase: Phase) -> Path:
+    """Where a phase leaves a model."""
+    return arm.export if phase.round else arm.warmed_up
 
 
 # ------------------------------------------------------------------------------------------------------------- phases
 
 
-def _warm_up(arms: Arms, arm: Arm, opened: Phases, phase: Phase) -> str | None:
-    """Fine-tunes a model on what it is to write.
-
-    Returns:
-        why nothing was learnt; empty where something was, None where the run was asked to stop.
-    """
-    config, mesh, model = arm.warmup, arms.mesh, arm.model
-    learner = sft_learner(config, model.arch, mesh, updates=phase.last - phase.first)
+def _warm_up(arms: Arms, opened: Phases, phase: Phase) -> Run | None:
+    """Fine-tunes a model on what it is to write; None where the run was asked to stop before the end."""
+    (role,) = _roles(phase)
+    arm, mesh = arms.arms[role], arms.mesh
+    config, model = arm.warmup, arm.model
+    learner = sft_learner(config, model.arch, mesh, updates=phase.steps_of_each)
     say(kernels_in_use(config.model, model.arch, mesh, sft_form(config)))
-    run = opened.run(phase, config, model, arm.taught, learner, None)
+    run = opened.run(phase, [Pupil(role, config, model, learner, evaluation=None)], arm.taught)
     take_updates(run, partial(sft.prepare, config, mesh, model.tokenizer), sft.shown)
-    ended = opened.end(run, arm.warmed_up, _card(arm, config, len(arm.taught)), updates_before=0)
-    return run.watch.verdict if ended else None
+    card = _card(arm, config, len(arm.taught), updates_before=0)
+    return run if opened.end(run, {role: (arm.warmed_up, card)}) else None
 
 
-def _turn(arms: Arms, arm: Arm, opened: Phases, phase: Phase) -> str | None:
-    """Reinforces a model in a round, while the other one rests; returns as `_warm_up`."""
-    config, mesh, model = arm.turn, arms.mesh, arm.model
-    last, kept = opened.before(phase), arms.config.optimizer_per_phase == "kept"
-    steps = steps_in_all(opened.phases, arm.role) if kept else phase.last - phase.first
-    learner = grpo_learner(config, model.arch, mesh, updates=steps * config.update.updates_per_rollout)
-    rollout = make_rollout_programs(config, model.arch, mesh)
-    say(kernels_in_use(config.model, model.arch, mesh, "causal", "shared", "written"))
-    lesson = (_judges_lesson if arm.role == "judge" else _generators_lesson)(arms, opened, phase, rollout)
-    goes_on = kept and last is not None and last.round > 0
-    run = opened.run(phase, config, model, lesson.records, learner, lesson.evaluation, goes_on)
-    reference = _load_reference(arms, arm)
-    for step in run.steps(
-        lambda pairs: bucket(pairs.longest_prompt),
-        lambda width: large(grpo_programs(config, model.arch, learner, rollout, lesson.asked.engine, width)),
-        shown,
-    ):
-        found = reinforce(config, mesh, rollout, reference, step, lesson.sample)
-        step.metrics |= {**rollout_metrics(config, found), **lesson.metrics}
-        step.rows = rollout_rows(mesh, arm.form, found, lesson.rubrics)
-    ended = opened.end(
-        run, arm.export, _card(arm, config, len(arms.records)), _updates_before(opened, phase, arm, kept)
-    )
-    return run.watch.verdict if ended else None
+def _take_turns(arms: Arms, opened: Phases, phase: Phase) -> Run | None:
+    """Reinforces a model in a round while the other one rests, or both in turn; returns as `_warm_up`."""
+    mesh = arms.mesh
+    turns: dict[Role, Turn] = {}
+    for role in _roles(phase):
+        config, arch = arms.arms[role].turn, arms.arms[role].model.arch
+        turns[role] = Turn(arms, opened, phase, role, make_rollout_programs(config, arch, mesh))
+        say(kernels_in_use(config.model, arch, mesh, "causal", "shared", "written"))
+
+    def beside(role: Role) -> Params:
+        """The copy for sampling of the model beside one, where both are trained: as the run has it by now."""
+        (other,) = (one for one in run.models if one.name != role)
+        return turns[_role(other.name)].rollout.to_rollout(other.state.params, other.frozen)
+
+    lessons: dict[Role, Lesson] = {}
+    for role, turn in turns.items():
+        together = len(turns) > 1
+        other = partial(beside, role) if together else cache(partial(resting_weights, turn))
+        if role == "generator":
+            lessons[role] = generators_lesson(turn, other)
+        else:
+            lessons[role] = (judges_lesson_by_new_rubrics if together else judges_lesson)(turn, other)
+    pupils = {role: _pupil(turn, lessons[role]) for role, turn in turns.items()}
+    run = opened.run(phase, list(pupils.values()), next(iter(lessons.values())).records)
+    references = {role: _load_reference(arms, arms.arms[role]) for role in turns}
+    ahead = list(turns)[-1]  # what a judge reads in its turn is not written yet
+
+    def programs(width: int) -> dict[str, Program]:
+        turn, learner = turns[ahead], pupils[ahead].learner
+        engine = lessons[ahead].asked.engine
+        return large(grpo_programs(turn.config, turn.arm.model.arch, learner, turn.rollout, engine, width))
+
+    for step in run.steps(lambda pairs: bucket(pairs.longest_prompt), programs, shown):
+        role = _role(run.trained.name)
+        turn, lesson = turns[role], lessons[role]
+        found = reinforce(turn.config, mesh, turn.rollout, references[role], step, lesson.sample)
+        step.metrics |= {**rollout_metrics(turn.config, found), **lesson.metrics(found.rounds[0])}
+        step.rows = rollout_rows(mesh, turn.arm.form, found)
+        lesson.keep(step.number, found.rounds[0])
+    exports = {
+        role: (turn.arm.export, _card(turn.arm, turn.config, len(arms.records), _updates_before(turn)))
+        for role, turn in turns.items()
+    }
+    return run if opened.end(run, {str(role): export for role, export in exports.items()}) else None
 
 
-def _updates_before(opened: Phases, phase: Phase, arm: Arm, kept: bool) -> int:
+def _pupil(turn: Turn, lesson: Lesson) -> Pupil:
+    arms, phase, arm, config = turn.arms, turn.phase, turn.arm, turn.config
+    last = turn.opened.before(phase, turn.role)
+    steps = steps_in_all(turn.opened.phases, turn.role) if turn.arms.config.keeps_optimizers else phase.steps_of_each
+    learner = grpo_learner(config, arm.model.arch, arms.mesh, updates=steps * config.update.updates_per_rollout)
+    goes_on = turn.arms.config.keeps_optimizers and last is not None and last.round > 0
+    return Pupil(turn.role, config, arm.model, learner, lesson.evaluation, goes_on)
+
+
+def _updates_before(turn: Turn) -> int:
     """Updates of a model in its earlier phases, but for those that an optimizer which is kept has counted."""
-    earlier = [one for one in opened.phases if one.role == phase.role and one.last <= phase.first]
-    each = {True: 0 if kept else arm.turn.update.updates_per_rollout, False: 1}
-    return sum(each[bool(one.round)] * (one.last - one.first) for one in earlier)
-
-
-@dataclass(frozen=True)
-class _Lesson:
-    """What a model learns from in a phase, and by what."""
-
-    records: list[EncodedPair]
-    asked: Judge  # the model itself, as it is sampled
-    sample: Sample
-    evaluation: Evaluator | None
-    rubrics: Mapping[str, str]  # by the id of a pair, what it is judged by; none where rubrics are what is sampled
-    metrics: Mapping[str, float]  # the same at every step
-
-
-def _judges_lesson(arms: Arms, opened: Phases, phase: Phase, rollout: RolloutPrograms) -> _Lesson:
-    """Pairs by the rubrics that the generator writes for them before the phase begins; each in one order."""
-    arm, config, seed = arms.arms["judge"], arms.config, arms.config.run.seed
-    part = arms.parts[phase.round - 1]
-    write = _writer(arms, _last_phase(opened, "generator", phase))
-    sampling = arms.arms["generator"].turn.sampling
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _RUBRICS), phase.round)
-    rows = _rubrics(opened, f"round-{phase.round}", part, arms.ruled, lambda: write(sampling, part, key))
-    shown_of = partial(without_some, share=config.judge.rubric_dropout, seed=seed, round_number=phase.round)
-    records = [
-        arms.ruled(record, shown_of(row.text, pair=row.prompt_id)).only(place_of(seed, phase.round, row.prompt_id))
-        for record, row in zip(part, rows, strict=True)
-    ]
-    evaluation = None
-    if arms.heldout is not None:
-        pairs = arms.heldout
-        greedy = arms.arms["generator"].greedy
-        name = f"heldout-{digest_of(pairs.records)[:8]}-round-{phase.round}"
-        kept = _rubrics(opened, name, pairs.records, arms.ruled, lambda: write(greedy, pairs.records, pairs.key))
-        evaluation = JudgeOnHeldout(config.heldout, pairs, [_as_written(row) for row in kept], rollout.to_rollout)
-    asked = arm.asked(arms.mesh, arm.turn.sampling, arm.turn.group_size)
-    return _Lesson(
-        records=records,
-        asked=asked,
-        sample=partial(sample_round, asked, make_verdict_rewards(arm.turn)),
-        evaluation=evaluation,
-        rubrics={row.prompt_id: row.text for row in rows},
-        metrics=rubric_metrics([_as_written(row) for row in rows], "rubrics"),
-    )
-
-
-def _generators_lesson(arms: Arms, opened: Phases, phase: Phase, rollout: RolloutPrograms) -> _Lesson:
-    """Prompts, and the judge that says what each rubric is worth: one greedy judgement of the pair, in one order."""
-    arm, config = arms.arms["generator"], arms.config
-    place = partial(place_of, config.run.seed, phase.round)
-    _, weights = resting(arms, "judge", _last_phase(opened, "judge", phase))
-
-    def ruled(record: EncodedPair, rubric: str) -> EncodedPair:
-        return arms.ruled(record, rubric).only(place(record.preference.id))
-
-    judge = arms.arms["judge"]
-    by = FrozenJudge(judge.asked(arms.mesh, judge.greedy, 1), weights, ruled)
-    pairs = arms.heldout
-    asked = arm.asked(arms.mesh, arm.turn.sampling, arm.turn.group_size)
-    return _Lesson(
-        records=[replace(record, places=(place(record.preference.id),)) for record in arms.parts[phase.round - 1]],
-        asked=asked,
-        sample=partial(sample_rubrics, asked, make_verdict_rewards(arm.turn), by),
-        evaluation=None if pairs is None else GeneratorOnHeldout(config.heldout, pairs, weights, rollout.to_rollout),
-        rubrics={},
-        metrics={},
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------ rubrics
-
-
-def _writer(arms: Arms, since: Phase | None) -> _Write:
-    """The generator as its last phase has left it, which is loaded when the first rubric is to be written."""
-    weights = functools.cache(lambda: resting(arms, "generator", since)[1])
-
-    def write(sampling: SamplingSection, records: Sequence[EncodedPair], key: jax.Array) -> list[Written]:
-        generator = arms.arms["generator"].asked(arms.mesh, sampling, 1)
-        return write_rubrics(generator, weights(), share_of(arms.mesh, records), key, len(records))
-
-    return write
-
-
-def _rubrics(
-    opened: Phases,
-    name: str,
-    records: Sequence[EncodedPair],
-    ruled: Callable[[EncodedPair, str], EncodedPair],
-    write: Callable[[], list[Written]],
-) -> list[RubricRow]:
-    """The rubrics of some pairs as they are kept, written where they are not there yet."""
-    path = opened.folder / RUBRICS / f"{name}.jsonl"
-    rows: list[RubricRow] = []
-    if told(f"whether {name} is kept", str(path.is_file())) == "True":
-        rows = kept_rubrics(path, [record.preference.id for record in records])
-    else:
-        say(f"{name}: the generator writes {len(records):,} rubrics")
-        shortened = 0
-        for record, one in zip(records, write(), strict=True):
-            text = ruled(record, one.shown).preference.rubric
-            shortened += text != one.shown
-            rows.append(RubricRow(record.preference.id, text, sha256_of(text), one.status.name))
-        if shortened:
-            say(f"{name}: {shortened:,} rubrics are longer than data.max_prompt_tokens leaves, and lose their end")
-        if jax.process_index() == 0:
-            keep_rubrics(path, rows)
-        arrive(f"keeping {path}")
-    agree("the rubrics they judge by", {"rubrics": sha256_of("".join(row.sha256 for row in rows))})
-    if blank := sum(not row.text for row in rows):
-        say(f"{name}: {blank:,} of {len(rows):,} rubrics are empty; the judge is asked without one there")
-    if malformed := sum(row.status != Status.OK.name for row in rows):
-        say(f"{name}: {malformed:,} of {len(rows):,} rubrics are out of form")
-    return rows
-
-
-def _as_written(row: RubricRow) -> Written:
-    return Written(row.text, Status[row.status])
-
-
-def _last_phase(opened: Phases, role: Role, phase: Phase) -> Phase | None:
-    """The last phase of the other model before a phase."""
-    return opened.before(replace(phase, role=role))
+    each = {True: 0 if turn.arms.config.keeps_optimizers else turn.config.update.updates_per_rollout, False: 1}
+    earlier = [one for one in turn.opened.phases if turn.role in one.roles and one.last <= turn.phase.first]
+    return sum(each[bool(one.round)] * one.steps_of_each for one in earlier)
 
 
 # ---------------------------------------------------------------------------------------------------------- what else
@@ -288,11 +192,11 @@ def _load_reference(arms: Arms, arm: Arm) -> tuple[Params, Tree] | None:
     return load_params(section, model, arms.mesh, config.run.seed, TRAIN_RULES, section.dtype), None
 
 
-def _card(arm: Arm, config: TrainConfig, pairs: int) -> ModelCardFacts:
+def _card(arm: Arm, config: TrainConfig, pairs: int, updates_before: int) -> ModelCardFacts:
     """What a model's card says; the generator is served greedily, as it is asked here."""
     drawing = Drawing(0.0, 0, 1.0) if arm.role == "generator" else None
     card = card_of(config, arm.model, pairs)
-    return replace(card, drawing=drawing or card.drawing, measured_on="")
+    return replace(card, drawing=drawing or card.drawing, measured_on="", steps=updates_before)
 
 
 def dry_run(config: RubricArmConfig) -> None:

@@ -9,9 +9,9 @@ and the batch is the same on any number of them.
     P pairs · S questions about each · G judgements of each question · R = P·S
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import jax
@@ -26,7 +26,7 @@ from patarm_jax.reward import Rewards
 from patarm_jax.rollout.judging import Judge, judge_all, numbers_of, requests_of, rubrics_of
 from patarm_jax.rollout.rewards import RewardFn, opponent_draws
 from patarm_jax.rollout.schedule import Finished, Request
-from patarm_jax.types import Judgement
+from patarm_jax.types import Judgement, Status
 
 Phase: TypeAlias = Callable[[str], AbstractContextManager[None]]  # times a part of a step by its name
 _LATER_ROUNDS = 2**32 - 2  # counted down from: no completion's id, from which its key is folded
@@ -38,6 +38,14 @@ class JudgedBy:
 
     rubric: str  # as the judge was shown it
     verdict: Judgement
+
+
+@dataclass(frozen=True)
+class Written:
+    """A rubric as a generator wrote it."""
+
+    shown: str  # what a judge is shown of it
+    status: Status  # of all that was written
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class Round:
     truncated: np.ndarray  # [R, G] everyone's, whether they were cut off
     rewards: Rewards  # everyone's, [P, S, G]; numpy's
     by: Sequence[JudgedBy] = ()  # this process's, [r·G], of rubrics: what earns each of them its reward
+    rubrics: Mapping[str, Written] = field(default_factory=dict)  # by a pair's id, what it was judged by; everyone's
 
     @property
     def longest_prompt(self) -> int:
@@ -201,7 +210,7 @@ def refilled(mesh: Mesh, rounds: Sequence[Round], prompts_per_group: int) -> Cho
     share = places[mine * rows // processes : (mine + 1) * rows // processes]
     everyone = [_everyone(mesh, each) for each in rounds]
     group, width = rounds[0].finished.tokens.shape[1:]
-    nobody = _Written(
+    nobody = _Sampled(
         prompt=np.zeros(1, np.int32),
         sample_id=0,
         tokens=np.zeros((group, width), np.int32),
@@ -229,7 +238,7 @@ def refilled(mesh: Mesh, rounds: Sequence[Round], prompts_per_group: int) -> Cho
 
 
 @dataclass(frozen=True)
-class _Written:
+class _Sampled:
     """One prompt and its completions."""
 
     prompt: np.ndarray
@@ -240,7 +249,7 @@ class _Written:
     truncated: np.ndarray
 
 
-def _everyone(mesh: Mesh, each: Round) -> list[_Written]:
+def _everyone(mesh: Mesh, each: Round) -> list[_Sampled]:
     """The prompts and completions of all processes; a chosen group may be another process's to learn from."""
     longest = each.pairs.longest_prompt
     prompts = np.zeros((len(each.requests), longest), np.int32)
@@ -250,6 +259,6 @@ def _everyone(mesh: Mesh, each: Round) -> list[_Written]:
     finished = each.finished
     arrays = (prompts, sizes, finished.tokens, finished.logprobs, finished.lengths, finished.truncated)
     return [
-        _Written(prompt[:size], int(sample), tokens, logprobs, lengths, truncated)
+        _Sampled(prompt[:size], int(sample), tokens, logprobs, lengths, truncated)
         for prompt, (size, sample), tokens, logprobs, lengths, truncated in zip(*gather(mesh, arrays), strict=True)
     ]

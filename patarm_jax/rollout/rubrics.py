@@ -1,7 +1,7 @@
 """Rubrics that a generator writes: one for each pair, to judge by, or a group, which a frozen judge rewards."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -14,16 +14,10 @@ from patarm_jax.model.sharding import fetch, gather, gather_json
 from patarm_jax.reward import Rewards, verdict_reward
 from patarm_jax.rollout.judging import Judge, judge_all, numbers_of, places_of, requests_of, rubrics_of
 from patarm_jax.rollout.rewards import RewardFn, lost_for_length
-from patarm_jax.rollout.rounds import JudgedBy, Phase, Round
+from patarm_jax.rollout.rounds import JudgedBy, Phase, Round, Written, sample_round
 from patarm_jax.types import Status
 
-
-@dataclass(frozen=True)
-class Written:
-    """A rubric as a generator wrote it."""
-
-    shown: str  # what a judge is shown of it
-    status: Status  # of all that was written
+_RUBRICS = 2**32 - 3  # no completion's id, from which the key of the rubrics of a step is folded
 
 
 def write_rubrics(
@@ -49,7 +43,7 @@ class FrozenJudge:
     """A judge that says what rubrics are worth, one greedy judgement by each."""
 
     judge: Judge  # greedy, with groups of one
-    weights: Params
+    weights: Callable[[], Params]
     ruled: Callable[[EncodedPair, str], EncodedPair]  # a pair as it reads it by a rubric, in the pair's order
 
 
@@ -77,7 +71,7 @@ def sample_rubrics(
             for record, of_it in zip(pairs.records, rubrics, strict=True)
             for rubric in of_it
         ]
-        _, verdicts = judge_all(by.judge, by.weights, requests_of(ruled), key, rubrics_of(ruled))
+        _, verdicts = judge_all(by.judge, by.weights(), requests_of(ruled), key, rubrics_of(ruled))
     with phase("reward"):
         right, _ = numbers_of(verdicts, places_of(ruled), by.judge.form)
         status = np.array([[int(rubric.status) for rubric in of_it] for of_it in rubrics], np.int32)
@@ -98,6 +92,67 @@ def sample_rubrics(
         rewards=rewards,
         by=[JudgedBy(record.preference.rubric, verdict) for record, (verdict,) in zip(ruled, verdicts, strict=True)],
     )
+
+
+def sample_by_rubrics(
+    judge: Judge,
+    reward: RewardFn,
+    rubrics: Mapping[str, Written],
+    weights: Params,
+    pairs: PairBatch,
+    key: jax.Array,
+    phase: Phase,
+) -> Round:
+    """Judgements of a batch of pairs which show rubrics that were written before, and what they earn.
+
+    Arguments as of `sample_round`; `rubrics` are those of all pairs by their ids.
+    """
+    return replace(sample_round(judge, reward, weights, pairs, key, phase), rubrics=rubrics)
+
+
+@dataclass(frozen=True)
+class WritingGenerator:
+    """A generator that writes one rubric for each pair before a judge is sampled."""
+
+    generator: Judge  # with groups of one
+    weights: Callable[[], Params]
+    # The pair as the judge reads it by a rubric, in the pair's order, and what is kept of the rubric.
+    ruled: Callable[[EncodedPair, str], tuple[EncodedPair, str]]
+
+
+def sample_by_new_rubrics(
+    judge: Judge,
+    reward: RewardFn,
+    by: WritingGenerator,
+    weights: Params,
+    pairs: PairBatch,
+    key: jax.Array,
+    phase: Phase,
+) -> Round:
+    """Judgements of a batch of pairs by rubrics that are written for them now, and what they earn.
+
+    Arguments as of `sample_round`; `by` is the generator.
+    """
+    mesh = judge.engine.mesh
+    with phase("sample"):
+        requests = requests_of(pairs.records)
+        _, rubrics = judge_all(by.generator, by.weights(), requests, jax.random.fold_in(key, _RUBRICS))
+        ruled = [
+            by.ruled(record, shown_rubric(rubric.text))
+            for record, (rubric,) in zip(pairs.records, rubrics, strict=True)
+        ]
+        mine = [
+            (record.preference.id, kept, int(rubric.status), record.lengths)
+            for (record, kept), (rubric,) in zip(ruled, rubrics, strict=True)
+        ]
+        every = gather_json(mesh, mine)
+        batch = PairBatch(
+            records=tuple(record for record, _ in ruled),
+            ids=pairs.ids,
+            lengths=tuple((prompt, completion) for *_, lengths in every for prompt, completion in lengths),
+        )
+    found = sample_round(judge, reward, weights, batch, key, phase)
+    return replace(found, rubrics={pair: Written(kept, Status(status)) for pair, kept, status, _ in every})
 
 
 def make_verdict_rewards(config: TurnConfig) -> RewardFn:

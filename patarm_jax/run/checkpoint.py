@@ -124,30 +124,35 @@ class Checkpoints:
         self._put_damaged_aside(step)
         return step
 
-    def restore_step(self, abstract_state: Found, step: int) -> tuple[Found, dict[str, object]]:
-        """One checkpoint as (state, data state); arguments and errors as of `restore`."""
+    def restore_step(self, abstract_state: Found, step: int, name: str = "") -> tuple[Found, dict[str, object]]:
+        """One checkpoint as (state, data state); arguments and errors as of `restore`.
+
+        Args:
+            abstract_state: of the model alone that is named.
+            step: of the checkpoint.
+            name: of a model, in a checkpoint of several; empty: the whole state is restored.
+        """
         try:
-            return self._restored(step, abstract_state)
+            return self._restored(step, abstract_state, name)
         except Damage as damage:
             raise self._refusal(step, damage, _GO_ON) from None
 
-    def restore_params(self, abstract_params: Params, step: int | None = None) -> tuple[Params, int]:
+    def restore_params(self, abstract_params: Params, step: int | None = None, name: str = "") -> tuple[Params, int]:
         """(parameters of one checkpoint without the optimiser's moments, straight into their shardings; its step).
 
         Args:
             abstract_params: as of `restore`.
             step: None: the last one, as `restore` takes it; nothing is put aside.
+            name: of the model, in a checkpoint of several.
 
         Raises:
             UserError: as from `restore`.
         """
         wanted = {"params": abstract_params}
-        arguments = ocp.args.PyTreeRestore(
-            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-        )
+        arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
 
         def read(step: int) -> Params:
-            return self._read(step, **{STATE: arguments})[STATE]["params"]
+            return self._read_some(step, wanted, arguments, name)["params"]
 
         remedy = "Name another checkpoint of the run, such as {}"
         if step is None:
@@ -157,13 +162,20 @@ class Checkpoints:
         except Damage as damage:
             raise self._refusal(step, damage, remedy) from None
 
-    def updates(self, step: int) -> int:
+    def updates(self, step: int, name: str = "") -> int:
         """Optimiser updates that the weights of a checkpoint have had: those tried, without those skipped."""
         counters = {"step": 0, "skipped": 0}
         on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), counters)
-        arguments = ocp.args.PyTreeRestore(item=counters, restore_args=on_host, partial_restore=True)
-        found = self._read(step, **{STATE: arguments})[STATE]
+        found = self._read_some(step, counters, on_host, name)
         return int(found["step"]) - int(found["skipped"])
+
+    def _read_some(self, step: int, wanted: Tree, arguments: Tree, name: str) -> Tree:
+        """Some parts of the state of a model; its name is empty where the checkpoint has but one. Raises Damage."""
+        if name:
+            wanted, arguments = {name: wanted}, {name: arguments}
+        some = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
+        found = self._read(step, **{STATE: some})[STATE]
+        return found[name] if name else found
 
     def _last_whole(self, read: Callable[[int], Found], remedy: str) -> tuple[Found, int]:
         """What the last checkpoint gives, or the last that is whole, and its step."""
@@ -186,9 +198,12 @@ class Checkpoints:
         assert first is not None
         raise first
 
-    def _restored(self, step: int, abstract_state: Found) -> tuple[Found, dict[str, object]]:
+    def _restored(self, step: int, abstract_state: Found, name: str = "") -> tuple[Found, dict[str, object]]:
         said = self._read(step, **{DATA: ocp.args.JsonRestore(), FINGERPRINT: ocp.args.JsonRestore()})
         refuse_another_run(str(self.folder / str(step)), expected=self.fingerprint, got=said[FINGERPRINT])
+        if name:
+            arguments = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+            return self._read_some(step, abstract_state, arguments, name), said[DATA]
         return self._read(step, **{STATE: ocp.args.StandardRestore(abstract_state)})[STATE], said[DATA]
 
     def _refusal(self, step: int, damage: Damage, remedy: str) -> UserError:

@@ -62,6 +62,7 @@ from patarm_jax.train.steps import TrainState
 from patarm_jax.types import LearntNothing, UserError
 
 Prepared = TypeVar("Prepared")
+Found = TypeVar("Found")
 
 
 class Evaluator(Protocol):
@@ -82,10 +83,16 @@ class Length:
     per_epoch: int  # steps
 
 
-def batches_of(config: TrainConfig, records: Sequence[EncodedPair]) -> Batches:
-    """This process's part of a run's batches, from the first one on and without end."""
+def batches_of(config: TrainConfig, records: Sequence[EncodedPair], turns: int = 1) -> Batches:
+    """This process's part of a run's batches, from the first one on and without end.
+
+    Args:
+        config: of the run.
+        records: all of them.
+        turns: how often each batch comes, one time after the other.
+    """
     shares = (jax.process_index(), jax.process_count())
-    return batches(records, config.pairs_per_step, None, config.run.seed, *shares, config.alternates)
+    return batches(records, config.pairs_per_step, None, config.run.seed, *shares, config.alternates, turns)
 
 
 def length_of(section: RunSection, records: Sequence[EncodedPair], pairs_per_step: int) -> Length:
@@ -121,35 +128,59 @@ class Step(Generic[Prepared]):
 
     def update(self, batch: Tree, times: int = 1) -> None:
         """Updates the weights on a batch; returns while the devices compute."""
-        run = self.run
+        trained = self.run.trained
         with self.phase("update"):
             for _ in range(times):
-                run.state, metrics = run.learner.update(run.state, run.frozen, batch)
+                trained.state, metrics = trained.learner.update(trained.state, trained.frozen, batch)
                 self.updates.append(metrics)
 
 
 @dataclass
-class Run:
-    """A run folder that is being written, and the state that is being trained."""
+class Trained:
+    """A model that a run trains, with all that is its alone."""
 
+    name: str  # among the models of its run; empty where it is the only one of its folder
     config: TrainConfig
-    folder: Path
-    length: Length
-    done: int  # steps, those of earlier starts included
+    model: Model  # what training started from
     learner: Learner[Tree]
     state: TrainState
     frozen: Tree  # what is only read, such as the weights beside adapters
-    model: Model
+    watch: Watch
+    evaluation: Evaluator | None
+    labels: Mapping[str, object] = field(default_factory=dict)  # said in every line of metrics, such as the phase
+
+
+@dataclass
+class Run:
+    """A run folder that is being written, and what is being trained: one model, or several, step by step in turn."""
+
+    folder: Path
+    models: Sequence[Trained]
+    length: Length
+    done: int  # steps, those of earlier starts included
     iterator: Batches  # stands behind `pairs`
     pairs: PairBatch | None  # the next step's; None where none is left
     checkpoints: Checkpoints
     writer: MetricsWriter
-    watch: Watch
-    evaluation: Evaluator | None
     began_at: int  # steps that were done when this process began
-    labels: Mapping[str, object] = field(default_factory=dict)  # said in every line of metrics, such as the phase
+    first: int = 0  # the step before that in which the first of the models has its first turn
     asked_to_stop: bool = False  # by a signal, in its last step
     under_way: Generator[Step[Tree], None, None] | None = None
+    trained: Trained = field(init=False)  # whose turn it is
+
+    def __post_init__(self) -> None:
+        self._give_turn(self.done)
+
+    def _give_turn(self, step: int) -> None:
+        """Lets the model of a step be trained; tokens are counted through the turns of all."""
+        before = self.models[(step - 2 - self.first) % len(self.models)].watch
+        self.trained = self.models[(step - 1 - self.first) % len(self.models)]
+        self.trained.watch.counts_on(before)
+
+    @property
+    def config(self) -> TrainConfig:
+        """Of the model whose turn it is."""
+        return self.trained.config
 
     def steps(
         self,
@@ -181,6 +212,7 @@ class Run:
             compilations().since_last()  # what was compiled before belongs to no step
             for number in range(self.done + 1, self.length.steps + 1):
                 assert self.pairs is not None and batch is not None
+                self._give_turn(number)
                 step = Step(run=self, number=number, pairs=self.pairs, batch=batch, timer=Timer(arrive, number))
                 yield step
                 data_state = self.iterator.get_state()  # it may have drawn further pairs
@@ -190,14 +222,15 @@ class Run:
                 with step.phase("update"):
                     values = self._values(step)
                 measured = self._evaluated(step)
-                line = self.watch.line(number, values | measured, batches_drawn(data_state), step.tokens, step.timer)
+                watch = self.trained.watch
+                line = watch.line(number, values | measured, batches_drawn(data_state), step.tokens, step.timer)
                 arrive(f"step {number}: writing what it gave")
-                self.writer.write(number, line | compilations().since_last(), self.labels)
-                report(number, shown(values), self.watch.new_tokens)
+                self.writer.write(number, line | compilations().since_last(), self.trained.labels)
+                report(number, shown(values), watch.new_tokens)
                 self._write_rollouts(step)
                 arrive(f"step {number}: saving")
                 self.asked_to_stop = stop_asked()
-                stopping = self.asked_to_stop or bool(self.watch.stop)
+                stopping = self.asked_to_stop or bool(watch.stop)
                 self._save(number, data_state, stopping, measured)
                 self.done = number
                 if stopping:
@@ -208,20 +241,22 @@ class Run:
 
         What compares the sampler with the trainer is of the first update alone: later ones have other weights.
         """
-        updates, counters = fetch((step.updates, (self.state.step, self.state.skipped)))
+        state = self.trained.state
+        updates, counters = fetch((step.updates, (state.step, state.skipped)))
         tried, skipped = map(int, counters)
         means = {
             name: float(first if name.startswith("sampling/") else np.mean([one[name] for one in updates]))
             for name, first in (updates[0] if updates else {}).items()
         }
-        rate = float(self.learner.schedule(max(tried - 1 - skipped, 0)))
+        rate = float(self.trained.learner.schedule(max(tried - 1 - skipped, 0)))
         return step.metrics | means | {"skipped_updates": float(skipped), "learning_rate": rate}
 
     def _evaluated(self, step: Step[Tree]) -> dict[str, float]:
-        if self.evaluation is None or not self.evaluation.due(step.number, self.length.steps):
+        trained = self.trained
+        if trained.evaluation is None or not trained.evaluation.due(step.number, self.length.steps):
             return {}
         with step.phase("eval"):
-            return self.evaluation(self.state.params, self.frozen)
+            return trained.evaluation(trained.state.params, trained.frozen)
 
     def _write_rollouts(self, step: Step[Tree]) -> None:
         if not step.rows:
@@ -235,7 +270,8 @@ class Run:
     def _save(self, step: int, data_state: dict[str, object], stopping: bool, measured: Mapping[str, float]) -> None:
         """A checkpoint every so many steps, when it was evaluated, at the end, and when the run is to stop."""
         if stopping or measured or step == self.length.steps or step % self.config.run.checkpoint_every == 0:
-            self.checkpoints.save(step, self.state, data_state, measured or None)
+            states = together({one.name: one.state for one in self.models})
+            self.checkpoints.save(step, states, data_state, measured or None)
         else:
             self.checkpoints.check()
 
@@ -268,9 +304,9 @@ class Run:
         Raises:
             UserError: when the run stopped because too many updates were skipped.
         """
-        if self.watch.stop:
+        if reason := self.trained.watch.stop:
             raise UserError(
-                f"stopped at step {self.done} of {self.length.steps}: {self.watch.stop} A changed setting needs a "
+                f"stopped at step {self.done} of {self.length.steps}: {reason} A changed setting needs a "
                 f"run.folder of its own. The last sound weights are saved as {self._checkpoint(self.done)}, which "
                 "`patarm export` takes."
             )
@@ -280,11 +316,11 @@ class Run:
         return True
 
     def _export(self, card: ModelCardFacts) -> None:
-        export = self.folder / EXPORT
+        export, trained = self.folder / EXPORT, self.trained
         arrive("writing the export")
-        if self.watch.untouched:
+        if trained.watch.untouched:
             raise LearntNothing(
-                f"{self.folder}: {self.watch.verdict} Nothing is exported: the weights are those that the run began "
+                f"{self.folder}: {trained.watch.verdict} Nothing is exported: the weights are those that the run began "
                 "with."
             )
         is_whole = self.began_at >= self.length.steps
@@ -292,15 +328,13 @@ class Run:
         complete = is_whole and told("whether there is an export", str(there)) == "True"
         if not complete:
             # Counted by the state: it may have done more steps than are asked for now, and skipped updates.
-            updates = int(self.state.step) - int(self.state.skipped)
+            updates = int(trained.state.step) - int(trained.state.skipped)
             card = dataclasses.replace(card, steps=updates, measured=metrics_of(self._checkpoint(self.done)))
             # What is there is of this run when it was shorter.
-            parts = self.learner.mesh, self.state.params, self.frozen
-            export_trained(export, self.config, self.model, *parts, card, replace=True)
-        if self.watch.verdict:
-            raise LearntNothing(
-                f"{self.folder}: {self.watch.verdict} {export} may be no better than what it began with."
-            )
+            parts = trained.learner.mesh, trained.state.params, trained.frozen
+            export_trained(export, trained.config, trained.model, *parts, card, replace=True)
+        if verdict := trained.watch.verdict:
+            raise LearntNothing(f"{self.folder}: {verdict} {export} may be no better than what it began with.")
         more = f" with {self.done} steps, more than the {self.length.steps} asked for"
         more = more if self.done > self.length.steps else ""
         say(
@@ -311,6 +345,15 @@ class Run:
 
     def _checkpoint(self, step: int) -> Path:
         return self.folder / CHECKPOINTS / str(step)
+
+
+def together(parts: Mapping[str, Found]) -> Found | dict[str, Found]:
+    """What a checkpoint holds of the models of a run: of a single one its part itself, of several each by its name.
+
+    >>> together({"": 1}), together({"judge": 1, "generator": 2})
+    (1, {'judge': 1, 'generator': 2})
+    """
+    return dict(parts) if len(parts) > 1 else next(iter(parts.values()))
 
 
 def open_metrics_of(config: RunConfig, folder: Path, done: int) -> MetricsWriter:
@@ -413,20 +456,15 @@ def _begin_or_resume(
     # Not before the checkpoint has turned out to be of this run; where nothing is left to do, what was done stands.
     write_mark(folder, config, whose, keep_config=done >= length.steps)
     writer = open_metrics_of(config, folder, done)
+    watch = open_watch(config, folder, done, length.per_epoch)
     return Run(
-        config=config,
         folder=folder,
+        models=[Trained("", config, model, learner, state, frozen, watch, evaluation)],
         length=length,
         done=done,
-        learner=learner,
-        state=state,
-        frozen=frozen,
-        model=model,
         iterator=iterator,
         pairs=next(iterator) if done < length.steps else None,
         checkpoints=checkpoints,
         writer=writer,
-        watch=open_watch(config, folder, done, length.per_epoch),
-        evaluation=evaluation,
         began_at=done,
     )

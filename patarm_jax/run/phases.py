@@ -5,6 +5,7 @@ checkpoint says where the run goes on. A checkpoint holds the model of its phase
 last phase is kept until another phase of that model has ended.
 
 A model that rests lies on disk: its checkpoint, from which it is trained on, and its export, by which others ask it.
+Where models are trained together, step by step in turn, none of them rests, and a checkpoint holds them all.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from patarm_jax.arrays import Tree
+from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.training import RunConfig, TrainConfig
 from patarm_jax.data.pipeline import EncodedPair
 from patarm_jax.files import read_json_object, writing
@@ -22,14 +23,14 @@ from patarm_jax.run.card import ModelCardFacts
 from patarm_jax.run.checkpoint import Checkpoints, open_checkpoints
 from patarm_jax.run.claim import CHECKPOINTS, MARK, folder_of, refuse_another_begun, write_mark
 from patarm_jax.run.export import export_trained
-from patarm_jax.run.folder import Evaluator, Length, Run, batches_of, open_metrics_of, stopped
+from patarm_jax.run.folder import Evaluator, Length, Run, Trained, batches_of, open_metrics_of, stopped, together
 from patarm_jax.run.learner import Learner
 from patarm_jax.run.metrics import MetricsWriter
 from patarm_jax.run.open_model import EXPORT, JUDGE, Model, load_parts
 from patarm_jax.run.peers import agree, told
 from patarm_jax.run.process import say
 from patarm_jax.run.soundness import refuse_ruined
-from patarm_jax.run.watch import open_watch
+from patarm_jax.run.watch import Watch, open_watch
 from patarm_jax.run.whose import WEIGHTS, refuse_another_run, with_known_start
 from patarm_jax.train.steps import TrainState
 from patarm_jax.types import UserError
@@ -39,9 +40,9 @@ STEP = "step"  # in judge.json of an export: the step of the run after which it 
 
 @dataclass(frozen=True)
 class Phase:
-    """Some consecutive steps, in which one model is trained."""
+    """Some consecutive steps, in which one model is trained, or several, one step each in turn."""
 
-    role: str  # the model
+    roles: tuple[str, ...]  # the models, in the order of their turns
     name: str  # for people
     round: int  # from 1; 0 before the rounds
     first: int  # the step before its first one
@@ -49,9 +50,25 @@ class Phase:
     per_epoch: int  # steps
 
     @property
-    def labels(self) -> dict[str, object]:
-        """What every line of its metrics says."""
-        return {"phase": self.role if self.round else f"{self.role} warm-up", "round": self.round}
+    def steps_of_each(self) -> int:
+        """Steps of each of its models."""
+        return (self.last - self.first) // len(self.roles)
+
+    def labels(self, role: str) -> dict[str, object]:
+        """What the lines of metrics of a model's steps say."""
+        return {"phase": role if self.round else f"{role} warm-up", "round": self.round}
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """A model that a phase trains."""
+
+    role: str
+    config: TrainConfig
+    model: Model  # what it began the whole run with
+    learner: Learner[Tree]
+    evaluation: Evaluator | None  # judges the weights now and then; None where nothing does
+    keeps_optimizer: bool = False  # whether it goes on with the optimizer of its last phase
 
 
 @dataclass
@@ -65,89 +82,102 @@ class Phases:
     writer: MetricsWriter
     done: int  # steps
 
-    def before(self, phase: Phase) -> Phase | None:
-        """The phase in which its model was trained last."""
-        earlier = [one for one in self.phases if one.role == phase.role and one.last <= phase.first]
+    def before(self, phase: Phase, role: str) -> Phase | None:
+        """The last phase before this one in which a model was trained."""
+        earlier = [one for one in self.phases if role in one.roles and one.last <= phase.first]
         return earlier[-1] if earlier else None
 
-    def is_over(self, phase: Phase, export: Path) -> bool:
-        """Whether a phase has come to its end, its export included."""
-        is_made = told(f"whether {phase.name} is exported", str(step_of(export) == phase.last)) == "True"
+    def is_over(self, phase: Phase, exports: Sequence[Path]) -> bool:
+        """Whether a phase has come to its end, its exports included."""
+        made = all(step_of(export) == phase.last for export in exports)
+        is_made = told(f"whether {phase.name} is exported", str(made)) == "True"
         return self.done > phase.last or (self.done == phase.last and is_made)
 
-    def run(
-        self,
-        phase: Phase,
-        config: TrainConfig,
-        model: Model,
-        records: Sequence[EncodedPair],
-        learner: Learner[Tree],
-        evaluation: Evaluator | None,
-        keeps_optimizer: bool = False,
-    ) -> Run:
+    def run(self, phase: Phase, pupils: Sequence[Pupil], records: Sequence[EncodedPair]) -> Run:
         """The steps of a phase, those that are done behind it.
 
         Args:
             phase: of these.
-            config: of its model.
-            model: what that one began the whole run with.
-            records: the pairs that it is trained on.
-            learner: of it.
-            evaluation: judges the weights now and then; None where nothing does.
-            keeps_optimizer: whether it goes on with the optimizer of its last phase.
+            pupils: its models, in the order of their turns.
+            records: the pairs that they are trained on; several take the same ones in turn.
         """
-        iterator = batches_of(config, records)
-        load = partial(load_parts, config, model, learner.mesh, learner.shape.params)
-        state: TrainState
+        iterator = batches_of(pupils[0].config, records, turns=len(pupils))
+        frozen: dict[str, Tree] = {}
+        states: Mapping[str, TrainState]
         if self.done > phase.first:
-            state, data_state = self.checkpoints.restore_step(learner.shape, self.done)
+            shapes = {pupil.role: pupil.learner.shape for pupil in pupils}
+            found, data_state = self.checkpoints.restore_step(together(shapes), self.done)
+            states = {pupils[0].role: found} if isinstance(found, TrainState) else found
             iterator.set_state(data_state)
-            _, frozen = load(begins=False)
+            frozen = {pupil.role: _load(pupil, begins=False)[1] for pupil in pupils}
             say(f"{phase.name}: {self.done - phase.first} of {phase.last - phase.first} steps are done")
-        elif before := self.before(phase):
-            state = self._begun(learner, before.last, keeps_optimizer)
-            _, frozen = load(begins=False)
         else:
-            params, frozen = load()
-            state = learner.new_state(params)
+            begun = {pupil.role: self._begun(phase, pupil) for pupil in pupils}
+            states = {role: state for role, (state, _) in begun.items()}
+            frozen = {role: beside for role, (_, beside) in begun.items()}
         agree("the checkpoint they go on from", {"step": self.done})
         where = f"{self.folder / CHECKPOINTS / str(self.done)}"
-        refuse_ruined(state.params, where, "Remove that checkpoint, or give another run.folder")
+        for state in states.values():
+            refuse_ruined(state.params, where, "Remove that checkpoint, or give another run.folder")
         return Run(
-            config=config,
             folder=self.folder,
+            models=[self._trained(phase, one, states[one.role], frozen[one.role]) for one in pupils],
             length=Length(phase.last, phase.per_epoch),
             done=self.done,
-            learner=learner,
-            state=state,
-            frozen=frozen,
-            model=model,
             iterator=iterator,
             pairs=next(iterator) if self.done < phase.last else None,
             checkpoints=self.checkpoints,
             writer=self.writer,
-            watch=open_watch(config, self.folder, self.done, phase.per_epoch, phase.first),
-            evaluation=evaluation,
             began_at=self.done,
-            labels=phase.labels,
+            first=phase.first,
         )
 
-    def _begun(self, learner: Learner[Tree], step: int, keeps_optimizer: bool) -> TrainState:
-        """What a model's last phase has left."""
-        if keeps_optimizer:
-            state, _ = self.checkpoints.restore_step(learner.shape, step)
-            return state
-        params, _ = self.checkpoints.restore_params(learner.shape.params, step)
-        return learner.new_state(params)
+    def _begun(self, phase: Phase, pupil: Pupil) -> tuple[TrainState, Tree]:
+        """A model where a phase begins, as its last phase has left it, and what is only read beside it."""
+        learner, before = pupil.learner, self.before(phase, pupil.role)
+        if before is None:
+            params, frozen = _load(pupil, begins=True)
+            return learner.new_state(params), frozen
+        _, frozen = _load(pupil, begins=False)
+        among = pupil.role if len(before.roles) > 1 else ""
+        if pupil.keeps_optimizer:
+            return self.checkpoints.restore_step(learner.shape, before.last, among)[0], frozen
+        params, _ = self.checkpoints.restore_params(learner.shape.params, before.last, among)
+        return learner.new_state(params), frozen
 
-    def end(self, run: Run, export: Path, card: ModelCardFacts, updates_before: int) -> bool:
+    def watch(self, phase: Phase, role: str, config: TrainConfig, keeps_optimizer: bool = False) -> Watch:
+        """What is known of a model's steps in a phase, from the metrics of the run.
+
+        Args:
+            phase: of these.
+            role: the model.
+            config: of the model.
+            keeps_optimizer: as of `Pupil`.
+        """
+        labels = phase.labels(role)
+        goes_on = {"phase": labels["phase"]} if keeps_optimizer else None
+        return open_watch(config, self.folder, self.done, phase.per_epoch, phase.first, labels, goes_on)
+
+    def _trained(self, phase: Phase, pupil: Pupil, state: TrainState, frozen: Tree) -> Trained:
+        return Trained(
+            name=pupil.role,
+            config=pupil.config,
+            model=pupil.model,
+            learner=pupil.learner,
+            state=state,
+            frozen=frozen,
+            watch=self.watch(phase, pupil.role, pupil.config, pupil.keeps_optimizer),
+            evaluation=pupil.evaluation,
+            labels=phase.labels(pupil.role),
+        )
+
+    def end(self, run: Run, exports: Mapping[str, tuple[Path, ModelCardFacts]]) -> bool:
         """Ends a phase and exports what it has trained; False when the run was asked to stop before.
 
         Args:
             run: of the phase.
-            export: the folder.
-            card: what the model card says; the number of updates is filled in.
-            updates_before: those that the model has had before, which its optimizer has not counted.
+            exports: of each of its models the folder, and what the model card says, whose `steps` are the updates that
+                the model has had before and its optimizer has not counted.
 
         Raises:
             UserError: when too many updates were skipped.
@@ -156,14 +186,20 @@ class Phases:
         self.done = run.done
         if not run.came_to_its_end():
             return False
-        updates = updates_before + int(run.state.step) - int(run.state.skipped)
-        parts = run.learner.mesh, run.state.params, run.frozen
-        card = dataclasses.replace(card, steps=updates)
-        export_trained(export, run.config, run.model, *parts, card, replace=True, noted={STEP: run.done})
+        for one in run.models:
+            export, card = exports[one.name]
+            card = dataclasses.replace(card, steps=card.steps + int(one.state.step) - int(one.state.skipped))
+            parts = one.learner.mesh, one.state.params, one.frozen
+            export_trained(export, one.config, one.model, *parts, card, replace=True, noted={STEP: run.done})
         if run.asked_to_stop and run.done < self.phases[-1].last:
             say(stopped(run.done, self.phases[-1].last, self.folder))
             return False
         return True
+
+
+def _load(pupil: Pupil, begins: bool) -> tuple[Params, Tree]:
+    """What is trained of a model, where it begins, and what is only read."""
+    return load_parts(pupil.config, pupil.model, pupil.learner.mesh, pupil.learner.shape.params, begins)
 
 
 def step_of(export: Path) -> int | None:
@@ -219,7 +255,7 @@ def open_phases(config: RunConfig, phases: Sequence[Phase], identity: Mapping[st
 
 def _refuse_to_begin_anew(folder: Path, phases: Sequence[Phase]) -> None:
     """Refuses to train over models that a run has made whose checkpoints are gone."""
-    made = [folder / role / EXPORT for role in dict.fromkeys(phase.role for phase in phases)]
+    made = [folder / role / EXPORT for role in dict.fromkeys(role for phase in phases for role in phase.roles)]
     made = [export for export in made if step_of(export) is not None]
     if told("whether the run has made models", str(bool(made))) == "True":
         raise UserError(
@@ -231,9 +267,10 @@ def _refuse_to_begin_anew(folder: Path, phases: Sequence[Phase]) -> None:
 def last_of_each(phases: Sequence[Phase], steps: Sequence[int]) -> Set[int]:
     """Of saved steps, the last one at which a phase of each model ended.
 
-    >>> turns = [Phase("a", "", 1, 0, 4, 4), Phase("b", "", 1, 4, 8, 4), Phase("a", "", 2, 8, 12, 4)]
+    >>> turns = [Phase(("a",), "", 1, 0, 4, 4), Phase(("b",), "", 1, 4, 8, 4), Phase(("a",), "", 2, 8, 12, 4)]
     >>> sorted(last_of_each(turns, [2, 4, 6, 8, 10])), sorted(last_of_each(turns, [4, 8, 12]))
     ([4, 8], [8, 12])
     """
-    ends = {phase.role: phase.last for phase in sorted(phases, key=lambda one: one.last) if phase.last in steps}
+    ordered = sorted(phases, key=lambda one: one.last)
+    ends = {role: phase.last for phase in ordered if phase.last in steps for role in phase.roles}
     return set(ends.values())

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -58,6 +59,10 @@ class Watch:
         }
         return {**metrics, **counted, **timer.seconds}
 
+    def counts_on(self, before: "Watch") -> None:
+        """Goes on with the tokens of the watch of the step before, which may be another model's."""
+        self.tokens, self.new_tokens = before.tokens, before.new_tokens
+
     @property
     def verdict(self) -> str:
         """Why nothing was learnt in the whole run; empty where something may have been."""
@@ -85,7 +90,15 @@ def told_of(config: TrainConfig, folder: Path) -> Told:
     )
 
 
-def open_watch(config: TrainConfig, folder: Path, done: int, per_epoch: int, before_it: int = 0) -> Watch:
+def open_watch(
+    config: TrainConfig,
+    folder: Path,
+    done: int,
+    per_epoch: int,
+    before_it: int = 0,
+    labels: Mapping[str, object] = MappingProxyType({}),
+    counts_on: Mapping[str, object] | None = None,
+) -> Watch:
     """The watch of a run that has done `done` steps; its metrics.jsonl must be open, and so end with that step.
 
     Args:
@@ -94,12 +107,17 @@ def open_watch(config: TrainConfig, folder: Path, done: int, per_epoch: int, bef
         done: steps.
         per_epoch: batches.
         before_it: steps that the folder had before this run, of other phases: their tokens count, and nothing else.
+        labels: said in the lines of the steps that it watches.
+        counts_on: said in the lines of the steps before it whose skipped updates its own lines count on from; None:
+            they begin at 0.
     """
     told, before, health, tokens = told_of(config, folder), Health(), Health(), 0
     if done and jax.process_index() == 0:
         lines = read_metrics(folder / "metrics.jsonl")
         for line in lines:
-            if line["step"] > before_it:
+            if line["step"] <= before_it and counts_on is not None and counts_on.items() <= line.items():
+                before = health = Health(skipped=int(line.get("skipped_updates") or 0))
+            if line["step"] > before_it and labels.items() <= line.items():
                 before, health = health, after(health, line, told.updates_per_step)
         tokens = int((lines[-1] if lines else {}).get("num_tokens") or 0)
         if not tokens:
