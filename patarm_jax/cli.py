@@ -18,6 +18,7 @@ from patarm_jax import __version__
 from patarm_jax.config.help import settings_in_words
 from patarm_jax.config.load import TRAINING, Config, from_mapping, load, override, read_yaml
 from patarm_jax.config.recipes import BenchConfig, EvalConfig, JudgeConfig, SFTConfig
+from patarm_jax.config.rubric_arm import ROLES
 from patarm_jax.config.sections import GeneratorSection, ModelSection, Section
 from patarm_jax.files import refuse_address
 from patarm_jax.run.devices import PASS, prepare_devices
@@ -169,18 +170,27 @@ def _add_training(verbs: _Verbs) -> None:
 
 def _add_judge(verbs: _Verbs) -> None:
     examples = ["patarm judge runs/demo/grpo --input pairs.jsonl --output scores.jsonl --votes 8"]
-    examples.append("patarm judge runs/demo/grpo --input pairs.jsonl --output scores.jsonl --dry-run")
-    judge = _verb(verbs, "judge", _judge, "score the pairs of a file", examples)
-    judge.add_argument(
-        "model", type=_place, metavar="MODEL", help="a Hugging Face folder, or the folder of a finished run"
+    examples.append(
+        "patarm judge judge-8b --judge rubric_judge --generator generator-8b --input … --output … --votes 5"
     )
+    examples.append("patarm judge runs/demo/grpo --input pairs.jsonl --output scores.jsonl --dry-run")
+    judge = _verb(verbs, "judge", _judge, "judge the pairs of a file", examples)
+    judge.usage = "patarm judge MODEL --input INPUT --output OUTPUT [--option …] [--setting value …]"
     judge.add_argument(
         "--input", type=_place, required=True, help="pairs: a file, a folder of files, or a Hub id, as data.path"
     )
-    judge.add_argument("--output", type=_place, required=True, help="scores, one JSON line per pair")
-    judge.add_argument("--votes", type=int, default=1, help="judgements of each response (default: %(default)s)")
+    judge.add_argument("--output", type=_place, required=True, help="what is judged, one JSON line per pair")
+    judge.add_argument("--judge", choices=_JUDGES, default="pointwise", help="how it is asked (default: %(default)s)")
+    judge.add_argument(
+        "--generator", type=_place, default="", help="the model that writes a rubric for each prompt, to judge by"
+    )
+    judge.add_argument(
+        "--votes", type=int, default=1, help="judgements of each response, or in each order (default: %(default)s)"
+    )
     judge.add_argument("--expected-score", action="store_true", help="the expectation instead of the number drawn")
     judge.add_argument("--dry-run", action="store_true", help="say what it will cost, judge nothing")
+    model = "a Hugging Face folder, or the folder of a finished run; none where --endpoint.url is given"
+    judge.epilog = f"MODEL: {model}\n\n{judge.epilog or ''}"
     judge.settings = JudgeConfig
 
 
@@ -255,6 +265,7 @@ def _add_export(verbs: _Verbs) -> None:
     export.add_argument("out", type=_path, metavar="OUT", help="folder that is written; must not exist")
     export.add_argument("--best", action="store_true", help="of a run, the checkpoint that the held-out pairs chose")
     export.add_argument("--lora", choices=["merged", "adapter"], help="of a run with adapters, instead of lora.export")
+    export.add_argument("--role", choices=ROLES, help="of a run that trains two models together, which of them")
 
 
 def _verb(
@@ -309,10 +320,21 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 def _judge(options: argparse.Namespace, rest: list[str]) -> int:
     from patarm_jax.recipes.judge_file import main as judge
 
-    given = JudgeConfig(votes=options.votes, output=options.output, expected_score=options.expected_score)
-    config = _told(lambda: override(given, rest), rest)
-    _refuse_both(rest, {"MODEL": "--model.path", "--input": "--data.path"})
-    model = dataclasses.replace(config.model, path=options.model)
+    given = JudgeConfig(
+        judge=options.judge,
+        votes=options.votes,
+        output=options.output,
+        expected_score=options.expected_score,
+        generator=GeneratorSection(model=ModelSection(path=options.generator)),
+    )
+    # Not argparse's: it would take the value of a setting for the model.
+    named = rest[0] if rest and not rest[0].startswith("-") else ""
+    refuse_address(named, "MODEL")
+    settings = rest[1:] if named else rest
+    config = _told(lambda: override(given, settings), settings)
+    both = {"MODEL": named and "--model.path", "--input": "--data.path"}
+    _refuse_both(settings, both | {"--generator": options.generator and "--generator.model.path"})
+    model = dataclasses.replace(config.model, path=named or config.model.path)
     data = dataclasses.replace(config.data, path=options.input)
     done = judge(dataclasses.replace(config, model=model, data=data), options.dry_run)
     return 0 if done or options.dry_run else 1  # stopped before: there is no output yet
@@ -371,7 +393,7 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
     from patarm_jax.recipes.export import main as export
 
-    export(options.checkpoint, options.out, options.best, options.lora)
+    export(options.checkpoint, options.out, options.best, options.lora, options.role)
     return 0
 
 

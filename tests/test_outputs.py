@@ -206,7 +206,7 @@ def test_a_judges_scores_are_its_own(world, capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["scores.jsonl"]
     capsys.readouterr()
     assert main([str(each) for each in judge()]) == 0  # the same again
-    assert "these scores were there already" in capsys.readouterr().err
+    assert "these judgements were there already" in capsys.readouterr().err
     tiny_model_folder(world / "wider", intermediate_size=64)
     for other in (
         judge(model="wider"),

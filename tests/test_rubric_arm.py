@@ -241,6 +241,82 @@ def test_one_of_the_two_may_stay_as_it_is(world, whole, started):
     assert not (world / "judge_only" / "generator").exists()
 
 
+# ------------------------------------------------------------------------------------------------------- step by step
+
+
+TOGETHER = {"order": "joint", "optimizer_per_phase": "kept", "rounds": 2}
+IN_TURN = [(role, number) for number in (1, 2) for _ in range(2) for role in ("judge", "generator")]
+
+
+@pytest.fixture(scope="module")
+def together(world, whole, started):
+    """Both models trained in turn, beside a run that was killed after three steps of the first round."""
+    configs = [from_warmup(world, whole, name, **TOGETHER) for name in ("together", "together_killed")]
+    run_whole_and_killed(started, "rubric-arm", *configs, world / "together_killed")
+    return world / "together"
+
+
+def test_both_models_take_turns_on_the_same_pairs(together):
+    assert [(line["phase"], line["round"]) for line in lines_of(together)] == IN_TURN
+    pairs = [{row["pair_id"] for row in rows} for _, rows in sorted(judgements(together).items())]
+    assert pairs[::2] == pairs[1::2] and len({frozenset(one) for one in pairs}) == 4
+    assert [line["epoch"] for line in lines_of(together)[:4]] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert all(line["num_tokens"] > 0 for line in lines_of(together))
+    tokens = [line["num_tokens"] for line in lines_of(together)]
+    assert tokens == sorted(set(tokens))
+
+
+def test_the_judge_reads_rubrics_of_the_step_itself(together, started):
+    kept = {}
+    for step in (1, 3, 5, 7):
+        lines = (together / "rubrics" / f"step-{step}.jsonl").read_text().splitlines()
+        kept[step] = {row["prompt_id"]: row for row in map(json.loads, lines)}
+        rows = judgements(together)[f"step_{step:06}.parquet"]
+        assert {row["pair_id"]: row["rubric_sha256"] for row in rows} == {
+            pair: row["sha256"] for pair, row in kept[step].items()
+        }
+    started("report", together).end()
+    packed = re.findall(r'data-step="(\d+)">([^<]*)<', (together / "report.html").read_text())
+    steps = {int(step): json.loads(gzip.decompress(base64.b64decode(data))) for step, data in packed}
+    assert all(pair["rubric"] == kept[3][pair["id"]]["text"] for pair in steps[3]["pairs"])
+
+
+def test_killed_between_two_turns_it_ends_as_if_it_had_not_been(world, together):
+    killed = world / "together_killed"
+    assert timeless(killed) == timeless(together)
+    assert judgements(killed) == judgements(together)
+    for role in ("generator", "judge"):
+        assert exported(killed / role) == exported(together / role)
+
+
+def test_each_learns_from_the_other_as_it_is_by_then(world, whole):
+    """Updates that destroy a model are seen at the other one's next turn, and not before."""
+    wild = {"optimizer": {"learning_rate": 0.3}}
+    config = from_warmup(world, whole, "wild", order="joint", judge=wild, generator=wild)
+    main(["rubric-arm", str(config)])
+    lines = lines_of(world / "wild")
+    assert lines[0]["judge/valid"] > 0.5 > lines[1]["judge/valid"]
+    assert lines[0]["rubrics/valid"] > 0.5 and lines[1]["rubrics/valid"] > 0.5 > lines[2]["rubrics/valid"]
+
+
+def test_a_checkpoint_of_both_is_exported_as_either(together, started, tmp_path):
+    said = started("export", together, tmp_path / "out").end(2)
+    assert "holds both models. Say which of them with --role judge or --role generator" in said
+    for role in ("judge", "generator"):
+        started("export", together, tmp_path / role, "--role", role).end()
+        ours, theirs = (folder / "model.safetensors" for folder in (tmp_path / role, together / role / "export"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.long
+def test_eight_devices_train_both_as_one(world, whole, started):
+    """With optimizers that begin anew in each round."""
+    settings = TOGETHER | {"optimizer_per_phase": "fresh"}
+    started("rubric-arm", from_warmup(world, whole, "anew", **settings)).end()
+    assert main(["rubric-arm", str(from_warmup(world, whole, "anew_eight", mesh=CUBE, **settings))]) == 0
+    assert_nearly_equal(world / "anew_eight", world / "anew")
+
+
 # ------------------------------------------------------------------------------------------------------ what comes out
 
 
@@ -289,6 +365,14 @@ REFUSED = {
     "more rounds than pairs": (
         lambda whole: {"rounds": 20},
         "rounds is 20, and its part of the 40 usable pairs, 2, does not fill one batch of judge.pairs_per_step 4",
+    ),
+    "both in turn on other pairs": (
+        lambda whole: {"order": "joint", "judge": {"pairs_per_step": 8}},
+        "judge.pairs_per_step is 8 and generator.pairs_per_step 4. Set both to one number",
+    ),
+    "both in turn on further pairs": (
+        lambda whole: {"order": "joint", "judge": {"update": {"algorithm": "dapo"}}},
+        "order is joint and judge.update.algorithm is dapo",
     ),
     "no model": (lambda whole: {"judge": {"path": ""}}, "model.path is empty"),
     "prompts that do not fit": (lambda whole: {"data": {"max_prompt_tokens": 20}}, "no preference is short enough"),

@@ -266,7 +266,7 @@ def test_a_turn_begins_as_the_template_writes_it_without_thinking(real_inputs):
         (["--judge", "rubric_judge", "--generator", "{none}", "--model", "{judge}"], "generator.model.path {none} is"),
         (["--judge", "rubric_judge", "--generator", "{judge}", "--model", "{writer}"], "is a generator of the kind"),
         (["--judge", "rubric_judge", "--generator", "{arm}", "--model", "{judge}"], "kind rubric_judge, which chooses"),
-        (["--model", "{arm}"], "asks it so, with that other as --generator"),
+        (["--model", "{arm}"], "ask it so, with that other as --generator"),
     ],
 )
 def test_mistakes_are_told(world, tmp_path, capsys, given, words):  # noqa: F811

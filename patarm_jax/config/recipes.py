@@ -236,65 +236,54 @@ class RewardModelConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class JudgeConfig(Section):
-    """`patarm judge`: scoring the pairs of a file; MODEL, --input and --output come beside these settings."""
+class AskingConfig(Section):
+    """What is asked: a judge, here or behind an endpoint, and a generator of rubrics where it has one."""
 
-    model: ModelSection = field(default_factory=ModelSection)
-    mesh: MeshSection = field(default_factory=MeshSection)
-    data: DataSection = field(default_factory=DataSection)
-    sampling: JudgingSection = field(default_factory=lambda: JudgingSection(max_new_tokens=1024))
-    rubrics: RubricMode = "adaptive"  # the rubrics that the judge's prompt holds, or asks for
-    output: str = field(default="", metadata=PLACE)  # the same as --output
-    votes: Votes = 1  # judgements of each response; their mean is the score
-    # Whether a judgement's score is the expectation over 0 to 10 by the judge's own probabilities behind what it has
-    # written, at temperature 1, instead of the number that it drew: it varies less from judgement to judgement.
-    expected_score: bool = False
-    seed: Seed = 0  # random seed for sampling
-
-
-@dataclass(frozen=True)
-class EvalConfig(Section):
-    """`patarm eval`: an evaluation; BENCHMARK, --model, --data and --output come beside these settings."""
-
-    benchmark: BenchmarkName = "rewardbench"  # the same as BENCHMARK
     judge: JudgeKind = "pointwise"  # how the judge is asked
     model: ModelSection = field(default_factory=ModelSection)
     endpoint: EndpointSection = field(default_factory=EndpointSection)
     generator: GeneratorSection = field(default_factory=GeneratorSection)
     mesh: MeshSection = field(default_factory=MeshSection)
-    data: DataSection = field(default_factory=lambda: DataSection(split="", max_prompt_tokens=16384))
+    data: DataSection = field(default_factory=DataSection)
     sampling: JudgingSection = field(default_factory=lambda: JudgingSection(max_new_tokens=1024))
     rubrics: RubricMode = "adaptive"  # the rubrics that the judge's prompt holds, or asks for
     output: str = field(default="", metadata=PLACE)  # the same as --output
-    name: str = ""  # the judge's name in results, such as org/judge-8b; empty: its folder's, or the server's
     votes: Votes = 1  # answers to each question
     # Of a pointwise judge here: whether the score is the expectation over 0 to 10 by the judge's own probabilities
-    # behind what it has written, at temperature 1, instead of the number that it drew.
+    # behind what it has written, at temperature 1, instead of the number that it drew: it varies less from judgement to
+    # judgement.
     expected_score: bool = False
-    limit: Natural = 0  # about so many items, spread over the subsets; 0: all
-    seed: Seed = 0  # random seed for sampling, for the votes drawn and for p-values
-    # The folder of another evaluation of the same items, to compare with.
-    against: str = field(default="", metadata=PLACE)
+    seed: Seed = 0  # random seed for sampling
+
+    @property
+    def has_generator(self) -> bool:
+        """Whether a generator writes rubrics."""
+        return bool(self.generator.model.path or self.generator.endpoint.url)
+
+    @property
+    def has_endpoint(self) -> bool:
+        """Whether one of the models is behind an endpoint."""
+        return bool(self.endpoint.url or self.generator.endpoint.url)
 
     def check(self) -> None:
         """Refuses expected scores where there are none, and a judge without the rubrics that it needs."""
-        has_generator = self.generator != GeneratorSection()
-        if self.judge == "rubric_judge" and not (self.generator.model.path or self.generator.endpoint.url):
+        has_settings = self.generator != GeneratorSection()
+        if self.judge == "rubric_judge" and not self.has_generator:
             raise UsageError(
                 "judge is rubric_judge, and no model is named that writes the rubrics. Give --generator with its "
                 "folder, or generator.endpoint.url."
             )
-        if has_generator and self.judge not in ("rubric_judge", "pointwise", "pairwise"):
+        if has_settings and self.judge not in ("rubric_judge", "pointwise", "pairwise"):
             raise UsageError(
                 f"a generator is given, and a {self.judge} judge reads no rubric of one. Leave it out, or set judge to "
                 "rubric_judge, pointwise or pairwise."
             )
-        if has_generator and self.rubrics == "generated":
+        if has_settings and self.rubrics == "generated":
             raise UsageError(
                 "settings of a generator are given, and rubrics is generated, by which a judge reads none but its own. "
                 "Leave one of the two out."
             )
-        if has_generator and not (self.generator.model.path or self.generator.endpoint.url):
+        if has_settings and not self.has_generator:
             raise UsageError(
                 "settings of a generator are given, and no generator. Give --generator with its folder, or "
                 "generator.endpoint.url, or leave them out."
@@ -311,6 +300,24 @@ class EvalConfig(Section):
                 "expected_score is set, and a server does not say how likely whole scores are: 10 is two of Qwen3's "
                 "tokens, and 1 begins 1, 1.5 and 10. Judge here, with --model, or leave it out."
             )
+
+
+@dataclass(frozen=True)
+class JudgeConfig(AskingConfig):
+    """`patarm judge`: judging the pairs of a file; MODEL, --input and --output come beside these settings."""
+
+
+@dataclass(frozen=True)
+class EvalConfig(AskingConfig):
+    """`patarm eval`: an evaluation; BENCHMARK, --model, --data and --output come beside these settings."""
+
+    data: DataSection = field(default_factory=lambda: DataSection(split="", max_prompt_tokens=16384))
+    benchmark: BenchmarkName = "rewardbench"  # the same as BENCHMARK
+    name: str = ""  # the judge's name in results, such as org/judge-8b; empty: its folder's, or the server's
+    limit: Natural = 0  # about so many items, spread over the subsets; 0: all
+    seed: Seed = 0  # random seed for sampling, for the votes drawn and for p-values
+    # The folder of another evaluation of the same items, to compare with.
+    against: str = field(default="", metadata=PLACE)
 
 
 @dataclass(frozen=True)

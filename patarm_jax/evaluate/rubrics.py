@@ -4,13 +4,30 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from patarm_jax.ask.answers import Answer, Known, Question
-from patarm_jax.evaluate.items import Item
 from patarm_jax.judge.criteria import criteria_of, shown_rubric
 from patarm_jax.judge.forms import RUBRIC
+from patarm_jax.types import Domain, Message
+
+
+class Prompted(Protocol):
+    """What a rubric is written for, such as an item of a benchmark."""
+
+    @property
+    def id(self) -> str:
+        """Names it."""
+
+    @property
+    def prompt(self) -> Sequence[Message]:
+        """The conversation."""
+
+    @property
+    def domain(self) -> Domain:
+        """Of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +44,7 @@ class Written:
     reasons: list[tuple[str, int]]  # why others are out of form, with their numbers, the most frequent first
 
 
-def rubric_questions(items: Sequence[Item]) -> dict[str, Question]:
+def rubric_questions(items: Sequence[Prompted]) -> dict[str, Question]:
     """Asks for a rubric of every prompt, once, whatever items share it; by `prompt_of`."""
     questions: dict[str, Question] = {}
     for item in items:
@@ -36,7 +53,7 @@ def rubric_questions(items: Sequence[Item]) -> dict[str, Question]:
     return questions
 
 
-def prompt_of(item: Item) -> str:
+def prompt_of(item: Prompted) -> str:
     """Names an item's prompt: two items with the same one share their rubric."""
     return json.dumps(list(item.prompt), ensure_ascii=False)
 

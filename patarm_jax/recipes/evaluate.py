@@ -6,8 +6,8 @@ finished is only scored anew.
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
@@ -17,30 +17,28 @@ from patarm_jax.ask.answers import (
     Answers,
     Kind,
     Question,
-    identity_of,
     missing,
     read_answers,
 )
-from patarm_jax.ask.endpoint import Remote, ask_endpoint, ask_name
+from patarm_jax.ask.endpoint import Remote
 from patarm_jax.ask.estimate import estimate
-from patarm_jax.ask.local import Local, ask_local, open_local
+from patarm_jax.ask.local import Local
 from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import EvalConfig
-from patarm_jax.config.sections import EndpointSection, JudgingSection, SamplingSection
+from patarm_jax.config.sections import JudgingSection
 from patarm_jax.evaluate.benchmark import Benchmark
 from patarm_jax.evaluate.catalogue import BENCHMARKS, read_benchmark
 from patarm_jax.evaluate.files import RESULTS, compared, load_measured, write_files
 from patarm_jax.evaluate.findings import Evaluation, find
 from patarm_jax.evaluate.items import Item, limited
 from patarm_jax.evaluate.questions import ask_about, judged, questions_of
-from patarm_jax.evaluate.rubrics import Written, counted, hardly_usable, prompt_of, rubric_questions, rubrics_shown
 from patarm_jax.evaluate.scoring import strata_of
 from patarm_jax.evaluate.summary import show, verdict
 from patarm_jax.files import check_writable, write_text, writing
-from patarm_jax.judge.forms import FORMS, RUBRIC, Form
+from patarm_jax.judge.forms import FORMS, Form
 from patarm_jax.locks import hold_folder
-from patarm_jax.run.drawing import as_the_server_says
+from patarm_jax.recipes.judges import Rubrics, ask, ask_for_rubrics, open_generator, open_judge, refuse_many_processes
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
 from patarm_jax.types import UsageError, UserError
@@ -50,8 +48,7 @@ ANSWERS, RUBRICS = "answers.jsonl", "rubrics.jsonl"
 
 def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
     """Writes `config.output`; gives what was found, or None when it was asked to stop before the end."""
-    if config.mesh.distributed != "none" and (config.endpoint.url or config.generator.endpoint.url):
-        raise UsageError("a model behind an endpoint is asked by one process. Set mesh.distributed to none.")
+    refuse_many_processes(config)
     start_processes(config, dry_run=dry_run)
     folder = _output(config)
     if dry_run:
@@ -63,8 +60,8 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
 
 def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | None:
     first = jax.process_index() == 0
-    judge = _open_judge(config, folder, dry_run)
-    generator = _open_generator(config, folder, dry_run)
+    judge = open_judge(config, folder / ANSWERS, dry_run)
+    generator = open_generator(config, folder / RUBRICS, dry_run)
     if isinstance(judge, Local):
         config = replace(config, sampling=JudgingSection(**asdict(judge.sampling)))  # complete, for what is written
 
@@ -81,7 +78,10 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
     theirs = load_measured(Path(config.against).expanduser(), groups, items) if config.against else None
     identity = _identity(config, judge, generator)
     there = read_answers(folder / ANSWERS, identity)
-    rubrics = NO_RUBRICS if generator is None else _rubrics(config, folder, generator, whole, items, dry_run)
+    rubrics: Rubrics | None = Rubrics({})
+    if generator is not None:
+        of = {"benchmark": config.benchmark}
+        rubrics = ask_for_rubrics(generator, folder / RUBRICS, whole, items, of, dry_run)
     if rubrics is None:
         return None
     about = ask_about(whole, form, config.rubrics, rubrics.shown)
@@ -106,7 +106,7 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
         if first:
             with writing(folder, KEPT):
                 write_text(folder / "config.yaml", to_yaml(config))
-        finished = _ask(judge, form, answers, questions)
+        finished = ask(judge, form, answers, questions)
     if not done_by_all(finished):
         return None
 
@@ -135,106 +135,6 @@ def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | N
     if caution := verdict(result, str(folder / ANSWERS)):
         say(caution)
     return result
-
-
-@dataclass(frozen=True)
-class _Rubrics:
-    """A generator's rubrics."""
-
-    shown: Mapping[str, str]  # by `prompt_of`
-    written: Written | None = None
-    cost: str = ""  # what those will cost that are not there, of a dry run
-
-
-NO_RUBRICS = _Rubrics({})
-
-
-def _rubrics(
-    config: EvalConfig,
-    folder: Path,
-    generator: Local | Remote,
-    whole: Sequence[Item],
-    items: Sequence[Item],
-    dry_run: bool,
-) -> _Rubrics | None:
-    """The rubrics of some items' prompts, those asked for that are not there; None when it was asked to stop."""
-    path, every = folder / RUBRICS, rubric_questions(whole)
-    identity = {"benchmark": config.benchmark, **generator.identity}
-    questions = list({prompt: every[prompt] for prompt in map(prompt_of, items)}.values())
-    if dry_run:
-        known = read_answers(path, identity)
-        return _Rubrics(rubrics_shown(every, known), cost=estimate(generator, missing(known, questions, 1)))
-    agree_on_questions(identity, questions)
-    with shared_answers(path, identity) as answers:
-        say(f"rubrics of {len(questions):,} prompts by {generator.name}")
-        finished = _ask(generator, RUBRIC, answers, questions)
-    if not done_by_all(finished):
-        return None
-    given = [answers.known[question.key, 0] for question in questions]
-    lost = [answer for answer in given if not answer.came]
-    if lost:
-        raise UserError(
-            f"{len(lost):,} of {len(given):,} rubrics never came, the first one because: {lost[0].reason}. Nothing is "
-            "judged. When that is put right, run the same command again to ask for what failed."
-        )
-    written = counted(generator.name, given)
-    if caution := hardly_usable(written):
-        say(caution)
-    return _Rubrics(rubrics_shown(every, answers.known), written)
-
-
-def _open_generator(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remote | None:
-    section, longest = config.generator, config.data.max_prompt_tokens
-    if not section.model.path and not section.endpoint.url:
-        return None
-    sampling = JudgingSection(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=section.max_new_tokens)
-    sampling = replace(sampling, rows=config.sampling.rows)
-    if not section.endpoint.url:
-        drawn = sampling, 1, config.seed, longest
-        return open_local(section.model, config.mesh, *drawn, "rubric", called="generator.model.path")
-    return _open_remote(section.endpoint, sampling, RUBRIC, 1, config.seed, folder / RUBRICS, dry_run)
-
-
-def _open_judge(config: EvalConfig, folder: Path, dry_run: bool) -> Local | Remote:
-    form = FORMS[config.judge]
-    if not form.reads_rubrics and config.rubrics != "adaptive":
-        reads = "a generator's alone" if config.judge == "rubric_judge" else "none"
-        raise UsageError(f"rubrics is {config.rubrics}, and a {config.judge} judge reads {reads}. Leave it out.")
-    if not config.endpoint.url:
-        longest = config.data.max_prompt_tokens
-        if not form.writes and config.votes > 1:
-            kind = f"a reward model ({config.judge})"
-            raise UsageError(f"votes is {config.votes}; allowed for {kind} is 1: its score is always the same.")
-        drawn, expects = (config.sampling, config.votes, config.seed, longest), config.expected_score
-        return open_local(config.model, config.mesh, *drawn, config.judge, expects=expects)
-    if config.model.path:
-        raise UsageError("both --model and --endpoint.url are given. Give one; the server's model is endpoint.model.")
-    if not form.writes:
-        raise UsageError(
-            f"a reward model ({config.judge}) writes nothing that a server could send. Give --model instead of "
-            "--endpoint.url, or another --judge."
-        )
-    return _open_remote(config.endpoint, config.sampling, form, config.votes, config.seed, folder / ANSWERS, dry_run)
-
-
-def _open_remote(
-    section: EndpointSection, sampling: JudgingSection, form: Form, votes: int, seed: int, answers: Path, dry_run: bool
-) -> Remote:
-    begun = (identity_of(answers) or {}).get("endpoint model")
-    # A dry run plans for a server that may not be up yet, and a finished evaluation for one that may not be any more.
-    name = section.model or begun or ("" if dry_run else ask_name(section))
-    if sampling.max_new_tokens is None:  # a limit is always sent: without one, a server writes without end
-        sampling = replace(sampling, max_new_tokens=SamplingSection().max_new_tokens)
-    say(f"{'generator: ' if form is RUBRIC else ''}{as_the_server_says(sampling)}")
-    if not form.thinks and section.thinking == "server":
-        section = replace(section, thinking="off")
-    return Remote(section=section, name=name, sampling=sampling, votes=votes, seed=seed)
-
-
-def _ask(judge: Local | Remote, form: Form, answers: Answers, questions: Sequence[Question]) -> bool:
-    if isinstance(judge, Remote):
-        return ask_endpoint(judge, answers, questions, form.read)
-    return ask_local(judge, answers, questions)
 
 
 def _output(config: EvalConfig) -> Path:

@@ -27,7 +27,13 @@ from patarm_jax.types import UsageError, UserError
 _ROLE_OF: dict[str, str] = {form: role for role, form in FORM_OF.items()}
 
 
-def main(checkpoint: Path, out: Path, best: bool = False, lora: Literal["merged", "adapter"] | None = None) -> None:
+def main(
+    checkpoint: Path,
+    out: Path,
+    best: bool = False,
+    lora: Literal["merged", "adapter"] | None = None,
+    role: Role | None = None,
+) -> None:
     """Writes `out` from a run folder's newest checkpoint, from its best one, or from RUN/checkpoints/STEP.
 
     Args:
@@ -35,20 +41,23 @@ def main(checkpoint: Path, out: Path, best: bool = False, lora: Literal["merged"
         out: the folder; must not exist, or be empty.
         best: whether it is the checkpoint that the held-out pairs chose.
         lora: of a run with adapters, what is written; None: as its config says.
+        role: of a run that trains two models together, which of them; None of any other.
     """
     out = out.expanduser()
     if is_occupied(out):
         raise occupied_error(out)
     check_writable(out, folder=True)
     with hold_output(out, say):
-        _export(checkpoint, out, best, lora)
+        _export(checkpoint, out, best, lora, role)
 
 
-def _export(checkpoint: Path, out: Path, best: bool, lora: Literal["merged", "adapter"] | None) -> None:
+def _export(
+    checkpoint: Path, out: Path, best: bool, lora: Literal["merged", "adapter"] | None, role: Role | None
+) -> None:
     if is_occupied(out):  # by one that ended just now
         raise occupied_error(out)
     folder, step = _run_and_step(checkpoint.expanduser())
-    config = _config_of(folder, step)
+    config, name = _trained(folder, step, role)
     if lora is not None:
         if not config.lora.rank:
             raise UsageError(f"{folder} has trained all weights, and no adapters. Leave --lora out.")
@@ -65,26 +74,44 @@ def _export(checkpoint: Path, out: Path, best: bool, lora: Literal["merged", "ad
     mesh = make_mesh(MeshSection())
     checkpoints = open_checkpoints(folder / CHECKPOINTS, 1, {}, on_damaged=config.run.on_damaged, say=say)
     shapes, _ = abstract_parts(model.arch, mesh, config.lora, config.model.dtype)
-    params, step = checkpoints.restore_params(shapes, step)
+    params, step = checkpoints.restore_params(shapes, step, name)
     _, frozen = load_parts(config, model, mesh, shapes, begins=False)
-    updates, measured = checkpoints.updates(step), metrics_of(folder / CHECKPOINTS / str(step))
+    updates, measured = checkpoints.updates(step, name), metrics_of(folder / CHECKPOINTS / str(step))
     card = replace(card_of(config, model), steps=updates, measured=measured)
     export_trained(out, config, model, mesh, params, frozen, card)
     say(f"step {step} of {folder}: {out}")
 
 
-def _config_of(folder: Path, step: int | None) -> TrainConfig:
-    """What a checkpoint was trained by; of a run of phases, the config of its phase."""
+def _trained(folder: Path, step: int | None, role: Role | None) -> tuple[TrainConfig, str]:
+    """What a model of a checkpoint was trained by, and its name there; empty where the checkpoint has but one.
+
+    Of a run of phases it is the config of the checkpoint's phase.
+    """
     config = load_run(folder)
     if isinstance(config, TrainConfig):
-        return config
+        if role:
+            raise UsageError(f"{folder} has trained one model, and no {role} beside it. Leave --role out.")
+        return config, ""
     assert isinstance(config, RubricArmConfig)
     steps = steps_in(folder / CHECKPOINTS)
     wanted = max(steps, default=0) if step is None else step
     for line in read_metrics(folder / "metrics.jsonl"):
         if line["step"] == wanted:
-            role: Role = "judge" if line["phase"].startswith("judge") else "generator"
-            return config.turn_of(role) if line["round"] else config.warmup_of(role)
+            of_step: Role = "judge" if line["phase"].startswith("judge") else "generator"
+            together = bool(config.is_joint and line["round"])
+            if together and role is None:
+                raise UsageError(
+                    f"the checkpoint of step {wanted} of {folder} holds both models. Say which of them with "
+                    "--role judge or --role generator."
+                )
+            if not together and role not in (None, of_step):
+                raise UsageError(
+                    f"the checkpoint of step {wanted} of {folder} holds the {of_step} alone. Name a checkpoint of the "
+                    f"{role}'s phases, or take {folder / str(role)}."
+                )
+            role = role or of_step
+            trained = config.turn_of(role) if line["round"] else config.warmup_of(role)
+            return trained, role if together else ""
     raise UserError(
         f"{folder / 'metrics.jsonl'} says nothing of step {wanted}, so that it is not known which of the two models "
         "its checkpoint holds. Name another checkpoint."

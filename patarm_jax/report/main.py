@@ -261,7 +261,7 @@ def within(steps: Sequence[Path], size: Callable[[Path], int], limit: int) -> li
 def _rubrics(run: Path) -> dict[str, str]:
     """The rubrics that pairs were judged by, by their SHA-256; none of a run without."""
     found: dict[str, str] = {}
-    for path in sorted((run / RUBRICS).glob("round-*.jsonl")):
+    for path in sorted((run / RUBRICS).glob("*.jsonl")):
         try:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
             found |= {row["sha256"]: row["text"] for row in rows}

@@ -182,27 +182,27 @@ def _holding(name: str, folder: Path, adapter: StoredAdapter | None) -> Path:
 _KINDS = {
     "pointwise": (
         "gives one response a score",
-        "patarm judge, and patarm eval with --judge pointwise, ask it so",
+        "patarm judge and patarm eval with --judge pointwise ask it so",
         "sft and grpo train it on with judge: pointwise",
     ),
     "pairwise": (
         "chooses between two responses",
-        "patarm eval with --judge pairwise asks it so",
+        "patarm judge and patarm eval with --judge pairwise ask it so",
         "sft and grpo train it on with judge: pairwise",
     ),
     "ordinal": (
         "gives a score at once and writes nothing",
-        "patarm eval with --judge ordinal asks it so",
+        "patarm judge and patarm eval with --judge ordinal ask it so",
         "reward-model trains it on with head: ordinal",
     ),
     "rubric": (
         "writes a rubric for a prompt and judges nothing",
-        "patarm eval with --judge rubric_judge takes it as --generator",
+        "patarm judge and patarm eval with --judge rubric_judge take it as --generator",
         "rubric-arm trains it on as generator.path",
     ),
     "rubric_judge": (
         "chooses between two responses by a rubric that another model writes",
-        "patarm eval with --judge rubric_judge asks it so, with that other as --generator",
+        "patarm judge and patarm eval with --judge rubric_judge ask it so, with that other as --generator",
         "rubric-arm trains it on as judge.path",
     ),
 }

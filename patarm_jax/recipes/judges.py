@@ -1,0 +1,145 @@
+"""The models that are asked: a judge, here or behind an endpoint, and the generator of rubrics that it may have."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from patarm_jax.ask.answers import Answer, Answers, Question, identity_of, missing, read_answers
+from patarm_jax.ask.endpoint import Remote, ask_endpoint, ask_name
+from patarm_jax.ask.estimate import estimate
+from patarm_jax.ask.local import Local, ask_local, open_local
+from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
+from patarm_jax.config.recipes import AskingConfig
+from patarm_jax.config.sections import EndpointSection, JudgingSection, SamplingSection
+from patarm_jax.evaluate.rubrics import (
+    Prompted,
+    Written,
+    counted,
+    hardly_usable,
+    prompt_of,
+    rubric_questions,
+    rubrics_shown,
+)
+from patarm_jax.judge.forms import FORMS, RUBRIC, Form
+from patarm_jax.run.drawing import as_the_server_says
+from patarm_jax.run.process import say
+from patarm_jax.types import UsageError, UserError
+
+
+@dataclass(frozen=True)
+class Rubrics:
+    """A generator's rubrics."""
+
+    shown: Mapping[str, str]  # by `prompt_of`
+    written: Written | None = None  # what became of them
+    cost: str = ""  # what those will cost that are not there, of a dry run
+
+
+def ask_for_rubrics(
+    generator: Local | Remote,
+    path: Path,
+    whole: Sequence[Prompted],
+    asked: Sequence[Prompted],
+    about: Mapping[str, object],
+    dry_run: bool,
+) -> Rubrics | None:
+    """The rubrics of some prompts, those asked for that are not there; None when it was asked to stop.
+
+    Args:
+        generator: that writes them.
+        path: the file that keeps them.
+        whole: all that may ever be asked about.
+        asked: what is asked about now.
+        about: tells these prompts from others, beside what the generator's answers depend on.
+        dry_run: whether nothing is asked, and only said what it would cost.
+    """
+    every, identity = rubric_questions(whole), {**about, **generator.identity}
+    questions = list({prompt: every[prompt] for prompt in map(prompt_of, asked)}.values())
+    if dry_run:
+        known = read_answers(path, identity)
+        return Rubrics(rubrics_shown(every, known), cost=estimate(generator, missing(known, questions, 1)))
+    agree_on_questions(identity, questions)
+    with shared_answers(path, identity) as answers:
+        say(f"rubrics of {len(questions):,} prompts by {generator.name}")
+        finished = ask(generator, RUBRIC, answers, questions)
+    if not done_by_all(finished):
+        return None
+    given = [answers.known[question.key, 0] for question in questions]
+    refuse_lost(given, "rubrics", "judged")
+    written = counted(generator.name, given)
+    if caution := hardly_usable(written):
+        say(caution)
+    return Rubrics(rubrics_shown(every, answers.known), written)
+
+
+def refuse_lost(answers: Sequence[Answer], what: str, nothing_is: str) -> None:
+    """Raises UserError where some of the answers never came."""
+    lost = [answer for answer in answers if not answer.came]
+    if lost:
+        raise UserError(
+            f"{len(lost):,} of {len(answers):,} {what} never came, the first one because: {lost[0].reason}. Nothing is "
+            f"{nothing_is}. When that is put right, run the same command again to ask for what failed."
+        )
+
+
+def open_generator(config: AskingConfig, rubrics: Path, dry_run: bool) -> Local | Remote | None:
+    """The model that writes rubrics into a file, None where there is none."""
+    section, longest = config.generator, config.data.max_prompt_tokens
+    if not config.has_generator:
+        return None
+    sampling = JudgingSection(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=section.max_new_tokens)
+    sampling = replace(sampling, rows=config.sampling.rows)
+    if not section.endpoint.url:
+        drawn = sampling, 1, config.seed, longest
+        return open_local(section.model, config.mesh, *drawn, "rubric", called="generator.model.path")
+    return _open_remote(section.endpoint, sampling, RUBRIC, 1, config.seed, rubrics, dry_run)
+
+
+def open_judge(config: AskingConfig, answers: Path, dry_run: bool) -> Local | Remote:
+    """The judge whose answers a file keeps."""
+    form = FORMS[config.judge]
+    if not form.reads_rubrics and config.rubrics != "adaptive":
+        reads = "a generator's alone" if config.judge == "rubric_judge" else "none"
+        raise UsageError(f"rubrics is {config.rubrics}, and a {config.judge} judge reads {reads}. Leave it out.")
+    if not config.endpoint.url:
+        longest = config.data.max_prompt_tokens
+        if not form.writes and config.votes > 1:
+            kind = f"a reward model ({config.judge})"
+            raise UsageError(f"votes is {config.votes}; allowed for {kind} is 1: its score is always the same.")
+        drawn, expects = (config.sampling, config.votes, config.seed, longest), config.expected_score
+        return open_local(config.model, config.mesh, *drawn, config.judge, expects=expects)
+    if config.model.path:
+        raise UsageError("both --model and --endpoint.url are given. Give one; the server's model is endpoint.model.")
+    if not form.writes:
+        raise UsageError(
+            f"a reward model ({config.judge}) writes nothing that a server could send. Give --model instead of "
+            "--endpoint.url, or another --judge."
+        )
+    return _open_remote(config.endpoint, config.sampling, form, config.votes, config.seed, answers, dry_run)
+
+
+def _open_remote(
+    section: EndpointSection, sampling: JudgingSection, form: Form, votes: int, seed: int, answers: Path, dry_run: bool
+) -> Remote:
+    begun = (identity_of(answers) or {}).get("endpoint model")
+    # A dry run plans for a server that may not be up yet, and a finished evaluation for one that may not be any more.
+    name = section.model or begun or ("" if dry_run else ask_name(section))
+    if sampling.max_new_tokens is None:  # a limit is always sent: without one, a server writes without end
+        sampling = replace(sampling, max_new_tokens=SamplingSection().max_new_tokens)
+    say(f"{'generator: ' if form is RUBRIC else ''}{as_the_server_says(sampling)}")
+    if not form.thinks and section.thinking == "server":
+        section = replace(section, thinking="off")
+    return Remote(section=section, name=name, sampling=sampling, votes=votes, seed=seed)
+
+
+def ask(judge: Local | Remote, form: Form, answers: Answers, questions: Sequence[Question]) -> bool:
+    """Answers what is not answered yet; False when it was asked to stop before the end."""
+    if isinstance(judge, Remote):
+        return ask_endpoint(judge, answers, questions, form.read)
+    return ask_local(judge, answers, questions)
+
+
+def refuse_many_processes(config: AskingConfig) -> None:
+    """Refuses several processes where a server is asked."""
+    if config.mesh.distributed != "none" and config.has_endpoint:
+        raise UsageError("a model behind an endpoint is asked by one process. Set mesh.distributed to none.")
