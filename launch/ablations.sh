@@ -6,6 +6,9 @@
 #   launch/ablations.sh --part margins    one part of margins, opponents, loser, reward, rubrics, start, group, algorithms,
 #                                         judge; may be given again
 #
+#   launch/ablations.sh --part rubric-arm two models, a generator of rubrics and a judge by them, in a world of their own:
+#                                         who is trained, in which order; not among everything, and about as long
+#
 #   launch/ablations.sh baselines         reward models, judges and LoRA, with one vote, eight and expected scores; after or
 #                                         before the others, with which it shares its runs
 #
@@ -17,5 +20,8 @@ cd "$(dirname "$0")/.."
 install ''
 if [ "${1:-}" = baselines ]; then
   exec python -m patarm_jax.demo.baselines "${@:2}"
+fi
+if [ "${1:-} ${2:-}" = "--part rubric-arm" ]; then
+  exec python -m patarm_jax.demo.arm_ablations "${@:3}"
 fi
 exec python -m patarm_jax.demo.ablations "$@"

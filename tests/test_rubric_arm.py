@@ -292,7 +292,7 @@ def test_killed_between_two_turns_it_ends_as_if_it_had_not_been(world, together)
 def test_each_learns_from_the_other_as_it_is_by_then(world, whole):
     """Updates that destroy a model are seen at the other one's next turn, and not before."""
     wild = {"optimizer": {"learning_rate": 0.3}}
-    config = from_warmup(world, whole, "wild", order="joint", judge=wild, generator=wild)
+    config = from_warmup(world, whole, "wild", order="joint", judge=wild, generator=wild, mesh=CUBE)
     main(["rubric-arm", str(config)])
     lines = lines_of(world / "wild")
     assert lines[0]["judge/valid"] > 0.5 > lines[1]["judge/valid"]

@@ -116,7 +116,7 @@ def judged(out: Path, stage: str, seed: int) -> Accuracy:
     """What the two models of a stage make of the held-out pairs."""
     models, pairs, folder = _of_stage(out, stage), out / "data" / "heldout.jsonl", out / "choices" / stage
     if stage == "swapped":
-        _swap_rubrics(out / "choices" / RUN / RUBRICS, folder / RUBRICS, pairs, seed)
+        swap_rubrics(out / "choices" / RUN / RUBRICS, folder / RUBRICS, pairs, seed)
     with contextlib.redirect_stdout(io.StringIO()):  # the demo has a table of its own
         done = evaluate.main(by_rubrics_config(models.judge, models.generator, pairs, folder, seed))
     if done is None:
@@ -124,7 +124,7 @@ def judged(out: Path, stage: str, seed: int) -> Accuracy:
     return accuracy_of_choices(*right_choices(folder))
 
 
-def _swap_rubrics(kept: Path, swapped: Path, pairs: Path, seed: int) -> None:
+def swap_rubrics(kept: Path, swapped: Path, pairs: Path, seed: int) -> None:
     """The rubrics of an evaluation as another one would have kept them, each under another prompt of its domain.
 
     An evaluation asks for no rubric that it has kept, and so goes by these.
