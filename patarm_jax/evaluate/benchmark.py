@@ -29,6 +29,23 @@ class Published:
     ties: str  # how the source counts equal scores: wrong, half, or not stated
 
 
+def of_rubric_arm(
+    trained: tuple[float | None, ...],
+    five_votes: tuple[float | None, ...],
+    rubric_rm: tuple[float | None, ...],
+    untrained: tuple[float | None, ...],
+) -> tuple[Published, ...]:
+    """The rows of a generator and a judge that Rubric-ARM's paper reports."""
+    systems = {
+        "Rubric-ARM": trained,
+        "Rubric-ARM, 5 votes": five_votes,
+        "Rubric-RM": rubric_rm,
+        "Qwen3-8B as generator and judge, untrained": untrained,
+    }
+    where, ties = "arXiv 2602.01511, Table 1", "not stated"
+    return tuple(Published(name, "rubric_judge", values, where, ties) for name, values in systems.items())
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """One benchmark."""

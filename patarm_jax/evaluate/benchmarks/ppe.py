@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from patarm_jax.data.rows import Row
-from patarm_jax.evaluate.benchmark import Benchmark
+from patarm_jax.evaluate.benchmark import Benchmark, of_rubric_arm
 from patarm_jax.evaluate.items import Item, known, make_item, wrong
 from patarm_jax.evaluate.official import write_outputs
 from patarm_jax.evaluate.scoring import Layout
@@ -104,4 +104,6 @@ BENCHMARK = Benchmark(
     split="test",
     further=("-Best-of-K", "train"),
     official=(write_outputs,),
+    columns=("overall", "IFEval"),
+    published=of_rubric_arm(*((None, ifeval) for ifeval in (70.8, 72.0, 67.0, 53.8))),
 )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from patarm_jax.data.rows import Row
-from patarm_jax.evaluate.benchmark import Benchmark, Published
+from patarm_jax.evaluate.benchmark import Benchmark, Published, of_rubric_arm
 from patarm_jax.evaluate.items import Item, Prompt, known, make_item
 from patarm_jax.evaluate.official import write_eval_set, write_eval_set_scores, write_outputs
 from patarm_jax.evaluate.scoring import Layout
@@ -129,14 +129,11 @@ BENCHMARK = Benchmark(
         Published("RM-R1-DeepSeek-Distilled-Qwen-7B", "pairwise", (80.1, 88.9, 66.2, 78.4, 87.0), _RM_R1, _TIES_RM_R1),
         Published("RM-R1-Qwen-Instruct-14B", "pairwise", (88.2, 93.6, 80.5, 86.9, 92.0), _RM_R1, _TIES_RM_R1),
         Published("RM-R1-DeepSeek-Distilled-Qwen-14B", "pairwise", (88.9, 91.3, 79.4, 89.3, 95.5), _RM_R1, _TIES_RM_R1),
-        *(
-            Published(name, "rubric_judge", (None, *values, None, None), "arXiv 2602.01511, Table 1", "not stated")
-            for name, values in {
-                "Rubric-ARM": (89.4, 79.6),
-                "Rubric-ARM, 5 votes": (90.3, 80.7),
-                "Rubric-RM": (88.2, 74.1),
-                "Qwen3-8B as generator and judge, untrained": (73.9, 63.6),
-            }.items()
+        *of_rubric_arm(
+            trained=(None, 89.4, 79.6, None, None),
+            five_votes=(None, 90.3, 80.7, None, None),
+            rubric_rm=(None, 88.2, 74.1, None, None),
+            untrained=(None, 73.9, 63.6, None, None),
         ),
     ),
 )

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from patarm_jax.data.rows import Row
-from patarm_jax.evaluate.benchmark import Benchmark
+from patarm_jax.evaluate.benchmark import Benchmark, of_rubric_arm
 from patarm_jax.evaluate.items import Item, Prompt, known, make_item, not_empty, wrong
 from patarm_jax.evaluate.official import write_eval_set
 from patarm_jax.evaluate.outcomes import Choices, Rule, Scores, mean_scores, outcomes
@@ -155,5 +155,12 @@ BENCHMARK = Benchmark(
     hub="allenai/reward-bench-2",
     split="test",
     official=(write_eval_set,),
+    columns=("overall", "Precise IF", "Focus"),
+    published=of_rubric_arm(
+        trained=(None, 41.9, 89.4),
+        five_votes=(None, 46.2, 90.3),
+        rubric_rm=(None, 34.4, 82.2),
+        untrained=(None, 21.9, 56.6),
+    ),
     no_scores_of_pairs=(_BY_MARGINS,),
 )

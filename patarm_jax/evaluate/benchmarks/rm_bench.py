@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from patarm_jax.data.rows import Row
-from patarm_jax.evaluate.benchmark import Benchmark, Published
+from patarm_jax.evaluate.benchmark import Benchmark, Published, of_rubric_arm
 from patarm_jax.evaluate.findings import Evaluation
 from patarm_jax.evaluate.items import Item, Prompt, known, make_item, wrong
 from patarm_jax.evaluate.official import file_name, write_json
@@ -148,14 +148,6 @@ BENCHMARK = Benchmark(
             _RM_R1,
             _TIES_RM_R1,
         ),
-        *(
-            Published(name, "rubric_judge", (None, chat, *(None,) * 6), "arXiv 2602.01511, Table 1", "not stated")
-            for name, chat in {
-                "Rubric-ARM": 69.2,
-                "Rubric-ARM, 5 votes": 69.1,
-                "Rubric-RM": 65.7,
-                "Qwen3-8B as generator and judge, untrained": 64.2,
-            }.items()
-        ),
+        *of_rubric_arm(*((None, chat, *(None,) * 6) for chat in (69.2, 69.1, 65.7, 64.2))),
     ),
 )
