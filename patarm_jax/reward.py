@@ -16,6 +16,7 @@ from patarm_jax.types import Status
 MarginFn = Callable[[jax.Array], jax.Array]
 Opponent = Literal["mean", "every", "one"]
 Loser = Literal["zero", "minus"]
+Tie = Literal["zero", "lost"]
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +83,7 @@ def preference_aware_reward(
     opponent: Opponent = "mean",
     loser: Loser = "zero",
     draws: jax.Array | None = None,
+    tie: Tie = "zero",
 ) -> jax.Array:
     """Rewards each judgement whose score lies on its own side of the other side's.
 
@@ -92,7 +94,8 @@ def preference_aware_reward(
     rejected one. "every" is each judgement of the other side in turn, and R the mean over them. "one" is one of them.
 
     Opponents are valid judgements only. A judgement that is not valid earns 0, and so does every judgement of a pair
-    one of whose sides has no valid judgement. A tie earns 0.
+    one of whose sides has no valid judgement. A tie earns 0 or, with the tie "lost", what a loss does: f is then asked
+    for a margin of 0 as well.
 
     Args:
         scores: [P, 2, G], in 0 … 10; ignored (NaN included) where not valid.
@@ -102,6 +105,7 @@ def preference_aware_reward(
         loser: what it earns on the wrong side.
         draws: for the opponent "one", [P, 2, G] evenly drawn from [0, 1): of the n valid judgements of the other side,
             in their order, the one numbered ⌊draw·n⌋ from 0.
+        tie: what equal scores earn.
 
     Returns:
         [P, 2, G] float32.
@@ -117,7 +121,8 @@ def preference_aware_reward(
     sign = jnp.array([1.0, -1.0])[:, None, None]  # the chosen side should lie above, the rejected below
     margin = _to_decimals(sign * (scores[..., None] - theirs))
     met = met & valid[..., None]
-    won, lost = met & (margin > 0), met & (margin < 0) & (loser == "minus")
+    behind = (margin <= 0) if tie == "lost" else (margin < 0)
+    won, lost = met & (margin > 0), met & behind & (loser == "minus")
     # f sees 1 where nothing is rewarded, so that no f, however it divides, can bring a NaN into the gradient.
     earned = margin_fn(jnp.where(won | lost, jnp.abs(margin), 1.0))
     earned = jnp.where(won, earned, jnp.where(lost, -earned, 0.0))
@@ -208,6 +213,41 @@ def verdict_reward(right: jax.Array, valid: jax.Array, form: float = 0.0) -> Rew
     Source: Rubric-ARM (arXiv 2602.01511), which does not publish `form`; others take 1 for the judge.
     """
     earned, format = (right == 1).astype(jnp.float32), jnp.where(valid, form, 0.0).astype(jnp.float32)
+    return Rewards(earned, format, jnp.zeros_like(earned), earned + format)
+
+
+def checklist_reward(scores: jax.Array, valid: jax.Array, form: float = 0.0) -> Rewards:
+    """What a judge earns for checklists of both responses: ±1 against the mean of the other side, a tie as a loss.
+
+        R = PAR(f = 1, loser = minus, tie = lost) + form · 1[valid]        of one that is not valid −1
+
+    Args:
+        scores: [P, 2, G]; ignored where not valid.
+        valid: [P, 2, G] bool.
+        form: what a checklist in form earns besides.
+
+    Source: RUBRIC-ARROW (arXiv 2605.29156), which states ±1; that what is out of form loses is our reading of it.
+    """
+    par = preference_aware_reward(scores, valid, lambda margin: constant(margin, 1.0), loser="minus", tie="lost")
+    earned = jnp.where(valid, par, -1.0)
+    format = jnp.where(valid, form, 0.0).astype(jnp.float32)
+    return Rewards(earned, format, jnp.zeros_like(earned), earned + format)
+
+
+def checked_rubric_reward(right: jax.Array, valid: jax.Array, form: float = 0.0) -> Rewards:
+    """What a generator earns for a rubric by which both responses were checked.
+
+        R = 1 if the chosen response's score is the higher, else −1, and −1 for a rubric out of form; + form · 1[valid]
+
+    Args:
+        right: [...], 1 where the chosen response's score is the higher; all else, NaN included, loses.
+        valid: [...] bool, whether the rubric is in form.
+        form: what that earns besides.
+
+    Source: RUBRIC-ARROW (arXiv 2605.29156).
+    """
+    earned = jnp.where(valid & (right == 1), 1.0, -1.0).astype(jnp.float32)
+    format = jnp.where(valid, form, 0.0).astype(jnp.float32)
     return Rewards(earned, format, jnp.zeros_like(earned), earned + format)
 
 

@@ -18,8 +18,9 @@ BenchmarkName = Literal["rewardbench", "rewardbench2", "rm-bench", "judgebench",
 # general model is asked as a baseline). Two write nothing. scalar: a Bradley-Terry head gives the score; ordinal: it is
 # the expectation of a score from 0 to 10 that is asked for at once, by the model's own probabilities. rubric_judge:
 # which of two is better by the rubric that a generator wrote for their prompt, as Rubric-ARM's judge.
-JudgeKind = Literal["pointwise", "pairwise", "baseline", "scalar", "ordinal", "rubric_judge"]
+JudgeKind = Literal["pointwise", "pairwise", "baseline", "scalar", "ordinal", "rubric_judge", "checklist"]
 # What a model of ours is asked for: a judgement of some kind, or a rubric.
+BY_RUBRICS = ("rubric_judge", "checklist")  # kinds of judge that go by a generator's rubric alone
 ModelKind = JudgeKind | Literal["rubric"]
 # Whether the chat template of a server that is not seen writes `<think>` itself; auto: as its answers show.
 OpensThinking = Literal["auto", "yes", "no"]
@@ -75,14 +76,24 @@ class Status(IntEnum):
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """Whether a response meets one criterion, as a judge wrote it."""
+
+    met: bool
+    weight: float  # of the criterion
+    place: int  # where true or false begins in the text, in characters
+
+
+@dataclass(frozen=True)
 class Judgement:
     """What was read from the text a judge wrote about a response."""
 
     text: str
     status: Status
     reason: str  # why it failed; empty when status is OK
-    score: float | None = None  # pointwise: 0 ≤ score ≤ 10, None unless status is OK
+    score: float | None = None  # pointwise: 0 ≤ score ≤ 10; of a checklist |score| ≤ Σ weights; None unless OK
     choice: Literal["A", "B"] | None = None  # pairwise, None unless status is OK
     thinking: str = ""
     generated_rubrics: str = ""
     evaluation: str = ""
+    verdicts: tuple[Verdict, ...] = ()  # of a checklist, none unless status is OK

@@ -4,23 +4,22 @@ import random
 
 import yaml
 
-from patarm_jax.data.preferences import COMPARISONS, RUBRIC_COLUMN
-from patarm_jax.demo.rubric_world import teacher_comparisons, teacher_rubric
+from patarm_jax.data.preferences import CHECKLISTS, COMPARISONS, RUBRIC_COLUMN
+from patarm_jax.demo.rubric_world import teacher_checklists, teacher_comparisons, teacher_rubric
 from patarm_jax.demo.tokenizer import write_untrained_model
 from patarm_jax.demo.world import make_world, write_pairs
-from patarm_jax.judge.forms import RUBRIC, RUBRIC_JUDGE
+from patarm_jax.judge.forms import CHECKLIST, RUBRIC, RUBRIC_JUDGE
 
 
-def write_arms_world(root, pairs=40, heldout=10, seed=1):
+def write_arms_world(root, pairs=40, heldout=10, seed=1, kind=RUBRIC_JUDGE):
     """Writes pairs.jsonl, heldout.jsonl and model/, whose vocabulary two devices can share; returns the folder."""
     world, rng = make_world(seed, pairs, heldout), random.Random(seed)
     rubrics = [teacher_rubric(pair, rng) for pair in world.train]
-    taught = [
-        (rubric, *teacher_comparisons(pair, rubric, rng)) for pair, rubric in zip(world.train, rubrics, strict=True)
-    ]
-    write_pairs(root / "pairs.jsonl", world.train, taught, (RUBRIC_COLUMN, *COMPARISONS))
+    columns, teach = (CHECKLISTS, teacher_checklists) if kind is CHECKLIST else (COMPARISONS, teacher_comparisons)
+    taught = [(rubric, *teach(pair, rubric, rng)) for pair, rubric in zip(world.train, rubrics, strict=True)]
+    write_pairs(root / "pairs.jsonl", world.train, taught, (RUBRIC_COLUMN, *columns))
     write_pairs(root / "heldout.jsonl", world.heldout)
-    write_untrained_model(root / "model", root / "pairs.jsonl", seed, (RUBRIC, RUBRIC_JUDGE))
+    write_untrained_model(root / "model", root / "pairs.jsonl", seed, (RUBRIC, kind))
     return root
 
 

@@ -1,11 +1,14 @@
 """What a run's metrics say about whether it learns, over a table of runs."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
 
+from patarm_jax.config.recipes import SFTConfig
 from patarm_jax.run.health import Health, Told, after, reason_to_stop, symptoms, verdict, warnings
+from patarm_jax.run.watch import open_watch
 
 TOLD = Told("runs/x", 1e30, "bfloat16", max_new_tokens=64, heldout_new_tokens=32)
 SFT = {"loss": 1.0, "learning_rate": 0.1, "skipped_updates": 0}
@@ -39,6 +42,7 @@ STEPS = {
     "at chance": (CHANCE, 0, []),
     "of SFT": (SFT, 0, []),
     "all cut off": (CUT, 0, ["cut_off"]),
+    "rubrics cut off, and judged by": (GOOD | {"completions/clipped_ratio": 1.0}, 0, []),
     "nothing readable": (MUTE, 0, ["unreadable"]),
     "never both sides": (LONELY, 0, ["no_pair"]),
     "never on the right side": (WRONG, 0, ["no_reward"]),
@@ -66,7 +70,7 @@ VERDICTS = {
     "sft, one update taken": (skipping([0, 1, 2]), ""),
     "all skipped": (skipping([1, 2, 3]), "nothing was learnt: 3 of 3 updates were skipped"),
     "no rate": ([SFT | {"learning_rate": 0.0}], "nothing was learnt: the learning rate was 0 in each of the 1 steps"),
-    "cut off": ([CUT] * 3, "in 3 of 3 steps every judgement was cut off at the limit. All cut off: raise sampling.max"),
+    "cut off": ([CUT] * 3, "in 3 of 3 steps all that was written was cut off at the limit. All cut off: raise samp"),
     "unreadable": ([MUTE] * 2, "but the format penalty was learnt: in 2 of 2 steps no judgement could be read. Teach"),
     "lonely": ([LONELY] * 2, "nothing but the format penalty was learnt: in 2 of 2 steps no pair had a readable"),
     "wrong": ([WRONG] * 2, "in 2 of 2 steps no judgement earned a PAR reward, though both sides could be read. Either"),
@@ -95,7 +99,7 @@ def test_what_goes_on_is_said_ever_less_often():
     healths = run([CUT] * 20)
     said = [step for step in range(1, 21) if warnings(healths[step - 1], healths[step], TOLD)]
     assert said == [1, 2, 4, 8, 16]
-    assert warnings(healths[7], healths[8], TOLD)[0].startswith("in 8 of 8 steps every judgement was cut off")
+    assert warnings(healths[7], healths[8], TOLD)[0].startswith("in 8 of 8 steps all that was written was cut off")
     assert not any(warnings(*pair, TOLD) for pair in itertools.pairwise(run([GOOD] * 5)))
 
 
@@ -126,3 +130,24 @@ def test_the_first_skipped_update_stops_a_run_that_asks_for_it():
     reasons = [reason_to_stop(before, now, told) for before, now in itertools.pairwise(healths)]
     assert [bool(reason) for reason in reasons] == [False, True, False]
     assert reasons[1].startswith("run.on_nonfinite is stop, and 1 of 2 updates were skipped")
+
+
+def test_the_watch_of_a_phase_counts_what_was_skipped_in_it_alone(tmp_path):
+    """Of a model whose optimizer, and with it the count, goes on from an earlier phase, another one's lines between."""
+    lines = [("judge", 1, 2), ("generator", 1, 5), ("judge", 2, 2), ("judge", 2, 3)]
+    rows = [
+        SFT | {"step": step, "phase": phase, "round": number, "skipped_updates": skipped, "num_tokens": 7 * step}
+        for step, (phase, number, skipped) in enumerate(lines, 1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config, labels = SFTConfig(), {"phase": "judge", "round": 2}
+    kept = open_watch(config, tmp_path, 4, per_epoch=2, before_it=2, labels=labels, counts_on={"phase": "judge"})
+    assert (kept.health.steps, kept.health.skipped, kept.health.in_a_row, kept.tokens) == (2, 3, 1, 28)
+    anew = open_watch(config, tmp_path, 4, per_epoch=2, before_it=2, labels=labels)
+    assert (anew.health.steps, anew.health.in_a_row) == (2, 2)
+
+
+def test_the_settings_of_one_of_two_models_are_named_as_its_own():
+    its = replace(TOLD, settings="generator.")
+    assert "raise generator.sampling.max_new_tokens, which is 64" in verdict(run([CUT])[-1], its)
+    assert "Raise generator.sampling.temperature or generator.group_size" in verdict(run([EQUAL])[-1], its)

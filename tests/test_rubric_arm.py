@@ -353,6 +353,44 @@ def test_a_finished_run_is_left_as_it_is(world, whole, started):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_a_finished_run_on_a_read_only_disk_is_left_as_it_is(world, whole, short, small_disk, capsys):
+    disk, remount = small_disk
+    remount("96m")
+    shutil.copytree(short, disk / "short")
+    remount("96m,ro")
+    config = from_warmup(world, whole, "put_away", run={"folder": str(disk / "short")}, mesh=CUBE)
+    assert main(["rubric-arm", str(config)]) == 0
+    assert f"{disk / 'short'} is complete, all 4 steps, and is left as it is" in capsys.readouterr().err
+    assert main(["rubric-arm", str(config), "--judge.optimizer.learning_rate", "0.5"]) == 1
+    assert f"{disk / 'short'} holds another run" in capsys.readouterr().err
+
+
+def test_a_model_whose_last_checkpoint_is_gone_is_told_of_before_another_is_trained(world, whole, capsys):
+    """In the judge's phase of the second round: the generator would go on from the end of its first one."""
+    again = world / "damaged"
+    shutil.copytree(whole, again)
+    for step in (130, 132):
+        shutil.rmtree(again / "checkpoints" / str(step))
+    before = (again / "metrics.jsonl").read_bytes()
+    assert main(["rubric-arm", str(arms_config(world, "damaged")), "--mesh.data", "1"]) == 1
+    said = capsys.readouterr().err
+    assert f"{again / 'checkpoints' / '126'} is damaged: it is missing. The generator was to be trained on" in said
+    assert (again / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_was_learnt_in_vain_is_known_after_a_stop(world, whole, started):
+    still = {"steps": 1, "optimizer": {"learning_rate": 0.0}}
+    config = from_warmup(world, whole, "in_vain", judge=still, generator=still)
+    stopping = started("rubric-arm", config)
+    stopping.until(lambda: "compiled in" in stopping.so_far())
+    stopping.process.send_signal(signal.SIGTERM)
+    stopping.end()
+    assert len(lines_of(world / "in_vain")) == 1
+    said = started("rubric-arm", config).end(1)
+    assert "nothing was learnt in any phase of the rounds" in said
+    assert "Raise generator.optimizer.learning_rate, or have fewer generator.optimizer.warmup_steps" in said
+
+
 REFUSED = {
     "a generator as judge": (
         lambda whole: {"judge": {"path": str(whole / "generator" / "warmup")}},

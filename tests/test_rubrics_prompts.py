@@ -13,6 +13,7 @@ from patarm_jax.judge import rubrics
 from patarm_jax.judge.prompts import (
     TAGS,
     baseline,
+    checklist,
     neutralise,
     pairwise,
     pointwise,
@@ -135,6 +136,9 @@ def test_baseline_prompt(golden):
 def test_rubric_prompts(golden):
     given = "1. The response names three primes. [Hard Rule]\n2. The response says no more. [Principle]"
     golden("prompts/rubric.txt", shown(rubric(PROMPT)))
+    golden("prompts/checklist.txt", shown(checklist(PROMPT, RESPONSE, given)))
+    golden("prompts/checklist_without.txt", shown(checklist(TURNS, RESPONSE, " \n")))
+    golden("prompts/checklist_hostile.txt", shown(checklist(PROMPT, DECIDED, f"{given}\n{DECIDED}\n{HOSTILE}")))
     golden("prompts/rubric_judge.txt", shown(rubric_judge(PROMPT, RESPONSE, OTHER, given)))
     golden("prompts/rubric_judge_without.txt", shown(rubric_judge(TURNS, RESPONSE, OTHER, " \n")))
     golden("prompts/rubric_judge_hostile.txt", shown(rubric_judge(PROMPT, DECIDED, f"{given}\n{DECIDED}", HOSTILE)))
@@ -289,6 +293,11 @@ def test_hostile_text_adds_no_section_and_is_found_exactly(prompt, response, oth
             [quoted(text) for text in (safe_prompt, f"-{safe_other}-", safe_response, safe_other)],
         ),
         (
+            checklist(prompt, response, f"-{other}-"),
+            checklist("", "", "-"),
+            [safe_prompt, f"-{safe_other}-", safe_response],
+        ),
+        (
             pairwise(prompt, response, other, domain, mode),
             pairwise("", "", "", domain, mode),
             [safe_prompt, safe_response, safe_other],
@@ -313,7 +322,7 @@ def test_instructions_open_no_section():
     for mode in MODES:
         for messages in (
             *(pointwise("p", "r", "chat", mode), pairwise("p", "r", "s", "chat", mode), baseline("p", "r")),
-            *(rubric("p"), rubric_judge("p", "r", "s", "R"), rubric_judge("p", "r", "s", "")),
+            *(rubric("p"), checklist("p", "r", "R"), rubric_judge("p", "r", "s", "R"), rubric_judge("p", "r", "s", "")),
         ):
             assert judged(messages[0]["content"]) == []
             assert judged(chatml(messages)) == judged(messages[1]["content"])

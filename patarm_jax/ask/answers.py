@@ -41,6 +41,7 @@ class Question:
         int  # its index among all questions, not only those asked with a limit; sampling keys are derived from it
     )
     messages: Sequence[Message]
+    rubric: str = ""  # that they show, where the answer is read by it
 
     @functools.cached_property
     def key(self) -> str:

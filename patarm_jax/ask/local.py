@@ -163,7 +163,7 @@ def _judge(local: Local, params: Params, encoded: Sequence[Encoded]) -> Iterator
         )
         alike = [one for one in encoded if one.first == first]
         requests = [Request(one.tokens, one.question.sample_id + first * _VOTE_STRIDE) for one in alike]
-        every = judge(judging, params, requests, key)
+        every = judge(judging, params, requests, key, [one.question.rubric for one in alike])
         for judged, expected in _with_expected(local, params, alike, every) if local.expects else _as_drawn(every):
             written, question = judged.group, alike[judged.group.index].question
             each = zip(judged.judgements, written.lengths.tolist(), written.truncated.tolist(), strict=True)

@@ -33,7 +33,7 @@ from patarm_jax.config.sections import (
     Votes,
 )
 from patarm_jax.config.training import PolicyConfig, SupervisedConfig, TrainConfig
-from patarm_jax.types import BenchmarkName, JudgeKind, RubricMode, UsageError
+from patarm_jax.types import BY_RUBRICS, BenchmarkName, JudgeKind, RubricMode, UsageError
 
 OWN_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:name
 
@@ -268,15 +268,15 @@ class AskingConfig(Section):
     def check(self) -> None:
         """Refuses expected scores where there are none, and a judge without the rubrics that it needs."""
         has_settings = self.generator != GeneratorSection()
-        if self.judge == "rubric_judge" and not self.has_generator:
+        if self.judge in BY_RUBRICS and not self.has_generator:
             raise UsageError(
-                "judge is rubric_judge, and no model is named that writes the rubrics. Give --generator with its "
+                f"judge is {self.judge}, and no model is named that writes the rubrics. Give --generator with its "
                 "folder, or generator.endpoint.url."
             )
-        if has_settings and self.judge not in ("rubric_judge", "pointwise", "pairwise"):
+        if has_settings and self.judge not in (*BY_RUBRICS, "pointwise", "pairwise"):
             raise UsageError(
                 f"a generator is given, and a {self.judge} judge reads no rubric of one. Leave it out, or set judge to "
-                "rubric_judge, pointwise or pairwise."
+                "rubric_judge, checklist, pointwise or pairwise."
             )
         if has_settings and self.rubrics == "generated":
             raise UsageError(

@@ -24,7 +24,8 @@ from patarm_jax.types import RubricMode, UsageError
 
 Role = Literal["generator", "judge"]
 ROLES: tuple[Role, Role] = ("generator", "judge")
-FORM_OF: dict[Role, Literal["rubric", "rubric_judge"]] = {"generator": "rubric", "judge": "rubric_judge"}
+JudgeByRubrics = Literal["rubric_judge", "checklist"]
+OfAnArm = Literal["rubric", "rubric_judge", "checklist"]
 Order = Literal["judge_first", "generator_first", "joint", "judge_only", "generator_only"]
 # Who trains in a round, one after the other; jointly, step by step in turn.
 TURNS: dict[Order, tuple[Role, ...]] = {
@@ -70,10 +71,13 @@ class JudgeTrainingSection(Section):
     """How the judge is trained in its phase of a round, by the generator's rubrics, which are written beforehand."""
 
     path: str = field(default="", metadata=PLACE | FREE)  # what it begins with; empty: model.path
-    group_size: Positive = 7  # G, judgements of a pair, in the one order in which it is shown
-    pairs_per_step: Positive = 32  # each gives one prompt
+    # rubric_judge compares both responses by the rubric. checklist (RUBRIC-ARROW) says of one response which criteria
+    # it meets, which counts by how likely the judge's words were; its reward is ±1 against the other response's mean.
+    kind: JudgeByRubrics = "rubric_judge"
+    group_size: Positive = 7  # G, judgements of a pair, in the one order in which it is shown; or of each response
+    pairs_per_step: Positive = 32  # each gives one prompt, or one for each response
     steps: Natural = 0  # of each phase; 0: run.epochs passes over the round's pairs
-    # What a judgement in form earns, beside 1 for preferring the chosen response.
+    # What a judgement in form earns, beside 1 for preferring the chosen response, or ±1 of a checklist.
     format_reward: NotNegative = 1.0
     normalise_std: bool | None = None  # as reward.normalise_std; null: as update.algorithm has it
     # The share of criteria that are left out of the rubrics it is trained by, at random.
@@ -87,33 +91,45 @@ class JudgeTrainingSection(Section):
 class WarmupConfig(SupervisedConfig):
     """The warm-up of one model."""
 
-    judge: Literal["rubric", "rubric_judge"] = "rubric"
+    judge: OfAnArm = "rubric"
     rubrics: RubricMode = "adaptive"
 
     @property
     def prompts_per_pair(self) -> int:
-        """What the model reads of each pair: its prompt, or both responses in both orders."""
+        """What the model reads of each pair: its prompt, or both responses, together in both orders or one by one."""
         return 1 if self.judge == "rubric" else 2
+
+    @property
+    def settings_in(self) -> str:
+        """Where its settings are."""
+        return "warmup."
 
     @property
     def stage_in_words(self) -> str:
         """What the recipe is, for the model card."""
-        return f"supervised fine-tuning on {'rubrics' if self.judge == 'rubric' else 'judgements by rubrics'}"
+        what = {"rubric": "rubrics", "rubric_judge": "judgements by rubrics", "checklist": "checklists by rubrics"}
+        return f"supervised fine-tuning on {what[self.judge]}"
 
 
 @dataclass(frozen=True)
 class TurnConfig(PolicyConfig):
     """The phases of one model in the rounds."""
 
-    judge: Literal["rubric", "rubric_judge"] = "rubric"
+    judge: OfAnArm = "rubric"
     rubrics: RubricMode = "adaptive"
+    beside: JudgeByRubrics = "rubric_judge"  # the kind of the judge, of whichever model this is
     format_reward: NotNegative = 0.0
     turns: str = ""  # the order of the whole, in words
 
     @property
     def prompts_per_pair(self) -> int:
-        """What the model reads of each pair: its prompt, or both responses in one order."""
-        return 1
+        """What the model reads of each pair: its prompt, both responses in one order, or each by itself."""
+        return 2 if self.judge == "checklist" else 1
+
+    @property
+    def settings_in(self) -> str:
+        """Where its settings are."""
+        return "generator." if self.judge == "rubric" else "judge."
 
     @property
     def stage_in_words(self) -> str:
@@ -130,14 +146,21 @@ class TurnConfig(PolicyConfig):
     def reward_in_words(self) -> str:
         """What is rewarded, for the model card."""
         form = f", and {self.format_reward:g} for the form" if self.format_reward else ""
+        if self.judge == "checklist":
+            return f"±1 against the mean of the other response's checklists{form}; {self._each}"
         if self.judge == "rubric":
-            return f"1 where the judge, greedily, prefers the chosen response by the rubric{form}; {self._each}"
+            won = "1" if self.beside == "rubric_judge" else "±1"
+            return f"{won} where the judge, greedily, prefers the chosen response by the rubric{form}; {self._each}"
         return f"1 for preferring the chosen response{form}; {self._each}"
 
     @property
     def _each(self) -> str:
-        what = "rubrics of each prompt" if self.judge == "rubric" else "judgements of each pair, in one order"
-        return f"{self.group_size} {what}"
+        what = {
+            "rubric": "rubrics of each prompt",
+            "rubric_judge": "judgements of each pair, in one order",
+            "checklist": "checklists of each response",
+        }
+        return f"{self.group_size} {what[self.judge]}"
 
 
 @dataclass(frozen=True)
@@ -161,6 +184,10 @@ class RubricArmConfig(RunConfig):
         """What a model begins with."""
         own = self.section_of(role).path
         return replace(self.model, path=own, adapter="") if own else self.model
+
+    def form_of(self, role: Role) -> OfAnArm:
+        """How a model is asked."""
+        return self.judge.kind if role == "judge" else "rubric"
 
     def section_of(self, role: Role) -> GeneratorTrainingSection | JudgeTrainingSection:
         """How a model is trained in the rounds."""
@@ -194,7 +221,7 @@ class RubricArmConfig(RunConfig):
             optimizer=section.optimizer,
             pairs_per_step=section.pairs_per_step,
             packing=section.packing,
-            judge=FORM_OF[role],
+            judge=self.form_of(role),
         )
 
     def turn_of(self, role: Role) -> TurnConfig:
@@ -208,7 +235,8 @@ class RubricArmConfig(RunConfig):
             reward=RewardSection(normalise_std=section.normalise_std),
             update=section.update,
             group_size=section.group_size,
-            judge=FORM_OF[role],
+            judge=self.form_of(role),
+            beside=self.judge.kind,
             format_reward=section.format_reward,
             turns=f"{self.rounds} rounds, {self.order.replace('_', ' ')}",
         )

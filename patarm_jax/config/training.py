@@ -124,6 +124,11 @@ class TrainConfig(RunConfig):
         return ""
 
     @property
+    def settings_in(self) -> str:
+        """What the names of its settings begin with, where a run has them for each of its models."""
+        return ""
+
+    @property
     def taught_in_words(self) -> str:
         """How the form of what is sampled is taught, for what is said of a run in which nothing can be read."""
         return "with `patarm sft`"

@@ -1,7 +1,7 @@
 """Reads what supervised fine-tuning learns from: preferences with a judgement for each question about them."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
@@ -11,6 +11,7 @@ from patarm_jax.data import reasons
 from patarm_jax.data.cells import is_blank, word
 from patarm_jax.data.mirror import mirrored
 from patarm_jax.data.preferences import (
+    CHECKLISTS,
     CHOICES,
     COMPARISONS,
     JUDGEMENTS,
@@ -23,13 +24,14 @@ from patarm_jax.data.reasons import Dropped
 from patarm_jax.data.rows import Row
 from patarm_jax.data.sft import (
     JudgedPreference,
+    template_checklist,
     template_choice,
     template_comparison,
     template_judgement,
     template_rubric,
 )
 from patarm_jax.judge.criteria import shown_rubric
-from patarm_jax.judge.forms import PAIRWISE, POINTWISE, RUBRIC, RUBRIC_JUDGE, Form
+from patarm_jax.judge.forms import CHECKLIST, PAIRWISE, POINTWISE, RUBRIC, RUBRIC_JUDGE, Form
 from patarm_jax.types import Preference, Status, UserError
 
 _Values: TypeAlias = Mapping[str, object]
@@ -43,7 +45,7 @@ def read_judged_preferences(
 
     A judge of single responses learns a judgement of each; one of pairs a judgement in each order: the second, where
     the rows have none, is the first one with the responses' names exchanged. A generator learns the rubric, and a judge
-    that compares by it a judgement in each order.
+    that goes by it a judgement in each order, or a checklist of each response.
 
     Args:
         section: what to read.
@@ -82,24 +84,32 @@ def _rubric(section: DataSection, preference: Preference, row: Row, values: _Val
     return JudgedPreference(preference, (rubric or template_rubric(preference),))
 
 
-def _comparisons(section: DataSection, preference: Preference, row: Row, values: _Values) -> JudgedPreference:
-    """What is taught of both responses by the rubric, with the chosen one first, and with it second."""
+def _by_rubric(
+    form: Form,
+    columns: Sequence[str],
+    template: Callable[[Preference, int], str],
+    section: DataSection,
+    preference: Preference,
+    row: Row,
+    values: _Values,
+) -> JudgedPreference:
+    """What is taught by the rubric, of the two questions about the pair."""
     (rubric,) = _rubric(section, preference, row, values).judgements
     ruled = replace(preference, rubric=shown_rubric(rubric))
 
     def judgement(place: int, name: str) -> str:
-        given = _given(name, values, RUBRIC_JUDGE, ruled.rubric) or _missing(name, row, section)
-        return given or template_comparison(ruled, place)
+        given = _given(name, values, form, ruled.rubric) or _missing(name, row, section)
+        return given or template(ruled, place)
 
-    judgements = tuple(itertools.starmap(judgement, enumerate(COMPARISONS)))
-    return JudgedPreference(ruled, judgements)
+    return JudgedPreference(ruled, tuple(itertools.starmap(judgement, enumerate(columns))))
 
 
 _FOUND_BY: dict[str, _Find] = {
     POINTWISE.name: _judgements,
     PAIRWISE.name: _choices,
     RUBRIC.name: _rubric,
-    RUBRIC_JUDGE.name: _comparisons,
+    RUBRIC_JUDGE.name: partial(_by_rubric, RUBRIC_JUDGE, COMPARISONS, template_comparison),
+    CHECKLIST.name: partial(_by_rubric, CHECKLIST, CHECKLISTS, template_checklist),
 }
 
 

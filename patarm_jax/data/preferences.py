@@ -27,6 +27,7 @@ CHOICES = ("pairwise_judgement", "pairwise_judgement_swapped")  # of both, the c
 LABELS = ("chosen_score", "rejected_score")
 MARGIN = "margin"
 RUBRIC_COLUMN = "rubric"  # of the prompt
+CHECKLISTS = ("chosen_checklist", "rejected_checklist")  # of the sides, by the rubric
 COMPARISONS = ("chosen_first_judgement", "rejected_first_judgement")  # of both by the rubric, in either order
 COLUMNS = (
     *("prompt", "chosen", "rejected", "id", "source", "domain"),
@@ -36,6 +37,7 @@ COLUMNS = (
     MARGIN,
     RUBRIC_COLUMN,
     *COMPARISONS,
+    *CHECKLISTS,
 )
 _NEEDED = ("chosen", "rejected")
 _DOMAINS: dict[str, Domain] = {domain: domain for domain in get_args(Domain)}

@@ -10,13 +10,13 @@ from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import EncodedPair, encode_pair
 from patarm_jax.data.tokenizer import Tokenizer
 from patarm_jax.judge.criteria import criteria_of, render_criteria
-from patarm_jax.judge.forms import RUBRIC_JUDGE
+from patarm_jax.judge.forms import RUBRIC_JUDGE, Form
 
 
 def with_rubric(
-    tokenizer: Tokenizer, record: EncodedPair, rubric: str, section: DataSection, room: Room
+    tokenizer: Tokenizer, record: EncodedPair, rubric: str, section: DataSection, room: Room, form: Form = RUBRIC_JUDGE
 ) -> EncodedPair:
-    """A pair as the judge reads it by a rubric, in both orders; its preference holds what is shown of it.
+    """A pair as the judge reads it by a rubric, in both questions; its preference holds what is shown of it.
 
     A rubric that is longer than its place loses lines from its end until it fits, so that no pair is lost by it; where
     nothing of it fits, the judge is asked without.
@@ -27,11 +27,12 @@ def with_rubric(
         rubric: from `shown_rubric`.
         section: the limits of the config.
         room: what the judge has positions for.
+        form: of the judge.
     """
     lines = rubric.split("\n")
     while True:
         preference = dataclasses.replace(record.preference, rubric="\n".join(lines))
-        pair = encode_pair(tokenizer, record.index, preference, "adaptive", RUBRIC_JUDGE)
+        pair = encode_pair(tokenizer, record.index, preference, "adaptive", form)
         if not lines or not room.excess(pair.longest_prompt, section.max_prompt_tokens):
             return pair
         lines.pop()

@@ -7,6 +7,7 @@ templates here.
 import hashlib
 from dataclasses import dataclass
 
+from patarm_jax.judge.checklist import render_checklist
 from patarm_jax.judge.criteria import Criterion, criteria_of, judged_by, render_comparison, render_criteria
 from patarm_jax.judge.rubrics import primary
 from patarm_jax.types import CHOSEN, REJECTED, Preference
@@ -121,6 +122,18 @@ def template_comparison(preference: Preference, place: int) -> str:
 
     why = f"Response {chosen} meets the rubric better."
     return render_comparison("Criterion 1", findings("A"), findings("B"), why, chosen)
+
+
+def template_checklist(preference: Preference, side: int) -> str:
+    """A checklist of one response by the preference's rubric, written from the label alone; it teaches the form.
+
+    >>> prompt = ({"role": "user", "content": "2 + 2?"},)
+    >>> rubric = "1. The response is right. [Hard Rule]"
+    >>> template_checklist(Preference("a", prompt, "4", "5", "math", "", rubric=rubric), REJECTED)
+    '{"1": {"why": "It falls short of this.", "met": false}}'
+    """
+    found = ("It meets this.", True) if side == CHOSEN else ("It falls short of this.", False)
+    return render_checklist([found] * (len(criteria_of(preference.rubric)) or 1))
 
 
 def _in_form(reasoning: str, finding: str, answer: str) -> str:

@@ -215,8 +215,8 @@ def started(out: Path, name: str, seed: int, sizes: DemoSizes) -> tuple[Path, GR
     """The SFT judge of a start and seed with its data, made where it is not there; and the configs of its runs."""
     start, folder = STARTS[name], out / "starts" / f"{name}-{seed}"
     sft_config, grpo_config = demo_configs(folder, seed, sizes, start.system)
-    # The template's judgement is twice as long as the teacher's.
-    sampling = replace(grpo_config.sampling, max_new_tokens=112 if start.template else 48)
+    # The template's judgement is four times as long as the teacher's.
+    sampling = replace(grpo_config.sampling, max_new_tokens=192 if start.template else 48)
     sft_config = replace(sft_config, rubrics=start.rubrics)
     if start.template:
         sft_config = replace(sft_config, data=replace(sft_config.data, missing_judgements="template"))

@@ -13,6 +13,7 @@ import random
 from collections.abc import Sequence
 
 from patarm_jax.demo.world import answers_of, asked, given
+from patarm_jax.judge.checklist import render_checklist
 from patarm_jax.judge.criteria import Criterion, judged_by, render_comparison, render_criteria
 from patarm_jax.types import Domain, Preference
 
@@ -77,6 +78,18 @@ def _comparison(preference: Preference, first: str, second: str, rubric: str, rn
         for answer, fit in zip(named, fits, strict=True)
     )
     return render_comparison("Criterion 1", of_a, of_b, f"{winner} is better.", winner)
+
+
+def teacher_checklists(preference: Preference, rubric: str, rng: random.Random) -> tuple[str, str]:
+    """Checklists of the chosen and of the rejected response by a rubric; as often right as a comparison is."""
+
+    def checked(response: str) -> str:
+        named = given(preference.domain, response)
+        fits = rubric == rubric_naming(named)
+        met = fits == (rng.random() < FAITHFUL)
+        return render_checklist([(f"It names {named} {'too' if fits else 'instead'}.", met)])
+
+    return checked(preference.chosen), checked(preference.rejected)
 
 
 def with_rubrics_of_others(rubrics: Sequence[str], preferences: Sequence[Preference], seed: int) -> list[str]:

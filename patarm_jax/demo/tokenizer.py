@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from patarm_jax.data.preferences import CHOICES, COMPARISONS, JUDGEMENTS, RUBRIC_COLUMN
+from patarm_jax.data.preferences import CHECKLISTS, CHOICES, COMPARISONS, JUDGEMENTS, RUBRIC_COLUMN
 from patarm_jax.demo.settings import model_shape
 from patarm_jax.files import appearing_whole
 from patarm_jax.judge.forms import POINTWISE, RUBRIC_JUDGE, Form
@@ -126,5 +126,5 @@ def _texts(row: dict[str, Any]) -> list[str]:
     messages = [message["content"] for column in ("prompt", "chosen", "rejected") for message in row[column]]
     return [
         *messages,
-        *(row[column] for column in (*JUDGEMENTS, *CHOICES, RUBRIC_COLUMN, *COMPARISONS) if column in row),
+        *(row[column] for column in (*JUDGEMENTS, *CHOICES, RUBRIC_COLUMN, *COMPARISONS, *CHECKLISTS) if column in row),
     ]

@@ -49,11 +49,12 @@ def ask_about(
 
     def ask(name: str, messages: list[Message]) -> Question:
         text = json.dumps(messages)
-        return asked_before.setdefault(text, Question(name, len(asked_before), messages))
+        return asked_before.setdefault(text, Question(name, len(asked_before), messages, read_by))
 
     about, asked = _pairs if form.responses == 2 else _sides, []
     for item in items:
         rubric = written.get(prompt_of(item), "")
+        read_by = rubric if form.weighs_words else ""
         messages = partial(form.ask, item.prompt, domain=item.domain, rubrics=rubrics, rubric=rubric)
         asked.append(replace(about(item, messages, ask), rubric=rubric))
     return asked

@@ -51,6 +51,7 @@ def rollout_metrics(config: PolicyConfig, found: Reinforced) -> dict[str, float]
     metrics |= _judge_metrics(config, numbers.reshape(by_pair), ~np.isnan(numbers).reshape(by_pair), rewards)
     if any(each.by for each in rounds):
         metrics["rubrics/valid"] = (status == Status.OK).mean()
+        metrics["rubrics/shortened"] = np.mean([each.shortened for each in rounds])
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -119,5 +120,6 @@ def rollout_rows(mesh: Mesh, form: Form, found: Reinforced) -> list[RolloutRow]:
 
 def _with_verdict(rubric: RolloutRow, by: JudgedBy) -> RolloutRow:
     """The row of a rubric with what was judged by it."""
-    verdict = by.verdict
-    return replace(rubric, choice=verdict.choice, rubric_sha256=sha256_of(by.rubric), judgement=verdict.text)
+    first, *_ = by.verdicts
+    said = "\n\n".join(one.text for one in by.verdicts)
+    return replace(rubric, choice=first.choice, rubric_sha256=sha256_of(by.rubric), judgement=said)

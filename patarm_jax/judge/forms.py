@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from patarm_jax.judge.checklist import parse_checklist
 from patarm_jax.judge.criteria import criteria_of, parse_rubric, parse_rubric_judge
 from patarm_jax.judge.parse import parse_baseline, parse_pairwise, parse_pointwise
-from patarm_jax.judge.prompts import baseline, ordinal, pairwise, pointwise, rubric_judge
+from patarm_jax.judge.prompts import baseline, checklist, ordinal, pairwise, pointwise, rubric_judge
 from patarm_jax.judge.prompts import rubric as ask_for_rubric
 from patarm_jax.types import Judgement, Message, Preference, RubricMode
 
@@ -45,6 +46,7 @@ class Form:
     reads_rubrics: bool = True
     writes: bool = True  # whether the answer is text, which is read, and not a number
     has_score_head: bool = False  # whether a head of one number gives that number, in place of the vocabulary's
+    weighs_words: bool = False  # whether true and false count by how likely they were, see `rollout.verdicts`
     thinks: bool = True  # whether what is written may begin with the model's thinking; else its turn begins unthought
 
     def shown(self, preference: Preference) -> tuple[tuple[str, ...], ...]:
@@ -102,6 +104,13 @@ def _rubric_judge(
     return rubric_judge(prompt, first, second, rubric)
 
 
+def _checklist(
+    prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode, rubric: str = ""
+) -> list[Message]:
+    (response,) = responses
+    return checklist(prompt, response, rubric)
+
+
 def _regardless(parse: Callable[[str], Judgement]) -> Read:
     """Reads without a look at the rubric."""
 
@@ -114,6 +123,11 @@ def _regardless(parse: Callable[[str], Judgement]) -> Read:
 def _comparison(text: str, rubric: str = "", /) -> Judgement:
     """A judgement that goes through every criterion of its rubric, where that is one."""
     return parse_rubric_judge(text, len(criteria_of(rubric)) or None)
+
+
+def _checked(text: str, rubric: str = "", /) -> Judgement:
+    """A judgement of every criterion of its rubric, where that is one."""
+    return parse_checklist(text, criteria_of(rubric))
 
 
 def _writes_nothing(text: str, rubric: str = "", /) -> Judgement:
@@ -162,5 +176,18 @@ RUBRIC_JUDGE = Form(
     thinks=False,
 )
 
-_EVERY = (POINTWISE, PAIRWISE, BASELINE, SCALAR, ORDINAL, RUBRIC, RUBRIC_JUDGE)
+# One response and the rubric of its prompt, which criteria it meets, weighed by how likely true and false were.
+CHECKLIST = Form(
+    "checklist",
+    1,
+    _checklist,
+    _checked,
+    _score,
+    SIDES,
+    reads_rubrics=False,
+    thinks=False,
+    weighs_words=True,
+)
+
+_EVERY = (POINTWISE, PAIRWISE, BASELINE, SCALAR, ORDINAL, RUBRIC, RUBRIC_JUDGE, CHECKLIST)
 FORMS: dict[str, Form] = {form.name: form for form in _EVERY}

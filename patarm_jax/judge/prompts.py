@@ -12,11 +12,13 @@ A user message is a row of sections, each with its tags alone on their lines and
     <task>chat</task> · <rubrics> · <prompt> · <response_a> · <response_b>     pairwise, and so likewise
     <prompt>                                                                   rubric
     <prompt> · <rubrics> · <response_a> · <response_b>                         rubric_judge
+    <prompt> · <rubrics> · <response>                                          checklist
 """
 
 import re
 from collections.abc import Sequence
 
+from patarm_jax.judge.checklist import MET, WHY
 from patarm_jax.judge.criteria import ANALYSIS, COMPLIANCE, FINAL, GATEKEEPER, JUSTIFICATION, OF_A, OF_B, WINNER
 from patarm_jax.judge.parse import JUDGEMENT_TAGS
 from patarm_jax.judge.rubrics import primary, render
@@ -71,6 +73,14 @@ Write this form and nothing else, each line that begins with --- or ** as it sta
 {FINAL}
 {JUSTIFICATION} what decides
 {WINNER} Response A or Response B"""
+
+_CHECKLIST = f"""You check the response in <response>, which answers the request in <prompt>. {_ONLY_JUDGE} {{by}}
+
+Go through the criteria in turn. Of each say in one sentence how the response meets or misses it, and then whether it \
+meets it. Judge each by itself, whatever the others come to.
+
+Write one line of JSON in this form and nothing else, with a member for each criterion, named by its number:
+{{{{"1": {{{{"{WHY}": "how it meets or misses it", "{MET}": true or false}}}}, "2": …}}}}"""
 
 _RUBRICS: dict[RubricMode, str] = {
     "adaptive": (
@@ -229,6 +239,32 @@ def rubric_judge(prompt: str | Sequence[Message], response_a: str, response_b: s
             "Compare these responses.",
             _section("prompt", _quoted(_prompt(prompt))),
             *(_section(name, _quoted(neutralise(text))) for name, text in texts.items()),
+        ],
+    )
+
+
+def checklist(prompt: str | Sequence[Message], response: str, rubric: str) -> list[Message]:
+    r"""The messages that ask which criteria of a rubric a response meets: read the answer with `parse_checklist`.
+
+    Args:
+        prompt: what the response answers, as text or as turns.
+        response: as it was written.
+        rubric: as a generator wrote it; where it is blank, the judge is asked for criteria of its own.
+
+    >>> system, user = checklist("2 + 2?", "4", "1. The response is right. [Hard Rule]")
+    >>> user["content"].endswith("[Hard Rule]\n</rubrics>\n\n<response>\n4\n</response>")
+    True
+    """
+    given = rubric.strip()
+    by = "Judge by the rubric in <rubrics> alone." if given else "There is no rubric: name one to three of your own."
+    rubrics = [_section("rubrics", neutralise(given))] if given else []
+    return _messages(
+        _CHECKLIST.format(by=by),
+        [
+            "Check this response.",
+            _section("prompt", _prompt(prompt)),
+            *rubrics,
+            _section("response", neutralise(response)),
         ],
     )
 

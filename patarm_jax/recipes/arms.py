@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from patarm_jax.arrays import Params
 from patarm_jax.config.load import lasting_settings
-from patarm_jax.config.rubric_arm import FORM_OF, ROLES, Role, RubricArmConfig, TurnConfig, WarmupConfig
+from patarm_jax.config.rubric_arm import ROLES, Role, RubricArmConfig, TurnConfig, WarmupConfig
 from patarm_jax.config.sections import DataSection, JudgingSection, SamplingSection
 from patarm_jax.config.training import TrainConfig
 from patarm_jax.data.judged import read_judged_preferences
@@ -52,7 +52,7 @@ class Arm:
     @property
     def form(self) -> Form:
         """How it is asked."""
-        return FORMS[FORM_OF[self.role]]
+        return FORMS[self.turn.judge]
 
     @property
     def warmed_up(self) -> Path:
@@ -67,7 +67,8 @@ class Arm:
     @property
     def room(self) -> Room:
         """Its positions."""
-        return Room(self.model.arch.max_position_embeddings, self.turn.sampling.max_new_tokens)
+        setting = f"{self.turn.settings_in}sampling.max_new_tokens"
+        return Room(self.model.arch.max_position_embeddings, self.turn.sampling.max_new_tokens, setting)
 
     def asked(self, mesh: Mesh, sampling: SamplingSection, group: int) -> Judge:
         """The model as one that is asked, without its weights."""
@@ -93,7 +94,7 @@ class Arms:
     heldout: HeldoutPairs | None
 
     def ruled(self, record: EncodedPair, rubric: str) -> EncodedPair:
-        """A pair as the judge reads it by a rubric, in both orders."""
+        """A pair as the judge reads it by a rubric, in both questions."""
         return _ruled(self.config.data, self.arms["judge"], record, rubric)
 
     def phases(self) -> list[Phase]:
@@ -172,7 +173,7 @@ def _with_heldout_sampling(config: TurnConfig, judge: TurnConfig, model: Model) 
 
 def _open(config: RubricArmConfig, role: Role) -> Model:
     called = f"{role}.path" if config.section_of(role).path else "model.path"
-    return open_model(config.model_of(role), FORM_OF[role], called=called)
+    return open_model(config.model_of(role), config.form_of(role), called=called)
 
 
 def _taught(config: RubricArmConfig, warmup: WarmupConfig, model: Model) -> list[EncodedPair]:
@@ -263,7 +264,7 @@ def _heldout(
 
 
 def _ruled(data: DataSection, judge: Arm, record: EncodedPair, rubric: str) -> EncodedPair:
-    return with_rubric(judge.model.tokenizer, record, rubric, data, judge.room)
+    return with_rubric(judge.model.tokenizer, record, rubric, data, judge.room, judge.form)
 
 
 def resting(arms: Arms, role: Role, since: Phase | None) -> tuple[Model, Params]:
@@ -284,7 +285,7 @@ def resting(arms: Arms, role: Role, since: Phase | None) -> tuple[Model, Params]
                 "folder to begin anew."
             )
         section = replace(section, path=str(folder), adapter="", weights="load")
-        model = open_model(section, FORM_OF[role], called=f"the {role} of this run,")
+        model = open_model(section, config.form_of(role), called=f"the {role} of this run,")
     rules = rollout_rules(config.mesh)
     return model, load_params(section, model, arms.mesh, config.run.seed, rules, section.dtype, unstacked=True)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from patarm_jax.config.load import load_run, override
-from patarm_jax.config.rubric_arm import FORM_OF, Role, RubricArmConfig
+from patarm_jax.config.rubric_arm import Role, RubricArmConfig
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.config.training import TrainConfig
 from patarm_jax.files import check_writable, is_occupied, occupied_error, read_json_object
@@ -22,9 +22,9 @@ from patarm_jax.run.metrics import read_metrics
 from patarm_jax.run.open_model import load_parts, open_model
 from patarm_jax.run.process import say
 from patarm_jax.run.whose import START, refuse_another_start
-from patarm_jax.types import UsageError, UserError
+from patarm_jax.types import BY_RUBRICS, UsageError, UserError
 
-_ROLE_OF: dict[str, str] = {form: role for role, form in FORM_OF.items()}
+_ROLE_OF = {"rubric": "generator", **dict.fromkeys(BY_RUBRICS, "judge")}
 
 
 def main(

@@ -135,10 +135,12 @@ def _questions(config: JudgeConfig, preferences: Sequence[Preference], rubrics: 
     form = FORMS[config.judge]
     questions = []
     for index, one in enumerate(preferences):
-        about = partial(form.ask, domain=one.domain, rubrics=config.rubrics, rubric=rubrics.get(prompt_of(one), ""))
+        rubric = rubrics.get(prompt_of(one), "")
+        about = partial(form.ask, domain=one.domain, rubrics=config.rubrics, rubric=rubric)
         for place, responses in enumerate(form.shown(one)):
             name = f"{one.id}/{form.places[place]}"
-            questions.append(Question(name, 2 * index + place, about(one.prompt, *responses)))
+            read_by = rubric if form.weighs_words else ""
+            questions.append(Question(name, 2 * index + place, about(one.prompt, *responses), read_by))
     return questions
 
 

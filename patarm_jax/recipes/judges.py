@@ -23,7 +23,7 @@ from patarm_jax.evaluate.rubrics import (
 from patarm_jax.judge.forms import FORMS, RUBRIC, Form
 from patarm_jax.run.drawing import as_the_server_says
 from patarm_jax.run.process import say
-from patarm_jax.types import UsageError, UserError
+from patarm_jax.types import BY_RUBRICS, UsageError, UserError
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def open_judge(config: AskingConfig, answers: Path, dry_run: bool) -> Local | Re
     """The judge whose answers a file keeps."""
     form = FORMS[config.judge]
     if not form.reads_rubrics and config.rubrics != "adaptive":
-        reads = "a generator's alone" if config.judge == "rubric_judge" else "none"
+        reads = "a generator's alone" if config.judge in BY_RUBRICS else "none"
         raise UsageError(f"rubrics is {config.rubrics}, and a {config.judge} judge reads {reads}. Leave it out.")
     if not config.endpoint.url:
         longest = config.data.max_prompt_tokens
@@ -114,6 +114,11 @@ def open_judge(config: AskingConfig, answers: Path, dry_run: bool) -> Local | Re
         raise UsageError(
             f"a reward model ({config.judge}) writes nothing that a server could send. Give --model instead of "
             "--endpoint.url, or another --judge."
+        )
+    if form.weighs_words:
+        raise UsageError(
+            f"a {config.judge} judge counts how likely the words true and false were, and what a server says of that "
+            "is not asked for. Give --model instead of --endpoint.url."
         )
     return _open_remote(config.endpoint, config.sampling, form, config.votes, config.seed, answers, dry_run)
 

@@ -67,7 +67,9 @@ class Turn:
         return [replace(one, places=(place_of(seed, round_number, one.preference.id),)) for one in part]
 
     def ruled(self, record: EncodedPair, rubric: str) -> EncodedPair:
-        """A pair as the judge reads it by a rubric, in the pair's order."""
+        """A pair as the judge reads it by a rubric: in the pair's order or, where it reads one response, each."""
+        if self.arms.arms["judge"].form.responses == 1:
+            return self.arms.ruled(record, rubric)
         place = place_of(self.config.run.seed, self.phase.round, record.preference.id)
         return self.arms.ruled(record, rubric).only(place)
 

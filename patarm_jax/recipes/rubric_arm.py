@@ -47,7 +47,7 @@ from patarm_jax.run.claim import claimed
 from patarm_jax.run.folder import Run, batches_of
 from patarm_jax.run.open_model import load_params, open_model
 from patarm_jax.run.peers import start_processes
-from patarm_jax.run.phases import Phase, Phases, Pupil, open_phases
+from patarm_jax.run.phases import Phase, Phases, Pupil, is_put_away, open_phases
 from patarm_jax.run.process import say
 from patarm_jax.run.programs import describe
 from patarm_jax.types import LearntNothing
@@ -62,6 +62,9 @@ def main(config: RubricArmConfig) -> bool:
 
 def _train(arms: Arms) -> bool:
     phases = arms.phases()
+    trained = dict.fromkeys(role for phase in phases for role in _roles(phase) if phase.round)
+    if is_put_away(arms.config, phases, arms.identity(), {role: arms.arms[role].export for role in trained}):
+        return True
     with open_phases(arms.config, phases, arms.identity()) as opened:
         for phase in phases:
             if opened.is_over(phase, [_export(arms.arms[role], phase) for role in _roles(phase)]):
@@ -196,7 +199,7 @@ def _card(arm: Arm, config: TrainConfig, pairs: int, updates_before: int) -> Mod
     """What a model's card says; the generator is served greedily, as it is asked here."""
     drawing = Drawing(0.0, 0, 1.0) if arm.role == "generator" else None
     card = card_of(config, arm.model, pairs)
-    return replace(card, drawing=drawing or card.drawing, measured_on="", steps=updates_before)
+    return replace(card, drawing=drawing or card.drawing, measured_on="", steps=updates_before, beside=arm.turn.beside)
 
 
 def dry_run(config: RubricArmConfig) -> None:

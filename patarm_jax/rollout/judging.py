@@ -21,6 +21,7 @@ from patarm_jax.model.architecture import Architecture
 from patarm_jax.rollout.draw import SamplingParams
 from patarm_jax.rollout.engine import Engine, make_engine, network_for
 from patarm_jax.rollout.schedule import Finished, Group, Request, completed_groups, stacked
+from patarm_jax.rollout.verdicts import Words, weighed, words_of
 from patarm_jax.types import Judgement
 
 
@@ -31,6 +32,7 @@ class Judge:
     tokenizer: Tokenizer
     engine: Engine
     form: Form  # what its prompts ask for
+    words: Words | None = None  # of a form that weighs them
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,17 @@ def make_judge(
     vote_stride: int = 0,
 ) -> Judge:
     """A judge for a network of this shape that gives `group` judgements; for vote_stride see `completion_id`."""
+    words = words_of(tokenizer) if form.weighs_words else None
     drawn = SamplingParams(
         stop_ids=tokenizer.stop_ids,
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
+        named_ids=words.ids if words else (),
     )
     engine = make_engine(network_for(section, arch, mesh), mesh, group, drawn, sampling.rows, vote_stride=vote_stride)
-    return Judge(tokenizer, engine, form)
+    return Judge(tokenizer, engine, form, words)
 
 
 def requests_of(records: Sequence[EncodedPair]) -> list[Request]:
@@ -87,7 +91,11 @@ def judge(
     """
     for group in completed_groups(judging.engine, params, requests, key):
         rubric = rubrics[group.index] if rubrics else ""
-        yield Judged(group, read_judgements(judging.tokenizer, group, judging.form, rubric))
+        judgements = read_judgements(judging.tokenizer, group, judging.form, rubric)
+        if judging.words is not None:
+            each = zip(written_ids(group), group.named, judgements, strict=True)
+            judgements = [weighed(judging.tokenizer, judging.words, *one) for one in each]
+        yield Judged(group, judgements)
 
 
 def judge_all(

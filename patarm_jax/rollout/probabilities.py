@@ -58,13 +58,13 @@ def unscored(tokenizer: Tokenizer, prompt: np.ndarray, written: Sequence[int], j
         return None
     text = decode(tokenizer, written)
     end = text.rindex(OPENING) + len(OPENING)
-    kept = _tokens_before(tokenizer, written, end)
+    kept = tokens_before(tokenizer, written, end)
     rest = text[len(decode(tokenizer, written[:kept])) : end]  # of the tag, where a token reaches beyond it
     prefix = np.concatenate([prompt, np.asarray(written[:kept], np.int32)])
     return Unscored(prefix, score_tokens(tokenizer, rest))
 
 
-def _tokens_before(tokenizer: Tokenizer, written: Sequence[int], end: int) -> int:
+def tokens_before(tokenizer: Tokenizer, written: Sequence[int], end: int) -> int:
     """The most tokens whose text is no longer than this; texts of beginnings never shrink."""
     low, high = 0, len(written)
     while low < high:

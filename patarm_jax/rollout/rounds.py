@@ -34,10 +34,10 @@ _LATER_ROUNDS = 2**32 - 2  # counted down from: no completion's id, from which i
 
 @dataclass(frozen=True)
 class JudgedBy:
-    """A judgement by a sampled rubric."""
+    """What was judged by a sampled rubric."""
 
     rubric: str  # as the judge was shown it
-    verdict: Judgement
+    verdicts: Sequence[Judgement]  # of the pair in one order, or of each response
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Round:
     rewards: Rewards  # everyone's, [P, S, G]; numpy's
     by: Sequence[JudgedBy] = ()  # this process's, [r·G], of rubrics: what earns each of them its reward
     rubrics: Mapping[str, Written] = field(default_factory=dict)  # by a pair's id, what it was judged by; everyone's
+    shortened: float = 0.0  # the share of everyone's rubrics that lost their end where a judge was shown them
 
     @property
     def longest_prompt(self) -> int:

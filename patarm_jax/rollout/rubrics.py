@@ -11,7 +11,7 @@ from patarm_jax.config.rubric_arm import TurnConfig
 from patarm_jax.data.pipeline import EncodedPair, PairBatch
 from patarm_jax.judge.criteria import shown_rubric
 from patarm_jax.model.sharding import fetch, gather, gather_json
-from patarm_jax.reward import Rewards, verdict_reward
+from patarm_jax.reward import Rewards, checked_rubric_reward, checklist_reward, verdict_reward
 from patarm_jax.rollout.judging import Judge, judge_all, numbers_of, places_of, requests_of, rubrics_of
 from patarm_jax.rollout.rewards import RewardFn, lost_for_length
 from patarm_jax.rollout.rounds import JudgedBy, Phase, Round, Written, sample_round
@@ -40,11 +40,12 @@ def write_rubrics(
 
 @dataclass(frozen=True)
 class FrozenJudge:
-    """A judge that says what rubrics are worth, one greedy judgement by each."""
+    """A judge that says what rubrics are worth, by one greedy judgement of the pair, or of each response."""
 
     judge: Judge  # greedy, with groups of one
     weights: Callable[[], Params]
-    ruled: Callable[[EncodedPair, str], EncodedPair]  # a pair as it reads it by a rubric, in the pair's order
+    # A pair as it reads it by a rubric: in the pair's order or, where it reads one response, each.
+    ruled: Callable[[EncodedPair, str], EncodedPair]
 
 
 def sample_rubrics(
@@ -73,10 +74,15 @@ def sample_rubrics(
         ]
         _, verdicts = judge_all(by.judge, by.weights(), requests_of(ruled), key, rubrics_of(ruled))
     with phase("reward"):
-        right, _ = numbers_of(verdicts, places_of(ruled), by.judge.form)
+        numbers, _ = numbers_of(verdicts, places_of(ruled), by.judge.form)
+        numbers = numbers.reshape(len(ruled), -1)
+        of_each = [verdicts[number : number + numbers.shape[1]] for number in range(0, len(verdicts), numbers.shape[1])]
+        right = _which_is_right(numbers)
+        whole = [shown_rubric(rubric.text) for of_it in rubrics for rubric in of_it]
+        shortened = [text != record.preference.rubric for text, record in zip(whole, ruled, strict=True)]
         status = np.array([[int(rubric.status) for rubric in of_it] for of_it in rubrics], np.int32)
-        mine = (right.reshape(-1, group), status, finished.lengths, finished.truncated)
-        right, status, lengths, truncated = gather(mesh, mine)
+        mine = (right.reshape(-1, group), status, finished.lengths, finished.truncated, np.array(shortened))
+        right, status, lengths, truncated, cut = gather(mesh, mine)
         one_each = (len(pairs.ids), 1, group)
         arrays = (x.reshape(one_each) for x in (right, status, lengths))
         rewards = fetch(reward(*arrays, None, None))
@@ -90,8 +96,24 @@ def sample_rubrics(
         lengths=lengths,
         truncated=truncated,
         rewards=rewards,
-        by=[JudgedBy(record.preference.rubric, verdict) for record, (verdict,) in zip(ruled, verdicts, strict=True)],
+        shortened=float(cut.mean()),
+        by=[
+            JudgedBy(record.preference.rubric, [verdict for (verdict,) in verdicts])
+            for record, verdicts in zip(ruled, of_each, strict=True)
+        ],
     )
+
+
+def _which_is_right(numbers: np.ndarray) -> np.ndarray:
+    """[N] 1 where the chosen response is preferred, 0 where it is not, NaN where nothing can be read.
+
+    Args:
+        numbers: [N, 1] that already, or [N, 2] scores of the chosen and the rejected response.
+    """
+    if numbers.shape[1] == 1:
+        return numbers[:, 0]
+    chosen, rejected = numbers.T
+    return np.where(np.isnan(chosen + rejected), np.nan, chosen > rejected).astype(np.float32)
 
 
 def sample_by_rubrics(
@@ -157,11 +179,17 @@ def sample_by_new_rubrics(
 
 def make_verdict_rewards(config: TurnConfig) -> RewardFn:
     """The jitted function that rewards a batch of judgements by rubrics, or of rubrics, called as `make_rewards`'s."""
+    earned = {
+        ("rubric_judge", "rubric_judge"): verdict_reward,
+        ("rubric", "rubric_judge"): verdict_reward,
+        ("checklist", "checklist"): checklist_reward,
+        ("rubric", "checklist"): checked_rubric_reward,
+    }[config.judge, config.beside]
 
     def rewards(
         right: jax.Array, status: jax.Array, lengths: jax.Array, _draws: jax.Array, _labels: jax.Array
     ) -> Rewards:
-        found = verdict_reward(right, status == Status.OK, config.format_reward)
+        found = earned(right, status == Status.OK, config.format_reward)
         lost = lost_for_length(config, lengths)
         return Rewards(found.earned, found.format, found.length + lost, found.total + lost)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import huggingface_hub
 
@@ -44,6 +45,7 @@ class ModelCardFacts:
     reward: str  # such as "PAR, graded margin, 8 judgements of each response"; empty where there is none
     rubrics: RubricMode
     judge: ModelKind = "pointwise"  # how it is asked
+    beside: Literal["rubric_judge", "checklist"] = "rubric_judge"  # the kind of judge that a generator writes for
     # As it was trained, and as it is to be served; None of a model that writes nothing.
     drawing: Drawing | None = field(default_factory=Drawing)
     measured_on: str = ""  # the held-out pairs, and how they were judged; empty where there are none
@@ -113,7 +115,8 @@ def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingfa
     ]
     top = TOP.format(name=name, table="\n".join(f"| {key} | {value} |" for key, value in rows))
     if facts.judge in ARMS:
-        text = ARM_BODY.format(name=name, does=ARMS[facts.judge], top=top)
+        of = facts.beside if facts.judge == "rubric" else facts.judge
+        text = ARM_BODY.format(name=name, does=ARMS[facts.judge], top=top, kind=of, **ARM_CODE[of])
         return huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
     if not writes:
         body = ORDINAL_BODY if facts.judge == "ordinal" else SCALAR_BODY
@@ -181,6 +184,7 @@ KINDS = {
     "ordinal": ["ordinal"],
     "rubric": ["rubric-generator", "rubric-arm"],
     "rubric_judge": ["generative-reward-model", "judge", "rubric-arm"],
+    "checklist": ["generative-reward-model", "judge", "rubric-arm", "rubric-arrow"],
 }
 # What Rubric-ARM's two models do.
 ARMS = {
@@ -188,6 +192,38 @@ ARMS = {
     "must do: a numbered list of hard rules and principles. A judge then compares two responses by its rubric.",
     "rubric_judge": "A judge. It reads a request, two responses and the rubric that a generator wrote for the\n"
     "request, goes through the rubric for each response and ends with its choice, A or B.",
+    "checklist": "A judge. It reads a request, one response and the rubric that a generator wrote for the request,\n"
+    "and says of each criterion whether the response meets it.",
+}
+# How the judge of the two is asked in code, and what is read of it.
+ARM_CODE = {
+    "rubric_judge": {
+        "parse": "parse_rubric_judge, shown_rubric",
+        "module": "patarm_jax.judge.criteria",
+        "more": "",
+        "ask": "rubric, rubric_judge",
+        "judge": 'parse_rubric_judge(answer("JUDGE", rubric_judge("What is 2 + 2?", "4", "5", criteria)))',
+        "found": "choice",
+        "note": "A choice is None where the judgement could not be read. It may depend on which response stands first: "
+        "ask in both\norders, and take several judgements of each.",
+        "each": "five judgements in each order",
+        "served": "With either of them served, such as by `vllm serve JUDGE`, `--endpoint.url http://host:8000/v1` "
+        "takes the place of\n`--model`, and `--generator.endpoint.url` that of `--generator`.",
+    },
+    "checklist": {
+        "parse": "criteria_of, shown_rubric",
+        "module": "patarm_jax.judge.criteria",
+        "more": "from patarm_jax.judge.checklist import parse_checklist\n",
+        "ask": "checklist, rubric",
+        "judge": 'parse_checklist(answer("JUDGE", checklist("What is 2 + 2?", "4", criteria)), criteria_of(criteria))',
+        "found": "score",
+        "note": "A score is None where the judgement could not be read. This one counts the words as they are written; "
+        "`patarm`\ncounts them by how likely they were, which tells apart what words do not. Scores of one prompt "
+        "compare, those of\ndifferent rubrics do not.",
+        "each": "five checklists of each response",
+        "served": "With the generator served, such as by `vllm serve GENERATOR`, `--generator.endpoint.url "
+        "http://host:8000/v1` takes\nthe place of `--generator`.",
+    },
 }
 # What the card of each kind of judge says that writes.
 JUDGES = {
@@ -344,22 +380,22 @@ ARM_BODY = """\
 {does} It was trained with `patarm_jax`, by Rubric-ARM.
 
 {top}The two models of a run belong together: `GENERATOR` and `JUDGE` stand for its folders `generator/export` and
-`judge/export`, one of which is this one. On a file of preference pairs (`prompt`, `chosen`, `rejected`), with one
-rubric for each prompt and five judgements in each order:
+`judge/export`, one of which is this one; where the rounds trained one of the two alone, the other is what they began
+with, such as `generator/warmup`. On a file of preference pairs (`prompt`, `chosen`, `rejected`), with one
+rubric for each prompt and {each}:
 
 ```sh
-patarm eval pairs --judge rubric_judge --model JUDGE --generator GENERATOR --votes 5 \\
+patarm eval pairs --judge {kind} --model JUDGE --generator GENERATOR --votes 5 \\
     --data pairs.jsonl --output runs/pairs
 ```
 
-With either of them served, such as by `vllm serve JUDGE`, `--endpoint.url http://host:8000/v1` takes the place of
-`--model`, and `--generator.endpoint.url` that of `--generator`. Neither thinks: ask with `enable_thinking` off.
+{served} Neither thinks: ask with `enable_thinking` off.
 
 With transformers and torch:
 
 ```python
-from patarm_jax.judge.criteria import parse_rubric_judge, shown_rubric
-from patarm_jax.judge.prompts import rubric, rubric_judge
+{more}from {module} import {parse}
+from patarm_jax.judge.prompts import {ask}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -373,10 +409,9 @@ def answer(folder, messages):
 
 
 criteria = shown_rubric(answer("GENERATOR", rubric("What is 2 + 2?")))
-judgement = parse_rubric_judge(answer("JUDGE", rubric_judge("What is 2 + 2?", "4", "5", criteria)))
-print(criteria, judgement.choice, sep="\\n")
+judgement = {judge}
+print(criteria, judgement.{found}, sep="\\n")
 ```
 
-A choice is None where the judgement could not be read. It may depend on which response stands first: ask in both
-orders, and take several judgements of each.
+{note}
 """

@@ -56,8 +56,9 @@ def check_folder(section: RunSection) -> None:
 
 
 def _is_archive(folder: Path) -> bool:
-    """Whether a run has been finished there, and nothing can be written any more."""
-    return (folder / EXPORT).is_dir() and not is_writable(folder)
+    """Whether a run has made its model there, or one of its models, and nothing can be written any more."""
+    made = (folder / EXPORT).is_dir() or any(folder.glob(f"*/{EXPORT}"))
+    return made and not is_writable(folder)
 
 
 def is_complete(section: RunSection, fingerprint: Mapping[str, object], steps: int) -> bool:

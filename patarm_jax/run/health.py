@@ -45,6 +45,7 @@ class Told:
     on_nonfinite: Literal["skip", "stop"] = "skip"
     max_skipped: int = 10
     taught: str = "with `patarm sft`"  # how the form of what is sampled is taught
+    settings: str = ""  # what the names of those of the model begin with
 
 
 def symptoms(line: Mapping[str, float | None], skipped: int) -> list[Symptom]:
@@ -67,6 +68,8 @@ def symptoms(line: Mapping[str, float | None], skipped: int) -> list[Symptom]:
             ("no_advantage", "advantages/abs_mean", 0),
         )
         seen = [name for name, metric, value in causes if line.get(metric) == value]
+        if "cut_off" in seen and line["judge/valid"]:  # a rubric without its end may be judged by
+            seen.remove("cut_off")
         if "no_reward" in seen and line.get("rewards/par/std"):  # what was won and lost adds up to nothing
             seen.remove("no_reward")
         found += seen[:1]
@@ -130,7 +133,7 @@ def verdict(health: Health, told: Told) -> str:
     if untouched(health):
         return (
             f"nothing was learnt: the learning rate was 0 in each of the {health.steps:,} steps. Raise "
-            "optimizer.learning_rate, or have fewer optimizer.warmup_steps than steps."
+            f"{told.settings}optimizer.learning_rate, or have fewer {told.settings}optimizer.warmup_steps than steps."
         )
     of_rollouts: tuple[Symptom, ...] = ("cut_off", "unreadable", "no_pair", "no_reward", "no_advantage")
     counts = {name: getattr(health, name) for name in of_rollouts}
@@ -153,7 +156,7 @@ _WHAT: dict[Symptom, str] = {
         "{count:,} of {health.updates:,} updates were skipped, because the gradient was not finite or a weight would "
         f"have grown beyond {LARGEST_WEIGHT:,.0f}"
     ),
-    "cut_off": "in {count:,} of {health.rollouts:,} steps every judgement was cut off at the limit",
+    "cut_off": "in {count:,} of {health.rollouts:,} steps all that was written was cut off at the limit",
     "unreadable": "in {count:,} of {health.rollouts:,} steps no judgement could be read",
     "no_pair": (
         "in {count:,} of {health.rollouts:,} steps no pair had a readable judgement of both responses, so that none "
@@ -179,28 +182,28 @@ def _what(name: Symptom, health: Health) -> str:
 
 
 def _advice(name: Symptom, told: Told) -> str:
-    look = f"Read some of them: run `patarm report {told.folder}`."
+    look, its = f"Read some of them: run `patarm report {told.folder}`.", told.settings
     match name:
         case "skipped":
-            lower = f"Likely optimizer.learning_rate, {told.learning_rate:g}, is too high: lower it"
+            lower = f"Likely {its}optimizer.learning_rate, {told.learning_rate:g}, is too high: lower it"
             return f"{lower}." if told.dtype == "float32" else f"{lower}, or set model.dtype to float32."
         case "cut_off":
-            return f"All cut off: raise sampling.max_new_tokens, which is {told.max_new_tokens:,}. {look}"
+            return f"All cut off: raise {its}sampling.max_new_tokens, which is {told.max_new_tokens:,}. {look}"
         case "eval_cut_off":
             return f"All cut off: raise heldout.sampling.max_new_tokens, which is {told.heldout_new_tokens:,}."
         case "unreadable":
             return (
-                f"Teach the form {told.taught} first. If that is done, model.path, its chat template and rubrics "
-                f"must be those of that run. {look}"
+                f"Teach the form {told.taught} first. If that is done, {its or 'model.'}path, its chat template and "
+                f"rubrics must be those of that run. {look}"
             )
         case "no_pair":
-            return f"Teach the form {told.taught} for longer, or raise group_size. {look}"
+            return f"Teach the form {told.taught} for longer, or raise {its}group_size. {look}"
         case "no_reward":
             return (
-                "Either all scores are the same (raise sampling.temperature), or the rejected responses score higher: "
-                f"see whether data.columns exchanges the two. {look}"
+                f"Either all scores are the same (raise {its}sampling.temperature), or the rejected responses score "
+                f"higher: see whether data.columns exchanges the two. {look}"
             )
         case "no_advantage":
-            return "Raise sampling.temperature or group_size, or give pairs that are harder to tell apart."
+            return f"Raise {its}sampling.temperature or {its}group_size, or give pairs that are harder to tell apart."
         case "eval_mute":
             return "Early in SFT this is to be expected; later, see that the judgements it learns from are in form."

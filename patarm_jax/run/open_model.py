@@ -200,6 +200,11 @@ _KINDS = {
         "patarm judge and patarm eval with --judge rubric_judge take it as --generator",
         "rubric-arm trains it on as generator.path",
     ),
+    "checklist": (
+        "says which criteria of another model's rubric a response meets",
+        "patarm judge and patarm eval with --judge checklist ask it so, with that other as --generator",
+        "rubric-arm trains it on as judge.path, with judge.kind: checklist",
+    ),
     "rubric_judge": (
         "chooses between two responses by a rubric that another model writes",
         "patarm judge and patarm eval with --judge rubric_judge ask it so, with that other as --generator",

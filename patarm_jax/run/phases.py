@@ -18,9 +18,10 @@ from pathlib import Path
 from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.training import RunConfig, TrainConfig
 from patarm_jax.data.pipeline import EncodedPair
-from patarm_jax.files import read_json_object, writing
+from patarm_jax.files import check_writable, is_writable, read_json_object, writing
 from patarm_jax.run.card import ModelCardFacts
 from patarm_jax.run.checkpoint import Checkpoints, open_checkpoints
+from patarm_jax.run.checkpoint_files import damage_of
 from patarm_jax.run.claim import CHECKPOINTS, MARK, folder_of, refuse_another_begun, write_mark
 from patarm_jax.run.export import export_trained
 from patarm_jax.run.folder import Evaluator, Length, Run, Trained, batches_of, open_metrics_of, stopped, together
@@ -208,6 +209,34 @@ def step_of(export: Path) -> int | None:
     return step if isinstance(step, int) else None
 
 
+def is_put_away(
+    config: RunConfig, phases: Sequence[Phase], identity: Mapping[str, object], exports: Mapping[str, Path]
+) -> bool:
+    """Whether this run was finished where nothing can be written any more.
+
+    Args:
+        config: of the run.
+        phases: all of them, in order.
+        identity: as of `open_phases`.
+        exports: of each model the folder that its last phase leaves.
+
+    Raises:
+        UserError: when another run was, or when this one was not finished.
+    """
+    folder = folder_of(config.run)
+    noted = read_json_object(folder / MARK)
+    if noted is None or is_writable(folder):
+        return False
+    whose = with_known_start(identity, noted)
+    refuse_another_run(str(folder), expected=whose, got=noted, what="holds another run")
+    last = {role: phase.last for phase in phases for role in phase.roles}
+    if any(step_of(exports[role]) != step for role, step in last.items()):
+        check_writable(folder, folder=True)
+    where = " and ".join(map(str, exports.values()))
+    say(f"{folder} is complete, all {phases[-1].last} steps, and is left as it is: {where}")
+    return True
+
+
 @contextlib.contextmanager
 def open_phases(config: RunConfig, phases: Sequence[Phase], identity: Mapping[str, object]) -> Iterator[Phases]:
     """Begins a run of phases, or goes on with it.
@@ -241,6 +270,7 @@ def open_phases(config: RunConfig, phases: Sequence[Phase], identity: Mapping[st
     done = checkpoints.last_whole() or 0
     if not done:
         _refuse_to_begin_anew(folder, phases)
+    _refuse_damaged_rest(folder, phases, done)
     write_mark(folder, config, whose, keep_config=done >= phases[-1].last)
     writer = open_metrics_of(config, folder, done)
     if done:
@@ -262,6 +292,23 @@ def _refuse_to_begin_anew(folder: Path, phases: Sequence[Phase]) -> None:
             f"{folder} holds a run whose checkpoints are gone, so that it cannot go on; what it has made is left as it "
             f"is: {' and '.join(map(str, made))}. Give another run folder."
         )
+
+
+def _refuse_damaged_rest(folder: Path, phases: Sequence[Phase], done: int) -> None:
+    """Refuses to train towards the phase of a model whose last checkpoint, from which it goes on, is damaged."""
+    ahead = {role for phase in phases if phase.last > done for role in phase.roles}
+    for role in sorted(ahead):
+        ended = [phase for phase in phases if role in phase.roles and phase.last <= done]
+        if not ended or any(role in phase.roles and phase.first < done < phase.last for phase in phases):
+            continue  # it has not begun, or goes on from the last checkpoint
+        where = folder / CHECKPOINTS / str(ended[-1].last)
+        damage = (damage_of(where) if where.is_dir() else "it is missing") or ""
+        if damage := told(f"whether the {role} is whole", damage):
+            raise UserError(
+                f"the checkpoint {where} is damaged: {damage}. The {role} was to be trained on from there, after "
+                f"{ended[-1].name}. Put the folder back from a copy, or give another run folder; what has been made "
+                "stays as it is."
+            )
 
 
 def last_of_each(phases: Sequence[Phase], steps: Sequence[int]) -> Set[int]:

@@ -87,6 +87,7 @@ def told_of(config: TrainConfig, folder: Path) -> Told:
         on_nonfinite=config.run.on_nonfinite,
         max_skipped=config.run.max_skipped,
         taught=config.taught_in_words,
+        settings=config.settings_in,
     )
 
 
