@@ -57,7 +57,7 @@ def test_there_is_a_config_for_every_size():
     kinds = ("tiny", "tiny_pairwise", "qwen3_8b", "qwen3_8b_pairwise", "qwen3_14b")
     found = {path.stem for path in CONFIGS}
     further = {"tiny_dapo_grpo", "tiny_reward_model", "qwen3_8b_reward_model", "tiny_lora_grpo", "qwen3_8b_lora_grpo"}
-    further |= {"tiny_rubric_arm", "qwen3_8b_rubric_arm"}
+    further |= {"tiny_rubric_arm", "qwen3_8b_rubric_arm", "qwen3_8b_checklist_rubric_arm"}
     assert found == {f"{kind}_{recipe}" for kind in kinds for recipe in ("sft", "grpo")} | further
 
 

@@ -46,7 +46,9 @@ def from_warmup(world, whole, name, **sections):
 
 def test_both_responses_are_checked_by_one_rubric_and_compared(whole):
     """The judge's rewards are those of a plain loop over the scores in the rows."""
-    rubrics = {row["prompt_id"]: row for row in map(json.loads, (whole / "rubrics/round-1.jsonl").open())}
+    rubrics = {
+        row["prompt_id"]: row for row in map(json.loads, (whole / "rubrics/round-1.jsonl").read_text().splitlines())
+    }
     seen = set()
     for step in (121, 122, 123):
         pairs = {}
@@ -112,7 +114,7 @@ def test_scores_are_the_networks_own_probabilities(world, whole, tmp_path):
     ids = {word: encode_text(model.tokenizer, f" {word}")[0] for word in ("true", "false")}
     pairs, _ = read_preferences(DataSection(path=str(world / "heldout.jsonl"), split=""))
     compared = 0
-    for pair, row in zip(pairs, map(json.loads, out.open()), strict=True):
+    for pair, row in zip(pairs, map(json.loads, out.read_text().splitlines()), strict=True):
         for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             ask = CHECKLIST.ask(pair.prompt, response, domain=pair.domain, rubrics="adaptive", rubric=row["rubric"])
             prompt = encode_question(model.tokenizer, ask, CHECKLIST).tolist()
