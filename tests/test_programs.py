@@ -5,6 +5,7 @@ from typing import get_args, get_type_hints
 
 import jax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from patarm_jax.config.recipes import GRPOConfig, SFTConfig
 from patarm_jax.config.sections import (
@@ -19,6 +20,7 @@ from patarm_jax.config.sections import (
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.recipes.programs import programs
+from patarm_jax.run.programs import per_device
 from tests.toys import TINY
 
 MODEL = ModelSection(dtype="float32")
@@ -83,3 +85,11 @@ def test_every_algorithm_has_its_programs(name):
     program, arguments = found["update"]
     assert arguments[2].advantages.shape == earned.shape and earned.shape[:2] == (16, 8)
     assert {"kl", "sampling/ratio_outside"} <= program.lower(*arguments).out_info[1].keys()
+
+
+def test_what_a_device_holds_of_a_tree():
+    mesh = make_mesh(MeshSection(data=1, fsdp=4, tensor=2))
+    cut, whole = NamedSharding(mesh, PartitionSpec("fsdp", "tensor")), NamedSharding(mesh, PartitionSpec())
+    counters = [jax.ShapeDtypeStruct((3,), "bfloat16", sharding=whole)]
+    tree = {"cut": jax.ShapeDtypeStruct((8, 6), "float32", sharding=cut), "whole": counters}
+    assert per_device(tree) == (8 // 4) * (6 // 2) * 4 + 3 * 2

@@ -464,3 +464,5 @@ def test_a_dry_run_describes_both_models(world, whole, capsys):
     assert main(["rubric-arm", str(from_warmup(world, whole, "dry", mesh=CUBE)), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "generator: update" in out and "judge: update" in out and not (world / "dry").exists()
+    assert main(["rubric-arm", str(from_warmup(world, whole, "dry", mesh=CUBE, order="joint")), "--dry-run"]) == 0
+    assert "order is joint: beside the programs of one model stay the other's weights" in capsys.readouterr().err

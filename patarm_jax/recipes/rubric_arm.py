@@ -49,7 +49,7 @@ from patarm_jax.run.open_model import load_params, open_model
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.phases import Phase, Phases, Pupil, is_put_away, open_phases
 from patarm_jax.run.process import say
-from patarm_jax.run.programs import describe
+from patarm_jax.run.programs import GIB, describe, per_device
 from patarm_jax.types import LearntNothing
 
 
@@ -209,6 +209,14 @@ def dry_run(config: RubricArmConfig) -> None:
     phases = arms.phases()
     for phase in phases:
         say(f"{phase.name}: steps {phase.first + 1:,} to {phase.last:,}")
+    if config.is_joint:
+        resting = {
+            role: per_device(grpo_learner(arm.turn, arm.model.arch, arms.mesh).shape) for role, arm in arms.arms.items()
+        }
+        sizes = " or ".join(f"{size / GIB:.3f} GiB ({role})" for role, size in resting.items())
+        say(
+            f"order is joint: beside the programs of one model stay the other's weights and moments, {sizes} per device"
+        )
     every = {
         f"{role}: {name}": program for role, arm in arms.arms.items() for name, program in _programs(arms, arm).items()
     }

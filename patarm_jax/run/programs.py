@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import sys
 import time
 from collections import Counter
@@ -20,6 +21,12 @@ from patarm_jax.run.process import say
 from patarm_jax.run.timing import compilations
 
 GIB = 2**30
+
+
+def per_device(shapes: Tree) -> int:
+    """Bytes that an abstract tree takes on each device."""
+    leaves = jax.tree.leaves(shapes)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def compile_ahead(programs: Mapping[str, Program]) -> None:
