@@ -6,7 +6,7 @@ What is made of arrays stands in `arrays`.
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, get_args
 
 CHOSEN, REJECTED = 0, 1
 SCORES = tuple(range(11))  # whole ones that a judge may give
@@ -20,7 +20,8 @@ BenchmarkName = Literal["rewardbench", "rewardbench2", "rm-bench", "judgebench",
 # which of two is better by the rubric that a generator wrote for their prompt, as Rubric-ARM's judge.
 JudgeKind = Literal["pointwise", "pairwise", "baseline", "scalar", "ordinal", "rubric_judge", "checklist"]
 # What a model of ours is asked for: a judgement of some kind, or a rubric.
-BY_RUBRICS = ("rubric_judge", "checklist")  # kinds of judge that go by a generator's rubric alone
+JudgeByRubrics = Literal["rubric_judge", "checklist"]  # kinds of judge that go by a generator's rubric alone
+BY_RUBRICS: tuple[JudgeByRubrics, ...] = get_args(JudgeByRubrics)
 ModelKind = JudgeKind | Literal["rubric"]
 # Whether the chat template of a server that is not seen writes `<think>` itself; auto: as its answers show.
 OpensThinking = Literal["auto", "yes", "no"]

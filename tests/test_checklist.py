@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from patarm_jax.data.tokenizer import encode_text, load_tokenizer
 from patarm_jax.demo.tokenizer import write_untrained_model
-from patarm_jax.judge.checklist import WEIGHTS, most_of, parse_checklist, render_checklist
+from patarm_jax.judge.checklist import WEIGHTS, parse_checklist, render_checklist
 from patarm_jax.judge.criteria import Criterion, render_criteria
 from patarm_jax.judge.forms import CHECKLIST
 from patarm_jax.reward import checked_rubric_reward, checklist_reward, constant, preference_aware_reward
@@ -41,7 +41,7 @@ def test_what_is_written_is_read_back(said, before):
     assert read.status is Status.OK
     assert [one.met for one in read.verdicts] == [*(met for _, met in said), True]
     assert all(text[one.place :].startswith(json.dumps(one.met)) for one in read.verdicts)
-    assert read.score == sum(1 if met else -1 for _, met in said) + 1
+    assert read.score == pytest.approx((sum(1 if met else -1 for _, met in said) + 1) / (len(said) + 1))
 
 
 @ci
@@ -90,7 +90,12 @@ def test_what_is_out_of_form_says_why(text, status, reason):
 def test_hard_rules_weigh_three_times_as_much():
     assert CHECKLIST.read(GOOD, RUBRIC).score == 3 - 1
     assert CHECKLIST.read(GOOD, "").score == CHECKLIST.read(GOOD, "Be kind.").score == 0
-    assert most_of(RUBRIC) == 4 and sum(WEIGHTS.values()) == 4
+    assert WEIGHTS == {"Hard Rule": 3, "Principle": 1}
+
+
+def test_a_longer_list_of_a_judges_own_is_worth_no_more():
+    for number in (1, 2, 7):
+        assert CHECKLIST.read(render_checklist([("So.", True)] * number)).score == pytest.approx(1)
 
 
 # ------------------------------------------------------------------------------------------------------ probabilities

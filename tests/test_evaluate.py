@@ -412,7 +412,7 @@ def test_ties_of_rewardbench2_are_not_for_pairwise_judges(tmp_path, capsys):
         (
             ["eval", "pairs", "--output", "{new}", "--model", "m", "--endpoint.url", "http://x/v1"],
             2,
-            "both --model and --endpoint.url",
+            "both a model and --endpoint.url",
         ),
     ],
 )

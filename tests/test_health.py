@@ -77,7 +77,7 @@ VERDICTS = {
     "equal": ([EQUAL] * 2, "nothing was learnt: in 2 of 2 steps all judgements of a response earned the same"),
     "of everything a bit": (
         [CUT, MUTE, MUTE, LONELY],
-        "in 2 of 4 steps no judgement could be read; in 1 of 4 steps every",
+        "in 2 of 4 steps no judgement could be read; in 1 of 4 steps all",
     ),
 }
 
@@ -142,9 +142,10 @@ def test_the_watch_of_a_phase_counts_what_was_skipped_in_it_alone(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config, labels = SFTConfig(), {"phase": "judge", "round": 2}
     kept = open_watch(config, tmp_path, 4, per_epoch=2, before_it=2, labels=labels, counts_on={"phase": "judge"})
-    assert (kept.health.steps, kept.health.skipped, kept.health.in_a_row, kept.tokens) == (2, 3, 1, 28)
+    assert (kept.health.steps, kept.health.skipped, kept.health.in_a_row, kept.tokens) == (2, 1, 1, 28)
     anew = open_watch(config, tmp_path, 4, per_epoch=2, before_it=2, labels=labels)
-    assert (anew.health.steps, anew.health.in_a_row) == (2, 2)
+    assert (anew.health.steps, anew.health.skipped, anew.health.in_a_row) == (2, 3, 1)
+    assert kept.verdict == "" and anew.verdict == ""
 
 
 def test_the_settings_of_one_of_two_models_are_named_as_its_own():

@@ -33,8 +33,9 @@ def test_two_models_behind_an_endpoint_judge_a_file(pairs, capsys):  # noqa: F81
         command += ["--judge", "rubric_judge"]
         assert main(command) == 0
         assert len(chat.asked) == 6 + 7 * 2 * 3
-        assert main(command) == 0
-        assert len(chat.asked) == 6 + 7 * 2 * 3
+    assert main(command) == 0  # what is there needs no server
+    assert main([*command, "--dry-run"]) == 0
+    assert len(chat.asked) == 6 + 7 * 2 * 3
     for row in rows_of(pairs):
         assert (row["wins_chosen"], row["wins_rejected"], row["prefers"]) == (6, 0, "chosen")
         assert row["rubric"] == RUBRIC_TEXT
@@ -111,7 +112,7 @@ def test_a_file_is_judged_as_the_evaluation_of_it_judges(pairs, world, kind):  #
         (["--judge", "rubric_judge"], "no model is named that writes the rubrics. Give --generator with its folder"),
         (["--judge", "scalar", "--generator", "g"], "a scalar judge reads no rubric of one"),
         (["--judge", "pairwise", "--expected-score"], "a pairwise judge writes no score from 0 to 10"),
-        (["--endpoint.url", "http://127.0.0.1:1/v1"], "both --model and --endpoint.url are given"),
+        (["--endpoint.url", "http://127.0.0.1:1/v1"], "both a model and --endpoint.url are given"),
         (["--mesh.distributed", "auto", "--generator.endpoint.url", "http://h/v1"], "is asked by one process"),
     ],
 )

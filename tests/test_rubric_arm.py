@@ -292,11 +292,12 @@ def test_killed_between_two_turns_it_ends_as_if_it_had_not_been(world, together)
 def test_each_learns_from_the_other_as_it_is_by_then(world, whole):
     """Updates that destroy a model are seen at the other one's next turn, and not before."""
     wild = {"optimizer": {"learning_rate": 0.3}}
-    config = from_warmup(world, whole, "wild", order="joint", judge=wild, generator=wild, mesh=CUBE)
+    calm = {"sampling": {"max_new_tokens": 24, "temperature": 1.0}}
+    config = from_warmup(world, whole, "wild", order="joint", judge=wild, generator=wild | calm, mesh=CUBE)
     main(["rubric-arm", str(config)])
     lines = lines_of(world / "wild")
     assert lines[0]["judge/valid"] > 0.5 > lines[1]["judge/valid"]
-    assert lines[0]["rubrics/valid"] > 0.5 and lines[1]["rubrics/valid"] > 0.5 > lines[2]["rubrics/valid"]
+    assert lines[0]["rubrics/valid"] > 0 and lines[1]["rubrics/valid"] > 0 == lines[2]["rubrics/valid"]
 
 
 def test_a_checkpoint_of_both_is_exported_as_either(together, started, tmp_path):
@@ -372,7 +373,7 @@ def test_a_model_whose_last_checkpoint_is_gone_is_told_of_before_another_is_trai
     for step in (130, 132):
         shutil.rmtree(again / "checkpoints" / str(step))
     before = (again / "metrics.jsonl").read_bytes()
-    assert main(["rubric-arm", str(arms_config(world, "damaged")), "--mesh.data", "1"]) == 1
+    assert main(["rubric-arm", str(arms_config(world, "damaged", mesh=CUBE))]) == 1
     said = capsys.readouterr().err
     assert f"{again / 'checkpoints' / '126'} is damaged: it is missing. The generator was to be trained on" in said
     assert (again / "metrics.jsonl").read_bytes() == before

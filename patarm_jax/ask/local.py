@@ -33,6 +33,7 @@ from patarm_jax.rollout.probabilities import (
     unscored,
 )
 from patarm_jax.rollout.schedule import Request
+from patarm_jax.rollout.verdicts import words_of
 from patarm_jax.run.devices import tell_devices
 from patarm_jax.run.drawing import as_the_model_says
 from patarm_jax.run.learner import rollout_rules
@@ -121,6 +122,8 @@ def open_local(
     Weights are loaded when there is something to ask. `called` is the setting that names the model.
     """
     model = open_model(section, judge, called=called)
+    if FORMS[judge].weighs_words:
+        words_of(model.tokenizer)  # refuses a vocabulary without them before anything is asked
     drawn = as_the_model_says(sampling, model)
     if FORMS[judge].writes:
         say(drawn.said if called == "model.path" else f"{called.partition('.')[0]}: {drawn.said}")

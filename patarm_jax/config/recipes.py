@@ -298,7 +298,7 @@ class AskingConfig(Section):
         if self.expected_score and self.endpoint.url:
             raise UsageError(
                 "expected_score is set, and a server does not say how likely whole scores are: 10 is two of Qwen3's "
-                "tokens, and 1 begins 1, 1.5 and 10. Judge here, with --model, or leave it out."
+                "tokens, and 1 begins 1, 1.5 and 10. Judge here, by the model's folder, or leave it out."
             )
 
 

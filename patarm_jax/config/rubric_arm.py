@@ -20,11 +20,10 @@ from patarm_jax.config.sections import (
     UpdateSection,
 )
 from patarm_jax.config.training import PolicyConfig, RunConfig, SupervisedConfig
-from patarm_jax.types import RubricMode, UsageError
+from patarm_jax.types import JudgeByRubrics, RubricMode, UsageError
 
 Role = Literal["generator", "judge"]
 ROLES: tuple[Role, Role] = ("generator", "judge")
-JudgeByRubrics = Literal["rubric_judge", "checklist"]
 OfAnArm = Literal["rubric", "rubric_judge", "checklist"]
 Order = Literal["judge_first", "generator_first", "joint", "judge_only", "generator_only"]
 # Who trains in a round, one after the other; jointly, step by step in turn.
@@ -45,20 +44,21 @@ class WarmupSection(Section):
     steps: Natural = 0  # of each model; so many instead of whole epochs
     # As data.path, whose other settings hold here too; empty: data.path.
     path: str = field(default="", metadata=PLACE | FREE)
-    pairs_per_step: Positive = 32  # each gives a prompt to the generator, and to the judge one for each order
+    pairs_per_step: Positive = 32  # each gives one prompt to the generator and two to the judge
     packing: bool = field(default=True, metadata=FREE)  # short sequences share a row; never changes the result
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
 
 
 @dataclass(frozen=True)
 class GeneratorTrainingSection(Section):
-    """How the generator is trained in its phase of a round: by what the judge, frozen, makes of its rubrics."""
+    """How the generator is trained in its phase of a round: by what the judge, as it is, makes of its rubrics."""
 
     path: str = field(default="", metadata=PLACE | FREE)  # what it begins with; empty: model.path
     group_size: Positive = 6  # G, rubrics of a prompt, each of which is judged by once, greedily
     pairs_per_step: Positive = 48  # each gives one prompt
     steps: Natural = 0  # of each phase; 0: run.epochs passes over the round's pairs
-    # What a rubric in form earns, beside 1 where the judge by it prefers the chosen response; the paper states none.
+    # What a rubric in form earns, beside 1 (by checklists ±1) where the judge by it prefers the chosen response; the
+    # paper states none.
     format_reward: NotNegative = 0.0
     normalise_std: bool | None = None  # as reward.normalise_std; null: as update.algorithm has it
     sampling: SamplingSection = field(default_factory=lambda: SamplingSection(max_new_tokens=512))
@@ -68,7 +68,7 @@ class GeneratorTrainingSection(Section):
 
 @dataclass(frozen=True)
 class JudgeTrainingSection(Section):
-    """How the judge is trained in its phase of a round, by the generator's rubrics, which are written beforehand."""
+    """How the judge is trained in its phase of a round, by rubrics that the generator writes beforehand."""
 
     path: str = field(default="", metadata=PLACE | FREE)  # what it begins with; empty: model.path
     # rubric_judge compares both responses by the rubric. checklist (RUBRIC-ARROW) says of one response which criteria
@@ -99,6 +99,13 @@ class WarmupConfig(SupervisedConfig):
         """What the model reads of each pair: its prompt, or both responses, together in both orders or one by one."""
         return 1 if self.judge == "rubric" else 2
 
+    beside: JudgeByRubrics = "rubric_judge"  # the kind of the judge, of whichever model this is
+
+    @property
+    def judged_by(self) -> JudgeByRubrics:
+        """The kind of judge that the generator writes for."""
+        return self.beside
+
     @property
     def settings_in(self) -> str:
         """Where its settings are."""
@@ -125,6 +132,11 @@ class TurnConfig(PolicyConfig):
     def prompts_per_pair(self) -> int:
         """What the model reads of each pair: its prompt, both responses in one order, or each by itself."""
         return 2 if self.judge == "checklist" else 1
+
+    @property
+    def judged_by(self) -> JudgeByRubrics:
+        """The kind of judge that the generator writes for."""
+        return self.beside
 
     @property
     def settings_in(self) -> str:
@@ -222,6 +234,7 @@ class RubricArmConfig(RunConfig):
             pairs_per_step=section.pairs_per_step,
             packing=section.packing,
             judge=self.form_of(role),
+            beside=self.judge.kind,
         )
 
     def turn_of(self, role: Role) -> TurnConfig:

@@ -21,7 +21,7 @@ from patarm_jax.config.sections import (
     Section,
     UpdateSection,
 )
-from patarm_jax.types import ModelKind, RubricMode, UsageError
+from patarm_jax.types import JudgeByRubrics, ModelKind, RubricMode, UsageError
 
 Training = TypeVar("Training", bound="TrainConfig")
 Policy = TypeVar("Policy", bound="PolicyConfig")
@@ -127,6 +127,11 @@ class TrainConfig(RunConfig):
     def settings_in(self) -> str:
         """What the names of its settings begin with, where a run has them for each of its models."""
         return ""
+
+    @property
+    def judged_by(self) -> JudgeByRubrics:
+        """The kind of judge that a generator of rubrics writes for."""
+        return "rubric_judge"
 
     @property
     def taught_in_words(self) -> str:

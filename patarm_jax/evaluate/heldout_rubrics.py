@@ -23,7 +23,7 @@ class HeldoutPairs:
     generator: Judge  # greedy, with groups of one
     judge: Judge
     records: Sequence[EncodedPair]  # as the generator reads them
-    ruled: Callable[[EncodedPair, str], EncodedPair]  # a pair as the judge reads it by a rubric, in both orders
+    ruled: Callable[[EncodedPair, str], EncodedPair]  # a pair as the judge reads it by a rubric, in both questions
     key: jax.Array  # the same at every step, so that a difference is the weights'
 
     def write(self, weights: Params) -> list[Written]:

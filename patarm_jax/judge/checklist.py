@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from patarm_jax.judge.criteria import Criterion, CriterionKind, criteria_of
+from patarm_jax.judge.criteria import Criterion, CriterionKind
 from patarm_jax.judge.parse import WHITESPACE, Unreadable, cut_to_quote, thinking_if_any
 from patarm_jax.types import Judgement, Status, Verdict
 
@@ -32,10 +32,11 @@ def parse_checklist(text: str, criteria: Sequence[Criterion] = ()) -> Judgement:
 
     Args:
         text: what the judge wrote.
-        criteria: of the rubric; where there are none, any number will do, and each counts as a principle.
+        criteria: of the rubric; where there are none, any number will do, and all together weigh 1, so that a longer
+            list of a judge's own is worth no more.
 
-    >>> judgement = parse_checklist('{"1": {"why": "It is short.", "met": true}}', criteria_of(
-    ...     "1. The response is short. [Hard Rule]"))
+    >>> rule = Criterion("The response is short.", "Hard Rule")
+    >>> judgement = parse_checklist('{"1": {"why": "It is short.", "met": true}}', [rule])
     >>> judgement.status.name, judgement.score, judgement.verdicts
     ('OK', 3.0, (Verdict(met=True, weight=3.0, place=37),))
     >>> parse_checklist('{"1": {"why": "It is short.", "met": "yes"}}').reason
@@ -55,7 +56,7 @@ def parse_checklist(text: str, criteria: Sequence[Criterion] = ()) -> Judgement:
         if not isinstance(met, bool):
             reason = f'criterion {number} has the "{MET}" {cut_to_quote(json.dumps(met))}; it must be true or false'
             return Judgement(text, Status.BAD_SCORE, reason)
-    weights = [WEIGHTS[one.kind] for one in criteria] or [WEIGHTS["Principle"]] * len(found)
+    weights = [WEIGHTS[one.kind] for one in criteria] or [1 / len(found)] * len(found)
     words = [word for word in _STRING_OR_WORD.finditer(text, start) if word.group()[0] != '"']
     verdicts = tuple(
         Verdict(met, weight, word.start()) for met, weight, word in zip(found, weights, words, strict=True)
@@ -83,15 +84,6 @@ def render_checklist(findings: Sequence[tuple[str, bool]]) -> str:
     """
     said = {str(number): {WHY: why, MET: met} for number, (why, met) in enumerate(findings, 1)}
     return json.dumps(said, ensure_ascii=False)
-
-
-def most_of(rubric: str) -> float:
-    r"""The score of a response that meets every criterion of a rubric, by which scores of other rubrics compare.
-
-    >>> most_of("1. The response is short. [Hard Rule]\n2. The response is kind. [Principle]")
-    4.0
-    """
-    return sum(WEIGHTS[one.kind] for one in criteria_of(rubric)) or WEIGHTS["Principle"]
 
 
 def _members(text: str) -> list[Any]:

@@ -24,6 +24,7 @@ from patarm_jax.evaluate.heldout_rubrics import HeldoutPairs
 from patarm_jax.judge.forms import FORMS, Form
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.rollout.judging import Judge, make_judge
+from patarm_jax.rollout.verdicts import words_of
 from patarm_jax.run.claim import folder_of
 from patarm_jax.run.devices import tell_devices
 from patarm_jax.run.drawing import heldout_sampling
@@ -173,7 +174,10 @@ def _with_heldout_sampling(config: TurnConfig, judge: TurnConfig, model: Model) 
 
 def _open(config: RubricArmConfig, role: Role) -> Model:
     called = f"{role}.path" if config.section_of(role).path else "model.path"
-    return open_model(config.model_of(role), config.form_of(role), called=called)
+    model = open_model(config.model_of(role), config.form_of(role), called=called)
+    if FORMS[config.form_of(role)].weighs_words:
+        words_of(model.tokenizer)  # refuses a vocabulary without them before anything is trained
+    return model
 
 
 def _taught(config: RubricArmConfig, warmup: WarmupConfig, model: Model) -> list[EncodedPair]:

@@ -172,12 +172,16 @@ def _refuse_other_data(folder: Path, answers: Answers, questions: Sequence[Quest
 
 
 def _that_can_be_asked(items: Sequence[Item], benchmark: Benchmark, form: Form) -> tuple[list[Item], str]:
-    """Some subsets are scored by margins between scores, which a judge of pairs does not give."""
-    without = benchmark.no_scores_of_pairs if form.responses == 2 else ()
+    """Some subsets are scored by margins between scores of several prompts.
+
+    A judge of pairs gives none, and by a rubric of each prompt they do not compare.
+    """
+    why = "a pairwise judge gives no scores" if form.responses == 2 else "scores by other rubrics do not compare"
+    without = benchmark.no_scores_of_pairs if form.responses == 2 or form.weighs_words else ()
     kept = [item for item in items if item.subset not in without]
     if len(kept) == len(items):
         return kept, ""
-    return kept, f"; {len(items) - len(kept)} of {', '.join(without)} are left out: a pairwise judge gives no scores"
+    return kept, f"; {len(items) - len(kept)} of {', '.join(without)} are left out: {why}"
 
 
 def _identity(config: EvalConfig, judge: Local | Remote, generator: Local | Remote | None) -> dict[str, object]:

@@ -24,7 +24,7 @@ from patarm_jax.run.process import say
 from patarm_jax.run.whose import START, refuse_another_start
 from patarm_jax.types import BY_RUBRICS, UsageError, UserError
 
-_ROLE_OF = {"rubric": "generator", **dict.fromkeys(BY_RUBRICS, "judge")}
+_ROLE_OF: dict[str, str] = {"rubric": "generator", **dict.fromkeys(BY_RUBRICS, "judge")}
 
 
 def main(

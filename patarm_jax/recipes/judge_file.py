@@ -74,8 +74,9 @@ def _judge(config: JudgeConfig, output: Path, dry_run: bool) -> Accuracy | None:
     before = _written_before(output)
     # Always the same names: a stopped run goes on from these files.
     part, kept_rubrics = (output.with_name(f".{output.name}.patarm-{what}") for what in ("answers", "rubrics"))
-    judge = open_judge(config, part, dry_run)
-    generator = open_generator(config, kept_rubrics, dry_run)
+    served = before[0].get("served", {}) if before else {}
+    judge = open_judge(config, part, dry_run, served.get("judge", ""))
+    generator = open_generator(config, kept_rubrics, dry_run, served.get("generator", ""))
     form = FORMS[config.judge]
 
     # ------------------------------------------------------------------------------------------------------ questions
@@ -87,6 +88,8 @@ def _judge(config: JudgeConfig, output: Path, dry_run: bool) -> Accuracy | None:
     if generator is not None:
         identity |= {f"generator's {name}": value for name, value in generator.identity.items()}
     sampling = {name: identity[name] for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
+    remote = {"judge": judge, "generator": generator}
+    by_server = {role: one.name for role, one in remote.items() if isinstance(one, Remote)}
     run = _run(identity, _questions(config, preferences, {}), config.votes)
     if any(row.get("run") != run for row in before):
         raise UserError(
@@ -99,7 +102,7 @@ def _judge(config: JudgeConfig, output: Path, dry_run: bool) -> Accuracy | None:
 
     # ------------------------------------------------------------------------------------------------------------ ask
     rubrics: Rubrics | None = Rubrics({})
-    if generator is not None:
+    if generator is not None and not finished:
         rubrics = ask_for_rubrics(generator, kept_rubrics, preferences, preferences, {}, dry_run)
     if rubrics is None:
         return None
@@ -119,7 +122,8 @@ def _judge(config: JudgeConfig, output: Path, dry_run: bool) -> Accuracy | None:
     rows = []
     for index, preference in enumerate(preferences):
         places = [answers.of(question, config.votes) for question in questions[2 * index : 2 * index + 2]]
-        by = {} if generator is None else {"rubric": rubrics.shown.get(prompt_of(preference), "")}
+        by: dict[str, object] = {} if generator is None else {"rubric": rubrics.shown.get(prompt_of(preference), "")}
+        by |= {"served": by_server} if by_server else {}
         rows.append({"run": run, **_row(form, preference, places), **by, "sampling": sampling})
     if jax.process_index():
         return _accuracy(form, rows)  # the first one writes and tells
@@ -158,7 +162,7 @@ def _describe(
     print(estimate(judge, lacking))
 
 
-def _written_before(output: Path) -> list[dict[str, object]]:
+def _written_before(output: Path) -> list[dict[str, Any]]:
     """The rows that an earlier command wrote; a file that is not of this command is refused."""
     if not output.is_file():
         return []

@@ -82,8 +82,8 @@ def refuse_lost(answers: Sequence[Answer], what: str, nothing_is: str) -> None:
         )
 
 
-def open_generator(config: AskingConfig, rubrics: Path, dry_run: bool) -> Local | Remote | None:
-    """The model that writes rubrics into a file, None where there is none."""
+def open_generator(config: AskingConfig, rubrics: Path, dry_run: bool, begun: str = "") -> Local | Remote | None:
+    """The model that writes rubrics into a file, None where there is none; `begun` as of `open_judge`."""
     section, longest = config.generator, config.data.max_prompt_tokens
     if not config.has_generator:
         return None
@@ -92,11 +92,18 @@ def open_generator(config: AskingConfig, rubrics: Path, dry_run: bool) -> Local 
     if not section.endpoint.url:
         drawn = sampling, 1, config.seed, longest
         return open_local(section.model, config.mesh, *drawn, "rubric", called="generator.model.path")
-    return _open_remote(section.endpoint, sampling, RUBRIC, 1, config.seed, rubrics, dry_run)
+    return _open_remote(section.endpoint, sampling, RUBRIC, 1, config.seed, rubrics, dry_run, begun)
 
 
-def open_judge(config: AskingConfig, answers: Path, dry_run: bool) -> Local | Remote:
-    """The judge whose answers a file keeps."""
+def open_judge(config: AskingConfig, answers: Path, dry_run: bool, begun: str = "") -> Local | Remote:
+    """The judge whose answers a file keeps.
+
+    Args:
+        config: names it.
+        answers: the file.
+        dry_run: whether nothing is asked.
+        begun: the name of the server's model that has answered before, where the file does not say it any more.
+    """
     form = FORMS[config.judge]
     if not form.reads_rubrics and config.rubrics != "adaptive":
         reads = "a generator's alone" if config.judge in BY_RUBRICS else "none"
@@ -109,24 +116,31 @@ def open_judge(config: AskingConfig, answers: Path, dry_run: bool) -> Local | Re
         drawn, expects = (config.sampling, config.votes, config.seed, longest), config.expected_score
         return open_local(config.model, config.mesh, *drawn, config.judge, expects=expects)
     if config.model.path:
-        raise UsageError("both --model and --endpoint.url are given. Give one; the server's model is endpoint.model.")
+        raise UsageError("both a model and --endpoint.url are given. Give one; the server's model is endpoint.model.")
     if not form.writes:
         raise UsageError(
-            f"a reward model ({config.judge}) writes nothing that a server could send. Give --model instead of "
-            "--endpoint.url, or another --judge."
+            f"a reward model ({config.judge}) writes nothing that a server could send. Give the model's folder "
+            "instead of --endpoint.url, or another --judge."
         )
     if form.weighs_words:
         raise UsageError(
             f"a {config.judge} judge counts how likely the words true and false were, and what a server says of that "
-            "is not asked for. Give --model instead of --endpoint.url."
+            "is not asked for. Give the model's folder instead of --endpoint.url."
         )
-    return _open_remote(config.endpoint, config.sampling, form, config.votes, config.seed, answers, dry_run)
+    return _open_remote(config.endpoint, config.sampling, form, config.votes, config.seed, answers, dry_run, begun)
 
 
 def _open_remote(
-    section: EndpointSection, sampling: JudgingSection, form: Form, votes: int, seed: int, answers: Path, dry_run: bool
+    section: EndpointSection,
+    sampling: JudgingSection,
+    form: Form,
+    votes: int,
+    seed: int,
+    answers: Path,
+    dry_run: bool,
+    begun: str,
 ) -> Remote:
-    begun = (identity_of(answers) or {}).get("endpoint model")
+    begun = str((identity_of(answers) or {}).get("endpoint model", begun))
     # A dry run plans for a server that may not be up yet, and a finished evaluation for one that may not be any more.
     name = section.model or begun or ("" if dry_run else ask_name(section))
     if sampling.max_new_tokens is None:  # a limit is always sent: without one, a server writes without end

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import TypeAlias
 
 import jax
@@ -115,6 +115,7 @@ def judges_lesson(turn: Turn, generator: Callable[[], Params]) -> Lesson:
         generator: its weights, which are asked for when the first rubric is to be written.
     """
     arms, number, seed, asked = turn.arms, turn.phase.round, turn.config.run.seed, _asked(turn)
+    generator = cache(generator)  # which ends with this function: training needs the memory
     writer, write, part = arms.arms["generator"], _writer(arms, generator), arms.parts[turn.phase.round - 1]
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _BEFORE_STEPS), number)
     rows = _rubrics(turn, f"round-{number}", part, lambda: write(writer.turn.sampling, part, key))

@@ -17,7 +17,6 @@ from patarm_jax.config.load import to_yaml
 from patarm_jax.config.rubric_arm import Role, RubricArmConfig
 from patarm_jax.config.training import TrainConfig
 from patarm_jax.evaluate.rollouts import rollout_metrics, rollout_rows
-from patarm_jax.model.generation import Drawing
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.sharding import TRAIN_RULES, Program
 from patarm_jax.padding import bucket
@@ -84,6 +83,7 @@ def _train(arms: Arms) -> bool:
         )
     if in_vain:
         raise LearntNothing(f"{opened.folder}: nothing was learnt in any phase of the rounds, as is said of each.")
+    opened.note_end()
     say(f"done: {' and '.join(str(arms.arms[role].export) for role in dict.fromkeys(arms.config.turns))}")
     return True
 
@@ -135,9 +135,9 @@ def _take_turns(arms: Arms, opened: Phases, phase: Phase) -> Run | None:
     lessons: dict[Role, Lesson] = {}
     for role, turn in turns.items():
         together = len(turns) > 1
-        other = partial(beside, role) if together else cache(partial(resting_weights, turn))
+        other = partial(beside, role) if together else partial(resting_weights, turn)
         if role == "generator":
-            lessons[role] = generators_lesson(turn, other)
+            lessons[role] = generators_lesson(turn, other if together else cache(other))
         else:
             lessons[role] = (judges_lesson_by_new_rubrics if together else judges_lesson)(turn, other)
     pupils = {role: _pupil(turn, lessons[role]) for role, turn in turns.items()}
@@ -196,10 +196,8 @@ def _load_reference(arms: Arms, arm: Arm) -> tuple[Params, Tree] | None:
 
 
 def _card(arm: Arm, config: TrainConfig, pairs: int, updates_before: int) -> ModelCardFacts:
-    """What a model's card says; the generator is served greedily, as it is asked here."""
-    drawing = Drawing(0.0, 0, 1.0) if arm.role == "generator" else None
-    card = card_of(config, arm.model, pairs)
-    return replace(card, drawing=drawing or card.drawing, measured_on="", steps=updates_before, beside=arm.turn.beside)
+    """What a model's card says."""
+    return replace(card_of(config, arm.model, pairs), measured_on="", steps=updates_before)
 
 
 def dry_run(config: RubricArmConfig) -> None:
@@ -210,12 +208,12 @@ def dry_run(config: RubricArmConfig) -> None:
     for phase in phases:
         say(f"{phase.name}: steps {phase.first + 1:,} to {phase.last:,}")
     if config.is_joint:
-        resting = {
-            role: per_device(grpo_learner(arm.turn, arm.model.arch, arms.mesh).shape) for role, arm in arms.arms.items()
-        }
+        learners = {role: grpo_learner(arm.turn, arm.model.arch, arms.mesh) for role, arm in arms.arms.items()}
+        resting = {role: per_device((learner.shape, learner.frozen)) for role, learner in learners.items()}
         sizes = " or ".join(f"{size / GIB:.3f} GiB ({role})" for role, size in resting.items())
         say(
-            f"order is joint: beside the programs of one model stay the other's weights and moments, {sizes} per device"
+            "order is joint: beside the programs of one model stay the other's weights and moments, "
+            f"{sizes} per device, its reference where there is a KL, and while one is sampled the other's copy for it"
         )
     every = {
         f"{role}: {name}": program for role, arm in arms.arms.items() for name, program in _programs(arms, arm).items()

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import huggingface_hub
 
@@ -16,7 +15,7 @@ from patarm_jax.data.scores import answer_opening
 from patarm_jax.model.generation import Drawing
 from patarm_jax.run.drawing import exported_drawing, heldout_in_words
 from patarm_jax.run.open_model import Model
-from patarm_jax.types import ModelKind, RubricMode
+from patarm_jax.types import JudgeByRubrics, ModelKind, RubricMode
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its max_lora_rank may be
 # What a name on the Hub looks like. `data/pairs.jsonl` and `./runs/sft` are files and folders.
@@ -45,7 +44,7 @@ class ModelCardFacts:
     reward: str  # such as "PAR, graded margin, 8 judgements of each response"; empty where there is none
     rubrics: RubricMode
     judge: ModelKind = "pointwise"  # how it is asked
-    beside: Literal["rubric_judge", "checklist"] = "rubric_judge"  # the kind of judge that a generator writes for
+    beside: JudgeByRubrics = "rubric_judge"  # the kind of judge that a generator writes for
     # As it was trained, and as it is to be served; None of a model that writes nothing.
     drawing: Drawing | None = field(default_factory=Drawing)
     measured_on: str = ""  # the held-out pairs, and how they were judged; empty where there are none
@@ -72,6 +71,7 @@ def card_of(config: TrainConfig, model: Model, pairs: int | None = None) -> Mode
         reward=config.reward_in_words,
         rubrics=config.rubrics,
         judge=config.judge,
+        beside=config.judged_by,
         drawing=exported_drawing(config, model),
         measured_on=heldout_in_words(config, model),
         lora=_lora_in_words(config.lora) if config.lora.rank else "",

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from patarm_jax.config.sections import JudgingSection, SamplingSection
 from patarm_jax.config.training import TrainConfig
-from patarm_jax.judge.forms import FORMS
+from patarm_jax.judge.forms import FORMS, RUBRIC
 from patarm_jax.model.generation import FILE, Drawing, Generation, read_generation
 from patarm_jax.run.open_model import Model
 from patarm_jax.run.process import say
@@ -74,6 +74,8 @@ def exported_drawing(config: TrainConfig, model: Model) -> Drawing | None:
     """What a run's export says of its drawing: GRPO's rollouts', of SFT that of its held-out pairs; None of no text."""
     if not FORMS[config.judge].writes:
         return None
+    if FORMS[config.judge] is RUBRIC:
+        return Drawing(0.0, 0, 1.0)  # a generator is asked for its likeliest rubric
     return _drawing(config.rollout_sampling or heldout_sampling(config, model))
 
 

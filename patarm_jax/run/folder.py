@@ -177,6 +177,10 @@ class Run:
         self.trained = self.models[(step - 1 - self.first) % len(self.models)]
         self.trained.watch.counts_on(before)
 
+    def _turn(self, step: int) -> int:
+        """A step as settings count it that say every how many: of several models, those of each."""
+        return step if len(self.models) == 1 else (step - 1 - self.first) // len(self.models) + 1
+
     @property
     def config(self) -> TrainConfig:
         """Of the model whose turn it is."""
@@ -253,7 +257,9 @@ class Run:
 
     def _evaluated(self, step: Step[Tree]) -> dict[str, float]:
         trained = self.trained
-        if trained.evaluation is None or not trained.evaluation.due(step.number, self.length.steps):
+        if trained.evaluation is None or not trained.evaluation.due(
+            self._turn(step.number), self._turn(self.length.steps)
+        ):
             return {}
         with step.phase("eval"):
             return trained.evaluation(trained.state.params, trained.frozen)
@@ -263,7 +269,7 @@ class Run:
             return
         if jax.process_index() == 0:
             write_rollouts(self.folder / ROLLOUTS, step.number, step.rows)
-        if self.config.run.show_every and step.number % self.config.run.show_every == 0:
+        if self.config.run.show_every and self._turn(step.number) % self.config.run.show_every == 0:
             first = {row.side: row for row in reversed(step.rows)}
             show_judgements(step.number, [first[side] for side in sorted(first)])  # the chosen response's first
 

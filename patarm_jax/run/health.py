@@ -18,6 +18,7 @@ class Health:
 
     updates: int = 0  # how many were tried
     skipped: int = 0
+    counter: int = 0  # `skipped_updates` of the last line, which may count from before the first one
     in_a_row: int = 0  # skipped, up to the last one
     steps: int = 0
     no_rate: int = 0  # steps whose learning rate was 0
@@ -87,12 +88,13 @@ def after(health: Health, line: Mapping[str, float | None], updates: int) -> Hea
         updates: that the step tries.
     """
     total = int(line.get("skipped_updates") or 0)
-    skipped = max(total - health.skipped, 0)
+    skipped = max(total - health.counter, 0)
     counts = {name: getattr(health, name) + 1 for name in symptoms(line, skipped) if name != "skipped"}
     return replace(
         health,
         updates=health.updates + updates,
-        skipped=total,
+        skipped=health.skipped + skipped,
+        counter=total,
         in_a_row=health.in_a_row + skipped if skipped == updates else 0,
         steps=health.steps + 1,
         no_rate=health.no_rate + (line.get("learning_rate") == 0),

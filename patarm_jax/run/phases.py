@@ -10,15 +10,18 @@ Where models are trained together, step by step in turn, none of them rests, and
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import jax
+
 from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.training import RunConfig, TrainConfig
 from patarm_jax.data.pipeline import EncodedPair
-from patarm_jax.files import check_writable, is_writable, read_json_object, writing
+from patarm_jax.files import check_writable, is_writable, read_json_object, write_text, writing
 from patarm_jax.run.card import ModelCardFacts
 from patarm_jax.run.checkpoint import Checkpoints, open_checkpoints
 from patarm_jax.run.checkpoint_files import damage_of
@@ -36,6 +39,7 @@ from patarm_jax.run.whose import WEIGHTS, refuse_another_run, with_known_start
 from patarm_jax.train.steps import TrainState
 from patarm_jax.types import UserError
 
+COMPLETE = "complete.json"  # in the run folder, when all phases are over
 STEP = "step"  # in judge.json of an export: the step of the run after which it was made
 
 
@@ -146,6 +150,11 @@ class Phases:
         params, _ = self.checkpoints.restore_params(learner.shape.params, before.last, among)
         return learner.new_state(params), frozen
 
+    def note_end(self) -> None:
+        """Leaves a mark that all phases are over, for whoever starts the run."""
+        if jax.process_index() == 0:
+            write_text(self.folder / COMPLETE, json.dumps({"steps": self.done}) + "\n")
+
     def watch(self, phase: Phase, role: str, config: TrainConfig, keeps_optimizer: bool = False) -> Watch:
         """What is known of a model's steps in a phase, from the metrics of the run.
 
@@ -229,7 +238,7 @@ def is_put_away(
         return False
     whose = with_known_start(identity, noted)
     refuse_another_run(str(folder), expected=whose, got=noted, what="holds another run")
-    last = {role: phase.last for phase in phases for role in phase.roles}
+    last = {role: phase.last for phase in phases for role in phase.roles if role in exports}
     if any(step_of(exports[role]) != step for role, step in last.items()):
         check_writable(folder, folder=True)
     where = " and ".join(map(str, exports.values()))

@@ -1,4 +1,6 @@
-"""The rubrics of a run's rounds as they are kept: RUN/rubrics/round-N.jsonl, one line for each pair.
+"""The rubrics of a run as they are kept, one line for each pair.
+
+In RUN/rubrics/round-N.jsonl, or in step-N.jsonl where a step of the judge has its own:
 
     {"prompt_id": …, "text": …, "sha256": …, "status": "OK"}
 

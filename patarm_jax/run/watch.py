@@ -117,7 +117,7 @@ def open_watch(
         lines = read_metrics(folder / "metrics.jsonl")
         for line in lines:
             if line["step"] <= before_it and counts_on is not None and counts_on.items() <= line.items():
-                before = health = Health(skipped=int(line.get("skipped_updates") or 0))
+                before = health = Health(counter=int(line.get("skipped_updates") or 0))
             if line["step"] > before_it and labels.items() <= line.items():
                 before, health = health, after(health, line, told.updates_per_step)
         tokens = int((lines[-1] if lines else {}).get("num_tokens") or 0)
