@@ -250,9 +250,8 @@ IN_TURN = [(role, number) for number in (1, 2) for _ in range(2) for role in ("j
 
 @pytest.fixture(scope="module")
 def together(world, whole, started):
-    """Both models trained in turn, beside a run that was killed after three steps of the first round."""
-    configs = [from_warmup(world, whole, name, **TOGETHER) for name in ("together", "together_killed")]
-    run_whole_and_killed(started, "rubric-arm", *configs, world / "together_killed")
+    """Both models trained in turn."""
+    started("rubric-arm", from_warmup(world, whole, "together", **TOGETHER)).end()
     return world / "together"
 
 
@@ -281,8 +280,15 @@ def test_the_judge_reads_rubrics_of_the_step_itself(together, started):
     assert all(pair["rubric"] == kept[3][pair["id"]]["text"] for pair in steps[3]["pairs"])
 
 
-def test_killed_between_two_turns_it_ends_as_if_it_had_not_been(world, together):
-    killed = world / "together_killed"
+@pytest.mark.long
+def test_killed_between_two_turns_it_ends_as_if_it_had_not_been(world, whole, together, started):
+    """After three steps of the first round, of which the judge has had two."""
+    killed, config = world / "together_killed", from_warmup(world, whole, "together_killed", **TOGETHER)
+    stopped = started("rubric-arm", config)
+    stopped.until(lambda: len(lines_of(killed)) >= 3)
+    stopped.process.kill()
+    stopped.end(-signal.SIGKILL)
+    started("rubric-arm", config).end()
     assert timeless(killed) == timeless(together)
     assert judgements(killed) == judgements(together)
     for role in ("generator", "judge"):

@@ -20,6 +20,8 @@ from patarm_jax.types import Status
 from tests.arms import arms_config, write_arms_world
 from tests.runs import CUBE, assert_nearly_equal, exported, judgements, lines_of, run_whole_and_killed, timeless
 
+pytestmark = pytest.mark.long  # a warm-up of its own; what is read, weighed and earned stands in test_checklist
+
 OPTIMISED = {"XLA_FLAGS": ""}  # a hundred steps and more take longer than what it takes to optimise them
 
 
@@ -153,7 +155,6 @@ def test_another_kind_is_refused(world, whole, capsys):
     assert "counts how likely the words true and false were" in capsys.readouterr().err
 
 
-@pytest.mark.long
 def test_killed_it_ends_as_if_it_had_not_been(world, whole, started):
     configs = [from_warmup(world, whole, name) for name in ("short", "short_killed")]
     run_whole_and_killed(started, "rubric-arm", *configs, world / "short_killed")
@@ -162,7 +163,6 @@ def test_killed_it_ends_as_if_it_had_not_been(world, whole, started):
         assert exported(world / "short_killed" / role) == exported(world / "short" / role)
 
 
-@pytest.mark.long
 def test_eight_devices_learn_as_one(world, whole, started):
     started("rubric-arm", from_warmup(world, whole, "one")).end()
     assert main(["rubric-arm", str(from_warmup(world, whole, "eight", mesh=CUBE, micro_batches=1))]) == 0
