@@ -148,7 +148,7 @@ def test_the_cards_say_how_the_two_are_asked(whole):
 
 
 def test_another_kind_is_refused(world, whole, capsys):
-    assert main(["rubric-arm", str(from_warmup(world, whole, "other", mesh=CUBE)), "--judge.kind", "rubric_judge"]) == 1
+    assert main(["rubric-arm", str(from_warmup(world, whole, "other", mesh=CUBE)), "--judge.kind", "rubric_judge"]) == 2
     assert "is a judge of the kind checklist, which says which criteria" in capsys.readouterr().err
     url = ["--endpoint.url", "http://127.0.0.1:1/v1", "--generator", "g", "--data", "d", "--output", "o"]
     assert main(["eval", "pairs", "--judge", "checklist", *url]) == 2

@@ -55,7 +55,7 @@ class ArmSizes:
     train_pairs: int = 6000
     heldout_pairs: int = 480
     warmup_steps: int = 800  # of each model
-    turn_steps: int = 20  # of each phase
+    turn_steps: int = 30  # of each phase
     rounds: int = 2
 
     @classmethod
