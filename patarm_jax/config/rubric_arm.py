@@ -251,7 +251,7 @@ class RubricArmConfig(RunConfig):
             judge=self.form_of(role),
             beside=self.judge.kind,
             format_reward=section.format_reward,
-            turns=f"{self.rounds} rounds, {self.order.replace('_', ' ')}",
+            turns=f"{self.rounds} round{'s' * (self.rounds > 1)}, {self.order.replace('_', ' ')}",
         )
         return config.complete()
 
