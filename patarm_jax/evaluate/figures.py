@@ -37,7 +37,7 @@ def draw_bars(path: Path, title: str, bars: Mapping[str, tuple[float, float, flo
         title: of the figure.
         bars: shares by label.
     """
-    figure, axes = _figure(title, max(5.0, 1.1 * len(bars)))
+    figure, axes = _figure(title, max(7.5, 1.1 * len(bars)))  # the title has its place
     for index, found in enumerate(bars.values()):
         value, low, high = (100 * each for each in found)
         axes.errorbar(index, value, [[value - low], [high - value]], fmt="o", color=ACCENT, ecolor=INK, capsize=4)
