@@ -9,6 +9,9 @@
 #   launch/ablations.sh --part rubric-arm two models, a generator of rubrics and a judge by them, in a world of their own:
 #                                         who is trained, in which order; not among everything, and about as long
 #
+#   launch/ablations.sh --part given-rubrics   a judge of single responses by its own rubrics, by those of such a generator,
+#                                         and by both; it makes the generator where the part before has not
+#
 #   launch/ablations.sh baselines         reward models, judges and LoRA, with one vote, eight and expected scores; after or
 #                                         before the others, with which it shares its runs
 #
@@ -20,6 +23,9 @@ cd "$(dirname "$0")/.."
 install ''
 if [ "${1:-}" = baselines ]; then
   exec python -m patarm_jax.demo.baselines "${@:2}"
+fi
+if [ "${1:-} ${2:-}" = "--part given-rubrics" ]; then
+  exec python -m patarm_jax.demo.given_rubrics "${@:3}"
 fi
 if [ "${1:-} ${2:-}" = "--part rubric-arm" ]; then
   exec python -m patarm_jax.demo.arm_ablations "${@:3}"

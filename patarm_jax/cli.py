@@ -12,16 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
-import jax
-
 from patarm_jax import __version__
 from patarm_jax.config.help import settings_in_words
 from patarm_jax.config.load import TRAINING, Config, from_mapping, load, override, read_yaml
-from patarm_jax.config.recipes import BenchConfig, EvalConfig, JudgeConfig, SFTConfig
+from patarm_jax.config.recipes import BenchConfig, EvalConfig, JudgeConfig, RubricsConfig, SFTConfig
 from patarm_jax.config.rubric_arm import ROLES
 from patarm_jax.config.sections import GeneratorSection, ModelSection, Section
 from patarm_jax.files import refuse_address
-from patarm_jax.run.devices import PASS, prepare_devices
+from patarm_jax.run.devices import PASS, keep_compiled_programs, prepare_devices
 from patarm_jax.run.joining import tell_why_absent
 from patarm_jax.run.peers import end_all, end_together
 from patarm_jax.run.process import say
@@ -36,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; 0 done, 1 failed, 2 wrong use."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that there is no torch
     prepare_devices()
-    _keep_compiled_programs()
+    keep_compiled_programs()
     try:
         options, rest = _parser().parse_known_args(arguments)
         code = options.run(options, rest)
@@ -71,14 +69,6 @@ def _said(error: BaseException) -> tuple[str, int]:
             f"needed. Where little is lacking, {PASS}=1 lets XLA recompute more to save memory."
         ), 1
     return "", 1
-
-
-def _keep_compiled_programs() -> None:
-    """On disk, for the next run, unless JAX is told otherwise; JAX_ENABLE_COMPILATION_CACHE=0 turns it off."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "patarm_jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 class _Once(argparse.Action):
@@ -122,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(verbs)
     _add_training(verbs)
     _add_judge(verbs)
+    _add_rubrics(verbs)
     _add_eval(verbs)
     _add_report(verbs)
     _add_bench(verbs)
@@ -192,6 +183,21 @@ def _add_judge(verbs: _Verbs) -> None:
     model = "a Hugging Face folder, or the folder of a finished run; none where --endpoint.url is given"
     judge.epilog = f"MODEL: {model}\n\n{judge.epilog or ''}"
     judge.settings = JudgeConfig
+
+
+def _add_rubrics(verbs: _Verbs) -> None:
+    examples = ["patarm rubrics runs/arm/generator/export --input pairs.jsonl --output pairs_with_rubrics.jsonl"]
+    examples.append("patarm rubrics --generator.endpoint.url http://host:8000/v1 --input … --output …")
+    rubrics = _verb(verbs, "rubrics", _rubrics, "write a generator's rubrics beside the pairs of a file", examples)
+    rubrics.usage = "patarm rubrics GENERATOR --input INPUT --output OUTPUT [--setting value …]"
+    rubrics.add_argument(
+        "--input", type=_place, required=True, help="pairs: a file, a folder of files, or a Hub id, as data.path"
+    )
+    rubrics.add_argument("--output", type=_place, required=True, help="the same rows with their rubrics, a .jsonl file")
+    rubrics.add_argument("--dry-run", action="store_true", help="say what it will cost, write nothing")
+    what = "a Hugging Face folder, or the generator/export of a run; none where --generator.endpoint.url is given"
+    rubrics.epilog = f"GENERATOR: {what}\n\n{rubrics.epilog or ''}"
+    rubrics.settings = RubricsConfig
 
 
 def _add_eval(verbs: _Verbs) -> None:
@@ -327,10 +333,7 @@ def _judge(options: argparse.Namespace, rest: list[str]) -> int:
         expected_score=options.expected_score,
         generator=GeneratorSection(model=ModelSection(path=options.generator)),
     )
-    # Not argparse's: it would take the value of a setting for the model.
-    named = rest[0] if rest and not rest[0].startswith("-") else ""
-    refuse_address(named, "MODEL")
-    settings = rest[1:] if named else rest
+    named, settings = _named(rest, "MODEL")
     config = _told(lambda: override(given, settings), settings)
     both = {"MODEL": named and "--model.path", "--input": "--data.path"}
     _refuse_both(settings, both | {"--generator": options.generator and "--generator.model.path"})
@@ -338,6 +341,32 @@ def _judge(options: argparse.Namespace, rest: list[str]) -> int:
     data = dataclasses.replace(config.data, path=options.input)
     done = judge(dataclasses.replace(config, model=model, data=data), options.dry_run)
     return 0 if done or options.dry_run else 1  # stopped before: there is no output yet
+
+
+def _named(rest: list[str], what: str) -> tuple[str, list[str]]:
+    """The model that stands first, if there is one, and the settings behind it.
+
+    It is not argparse's, which would take the value of a setting for it.
+    """
+    named = rest[0] if rest and not rest[0].startswith("-") else ""
+    refuse_address(named, what)
+    return named, rest[1:] if named else rest
+
+
+def _rubrics(options: argparse.Namespace, rest: list[str]) -> int:
+    from patarm_jax.recipes.rubrics import main as rubrics
+
+    named, settings = _named(rest, "GENERATOR")
+    config = _told(lambda: override(RubricsConfig(output=options.output), settings), settings)
+    _refuse_both(settings, {"GENERATOR": named and "--generator.model.path", "--input": "--data.path"})
+    model = dataclasses.replace(config.generator.model, path=named or config.generator.model.path)
+    config = dataclasses.replace(
+        config,
+        generator=dataclasses.replace(config.generator, model=model),
+        data=dataclasses.replace(config.data, path=options.input),
+    )
+    config.check()
+    return 0 if rubrics(config, options.dry_run) else 1  # stopped before: there is no output yet
 
 
 def _eval(options: argparse.Namespace, rest: list[str]) -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from patarm_jax.config.load import override
-from patarm_jax.demo import baselines
+from patarm_jax.demo import arm_ablations, baselines, given_rubrics
 from patarm_jax.demo.ablations import PARTS, SIZES, STARTS, Variant, main
-from patarm_jax.demo.settings import DemoSizes, demo_configs
+from patarm_jax.demo.settings import ArmSizes, DemoSizes, demo_configs
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,3 +76,20 @@ def test_systems_are_asked_in_every_way_and_go_on(tmp_path):
     assert baselines.main(tmp_path, systems, 1, sizes) == rows == json.loads((tmp_path / "table.json").read_text())
     assert changed == {path: path.stat().st_mtime_ns for path in (tmp_path / "baselines").rglob("*") if path.is_file()}
     assert (tmp_path / "baselines.png").is_file()
+
+
+@pytest.mark.long
+def test_two_models_are_trained_in_every_order_and_one_of_them_writes_for_a_judge_of_single_responses(tmp_path):
+    short, orders = ArmSizes.short(), ["judge first", "judge first, other prompts' rubrics"]
+    rows = arm_ablations.main(tmp_path, 1, short, orders)
+    assert [row["variant"] for row in rows] == orders and rows[0]["seconds"] == rows[1]["seconds"] > 0
+    sizes = DemoSizes(train_pairs=102, heldout_pairs=102, teacher_accuracy=0.6, sft_steps=2, grpo_steps=2)
+    found = given_rubrics.main(tmp_path, 1, sizes, short)
+    assert [row["variant"] for row in found] == list(given_rubrics.VARIANTS)
+    assert json.loads((tmp_path / "table.json").read_text()) == rows + found
+    for start, given in {"own": False, "given": True, "own-and-given": True}.items():
+        pairs = (tmp_path / "starts" / f"{start}-0" / "data" / "train.jsonl").read_text().splitlines()
+        assert len(pairs) == 102 and all(("rubric" in json.loads(line)) == given for line in pairs)
+    changed = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    assert given_rubrics.main(tmp_path, 1, sizes, short) == found
+    assert changed == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}

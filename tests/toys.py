@@ -30,13 +30,16 @@ TINY = dict(
 TOPICS = ("tea", "rain", "chess", "iron", "moss", "jazz", "salt", "maps", "owls", "silk", "mint", "clay")
 
 
-def hf_model(seed: int = 0, **changes):
-    """A random transformers Qwen3 whose norms are not all ones and whose logits are not all alike."""
-    torch = pytest.importorskip("torch", reason="transformers' Qwen3 needs torch")
+def hf_model(seed: int = 0, family: str = "Qwen3", **changes):
+    """A random transformers Qwen3 whose norms are not all ones and whose logits are not all alike; or a Qwen2."""
+    torch = pytest.importorskip("torch", reason="transformers' models need torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
-    config = transformers.Qwen3Config(**(TINY | changes))
-    model = transformers.Qwen3ForCausalLM(config).float().eval()
+    numbers = TINY | changes
+    if family == "Qwen2":  # its heads share the width
+        numbers = {name: value for name, value in numbers.items() if name != "head_dim"}
+    config = getattr(transformers, f"{family}Config")(**numbers)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(

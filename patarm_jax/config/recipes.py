@@ -49,6 +49,7 @@ class JudgeTrainConfig(TrainConfig):
     def check(self) -> None:
         """Refuses settings that are right one by one and together make no sense."""
         super().check()
+        _refuse_unread(self.rubrics, given=self.data.given_rubrics)
         if self.judge == "pointwise" and self.pairwise != PairwiseSection():
             raise UsageError(
                 f"pairwise.orders is {self.pairwise.orders}, and a pointwise judge reads one response. Set judge to "
@@ -215,6 +216,8 @@ class RewardModelConfig(TrainConfig):
     def check(self) -> None:
         """Refuses settings of what a model that writes nothing does not do."""
         super().check()
+        if self.data.given_rubrics:
+            raise UsageError("data.given_rubrics is true, and a reward model reads no rubric. Leave it out.")
         for name in ("margins", "centring"):
             if self.head == "ordinal" and getattr(self, name):
                 raise UsageError(
@@ -233,6 +236,15 @@ class RewardModelConfig(TrainConfig):
                 "heldout.best is valid, and every score of a reward model is. Choose accuracy_strict, accuracy_half or "
                 "score_gap."
             )
+
+
+def _refuse_unread(rubrics: RubricMode, given: bool, generator: bool = False) -> None:
+    """Refuses rubrics that come from elsewhere where a judge reads none but its own."""
+    if rubrics == "generated" and (given or generator):
+        what = "data.given_rubrics is true" if given else "settings of a generator are given"
+        raise UsageError(
+            f"{what}, and rubrics is generated, by which a judge reads none but its own. Leave one of the two out."
+        )
 
 
 @dataclass(frozen=True)
@@ -258,7 +270,12 @@ class AskingConfig(Section):
     @property
     def has_generator(self) -> bool:
         """Whether a generator writes rubrics."""
-        return bool(self.generator.model.path or self.generator.endpoint.url)
+        return self.generator.is_named
+
+    @property
+    def generator_rows(self) -> int:
+        """Rubrics written at a time."""
+        return self.sampling.rows
 
     @property
     def has_endpoint(self) -> bool:
@@ -267,29 +284,30 @@ class AskingConfig(Section):
 
     def check(self) -> None:
         """Refuses expected scores where there are none, and a judge without the rubrics that it needs."""
-        has_settings = self.generator != GeneratorSection()
-        if self.judge in BY_RUBRICS and not self.has_generator:
+        has_settings, given = self.generator != GeneratorSection(), self.data.given_rubrics
+        if self.judge in BY_RUBRICS and not (self.has_generator or given):
             raise UsageError(
                 f"judge is {self.judge}, and no model is named that writes the rubrics. Give --generator with its "
                 "folder, or generator.endpoint.url."
             )
-        if has_settings and self.judge not in (*BY_RUBRICS, "pointwise", "pairwise"):
+        if has_settings and given:
             raise UsageError(
-                f"a generator is given, and a {self.judge} judge reads no rubric of one. Leave it out, or set judge to "
+                "a generator is given, and data.given_rubrics is true: each would write the rubrics. Leave one of the "
+                "two out."
+            )
+        if (has_settings or given) and self.judge not in (*BY_RUBRICS, "pointwise", "pairwise"):
+            what = "data.given_rubrics is true" if given else "a generator is given"
+            raise UsageError(
+                f"{what}, and a {self.judge} judge reads no rubric of one. Leave it out, or set judge to "
                 "rubric_judge, checklist, pointwise or pairwise."
             )
-        if has_settings and self.rubrics == "generated":
-            raise UsageError(
-                "settings of a generator are given, and rubrics is generated, by which a judge reads none but its own. "
-                "Leave one of the two out."
-            )
+        _refuse_unread(self.rubrics, given, has_settings)
         if has_settings and not self.has_generator:
             raise UsageError(
                 "settings of a generator are given, and no generator. Give --generator with its folder, or "
                 "generator.endpoint.url, or leave them out."
             )
-        if self.generator.model.path and self.generator.endpoint.url:
-            raise UsageError("both --generator and generator.endpoint.url are given. Give one.")
+        self.generator.check()
         if self.expected_score and self.judge != "pointwise":
             raise UsageError(
                 f"expected_score is set, and a {self.judge} judge writes no score from 0 to 10. Leave it out, or set "
@@ -318,6 +336,43 @@ class EvalConfig(AskingConfig):
     seed: Seed = 0  # random seed for sampling, for the votes drawn and for p-values
     # The folder of another evaluation of the same items, to compare with.
     against: str = field(default="", metadata=PLACE)
+
+    def check(self) -> None:
+        """Refuses rubrics in the data too, which benchmarks have not."""
+        super().check()
+        if self.data.given_rubrics:
+            raise UsageError(
+                "data.given_rubrics is true, and `patarm eval` reads no rubrics from its data. Give --generator, or "
+                "judge the file with `patarm judge`, which does."
+            )
+
+
+@dataclass(frozen=True)
+class RubricsConfig(Section):
+    """`patarm rubrics`: a generator's rubrics for the prompts of a file; GENERATOR and --input come beside these."""
+
+    generator: GeneratorSection = field(default_factory=GeneratorSection)
+    mesh: MeshSection = field(default_factory=MeshSection)
+    data: DataSection = field(default_factory=DataSection)
+    output: str = field(default="", metadata=PLACE)  # the same as --output
+    rows: Natural = 256  # rubrics written at a time, as sampling.rows of a run
+    seed: Seed = 0  # random seed that a server is sent
+
+    @property
+    def generator_rows(self) -> int:
+        """Rubrics written at a time."""
+        return self.rows
+
+    @property
+    def has_endpoint(self) -> bool:
+        """Whether the generator is behind an endpoint."""
+        return bool(self.generator.endpoint.url)
+
+    def check(self) -> None:
+        """Refuses two generators, and data that are to have rubrics before."""
+        self.generator.check()
+        if self.data.given_rubrics:
+            raise UsageError("data.given_rubrics is true, and these rubrics are still to be written. Leave it out.")
 
 
 @dataclass(frozen=True)

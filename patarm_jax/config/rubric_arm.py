@@ -270,6 +270,11 @@ class RubricArmConfig(RunConfig):
     def check(self) -> None:
         """Refuses settings that are right one by one and together make no sense."""
         super().check()
+        if self.data.given_rubrics:
+            raise UsageError(
+                "data.given_rubrics is true, and here the generator writes the rubrics; the column rubric is what its "
+                "warm-up learns from in any case. Leave it out."
+            )
         for role in ROLES:
             self._check_turn(role)
         if self.is_joint:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
 from patarm_jax.files import refuse_address
-from patarm_jax.types import OpensThinking
+from patarm_jax.types import OpensThinking, UsageError
 
 PLACE = {"place": True}
 OWN = {"own": True}
@@ -178,13 +178,16 @@ class DataSection(Section):
     split: str = "train"
     # Ours → theirs, where they differ; several columns are joined without a space. Ours are: prompt, chosen, rejected,
     # id, source, domain, chosen_judgement, rejected_judgement, pairwise_judgement, pairwise_judgement_swapped,
-    # chosen_score, rejected_score, margin.
+    # chosen_score, rejected_score, margin, rubric, and what Rubric-ARM's warm-up reads besides.
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
     domain: str = ""  # the domain of a row that names none, or one by a word that is unknown
     domains: dict[str, str] = field(default_factory=dict)  # a row's own word → domain, such as stem: math
     # Source → domain, before `domain`; of a benchmark, subset → domain, before its own table.
     source_domains: dict[str, str] = field(default_factory=dict)
     drop_sources: tuple[str, ...] = ()  # sources whose rows are left out
+    # Whether a judge judges by the column rubric, which a generator (`patarm rubrics`) or a person has written for the
+    # prompt, in place of the primary rubrics. Rows in which it is blank are judged by the primary ones, and counted.
+    given_rubrics: bool = False
     # The most tokens of the whole encoded judge prompt. Training drops longer preferences and counts them; `judge` and
     # `eval` record them as too long. They do the same with prompts that leave no room, within the model's
     # max_position_embeddings, for all the tokens that may be written behind them.
@@ -273,6 +276,16 @@ class GeneratorSection(Section):
     model: ModelSection = field(default_factory=ModelSection)
     endpoint: EndpointSection = field(default_factory=EndpointSection)
     max_new_tokens: Positive = 1024  # of a rubric; a longer one is cut off, and shown as far as it goes
+
+    @property
+    def is_named(self) -> bool:
+        """Whether there is one, here or behind an endpoint."""
+        return bool(self.model.path or self.endpoint.url)
+
+    def check(self) -> None:
+        """Refuses two generators."""
+        if self.model.path and self.endpoint.url:
+            raise UsageError("both --generator and generator.endpoint.url are given. Give one.")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from patarm_jax.data.pairs import laid_out, pair_key_and_order
 from patarm_jax.data.reasons import Dropped
 from patarm_jax.data.rows import Row, read_rows
 from patarm_jax.data.sides import sides_of
+from patarm_jax.judge.criteria import shown_rubric
 from patarm_jax.types import Conversation, Domain, Preference, UsageError, UserError
 
 Record = TypeVar("Record")
@@ -134,6 +135,7 @@ def collect(
     first: dict[str, str] = {}
     numbers: dict[str, int] = {}
     twice = _Twice()
+    unruled: list[str] = []
     renamed = 0
     table = read_rows(section.path, (section.split,) if section.split else (), setting=setting)
     for row, columns in _with_columns(table.rows, section.columns):
@@ -141,6 +143,8 @@ def collect(
             values = _our_columns(row, section.columns)
             preference = _preference(row, values, columns, section, words)
             unique = replace(preference, id=free_id(preference.id, numbers))
+            if section.given_rubrics:
+                unique = replace(unique, rubric=_rubric_of(values))
             kept.append(finish(unique, row, values))
         except Dropped as reason:
             dropped[str(reason)] += 1
@@ -148,7 +152,11 @@ def collect(
             continue
         renamed += unique.id != preference.id
         twice.see(unique, row)
+        if section.given_rubrics and not unique.rubric:
+            unruled.append(row.where)
     notes = (*words.notes(), *twice.notes())
+    if unruled:
+        notes += (f"{len(unruled):,} have no rubric and are judged without a given one [{unruled[0]}]",)
     report = Report(
         kept=len(kept),
         dropped=dict(dropped.most_common()),
@@ -159,7 +167,19 @@ def collect(
     )
     if not kept:
         raise UserError(f"no usable preference in {section.path}: {report}. Fix the rows or the data section.")
+    if len(unruled) == len(kept):
+        raise UserError(
+            f"data.given_rubrics is true, and no row of {section.path} has a rubric in the column "
+            f"{' + '.join(section.columns.get(RUBRIC_COLUMN, (RUBRIC_COLUMN,)))}. Let a generator write them with "
+            "`patarm rubrics`, name their column under data.columns.rubric, or leave data.given_rubrics out."
+        )
     return kept, report
+
+
+def _rubric_of(values: Mapping[str, object]) -> str:
+    text = word(RUBRIC_COLUMN, values[RUBRIC_COLUMN])
+    drop_lone_surrogates(text)
+    return shown_rubric(text)
 
 
 def free_id(wanted: str, numbers: dict[str, int]) -> str:

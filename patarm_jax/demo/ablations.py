@@ -14,10 +14,10 @@ import json
 import random
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -27,18 +27,23 @@ import rich.table
 
 from patarm_jax.config.load import override
 from patarm_jax.config.recipes import GRPOConfig, SFTConfig
+from patarm_jax.config.training import RunConfig
 from patarm_jax.data.preferences import CHOICES, JUDGEMENTS
+from patarm_jax.demo.rubric_world import KNOWN_BY_RUBRIC
 from patarm_jax.demo.settings import DemoSizes, System, compare_config, demo_configs, judge_config
 from patarm_jax.demo.story import right_choices
 from patarm_jax.demo.tokenizer import write_untrained_model
-from patarm_jax.demo.world import make_world, teacher_choice, teacher_judgement, write_pairs
+from patarm_jax.demo.world import DOMAINS, make_world, teacher_choice, teacher_judgement, write_pairs
 from patarm_jax.evaluate.figures import draw_bars
 from patarm_jax.evaluate.proportions import limits
 from patarm_jax.files import write_text
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.judge.parse import parse_pointwise
 from patarm_jax.recipes import evaluate, grpo, judge_file, sft
-from patarm_jax.types import CHOSEN, REJECTED, LearntNothing, Preference, RubricMode, UserError
+from patarm_jax.run.devices import keep_compiled_programs, prepare_devices
+from patarm_jax.types import CHOSEN, REJECTED, Domain, LearntNothing, Preference, RubricMode, UserError
+
+Config = TypeVar("Config", bound=RunConfig)
 
 SIZES = DemoSizes(train_pairs=4000, heldout_pairs=500, teacher_accuracy=0.6, sft_steps=500, grpo_steps=40)
 WRONG_WAY_ROUND = 0.15  # of the training preferences
@@ -51,6 +56,8 @@ class Start:
     system: System = "pointwise"
     rubrics: RubricMode = "adaptive"
     template: bool = False  # learnt from judgements of the template, not the teacher's
+    given: bool = False  # by the rubrics that stand beside its pairs, in place of the primary ones
+    domains: Sequence[Domain] = DOMAINS  # of its world
 
 
 STARTS = {
@@ -59,6 +66,10 @@ STARTS = {
     "generated": Start(rubrics="generated"),
     "template": Start(template=True),
     "pairwise": Start(system="pairwise"),
+    # In the world of Rubric-ARM, see `given_rubrics`.
+    "own": Start(rubrics="generated", domains=KNOWN_BY_RUBRIC),
+    "given": Start(rubrics="primary", given=True, domains=KNOWN_BY_RUBRIC),
+    "own-and-given": Start(given=True, domains=KNOWN_BY_RUBRIC),
 }
 
 
@@ -191,18 +202,21 @@ def trained(out: Path, variant: Variant, seed: int, sizes: DemoSizes) -> Measure
     config = override(replace(config, run=replace(config.run, folder=str(folder / "grpo"))), flags)
     say(f"{variant.name}, seed {seed}")
     with quietly(folder / "log.txt"):
-        try:
-            finished = grpo.main(config)
-        except LearntNothing as nothing:
-            say(str(nothing))
-            finished = True
-        if not finished:
-            raise UserError(f"stopped. Start it again to go on in {out}.")
+        to_its_end(grpo.main, config)
         outcomes, valid = _measured(start, begun, folder, config, sft_config)
     seconds, tokens = of_training(folder / "grpo")
     write_text(result, json.dumps({"outcomes": outcomes, "valid": valid, "seconds": seconds, "tokens": tokens}) + "\n")
     jax.clear_caches()  # no later run has these programs
     return trained(out, variant, seed, sizes)
+
+
+def to_its_end(train: Callable[[Config], bool], config: Config) -> None:
+    """Trains; that nothing is learnt is said and is a result like others, that it was stopped ends everything."""
+    try:
+        if not train(config):
+            raise UserError(f"stopped. Start it again to go on in {config.run.folder}.")
+    except LearntNothing as nothing:
+        say(str(nothing))
 
 
 def of_training(run: Path) -> tuple[float, int]:
@@ -217,24 +231,24 @@ def started(out: Path, name: str, seed: int, sizes: DemoSizes) -> tuple[Path, GR
     sft_config, grpo_config = demo_configs(folder, seed, sizes, start.system)
     # The template's judgement is four times as long as the teacher's.
     sampling = replace(grpo_config.sampling, max_new_tokens=192 if start.template else 48)
-    sft_config = replace(sft_config, rubrics=start.rubrics)
-    if start.template:
-        sft_config = replace(sft_config, data=replace(sft_config.data, missing_judgements="template"))
-    grpo_config = replace(grpo_config, rubrics=start.rubrics, sampling=sampling)
+    data = replace(sft_config.data, given_rubrics=start.given)
+    learnt = replace(data, missing_judgements="template") if start.template else data
+    sft_config = replace(sft_config, rubrics=start.rubrics, data=learnt)
+    grpo_config = replace(grpo_config, rubrics=start.rubrics, sampling=sampling, data=data)
     if not (folder / "data" / "heldout.jsonl").is_file():
-        _make_data(folder, start, seed, sizes)
-    write_untrained_model(folder / "model", folder / "data" / "train.jsonl", seed, [FORMS[start.system]], start.rubrics)
+        make_data(folder, start, seed, sizes)
+    forms, pairs = [FORMS[start.system]], folder / "data" / "train.jsonl"
+    write_untrained_model(folder / "model", pairs, seed, forms, start.rubrics, start.given)
     if not (folder / "sft" / "export").is_dir():
         say(f"SFT of {name}, seed {seed}")
         with quietly(folder / "log.txt"):
-            if not sft.main(sft_config):
-                raise UserError(f"stopped. Start it again to go on in {out}.")
+            to_its_end(sft.main, sft_config)
     return folder, grpo_config, sft_config
 
 
-def _make_data(folder: Path, start: Start, seed: int, sizes: DemoSizes) -> None:
+def make_data(folder: Path, start: Start, seed: int, sizes: DemoSizes) -> None:
     """The demo's world, with some of its training preferences the wrong way round, and noisy labels of scores."""
-    world = make_world(seed, sizes.train_pairs, sizes.heldout_pairs)
+    world = make_world(seed, sizes.train_pairs, sizes.heldout_pairs, start.domains)
     teacher, noise = random.Random(seed + 1), random.Random(seed + 2)
     train = [_turned(pair) if noise.random() < WRONG_WAY_ROUND else pair for pair in world.train]
     accuracy = sizes.teacher_accuracy
@@ -282,7 +296,8 @@ def _measured(
         return ((np.sign(lead) + 1) / 2).tolist(), float(valid.mean())
     scores = folder / "scores.jsonl"
     asked = judge_config(model, heldout, scores, seed, sft_config)
-    asked = replace(asked, sampling=replace(asked.sampling, max_new_tokens=config.sampling.max_new_tokens))
+    sampling = replace(asked.sampling, max_new_tokens=config.sampling.max_new_tokens)
+    asked = replace(asked, sampling=sampling, data=replace(asked.data, given_rubrics=start.given))
     found = judge_file.main(asked)
     rows = [json.loads(line) for line in scores.read_text(encoding="utf-8").splitlines()]
     outcome = {"chosen": 1.0, "rejected": 0.0}
@@ -302,6 +317,16 @@ def say(message: str) -> None:
     print(message, file=sys.__stderr__, flush=True)
 
 
+def run_program(program: Callable[[], object]) -> None:
+    """Runs a program as the command line runs a verb: devices prepared, and a user's mistake told in a sentence."""
+    prepare_devices()
+    keep_compiled_programs()  # each run of a part compiles what the one before has compiled
+    try:
+        program()
+    except UserError as error:
+        sys.exit(f"ablations: {error}")
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compares the paper's choices in the demo's world.")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder (default: %(default)s)")
@@ -312,7 +337,4 @@ def _arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     given = _arguments()
-    try:
-        main(given.out, given.part or list(PARTS), given.seeds)
-    except UserError as error:
-        sys.exit(f"ablations: {error}")
+    run_program(lambda: main(given.out, given.part or list(PARTS), given.seeds))

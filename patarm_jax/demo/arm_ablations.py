@@ -10,8 +10,7 @@ Everything is kept, run by run: the same command goes on where it was stopped.
 
 import argparse
 import json
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,17 @@ import numpy as np
 
 from patarm_jax.config.load import override
 from patarm_jax.config.rubric_arm import RubricArmConfig
-from patarm_jax.demo.ablations import Measured, keep_row, of_training, quietly, row_of, say, show
+from patarm_jax.demo.ablations import (
+    Measured,
+    keep_row,
+    of_training,
+    quietly,
+    row_of,
+    run_program,
+    say,
+    show,
+    to_its_end,
+)
 from patarm_jax.demo.rubric_story import make_data, swap_rubrics
 from patarm_jax.demo.settings import ArmSizes, by_rubrics_config, rubric_arm_config
 from patarm_jax.demo.story import right_choices
@@ -33,7 +42,7 @@ from patarm_jax.files import write_text
 from patarm_jax.judge.forms import RUBRIC, RUBRIC_JUDGE
 from patarm_jax.recipes import evaluate, rubric_arm
 from patarm_jax.recipes.evaluate import RUBRICS
-from patarm_jax.types import LearntNothing, UserError
+from patarm_jax.types import UserError
 
 PART = "rubric-arm"
 SIZES = ArmSizes(train_pairs=6000, heldout_pairs=480, warmup_steps=500, turn_steps=10, rounds=2)
@@ -78,10 +87,13 @@ class Found(Measured):
     bias: Mapping[str, float | None] = field(default_factory=dict)  # `BIAS`; None where nothing could be read
 
 
-def main(out: Path, seeds: int, sizes: ArmSizes = SIZES) -> list[dict[str, Any]]:
+def main(
+    out: Path, seeds: int, sizes: ArmSizes = SIZES, variants: Sequence[str] = tuple(VARIANTS)
+) -> list[dict[str, Any]]:
     """Runs what is not done yet; adds the rows to table.json, draws them, and prints the table."""
     rows: list[dict[str, Any]] = []
-    for name, variant in VARIANTS.items():
+    for name in variants:
+        variant = VARIANTS[name]
         found = [measured(out, variant, seed, sizes) for seed in range(seeds)]
         bias = {which: _mean([one.bias[which] for one in found]) for which in BIAS}
         rows.append(row_of(PART, name, dict(variant.settings or {}), variant.start, found) | {"position": bias})
@@ -111,11 +123,18 @@ def measured(out: Path, variant: Variant, seed: int, sizes: ArmSizes) -> Found:
             swap_rubrics(folder / "choices" / RUBRICS, choices / RUBRICS, heldout, seed)
         with quietly(folder / "log.txt"):
             if evaluate.main(by_rubrics_config(judge, generator, heldout, choices, seed)) is None:
-                raise _stopped(out)
+                raise UserError(f"stopped. Start it again to go on in {out}.")
         seconds, tokens = of_training(folder / "run") if variant.settings else (0.0, 0)
         write_text(result, json.dumps(_found(choices) | {"seconds": seconds, "tokens": tokens}) + "\n")
         jax.clear_caches()
     return Found(**json.loads(result.read_text(encoding="utf-8")))
+
+
+def generator_of(out: Path, name: str, seed: int, sizes: ArmSizes = SIZES) -> Path:
+    """The generator of a variant, trained if it is not there."""
+    variant = VARIANTS[name]
+    _, generator = _trained(_started(out, seed, sizes), variant, variant.folder(out, seed), seed, sizes)
+    return generator
 
 
 def _found(choices: Path) -> dict[str, object]:
@@ -175,17 +194,7 @@ def _in(config: RubricArmConfig, folder: Path) -> RubricArmConfig:
 
 def _run(config: RubricArmConfig, log: Path) -> None:
     with quietly(log):
-        try:
-            finished = rubric_arm.main(config)
-        except LearntNothing as nothing:
-            say(str(nothing))
-            finished = True
-    if not finished:
-        raise _stopped(Path(config.run.folder))
-
-
-def _stopped(out: Path) -> UserError:
-    return UserError(f"stopped. Start it again to go on in {out}.")
+        to_its_end(rubric_arm.main, config)
 
 
 def _arguments() -> argparse.Namespace:
@@ -197,7 +206,4 @@ def _arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     given = _arguments()
-    try:
-        main(given.out, given.seeds)
-    except UserError as error:
-        sys.exit(f"ablations: {error}")
+    run_program(lambda: main(given.out, given.seeds))

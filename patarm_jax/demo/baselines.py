@@ -10,7 +10,6 @@ command goes on where it was stopped.
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from patarm_jax.demo.ablations import (
     of_training,
     quietly,
     row_of,
+    run_program,
     say,
     show,
     started,
@@ -152,7 +152,4 @@ def _arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     given = _arguments()
-    try:
-        main(given.out, given.system or list(SYSTEMS), given.seeds)
-    except UserError as error:
-        sys.exit(f"baselines: {error}")
+    run_program(lambda: main(given.out, given.system or list(SYSTEMS), given.seeds))

@@ -43,16 +43,21 @@ MOST_TOKENS = 2000  # the demo's few words make about 1,100
 
 
 def write_untrained_model(
-    folder: Path, pairs: Path, seed: int, forms: Sequence[Form] = (POINTWISE,), rubrics: RubricMode = "adaptive"
+    folder: Path,
+    pairs: Path,
+    seed: int,
+    forms: Sequence[Form] = (POINTWISE,),
+    rubrics: RubricMode = "adaptive",
+    given: bool = False,
 ) -> None:
     """A tokenizer trained on the texts of a pair file, and random weights; a folder that is there already stays.
 
-    The paragraphs that it knows are those of models that are asked by these forms.
+    The paragraphs that it knows are those of models that are asked by these forms, by given rubrics too or not.
     """
     if folder.is_dir():
         return
     rows = map(json.loads, pairs.read_text(encoding="utf-8").splitlines())
-    tokenizer = train_tokenizer((text for row in rows for text in _texts(row)), forms, rubrics)
+    tokenizer = train_tokenizer((text for row in rows for text in _texts(row)), forms, rubrics, given)
     ids = tokenizer.get_vocab()
     shape = model_shape(len(ids))
     with appearing_whole(folder) as part:
@@ -67,7 +72,7 @@ def write_untrained_model(
         write_tokenizer(tokenizer, part)
 
 
-def train_tokenizer(texts: Iterable[str], forms: Sequence[Form], rubrics: RubricMode) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], forms: Sequence[Form], rubrics: RubricMode, given: bool = False) -> Tokenizer:
     """A byte-level BPE of these texts, with the paragraphs that every judge prompt repeats as tokens of their own.
 
     The rubrics and instructions are 230 of the 280 tokens that a demo prompt would have. As one token a paragraph,
@@ -88,7 +93,7 @@ def train_tokenizer(texts: Iterable[str], forms: Sequence[Form], rubrics: Rubric
     tokenizer.train_from_iterator([*texts, *2 * ("system\n", "user\n", "assistant\n\n")], trainer)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
     tokenizer.add_tokens(
-        [AddedToken(text, special=False, normalized=False) for text in (*THINKING, *_paragraphs(forms, rubrics))]
+        [AddedToken(text, special=False, normalized=False) for text in (*THINKING, *_paragraphs(forms, rubrics, given))]
     )
     return tokenizer
 
@@ -107,13 +112,13 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-def _paragraphs(forms: Sequence[Form], rubrics: RubricMode) -> list[str]:
+def _paragraphs(forms: Sequence[Form], rubrics: RubricMode, given: bool) -> list[str]:
     """What stands around the judged texts in the prompts of all domains, cut after each blank line."""
     gap = "\0"
     messages = [
         message
         for form in forms
-        for rubric in (["", gap] if form is RUBRIC_JUDGE else [""])
+        for rubric in (["", gap] if form is RUBRIC_JUDGE or given else [""])
         for domain in PRIMARY
         for message in form.ask(gap, *[gap] * form.responses, domain=domain, rubrics=rubrics, rubric=rubric)
     ]

@@ -1,1 +1,1 @@
-"""Qwen3: the network, its shardings, its weights on disk."""
+"""Qwen3 and Qwen2: the network, its shardings, its weights on disk."""

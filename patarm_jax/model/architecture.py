@@ -1,4 +1,4 @@
-"""The shape of a dense Qwen3, read from and written to Hugging Face's config.json.
+"""The shape of a dense Qwen3 or Qwen2, read from and written to Hugging Face's config.json.
 
 Every key of the file is either understood or refused by name: a silent default would train a wrong model.
 """
@@ -9,12 +9,12 @@ import re
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from patarm_jax.files import read_json_object
-from patarm_jax.model.config_keys import EMPTY, INERT, ONLY, REFUSED, ROPE
+from patarm_jax.model.config_keys import EMPTY, INERT, OF_QWEN2, ONLY, REFUSED, ROPE
 from patarm_jax.types import UserError
 
 
@@ -37,11 +37,20 @@ class Architecture:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     scalar_head: bool = False  # one score, of a Bradley-Terry reward model, in place of the vocabulary's logits
+    # qwen3 normalises queries and keys; qwen2, which is Qwen2.5's too, adds a bias to queries, keys and values.
+    model_type: Literal["qwen3", "qwen2"] = "qwen3"
+
+    @property
+    def name(self) -> str:
+        """What the network is called."""
+        return FAMILIES[self.model_type]
 
 
-_ARCHITECTURES = {False: "Qwen3ForCausalLM", True: "Qwen3ForSequenceClassification"}  # by scalar_head
+FAMILIES = {"qwen3": "Qwen3", "qwen2": "Qwen2"}
+_ONLY_THESE = "Only dense Qwen3 and Qwen2 models are (Qwen2.5 calls itself Qwen2)"
+_HEADS = {False: "ForCausalLM", True: "ForSequenceClassification"}  # by scalar_head, behind the family's name
 # What `from_hf` reads itself, beside the fields of `Architecture`.
-_READ = {"model_type", "architectures", "rope_parameters", "rope_scaling", "layer_types"}
+_READ = {"architectures", "rope_parameters", "rope_scaling", "layer_types"}
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -49,7 +58,7 @@ def read_architecture(folder: Path) -> Architecture:
     path = folder / "config.json"
     raw = read_json_object(path)
     if raw is None:
-        raise UserError(f"{folder} holds no config.json. Give the folder of a Hugging Face Qwen3 model.")
+        raise UserError(f"{folder} holds no config.json. Give the folder of a Hugging Face Qwen3 or Qwen2 model.")
     return from_hf(raw, str(path))
 
 
@@ -64,6 +73,8 @@ def from_hf(raw: dict[str, object], where: str) -> Architecture:
     _refuse_keys(raw, known, where)
     _refuse_layers(raw, where)
     values: dict[str, Any] = {key: raw[key] for key in known if key in raw} | _rope_theta(raw, where)
+    if raw["model_type"] == "qwen2" and values.get("head_dim") is None:
+        values |= _even_heads(values, where)
     required = [f.name for f in dataclasses.fields(Architecture) if f.default is dataclasses.MISSING]
     if missing := [key for key in [*required, "rope_theta"] if values.get(key) is None]:
         raise UserError(f"{where}: missing keys: {', '.join(missing)}. Copy the file again from where the model came.")
@@ -94,14 +105,16 @@ def to_hf(arch: Architecture, dtype: str) -> dict[str, object]:
     """Hugging Face's config.json, readable by transformers 4 and 5 alike."""
     numbers = dataclasses.asdict(arch)
     del numbers["scalar_head"]
+    if arch.model_type == "qwen2" and arch.head_dim * arch.num_attention_heads == arch.hidden_size:
+        del numbers["head_dim"]  # which its own files do not name
+    biases = {"attention_bias": False} if arch.model_type == "qwen3" else {}  # qwen2 always has them
     return {
-        "architectures": [_ARCHITECTURES[arch.scalar_head]],
-        "model_type": "qwen3",
+        "architectures": [arch.name + _HEADS[arch.scalar_head]],
         **numbers,
         **({"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if arch.scalar_head else {}),
         "rope_scaling": None,
         "hidden_act": "silu",
-        "attention_bias": False,
+        **biases,
         "attention_dropout": 0.0,
         "use_sliding_window": False,
         "sliding_window": None,
@@ -114,16 +127,28 @@ def to_hf(arch: Architecture, dtype: str) -> dict[str, object]:
 
 
 def _refuse_another_architecture(raw: dict[str, object], where: str) -> bool:
-    """Refuses all but the two heads of a dense Qwen3; says whether the head gives a score."""
-    if raw.get("model_type") != "qwen3":
+    """Refuses all but the two heads of a dense Qwen3 or Qwen2; says whether the head gives a score."""
+    if raw.get("model_type") not in FAMILIES:
         got = f"is {raw['model_type']!r}" if "model_type" in raw else "is missing"
-        raise UserError(f"{where}: model_type {got}; supported is 'qwen3'. Only dense Qwen3 models are.")
+        raise UserError(f"{where}: model_type {got}; supported is 'qwen3' or 'qwen2'. {_ONLY_THESE}.")
+    of_text, of_score = ([FAMILIES[str(raw["model_type"])] + head] for head in _HEADS.values())
     named = raw.get("architectures")
-    if named not in (None, *([name] for name in _ARCHITECTURES.values())):
+    if named not in (None, of_text, of_score):
+        raise UserError(f"{where}: architectures is {named!r}; supported is {of_text!r}. {_ONLY_THESE}.")
+    return bool(named == of_score)
+
+
+def _even_heads(values: dict[str, Any], where: str) -> dict[str, int]:
+    """The width of a head where the file does not name it: the heads share the network's width."""
+    width, heads = values.get("hidden_size"), values.get("num_attention_heads")
+    if not (isinstance(width, int) and isinstance(heads, int) and heads > 0):
+        return {}  # what is wrong with them is said with all that is missing
+    if width % heads:
         raise UserError(
-            f"{where}: architectures is {named!r}; supported is {[_ARCHITECTURES[False]]!r}: only dense Qwen3 is."
+            f"{where}: hidden_size is {width}, which {heads} heads do not share evenly, and head_dim is missing. Copy "
+            "the file again from where the model came."
         )
-    return bool(named == [_ARCHITECTURES[True]])
+    return {"head_dim": width // heads}
 
 
 def _refuse_keys(raw: dict[str, object], known: set[str], where: str) -> None:
@@ -133,10 +158,11 @@ def _refuse_keys(raw: dict[str, object], known: set[str], where: str) -> None:
             raise UserError(f"{where}: {key} is {reprlib.repr(raw[key])}; supported is none. {REFUSED[key]}.")
     if unknown := sorted(raw.keys() - known - _READ - INERT.keys() - ONLY.keys() - REFUSED.keys()):
         raise UserError(
-            f"{where}: keys that are not understood: {', '.join(unknown)}. Only dense Qwen3 models are. Where they "
+            f"{where}: keys that are not understood: {', '.join(unknown)}. {_ONLY_THESE}. Where they "
             "change nothing in what this model computes, remove them from the file."
         )
-    for key, (supported, why) in ONLY.items():
+    only = ONLY if raw["model_type"] == "qwen3" else ONLY | OF_QWEN2
+    for key, (supported, why) in only.items():
         if key in raw and raw[key] not in supported:
             raise UserError(f"{where}: {key} is {raw[key]!r}; supported is {supported[0]!r}: {why}.")
 

@@ -1,4 +1,4 @@
-"""What a Qwen3's config.json may hold beside the numbers of the network, and why each key is taken or refused.
+"""What a Qwen3's or Qwen2's config.json may hold beside the network's numbers, and why each key is taken or refused.
 
 Four kinds: understood (the fields of `Architecture`, and what `config.from_hf` reads itself), inert whatever they say,
 inert at some values alone, and refused when they say anything. A key that stands nowhere here is refused by name.
@@ -26,8 +26,8 @@ INERT: dict[str, str] = {
     "tie_last_hidden_states": _RETURNED,
     **dict.fromkeys(("gradient_checkpointing", "use_gradient_checkpointing"), "memory against time; model.remat here"),
     "use_cache": "keeps keys and values while generating, which changes no logit",
-    "chunk_size_feed_forward": "computes the same feed-forward in pieces, and Qwen3 does not read it",
-    "pretraining_tp": "of Llama's first checkpoints; Qwen3 does not read it",
+    "chunk_size_feed_forward": "computes the same feed-forward in pieces, and neither Qwen3 nor Qwen2 reads it",
+    "pretraining_tp": "of Llama's first checkpoints; neither Qwen3 nor Qwen2 reads it",
     **dict.fromkeys(("torchscript", "use_bfloat16", "tf_legacy_loss"), "a switch of transformers 4 for other backends"),
     **dict.fromkeys(("max_window_layers", "sliding_window"), _FULL_ATTENTION),
     "original_max_position_embeddings": "is only read by scaled rotary embeddings, which are refused",
@@ -53,7 +53,7 @@ INERT: dict[str, str] = {
     ),
 }
 
-_OTHER_NETWORK = "anything else is another network than the dense Qwen3"
+_OTHER_NETWORK = "anything else is another network than the dense Qwen3 and Qwen2"
 
 # Keys with values that change nothing, and why any other would. The first value is the one that an error names.
 ONLY: dict[str, tuple[tuple[object, ...], str]] = {
@@ -75,6 +75,11 @@ ONLY: dict[str, tuple[tuple[object, ...], str]] = {
     "output_router_logits": ((False, None), "experts are not computed here"),
     "num_nextn_predict_layers": ((0, None), "layers that predict further tokens are not read here"),
 }
+
+# What is another in a Qwen2, whose queries, keys and values have biases whatever the file says.
+OF_QWEN2: dict[str, tuple[tuple[object, ...], str]] = dict.fromkeys(
+    ("attention_bias", "qkv_bias"), ((True, None), "a Qwen2 without biases is not computed here")
+)
 
 # Keys that are refused unless they are empty, and what to do.
 _QUANTISED = "The model is quantised: use the unquantised one"

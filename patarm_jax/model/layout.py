@@ -54,9 +54,14 @@ class Entry:
         return (int(np.prod(one[self.inputs :])), int(np.prod(one[: self.inputs]))) if self.inputs else one
 
 
+_LAYER = "model.layers.{layer}."
+_NORMS = [Entry(("layers", "self_attn", f"{x}_norm"), f"{_LAYER}self_attn.{x}_norm.weight") for x in ("q", "k")]
+_BIASES = [Entry(("layers", "self_attn", f"{x}_bias"), f"{_LAYER}self_attn.{x}_proj.bias") for x in ("q", "k", "v")]
+
+
 def table_of(arch: Architecture) -> list[Entry]:
     """Every parameter of a network."""
-    layer = "model.layers.{layer}."
+    layer = _LAYER
     entries = [
         Entry(("embed_tokens",), EMBEDDING),
         *(
@@ -64,7 +69,7 @@ def table_of(arch: Architecture) -> list[Entry]:
             for x in ("q", "k", "v")
         ),
         Entry(("layers", "self_attn", "o_proj"), f"{layer}self_attn.o_proj.weight", inputs=2),
-        *(Entry(("layers", "self_attn", f"{x}_norm"), f"{layer}self_attn.{x}_norm.weight") for x in ("q", "k")),
+        *(_NORMS if arch.model_type == "qwen3" else _BIASES),
         *(
             Entry(("layers", "mlp", f"{x}_proj"), f"{layer}mlp.{x}_proj.weight", inputs=1)
             for x in ("gate", "up", "down")

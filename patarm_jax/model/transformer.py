@@ -1,4 +1,4 @@
-"""Qwen3 as pure functions: `init_params`, `abstract_params`, `forward`, and `prefill` and `decode` over a cache.
+"""Qwen3 and Qwen2 as pure functions: `init_params`, `abstract_params`, `forward`, `prefill` and `decode` over a cache.
 
 flax.linen lives in this file and does not leave it: parameters are a plain nested dict with Hugging Face's names, the
 layers stacked along a leading axis for training and unstacked for sampling. Nothing here samples, computes a loss or
@@ -251,11 +251,11 @@ def _apply(
             "the layers of these parameters are stacked, and `prefill` and `decode` read them unstacked: see "
             "`unstack_layers`."
         )
-    result: tuple[jax.Array, Tree] = _Qwen3(arch, how, stacked).apply({"params": params}, tokens, positions, context)
+    result: tuple[jax.Array, Tree] = _Qwen(arch, how, stacked).apply({"params": params}, tokens, positions, context)
     return result
 
 
-class _Qwen3(nn.Module):
+class _Qwen(nn.Module):
     config: Architecture
     how: _Pass
     stacked: bool = True
@@ -332,7 +332,11 @@ class _Attention(nn.Module):
         q = _adapted(self, "q_proj", x, jnp.einsum("rsd,dnh->rsnh", x, q_proj))
         keys = _adapted(self, "k_proj", x, jnp.einsum("rsd,dkh->rskh", x, k_proj))
         values = _adapted(self, "v_proj", x, jnp.einsum("rsd,dkh->rskh", x, v_proj))
-        q, keys = _norm(self, "q_norm", q, c.rms_norm_eps), _norm(self, "k_norm", keys, c.rms_norm_eps)
+        if c.model_type == "qwen2":
+            q, keys = _biased(self, "q_bias", "heads", q), _biased(self, "k_bias", "kv_heads", keys)
+            values = _biased(self, "v_bias", "kv_heads", values)
+        else:
+            q, keys = _norm(self, "q_norm", q, c.rms_norm_eps), _norm(self, "k_norm", keys, c.rms_norm_eps)
         q, keys, values = (constrain(y, BATCH_AXES, None, "tensor", None) for y in (q, keys, values))
         q, keys = _rotate(q, *rotary), _rotate(keys, *rotary)
 
@@ -396,6 +400,12 @@ def _norm(module: nn.Module, name: str, x: jax.Array, eps: float) -> jax.Array:
     return (scaled * weight.astype(jnp.float32)).astype(x.dtype)
 
 
+def _biased(module: nn.Module, name: str, heads: str, x: jax.Array) -> jax.Array:
+    """Heads [..., N, H] with a bias added to each; it is kept flat [N·H], as Hugging Face has it."""
+    bias = _param(module, name, nn.with_partitioning(nn.initializers.zeros, (heads,)), (x.shape[-2] * x.shape[-1],))
+    return x + bias.astype(x.dtype).reshape(x.shape[-2:])
+
+
 def _rotary(positions: jax.Array, arch: Architecture) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of position · θ^(−2i/H), [R, S, 1, H/2] float32."""
     half = jnp.arange(0, arch.head_dim, 2, dtype=jnp.float32) / arch.head_dim
@@ -422,4 +432,4 @@ def _boxed_params(arch: Architecture, key: jax.Array) -> Tree:
     one = jnp.zeros((1, 1), jnp.int32)
     with jax.sharding.use_abstract_mesh(NO_MESH):  # the one-token input could not be split
         context = Streams(lengths=jnp.ones(1, jnp.int32), starts=None, width=1, group=0)
-        return _Qwen3(arch, _Pass(jnp.float32)).init(key, one, one, context)["params"]
+        return _Qwen(arch, _Pass(jnp.float32)).init(key, one, one, context)["params"]

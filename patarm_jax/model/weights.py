@@ -32,7 +32,7 @@ def load(
     stored: Stored | None = None,
     without_head: bool = False,
 ) -> tuple[Params, Architecture]:
-    """Parameters and config of a Hugging Face Qwen3 folder, in one file or in shards.
+    """Parameters and config of a Hugging Face folder of a Qwen3 or Qwen2, in one file or in shards.
 
     The config is as the weights are: not tied where the files hold a head that is not the embedding.
 
@@ -74,7 +74,7 @@ def _refuse_another_model(stored: Stored, table: Sequence[Entry], abstract: Para
     spare = {HEAD} if arch.tie_word_embeddings or arch.scalar_head else set()
     if extra := sorted(files.keys() - wanted.keys() - spare):
         raise UserError(
-            f"{files[extra[0]]}: tensor {extra[0]} is not part of the Qwen3 in config.json ({len(extra)} such in "
+            f"{files[extra[0]]}: tensor {extra[0]} is not part of the {arch.name} in config.json ({len(extra)} such in "
             "all). The weights and the config are of different models."
         )
     for file in stored.weight_files:

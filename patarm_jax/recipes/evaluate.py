@@ -61,7 +61,7 @@ def main(config: EvalConfig, dry_run: bool = False) -> Evaluation | None:
 def _evaluate(config: EvalConfig, folder: Path, dry_run: bool) -> Evaluation | None:
     first = jax.process_index() == 0
     judge = open_judge(config, folder / ANSWERS, dry_run)
-    generator = open_generator(config, folder / RUBRICS, dry_run)
+    generator = open_generator(config, folder / RUBRICS, dry_run) if config.has_generator else None
     if isinstance(judge, Local):
         config = replace(config, sampling=JudgingSection(**asdict(judge.sampling)))  # complete, for what is written
 

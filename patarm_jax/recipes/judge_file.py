@@ -76,7 +76,8 @@ def _judge(config: JudgeConfig, output: Path, dry_run: bool) -> Accuracy | None:
     part, kept_rubrics = (output.with_name(f".{output.name}.patarm-{what}") for what in ("answers", "rubrics"))
     served = before[0].get("served", {}) if before else {}
     judge = open_judge(config, part, dry_run, served.get("judge", ""))
-    generator = open_generator(config, kept_rubrics, dry_run, served.get("generator", ""))
+    begun = served.get("generator", "")
+    generator = open_generator(config, kept_rubrics, dry_run, begun) if config.has_generator else None
     form = FORMS[config.judge]
 
     # ------------------------------------------------------------------------------------------------------ questions
@@ -122,7 +123,8 @@ def _judge(config: JudgeConfig, output: Path, dry_run: bool) -> Accuracy | None:
     rows = []
     for index, preference in enumerate(preferences):
         places = [answers.of(question, config.votes) for question in questions[2 * index : 2 * index + 2]]
-        by: dict[str, object] = {} if generator is None else {"rubric": rubrics.shown.get(prompt_of(preference), "")}
+        has_rubrics = generator is not None or config.data.given_rubrics
+        by: dict[str, object] = {"rubric": _rubric_of(preference, rubrics.shown)} if has_rubrics else {}
         by |= {"served": by_server} if by_server else {}
         rows.append({"run": run, **_row(form, preference, places), **by, "sampling": sampling})
     if jax.process_index():
@@ -139,13 +141,18 @@ def _questions(config: JudgeConfig, preferences: Sequence[Preference], rubrics: 
     form = FORMS[config.judge]
     questions = []
     for index, one in enumerate(preferences):
-        rubric = rubrics.get(prompt_of(one), "")
+        rubric = _rubric_of(one, rubrics)
         about = partial(form.ask, domain=one.domain, rubrics=config.rubrics, rubric=rubric)
         for place, responses in enumerate(form.shown(one)):
             name = f"{one.id}/{form.places[place]}"
             read_by = rubric if form.weighs_words else ""
             questions.append(Question(name, 2 * index + place, about(one.prompt, *responses), read_by))
     return questions
+
+
+def _rubric_of(preference: Preference, rubrics: Mapping[str, str]) -> str:
+    """A generator's, or the one that stands in the pair's row; empty where there is none."""
+    return preference.rubric or rubrics.get(prompt_of(preference), "")
 
 
 def _describe(

@@ -9,7 +9,7 @@ from patarm_jax.ask.endpoint import Remote, ask_endpoint, ask_name
 from patarm_jax.ask.estimate import estimate
 from patarm_jax.ask.local import Local, ask_local, open_local
 from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
-from patarm_jax.config.recipes import AskingConfig
+from patarm_jax.config.recipes import AskingConfig, RubricsConfig
 from patarm_jax.config.sections import EndpointSection, JudgingSection, SamplingSection
 from patarm_jax.evaluate.rubrics import (
     Prompted,
@@ -82,13 +82,13 @@ def refuse_lost(answers: Sequence[Answer], what: str, nothing_is: str) -> None:
         )
 
 
-def open_generator(config: AskingConfig, rubrics: Path, dry_run: bool, begun: str = "") -> Local | Remote | None:
-    """The model that writes rubrics into a file, None where there is none; `begun` as of `open_judge`."""
+def open_generator(
+    config: AskingConfig | RubricsConfig, rubrics: Path, dry_run: bool, begun: str = ""
+) -> Local | Remote:
+    """The model that writes rubrics into a file; `begun` as of `open_judge`."""
     section, longest = config.generator, config.data.max_prompt_tokens
-    if not config.has_generator:
-        return None
     sampling = JudgingSection(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=section.max_new_tokens)
-    sampling = replace(sampling, rows=config.sampling.rows)
+    sampling = replace(sampling, rows=config.generator_rows)
     if not section.endpoint.url:
         drawn = sampling, 1, config.seed, longest
         return open_local(section.model, config.mesh, *drawn, "rubric", called="generator.model.path")
@@ -114,7 +114,9 @@ def open_judge(config: AskingConfig, answers: Path, dry_run: bool, begun: str = 
             kind = f"a reward model ({config.judge})"
             raise UsageError(f"votes is {config.votes}; allowed for {kind} is 1: its score is always the same.")
         drawn, expects = (config.sampling, config.votes, config.seed, longest), config.expected_score
-        return open_local(config.model, config.mesh, *drawn, config.judge, expects=expects)
+        local = open_local(config.model, config.mesh, *drawn, config.judge, expects=expects)
+        _tell_of_other_rubrics(config, local)
+        return local
     if config.model.path:
         raise UsageError("both a model and --endpoint.url are given. Give one; the server's model is endpoint.model.")
     if not form.writes:
@@ -128,6 +130,23 @@ def open_judge(config: AskingConfig, answers: Path, dry_run: bool, begun: str = 
             "is not asked for. Give the model's folder instead of --endpoint.url."
         )
     return _open_remote(config.endpoint, config.sampling, form, config.votes, config.seed, answers, dry_run, begun)
+
+
+def _tell_of_other_rubrics(config: AskingConfig, local: Local) -> None:
+    """Says where a judge is asked by other rubrics than it was trained by."""
+    taught = local.model.taught
+    if not local.form.reads_rubrics or not taught.get("rubrics"):
+        return
+    by = {True: "with given ones, a generator's or from the data, in place of the primary ones", False: "without"}
+    given = config.has_generator or config.data.given_rubrics
+    trained = taught["rubrics"], by[bool(taught.get("given_rubrics"))]
+    asked = config.rubrics, by[given]
+    if trained != asked:
+        say(
+            f"{local.name} was trained with rubrics {trained[0]}, {trained[1]}, and is asked with rubrics {asked[0]}, "
+            f"{asked[1]}: what it says of other rubrics than its own is worth less. --rubrics, --generator and "
+            "--data.given_rubrics say by which it is asked"
+        )
 
 
 def _open_remote(
@@ -158,7 +177,7 @@ def ask(judge: Local | Remote, form: Form, answers: Answers, questions: Sequence
     return ask_local(judge, answers, questions)
 
 
-def refuse_many_processes(config: AskingConfig) -> None:
+def refuse_many_processes(config: AskingConfig | RubricsConfig) -> None:
     """Refuses several processes where a server is asked."""
     if config.mesh.distributed != "none" and config.has_endpoint:
         raise UsageError("a model behind an endpoint is asked by one process. Set mesh.distributed to none.")

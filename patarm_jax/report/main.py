@@ -8,6 +8,7 @@ import base64
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -371,14 +372,32 @@ def _troubles(config: TrainConfig, metrics: Sequence[Mapping[str, Any]], run: Pa
 
 
 def _drawn(metrics: Sequence[Mapping[str, Any]]) -> Any:
-    """A function from a panel to its data: for each series a value for every step, or null."""
+    """A function from a panel to its data: for each series a value for every step, or null.
+
+    Where a metric is one of several models in turn, each has a series of its own.
+    """
+    phases = [line.get(PHASE) for line in metrics]
+    in_turns = sum(one != other for one, other in itertools.pairwise(phases)) > len(metrics) / 2
+
+    def each_in(name: str) -> Iterable[tuple[str, list[Any]]]:
+        values = [line.get(name) for line in metrics]
+        known = dict.fromkeys(phase for phase, value in zip(phases, values, strict=True) if value is not None)
+        for phase in known:
+            of_it = [value if one == phase else None for one, value in zip(phases, values, strict=True)]
+            yield (f"{phase}" if len(known) > 1 else ""), of_it
 
     def panel(given: Panel) -> dict[str, object]:
-        series = []
-        for label, name in given.series.items():
-            values = [line.get(name) for line in metrics]
-            if any(value is not None for value in values):
-                series.append({"label": label, "name": name, "dots": name.startswith("eval/"), "values": values})
+        series = [
+            {
+                "label": ", ".join(filter(None, (phase, label))),
+                "name": name,
+                "dots": name.startswith("eval/"),
+                "joined": in_turns,
+                "values": values,
+            }
+            for label, name in given.series.items()
+            for phase, values in each_in(name)
+        ]
         return {"title": given.title, "series": series, "log": given.log, "exact": given.exact}
 
     return panel

@@ -43,6 +43,7 @@ class ModelCardFacts:
     steps: int  # optimiser updates
     reward: str  # such as "PAR, graded margin, 8 judgements of each response"; empty where there is none
     rubrics: RubricMode
+    given_rubrics: bool = False  # whether those that were given stood in place of the primary ones
     judge: ModelKind = "pointwise"  # how it is asked
     beside: JudgeByRubrics = "rubric_judge"  # the kind of judge that a generator writes for
     # As it was trained, and as it is to be served; None of a model that writes nothing.
@@ -70,6 +71,7 @@ def card_of(config: TrainConfig, model: Model, pairs: int | None = None) -> Mode
         steps=0,
         reward=config.reward_in_words,
         rubrics=config.rubrics,
+        given_rubrics=config.data.given_rubrics,
         judge=config.judge,
         beside=config.judged_by,
         drawing=exported_drawing(config, model),
@@ -109,7 +111,7 @@ def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingfa
         ("training data", f"`{facts.data_path}`" + (f", {facts.pairs:,} preference pairs" if facts.pairs else "")),
         ("optimiser updates", f"{facts.steps:,}"),
         *([("reward", facts.reward)] if facts.reward else []),
-        *([("rubrics", facts.rubrics)] if writes else []),
+        *([("rubrics", f"{facts.rubrics}{GIVEN if facts.given_rubrics else ''}")] if writes else []),
         *([("sampling", f"{facts.drawing}{said}")] if facts.drawing else []),
         *_measured(facts),
     ]
@@ -126,6 +128,11 @@ def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingfa
     before = f"{json.dumps(opening)} + " if opening else ""
     words = {**JUDGES[facts.judge], "name": name}
     words["command"] = words["command"].format(name=name)
+    words["given"] = ""
+    if facts.given_rubrics:
+        words["command"] += " --generator GENERATOR"
+        words["note"] += GENERATOR
+        words["given"] = ', rubric="1. The response names the sum. [Hard Rule]"'
     words |= _code(name, facts)
     text = BODY.format(top=top, rubrics=facts.rubrics, opening=before, **words)
     return huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
@@ -250,6 +257,13 @@ JUDGES = {
         "ask in\nboth orders, and take several judgements of each.",
     },
 }
+# What is said of a judge that was trained by given rubrics.
+GIVEN = ", with given ones in place of the primary ones"
+GENERATOR = (
+    "\n\nIt judges by a rubric that was written for the prompt beforehand: `GENERATOR` stands for a model that writes "
+    "such rubrics.\nWhere they stand beside the pairs, in a column `rubric`, give `--data.given_rubrics true` to "
+    "`patarm judge` instead."
+)
 # What stands in every card between what the model is and how it is asked.
 TOP = """\
 | | |
@@ -278,7 +292,7 @@ With vLLM:
 from patarm_jax.judge.parse import parse_{ask}
 from patarm_jax.judge.prompts import {ask}
 {vllm}
-messages = {ask}("What is 2 + 2?", {responses}, domain="math", rubrics="{rubrics}")
+messages = {ask}("What is 2 + 2?", {responses}, domain="math", rubrics="{rubrics}"{given})
 text = {opening}llm.chat(messages, sampling{lora_request})[0].outputs[0].text
 print(parse_{ask}(text).{found})
 ```
@@ -294,7 +308,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto").to(device)
-messages = {ask}("What is 2 + 2?", {responses}, domain="math", rubrics="{rubrics}")
+messages = {ask}("What is 2 + 2?", {responses}, domain="math", rubrics="{rubrics}"{given})
 inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, enable_thinking=True, return_dict=True, return_tensors="pt"
 ).to(device)

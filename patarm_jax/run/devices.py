@@ -1,6 +1,7 @@
-"""What XLA is told before a device is used, unless the user has told it otherwise."""
+"""What JAX and XLA are told before a device is used, unless the user has told them otherwise."""
 
 import os
+from pathlib import Path
 
 import jax
 
@@ -26,6 +27,14 @@ def prepare_devices() -> None:
         os.environ[_SHARES[0]] = SHARE
     if PASS not in os.environ and _PASSES not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_compiler_enable_remat_pass", False)
+
+
+def keep_compiled_programs() -> None:
+    """On disk, for the next run, unless JAX is told otherwise; JAX_ENABLE_COMPILATION_CACHE=0 turns it off."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "patarm_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def devices_in_words(platform: str) -> str:

@@ -130,6 +130,7 @@ def _write_judge(
     part: Path, card: ModelCardFacts, name: str, opening: str, further: Mapping[str, object] = MappingProxyType({})
 ) -> None:
     """How the judge is asked, for programs and for people."""
-    rubrics = {"rubrics": card.rubrics} if card.judge in JUDGES else {}
+    rubrics: dict[str, object] = {"rubrics": card.rubrics} if card.judge in JUDGES else {}
+    rubrics |= {"given_rubrics": True} if card.given_rubrics else {}
     write_text(part / JUDGE, json.dumps({"judge": card.judge} | rubrics | dict(further)) + "\n")
     model_card(card, name, opening).save(part / "README.md")

@@ -1,7 +1,8 @@
 """A model as every story opens it: a folder that is read, weights that are loaded into their places."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +48,12 @@ class Model:
     tokenizer: Tokenizer
     stored: Stored | None  # where its weights lie; None where they are random
     adapter: StoredAdapter | None = None  # what is added to them
-    judge: str = ""  # what kind of judge it was trained to be, a `types.ModelKind`; empty where nothing says
+    taught: Mapping[str, object] = field(default_factory=dict)  # how it was trained to be asked, from judge.json
+
+    @property
+    def judge(self) -> str:
+        """What kind of judge it was trained to be, a `types.ModelKind`; empty where nothing says."""
+        return str(self.taught.get("judge", ""))
 
     def holding(self, name: str) -> Path:
         """The folder whose file of this name counts: the adapters' where it has one, else the model's."""
@@ -81,9 +87,9 @@ def open_model(
     if new_head and not arch.scalar_head:
         arch = replace(arch, scalar_head=True)
         remarks = (*remarks, f"{folder} writes and gives no reward: it gets a head that does, drawn by run.seed")
-    kind = str((read_json_object(_holding(JUDGE, folder, adapter) / JUDGE) or {}).get("judge", ""))
+    taught = read_json_object(_holding(JUDGE, folder, adapter) / JUDGE) or {}
     tokenizer = load_tokenizer(_holding("tokenizer.json", folder, adapter), folder)
-    model = Model(folder, arch, tokenizer, stored, adapter, kind)
+    model = Model(folder, arch, tokenizer, stored, adapter, taught)
     if model.arch.scalar_head != scalar:
         is_, needed = (
             ("a scalar reward model", "one that writes")
@@ -272,7 +278,8 @@ def judge_digest(model: Model) -> str:
     tokenizer = model.tokenizer
     about = repr((model.arch, tokenizer.stop_ids, sorted(tokenizer.files.items()), weights_digest(model)))
     # Spelled as in the first version, so that the answers kept since then are still this judge's.
-    return hashlib.sha256(about.replace("(Architecture(", "(Qwen3Config(", 1).encode()).hexdigest()[:16]
+    about = about.replace("(Architecture(", "(Qwen3Config(", 1).replace(", model_type='qwen3')", ")", 1)
+    return hashlib.sha256(about.encode()).hexdigest()[:16]
 
 
 def load_params(

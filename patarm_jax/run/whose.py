@@ -89,6 +89,8 @@ def _as_written_now(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
             kl["by_ratio"] = None
             if found["update"]["aggregation"] == "sequence_mean":  # what it weighs by in any case
                 found["update"]["aggregation"] = None
+    if isinstance(found.get("model"), dict):
+        found["model"] = {"model_type": "qwen3"} | found["model"]
     known: dict[str, Any] = {"lora": lasting_settings(LoRASection(targets=tuple(sorted(TARGETS))))}
     if found.get("recipe") == "reward_model":
         known["head"] = "scalar"

@@ -28,7 +28,7 @@ def make_schedule(section: OptimizerSection, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(section: OptimizerSection, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW; norm weights are not decayed."""
+    """Clipping by the global norm, then AdamW; norm weights and biases are not decayed."""
     adam = optax.scale_by_adam(b1=section.beta1, b2=section.beta2, eps=section.epsilon)
     adamw = optax.chain(
         adam if section.moments == "float32" else kept_in_bfloat16(adam),
@@ -73,5 +73,10 @@ def _with_floats(state: optax.OptState, change: Callable[[jax.Array, int], jax.A
 
 
 def _decayed(params: optax.Params) -> optax.Params:
-    """True for every weight but the norms'."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in path[-1].key, params)
+    """True for every weight but the norms' and biases."""
+
+    def decayed(path: tuple[jax.tree_util.DictKey, ...], _: jax.Array) -> bool:
+        name = path[-1].key
+        return "norm" not in name and not name.endswith("_bias")
+
+    return jax.tree_util.tree_map_with_path(decayed, params)
