@@ -251,6 +251,39 @@ def checked_rubric_reward(right: jax.Array, valid: jax.Array, form: float = 0.0)
     return Rewards(earned, format, jnp.zeros_like(earned), earned + format)
 
 
+def combined_rewards(
+    values: jax.Array, weights: jax.Array, combine: Literal["sum", "gdpo"] = "sum", eps: float = 1e-4
+) -> tuple[jax.Array, jax.Array]:
+    """What responses earn by several sources, and whether they have a reward at all.
+
+        sum     r = Σ_k w_k·v_k
+        gdpo    n_k = (v_k − mean_k) / (std_k + ε) in each group;  s = Σ_k w_k·n_k;  r = (s − mean(s)) / (std(s) + ε)
+
+    A response that some source says nothing of has no reward: it counts in no mean, and never as 0.
+
+    Args:
+        values: [K, R, G], NaN where a source says nothing.
+        weights: [K].
+        combine: how.
+        eps: ε; standard deviations have ddof 1.
+
+    Returns:
+        rewards [R, G] float32, 0 where there is none; whether there is one [R, G] bool.
+
+    Source: "sum" as in TRL, save that there a missing one of several counts as 0; GDPO as TRL's `normalize_then_sum`,
+    whose deviations over the batch are those of its rows.
+    """
+    valid = ~jnp.isnan(values).any(axis=0)
+    known = jnp.where(valid, values.astype(jnp.float32), 0.0)
+    if combine == "gdpo":
+        known = jax.vmap(lambda of_one: normalised(*centred_within(of_one, valid), ddof=1, eps=eps))(known)
+    total = jnp.where(valid, jnp.einsum("k,krg->rg", weights.astype(jnp.float32), known), 0.0)
+    if combine == "gdpo":
+        flat, member = total.reshape(1, -1), valid.reshape(1, -1)
+        total = normalised(*centred_within(flat, member), ddof=1, eps=eps).reshape(total.shape)
+    return total, valid
+
+
 def format_reward(status: jax.Array) -> jax.Array:
     """0 for a well-formed judgement, −1.0 for a bad score, −1.5 for bad tags.
 

@@ -4,7 +4,8 @@ Nothing here computes, and nothing needs JAX: whoever only asks a judge and read
 What is made of arrays stands in `arrays`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal, TypedDict, get_args
 
@@ -22,7 +23,9 @@ JudgeKind = Literal["pointwise", "pairwise", "baseline", "scalar", "ordinal", "r
 # What a model of ours is asked for: a judgement of some kind, or a rubric.
 JudgeByRubrics = Literal["rubric_judge", "checklist"]  # kinds of judge that go by a generator's rubric alone
 BY_RUBRICS: tuple[JudgeByRubrics, ...] = get_args(JudgeByRubrics)
-ModelKind = JudgeKind | Literal["rubric"]
+# policy: a model that answers, and may think before it does; policy_unthinking: one whose turn is begun unthought.
+PolicyKind = Literal["policy", "policy_unthinking"]
+ModelKind = JudgeKind | Literal["rubric"] | PolicyKind
 # Whether the chat template of a server that is not seen writes `<think>` itself; auto: as its answers show.
 OpensThinking = Literal["auto", "yes", "no"]
 
@@ -66,6 +69,8 @@ class Preference:
     labels: tuple[float, float] | None = None  # scores given to the chosen and to the rejected response, 0 to 10
     margin: float | None = None  # by how much a reward model is to prefer the chosen response
     rubric: str = ""  # by which the responses are compared, as the judge is shown it
+    # Of a prompt alone, whose responses are empty: all that stands in its row.
+    row: Mapping[str, object] = field(default_factory=dict, compare=False)
 
 
 class Status(IntEnum):

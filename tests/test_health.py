@@ -74,7 +74,7 @@ VERDICTS = {
     "unreadable": ([MUTE] * 2, "but the format penalty was learnt: in 2 of 2 steps no judgement could be read. Teach"),
     "lonely": ([LONELY] * 2, "nothing but the format penalty was learnt: in 2 of 2 steps no pair had a readable"),
     "wrong": ([WRONG] * 2, "in 2 of 2 steps no judgement earned a PAR reward, though both sides could be read. Either"),
-    "equal": ([EQUAL] * 2, "nothing was learnt: in 2 of 2 steps all judgements of a response earned the same"),
+    "equal": ([EQUAL] * 2, "nothing was learnt: in 2 of 2 steps all that is compared with each other earned the same"),
     "of everything a bit": (
         [CUT, MUTE, MUTE, LONELY],
         "in 2 of 4 steps no judgement could be read; in 1 of 4 steps all",

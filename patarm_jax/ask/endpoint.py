@@ -98,6 +98,30 @@ def ask_endpoint(remote: Remote, answers: Answers, questions: Sequence[Question]
     return True
 
 
+async def ask_while_they_come(
+    remote: Remote, answers: Answers, work: Callable[[], Iterator[tuple[Question, int] | None]], parse: Parse
+) -> None:
+    """Asks for answers while what is asked is still being found; returns when all of it has its answer or has failed.
+
+    Args:
+        remote: who is asked.
+        answers: where answers go; nothing else writes there meanwhile.
+        work: from its call on, each question and vote to be asked; None while there is nothing yet.
+        parse: reads what was written.
+    """
+    asking = _Asking(
+        remote=remote,
+        answers=answers,
+        parse=parse,
+        work=work(),
+        stopping=lambda: False,
+        report=lambda *_: None,
+        done=0,
+        answered=answers.any_came,
+    )
+    await asking.run()
+
+
 @dataclass(frozen=True)
 class _Held:
     """A refused question, until it is known whether every question is refused."""
@@ -115,7 +139,7 @@ class _Asking:
     remote: Remote
     answers: Answers
     parse: Parse
-    work: Iterator[tuple[Question, int]]
+    work: Iterator[tuple[Question, int] | None]  # None while nothing is to be asked yet
     stopping: Callable[[], bool]
     report: Progress
     done: int
@@ -159,7 +183,13 @@ class _Asking:
         return bool(self.trouble) or self.stopping()
 
     async def _one_after_another(self, client: httpx.AsyncClient) -> None:
-        for question, vote in self.work:
+        for one in self.work:
+            if one is None:
+                await asyncio.sleep(LOOK)
+                if self._ending():
+                    return
+                continue
+            question, vote = one
             # Whether what was refused is refused to all will be told by those under way.
             while self._doubtful() and self.under_way and not self._ending():
                 await asyncio.sleep(LOOK)

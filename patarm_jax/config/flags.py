@@ -1,8 +1,8 @@
 """Settings from a command line: `--section.key value`, with the types of a config class, as nested mappings.
 
 A setting is given once. Its words go up to the next flag; `--section.key=value` is the same with one word. Booleans are
-true or false, a setting that may be unset takes null, a list takes several words, and a mapping is given key by key:
-`--data.columns.chosen accepted`.
+true or false, a setting that may be unset takes null, a list takes several words, a mapping is given key by key,
+`--data.columns.chosen accepted`, and a list of sections by numbers from 0: `--reward.sources.0.weight 2`.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from patarm_jax.config.sections import section_of_list
 from patarm_jax.types import UsageError
 
 RENAMED = {"policy": "update", "update.kl_coef": "update.kl.coef"}  # dotted names, before → now, one after another
@@ -52,8 +53,25 @@ def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, objec
     """
     result = dict(settings)
     for key, value in changes.items():
+        if isinstance(result.get(key), list | tuple) and isinstance(value, dict):
+            result[key] = _merged_list(key, result[key], value)
+            continue
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def _merged_list(key: str, sections: Sequence[dict[str, Any]], changes: dict[str, dict[str, Any]]) -> list[object]:
+    """A list of sections with what is said of some of them by their numbers, and with those that follow."""
+    result: list[object] = list(sections)
+    for number in sorted(map(int, changes)):
+        if number > len(result):
+            raise UsageError(
+                f"--….{key}.{number} has no section before it: there are {len(result)}, so that the next one is "
+                f"{len(result)}. Number them from 0 without a gap."
+            )
+        before = sections[number] if number < len(sections) else {}
+        result[number : number + 1] = [merged(before, changes[str(number)])]
     return result
 
 
@@ -128,6 +146,14 @@ def _place(cls: type, flag: str) -> tuple[list[str], object]:
             raise _unknown(cls, flag)
         path.append(parts.pop(0))
         kind = kinds[path[-1]]
+        if (section := section_of_list(kind)) is not None:
+            if not parts or not parts[0].isdecimal():
+                raise UsageError(
+                    f"--{flag} is a list of sections. Give their settings one by one, by numbers from 0, such as "
+                    f"--{'.'.join(path)}.0.{next(iter(get_type_hints(section)))}; or give it in the config."
+                )
+            path.append(str(int(parts.pop(0))))
+            kind = section
     if dataclasses.is_dataclass(kind):
         keys = ", ".join(f"--{flag}.{key}" for key in get_type_hints(kind))
         raise UsageError(f"--{flag} is a section. Give one of its settings: {keys}.")

@@ -6,7 +6,7 @@ import inspect
 import textwrap
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from patarm_jax.config.sections import Section, limits_of
+from patarm_jax.config.sections import Section, limits_of, section_of_list
 
 _WIDTH = 100
 
@@ -21,7 +21,11 @@ def settings_in_words(config: Section, prefix: str = "") -> str:
     sections: list[str] = []
     for each in dataclasses.fields(config):
         value = getattr(config, each.name)
-        if isinstance(value, Section):
+        listed = section_of_list(kinds[each.name])
+        if listed is not None:
+            heading = f"\n{prefix}{each.name}: a list, N from 0. {inspect.getdoc(listed)}"
+            sections.append(f"{heading}\n{settings_in_words(listed(), f'{prefix}{each.name}.N.')}")
+        elif isinstance(value, Section):
             heading = f"\n{prefix}{each.name}: {inspect.getdoc(type(value))}"
             sections.append(f"{heading}\n{settings_in_words(value, f'{prefix}{each.name}.')}")
         else:

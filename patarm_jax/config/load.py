@@ -16,9 +16,10 @@ import msgspec
 import yaml
 
 from patarm_jax.config.flags import BECAME_SECTIONS, merged, nearest, now_called, settings_of, with_names_of_now
+from patarm_jax.config.policy import PolicyConfig
 from patarm_jax.config.recipes import GRPOConfig, RewardModelConfig, SFTConfig
 from patarm_jax.config.rubric_arm import RubricArmConfig
-from patarm_jax.config.sections import Section, limits_of
+from patarm_jax.config.sections import Section, limits_of, section_of_list
 from patarm_jax.config.training import RunConfig
 from patarm_jax.files import one_line
 from patarm_jax.types import UsageError, UserError
@@ -29,6 +30,7 @@ TRAINING: dict[str, type[RunConfig]] = {  # by `recipe`
     "grpo": GRPOConfig,
     "reward_model": RewardModelConfig,
     "rubric_arm": RubricArmConfig,
+    "policy": PolicyConfig,
 }
 
 
@@ -117,10 +119,14 @@ def shared_settings(config: Section, prefix: str = "") -> dict[str, object]:
     ['mesh.join_seconds', 'mesh.heartbeat_seconds', 'mesh.stall_minutes']
     """
     found: dict[str, object] = {}
+    kinds = get_type_hints(type(config))
     for each in dataclasses.fields(config):
         value, name = getattr(config, each.name), f"{prefix}{each.name}"
         if isinstance(value, Section):
             found |= shared_settings(value, f"{name}.")
+        elif section_of_list(kinds[each.name]):
+            for number, one in enumerate(value):
+                found |= shared_settings(one, f"{name}.{number}.")
         elif not each.metadata.get("place") and not each.metadata.get("own"):
             found[name] = value
     return found
@@ -131,7 +137,7 @@ def lasting_settings(config: Section) -> dict[str, object]:
     return {
         each.name: lasting_settings(value)
         if isinstance(value, Section)
-        else list(value)  # as JSON gives it back
+        else [lasting_settings(one) if isinstance(one, Section) else one for one in value]  # as JSON gives it back
         if isinstance(value, tuple)
         else value
         for each in dataclasses.fields(config)
@@ -157,6 +163,11 @@ def _refuse_unknown_keys(cls: object, mapping: object, where: str, prefix: str) 
             raise UsageError(f"{where}unknown key {prefix}{key}.{nearest(str(key), list(kinds), prefix)}")
         if dataclasses.is_dataclass(kinds[key]):
             _refuse_unknown_keys(kinds[key], value, where, f"{prefix}{key}.")
+        if section := section_of_list(kinds[key]):
+            if not isinstance(value, list | tuple):
+                raise UsageError(f"{where}{prefix}{key} is a list of sections of keys, got {value!r}.")
+            for number, one in enumerate(value):
+                _refuse_unknown_keys(section, one, where, f"{prefix}{key}.{number}.")
 
 
 def _refuse_out_of_range(config: Section, where: str, prefix: str = "") -> None:
@@ -164,6 +175,9 @@ def _refuse_out_of_range(config: Section, where: str, prefix: str = "") -> None:
     for name, value in ((each.name, getattr(config, each.name)) for each in dataclasses.fields(config)):
         if isinstance(value, Section):
             _refuse_out_of_range(value, where, f"{prefix}{name}.")
+        elif section_of_list(kinds[name]):
+            for number, one in enumerate(value):
+                _refuse_out_of_range(one, where, f"{prefix}{name}.{number}.")
         elif (limits := limits_of(kinds[name])) is not None and value is not None and value not in limits:
             finite = "" if -math.inf < value < math.inf else ", and finite"
             raise UsageError(f"{where}{prefix}{name} is {value}; allowed is {limits}{finite}.")
@@ -205,6 +219,8 @@ def _floats(cls: object, mapping: Mapping[str, Any]) -> dict[str, object]:
     for key, value in mapping.items():
         if dataclasses.is_dataclass(kinds[key]):
             result[key] = _floats(kinds[key], value)
+        elif section := section_of_list(kinds[key]):
+            result[key] = [_floats(section, one) for one in value]
         elif float in (kinds[key], *get_args(kinds[key])) and isinstance(value, str):
             with contextlib.suppress(ValueError):
                 result[key] = float(value)

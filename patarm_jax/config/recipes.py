@@ -20,6 +20,7 @@ from patarm_jax.config.sections import (
     EndpointSection,
     GeneratorSection,
     HeldoutSection,
+    JudgementRewardSection,
     JudgingSection,
     MeshSection,
     ModelSection,
@@ -27,12 +28,11 @@ from patarm_jax.config.sections import (
     NotNegative,
     PairwiseSection,
     Positive,
-    RewardSection,
     Section,
     Seed,
     Votes,
 )
-from patarm_jax.config.training import PolicyConfig, SupervisedConfig, TrainConfig
+from patarm_jax.config.training import ReinforcedConfig, SupervisedConfig, TrainConfig
 from patarm_jax.types import BY_RUBRICS, BenchmarkName, JudgeKind, RubricMode, UsageError
 
 OWN_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:name
@@ -80,10 +80,11 @@ class SFTConfig(SupervisedConfig, JudgeTrainConfig):
 
 
 @dataclass(frozen=True)
-class GRPOConfig(PolicyConfig, JudgeTrainConfig):
+class GRPOConfig(ReinforcedConfig, JudgeTrainConfig):
     """`patarm grpo`: reinforcement learning on preference pairs."""
 
     recipe: Literal["grpo"] = "grpo"
+    reward: JudgementRewardSection = field(default_factory=JudgementRewardSection)
 
     @property
     def stage_in_words(self) -> str:
@@ -162,7 +163,7 @@ class GRPOConfig(PolicyConfig, JudgeTrainConfig):
                 f"reward.margin.name is {name!r}; allowed is {', '.join(MARGINS)}, or module:name for a function of "
                 f"your own.{did_you_mean(name, list(MARGINS))}"
             )
-        unset = RewardSection()
+        unset = JudgementRewardSection()
         unused: tuple[str, ...]
         if self.judge == "pairwise":
             unused, why = ("kind", "margin", "opponent", "loser"), "judge is pairwise: it gives choices and no scores"

@@ -19,7 +19,7 @@ from patarm_jax.config.sections import (
     Share,
     UpdateSection,
 )
-from patarm_jax.config.training import PolicyConfig, RunConfig, SupervisedConfig
+from patarm_jax.config.training import ReinforcedConfig, RunConfig, SupervisedConfig
 from patarm_jax.types import JudgeByRubrics, RubricMode, UsageError
 
 Role = Literal["generator", "judge"]
@@ -119,7 +119,7 @@ class WarmupConfig(SupervisedConfig):
 
 
 @dataclass(frozen=True)
-class TurnConfig(PolicyConfig):
+class TurnConfig(ReinforcedConfig):
     """The phases of one model in the rounds."""
 
     judge: OfAnArm = "rubric"

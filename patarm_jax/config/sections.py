@@ -10,7 +10,7 @@ A comment beside a setting, or right above it, is its line of `--help`. Marks of
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, get_args, get_origin
 
 from patarm_jax.files import refuse_address
 from patarm_jax.types import OpensThinking, UsageError
@@ -60,6 +60,13 @@ def limits_of(kind: object) -> Range | None:
     if limits := [each for each in getattr(kind, "__metadata__", ()) if isinstance(each, Range)]:
         return limits[0]
     return next((found for part in get_args(kind) if (found := limits_of(part)) is not None), None)
+
+
+def section_of_list(kind: object) -> type | None:
+    """The section of which a setting is a list; None of any other setting."""
+    first = next(iter(get_args(kind)), None)
+    is_list = get_origin(kind) is tuple and dataclasses.is_dataclass(first)
+    return first if is_list and isinstance(first, type) else None
 
 
 Positive = Annotated[int, Range(1)]
@@ -326,6 +333,16 @@ class AccuracySection(Section):
 
 @dataclass(frozen=True)
 class RewardSection(Section):
+    """How rewards become advantages."""
+
+    # Whether advantages compare the judgements of one response, or those of both responses of a pair; of a pairwise
+    # judge, those of one order or of both. Null, here and below: as update.algorithm has it; of a pairwise judge: pair.
+    group_by: Literal["response", "pair"] | None = None
+    normalise_std: bool | None = None  # whether advantages are divided by their group's standard deviation
+
+
+@dataclass(frozen=True)
+class JudgementRewardSection(RewardSection):
     """What a judgement earns for its score or choice, and how rewards become advantages."""
 
     # What a pointwise judge's score earns. par: Preference-Aware Reward. The others are what PAR is compared with.
@@ -338,10 +355,6 @@ class RewardSection(Section):
     opponent: Literal["mean", "every", "one"] = "mean"
     loser: Literal["zero", "minus"] = "zero"  # of PAR, what the wrong side of the opponent earns: 0, or -f(|δ|)
     accuracy: AccuracySection = field(default_factory=AccuracySection)
-    # Whether advantages compare the judgements of one response, or those of both responses of a pair; of a pairwise
-    # judge, those of one order or of both. Null, here and below: as update.algorithm has it; of a pairwise judge: pair.
-    group_by: Literal["response", "pair"] | None = None
-    normalise_std: bool | None = None  # whether advantages are divided by their group's standard deviation
 
 
 @dataclass(frozen=True)

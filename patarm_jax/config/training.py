@@ -24,7 +24,7 @@ from patarm_jax.config.sections import (
 from patarm_jax.types import JudgeByRubrics, ModelKind, RubricMode, UsageError
 
 Training = TypeVar("Training", bound="TrainConfig")
-Policy = TypeVar("Policy", bound="PolicyConfig")
+Reinforced = TypeVar("Reinforced", bound="ReinforcedConfig")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class SupervisedConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class PolicyConfig(TrainConfig):
+class ReinforcedConfig(TrainConfig):
     """What every run has that samples from the model it trains, and learns from what the samples earn."""
 
     sampling: SamplingSection = field(default_factory=SamplingSection)
@@ -219,7 +219,7 @@ class PolicyConfig(TrainConfig):
             return self.model
         return replace(self.model, path=self.update.reference, adapter="", weights="load")
 
-    def complete(self: Policy) -> Policy:
+    def complete(self: Reinforced) -> Reinforced:
         """With the algorithm's own values for what is unset.
 
         Raises:

@@ -166,7 +166,9 @@ def encode_pair(
 
 def encode_question(tokenizer: Tokenizer, messages: Sequence[Message], form: Form) -> Tokens:
     """What a judge of a form reads: a question up to where it begins to write, or all before the number it gives."""
-    if form.writes:
+    if form.converses:
+        ids = encode_dialogue(tokenizer, messages, answering=True, thinking=form.thinks)
+    elif form.writes:
         ids = encode_chat(tokenizer, messages) + ([] if form.thinks else unthought_opening(tokenizer))
     elif form.has_score_head:
         ids = encode_dialogue(tokenizer, messages)

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from patarm_jax.config.sections import DataSection
 from patarm_jax.data import reasons
@@ -17,7 +17,7 @@ from patarm_jax.data.cells import is_blank, joined, number, word
 from patarm_jax.data.pairs import laid_out, pair_key_and_order
 from patarm_jax.data.reasons import Dropped
 from patarm_jax.data.rows import Row, read_rows
-from patarm_jax.data.sides import sides_of
+from patarm_jax.data.sides import Sides, sides_of
 from patarm_jax.judge.criteria import shown_rubric
 from patarm_jax.types import Conversation, Domain, Preference, UsageError, UserError
 
@@ -43,6 +43,20 @@ COLUMNS = (
 _NEEDED = ("chosen", "rejected")
 _DOMAINS: dict[str, Domain] = {domain: domain for domain in get_args(Domain)}
 _AHEAD = 100  # rows of a file that say which columns it has
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is read from a file: preferences, or prompts alone."""
+
+    # From a row's values by our names, the row, the columns of its file and the names that the settings map.
+    sides: Callable[[Mapping[str, Any], Mapping[str, object], Set[str], Set[str]], Sides]
+    needed: tuple[tuple[str, ...], ...]  # columns by our names, of which a file must have all of one group
+    words: str  # what those are
+    has_responses: bool = True
+
+
+PAIRS = Kind(sides_of, (_NEEDED,), "chosen and rejected, and prompt unless both contain it")
 
 
 @dataclass(frozen=True)
@@ -120,7 +134,10 @@ def read_preferences_without_margins(section: DataSection) -> tuple[list[Prefere
 
 
 def collect(
-    section: DataSection, setting: str, finish: Callable[[Preference, Row, Mapping[str, object]], Record]
+    section: DataSection,
+    setting: str,
+    finish: Callable[[Preference, Row, Mapping[str, object]], Record],
+    kind: Kind = PAIRS,
 ) -> tuple[list[Record], Report]:
     """What becomes of all usable preferences, in order, and of the rows.
 
@@ -128,20 +145,21 @@ def collect(
         section: what to read.
         setting: the section of the settings that says path and split.
         finish: makes a record of a preference, its row and the row's values by our names; may raise `Dropped`.
+        kind: what is read.
     """
     words = _Words(section)
     kept: list[Record] = []
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}
     numbers: dict[str, int] = {}
-    twice = _Twice()
+    twice = _Twice("pair" if kind.has_responses else "prompt")
     unruled: list[str] = []
     renamed = 0
     table = read_rows(section.path, (section.split,) if section.split else (), setting=setting)
-    for row, columns in _with_columns(table.rows, section.columns):
+    for row, columns in _with_columns(table.rows, section.columns, kind):
         try:
             values = _our_columns(row, section.columns)
-            preference = _preference(row, values, columns, section, words)
+            preference = _preference(row, values, columns, section, words, kind)
             unique = replace(preference, id=free_id(preference.id, numbers))
             if section.given_rubrics:
                 unique = replace(unique, rubric=_rubric_of(values))
@@ -166,7 +184,8 @@ def collect(
         notes=notes,
     )
     if not kept:
-        raise UserError(f"no usable preference in {section.path}: {report}. Fix the rows or the data section.")
+        what = "preference" if kind.has_responses else "prompt"
+        raise UserError(f"no usable {what} in {section.path}: {report}. Fix the rows or the data section.")
     if len(unruled) == len(kept):
         raise UserError(
             f"data.given_rubrics is true, and no row of {section.path} has a rubric in the column "
@@ -196,25 +215,34 @@ def free_id(wanted: str, numbers: dict[str, int]) -> str:
 # ---- Columns --------------------------------------------------------------------------------------------------------
 
 
-def _with_columns(rows: Iterator[Row], mapping: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[Row, Set[str]]]:
+def _with_columns(
+    rows: Iterator[Row], mapping: Mapping[str, tuple[str, ...]], kind: Kind
+) -> Iterator[tuple[Row, Set[str]]]:
     """Each row, and the columns of its file. A row may lack one; a file that does is refused."""
     for _, its in itertools.groupby(rows, key=lambda row: row.origin):
         ahead = list(itertools.islice(its, _AHEAD))
         columns = {name for row in ahead for name in row.values}
-        _refuse_missing_columns(ahead[0], columns, mapping)
+        _refuse_missing_columns(ahead[0], columns, mapping, kind)
         for row in itertools.chain(ahead, its):
             columns |= row.values.keys()
             yield row, columns
 
 
-def _refuse_missing_columns(row: Row, columns: Iterable[str], mapping: Mapping[str, tuple[str, ...]]) -> None:
-    expected = [our for our in COLUMNS if our in mapping or our in _NEEDED]
-    missing = [their for our in expected for their in mapping.get(our, (our,)) if their not in columns]
+def _refuse_missing_columns(row: Row, columns: Set[str], mapping: Mapping[str, tuple[str, ...]], kind: Kind) -> None:
+    def lacking(expected: Iterable[str]) -> list[str]:
+        return [their for our in expected for their in mapping.get(our, (our,)) if their not in columns]
+
+    of_groups = [lacking(group) for group in kind.needed]
+    missing = lacking(our for our in COLUMNS if our in mapping)
+    if all(of_groups):
+        missing = list(dict.fromkeys([*missing, *of_groups[0]]))
     if missing:
+        first = kind.needed[0][0]
+        theirs = {"chosen": "accepted"}.get(first, "question")
         raise UserError(
-            f"{row.where} has no column {', '.join(missing)}; it has {', '.join(row.values) or 'none'}. Needed are "
-            "chosen and rejected, and prompt unless both contain it: say under data.columns what they are called, "
-            "such as `chosen: accepted`, or --data.columns.chosen accepted."
+            f"{row.where} has no column {', '.join(missing)}; it has {', '.join(row.values) or 'none'}. Needed is "
+            f"{kind.words}: say under data.columns what the columns are called, such as `{first}: {theirs}`, or "
+            f"--data.columns.{first} {theirs}."
         )
 
 
@@ -232,13 +260,13 @@ def _joined(row: Row, names: tuple[str, ...]) -> object:
 
 
 def _preference(
-    row: Row, values: Mapping[str, object], columns: Set[str], section: DataSection, words: "_Words"
+    row: Row, values: Mapping[str, object], columns: Set[str], section: DataSection, words: "_Words", kind: Kind
 ) -> Preference:
     source = word("source", values["source"])
     if words.drops(source):
         raise Dropped(reasons.DROPPED_SOURCE)
-    sides = sides_of(values, row.values, columns, section.columns.keys())
-    _drop_what_teaches_nothing(*sides)
+    sides = kind.sides(values, row.values, columns, section.columns.keys())
+    _drop_what_teaches_nothing(*sides, kind.has_responses)
     name = word("id", values["id"]) or row.name
     said = word("domain", values["domain"])
     drop_lone_surrogates(name + source + said)  # they are hashed and logged
@@ -249,14 +277,14 @@ def _preference(
     return Preference(id=name, prompt=prompt, chosen=chosen, rejected=rejected, domain=domain, source=source)
 
 
-def _drop_what_teaches_nothing(prompt: Conversation, chosen: str, rejected: str) -> None:
+def _drop_what_teaches_nothing(prompt: Conversation, chosen: str, rejected: str, has_responses: bool) -> None:
     if not prompt or is_blank(prompt[-1]["content"]):
         raise Dropped(reasons.EMPTY_PROMPT)
     if prompt[-1]["role"] != "user":
         raise Dropped(reasons.NOT_USERS_TURN)
-    if is_blank(chosen) or is_blank(rejected):
+    if has_responses and (is_blank(chosen) or is_blank(rejected)):
         raise Dropped(reasons.EMPTY_RESPONSE)
-    if laid_out(chosen) == laid_out(rejected):
+    if has_responses and laid_out(chosen) == laid_out(rejected):
         raise Dropped(reasons.IDENTICAL)
     for text in (chosen, rejected, *(message["content"] for message in prompt)):
         drop_lone_surrogates(text)
@@ -271,9 +299,10 @@ def drop_lone_surrogates(text: str) -> None:
 
 
 class _Twice:
-    """Pairs that stand more than once, which are kept, and counted."""
+    """Pairs, or prompts, that stand more than once, which are kept, and counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
+        self._what = what
         self._seen: dict[bytes, bool] = {}  # pair → whether its responses stand in the order of their texts
         self._counts: Counter[bool] = Counter()  # in the other order than the first time → how many
         self._first: dict[bool, str] = {}
@@ -293,7 +322,7 @@ class _Twice:
         for turned, how in ((False, ""), (True, " with chosen and rejected exchanged")):
             if count := self._counts[turned]:
                 rows = "row repeats" if count == 1 else "rows repeat"
-                yield f"{count:,} kept {rows} an earlier pair{how} [{self._first[turned]}]"
+                yield f"{count:,} kept {rows} an earlier {self._what}{how} [{self._first[turned]}]"
 
 
 # ---- Domains --------------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from patarm_jax.types import Conversation, Message
 Sides = tuple[Conversation, str, str]  # the prompt, the chosen and the rejected response
 
 # Columns with the turns before the response, where none is called prompt: LLaMA-Factory's, and OpenAI's.
-_TURNS = ("conversations", "messages", "conversation")
+TURNS = ("conversations", "messages", "conversation")
 # Columns that hold the prompt in many data sets. Whoever has one of them means it, and not what both texts share.
-_PROMPTS = ("instruction", "question", "query", "input", "problem", "post", "context", "user", *_TURNS)
+_PROMPTS = ("instruction", "question", "query", "input", "problem", "post", "context", "user", *TURNS)
 
 
 def sides_of(values: Mapping[str, Any], row: Mapping[str, object], columns: Set[str], mapped: Set[str]) -> Sides:
@@ -58,7 +58,7 @@ def _turns_before(
     """The turns of a column that is not called prompt, where the responses are single answers."""
     if any(not isinstance(side, str) and len(side) > 1 for side in (chosen, rejected)):
         return None
-    name = next((name for name in _TURNS if not is_missing(row.get(name))), None)
+    name = next((name for name in TURNS if not is_missing(row.get(name))), None)
     turns = text_or_messages(name, row[name]) if name else None
     if turns is None or isinstance(turns, str):
         return None

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from patarm_jax.config.training import PolicyConfig
+from patarm_jax.config.training import ReinforcedConfig
 from patarm_jax.evaluate.accuracy import accuracy_of_choices, gap_or_position, pairwise_accuracy
 from patarm_jax.judge.forms import FORMS, Form
 from patarm_jax.model.sharding import process_in
@@ -17,7 +17,7 @@ from patarm_jax.run.rubrics import sha256_of
 from patarm_jax.types import CHOSEN, REJECTED, Status
 
 
-def rollout_metrics(config: PolicyConfig, found: Reinforced) -> dict[str, float]:
+def rollout_metrics(config: ReinforcedConfig, found: Reinforced) -> dict[str, float]:
     """The vitals of a step; TRL's names where TRL has the metric."""
     rounds, chosen = found.rounds, found.chosen
     numbers, status, lengths, truncated = (
@@ -55,7 +55,9 @@ def rollout_metrics(config: PolicyConfig, found: Reinforced) -> dict[str, float]
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _judge_metrics(config: PolicyConfig, numbers: np.ndarray, valid: np.ndarray, rewards: Rewards) -> dict[str, float]:
+def _judge_metrics(
+    config: ReinforcedConfig, numbers: np.ndarray, valid: np.ndarray, rewards: Rewards
+) -> dict[str, float]:
     """How good the judge is, from all that was sampled [P, S, G]."""
     scores = FORMS[config.judge].responses == 1
     found = pairwise_accuracy(numbers, valid) if scores else accuracy_of_choices(np.nan_to_num(numbers), valid)

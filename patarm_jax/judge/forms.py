@@ -4,7 +4,7 @@ No other file tells the kinds of judge apart.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from patarm_jax.judge.checklist import parse_checklist
@@ -12,7 +12,7 @@ from patarm_jax.judge.criteria import criteria_of, parse_rubric, parse_rubric_ju
 from patarm_jax.judge.parse import parse_baseline, parse_pairwise, parse_pointwise
 from patarm_jax.judge.prompts import baseline, checklist, ordinal, pairwise, pointwise, rubric_judge
 from patarm_jax.judge.prompts import rubric as ask_for_rubric
-from patarm_jax.types import Judgement, Message, Preference, RubricMode
+from patarm_jax.types import Judgement, Message, Preference, RubricMode, Status
 
 
 class Ask(Protocol):
@@ -48,6 +48,7 @@ class Form:
     has_score_head: bool = False  # whether a head of one number gives that number, in place of the vocabulary's
     weighs_words: bool = False  # whether true and false count by how likely they were, see `rollout.verdicts`
     thinks: bool = True  # whether what is written may begin with the model's thinking; else its turn begins unthought
+    converses: bool = False  # whether what is written answers the conversation itself, and is not about it
 
     def shown(self, preference: Preference) -> tuple[tuple[str, ...], ...]:
         """The responses in each question about a pair: each by itself, both in either order, or none in one."""
@@ -91,6 +92,12 @@ def _dialogue(
     return [*turns, Message(role="assistant", content=response)]
 
 
+def _conversation(
+    prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode, rubric: str = ""
+) -> list[Message]:
+    return [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
+
+
 def _rubric(
     prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode, rubric: str = ""
 ) -> list[Message]:
@@ -132,6 +139,11 @@ def _checked(text: str, rubric: str = "", /) -> Judgement:
 
 def _writes_nothing(text: str, rubric: str = "", /) -> Judgement:
     raise TypeError("a reward model gives a number and writes nothing that could be read")
+
+
+def _as_it_is(text: str) -> Judgement:
+    """A response, which may be anything."""
+    return Judgement(text, Status.OK, "")
 
 
 def _score(judgement: Judgement, _place: int) -> float | None:
@@ -189,5 +201,21 @@ CHECKLIST = Form(
     weighs_words=True,
 )
 
-_EVERY = (POINTWISE, PAIRWISE, BASELINE, SCALAR, ORDINAL, RUBRIC, RUBRIC_JUDGE, CHECKLIST)
+# A response to a conversation; what it is worth, others say.
+POLICY = Form(
+    "policy",
+    0,
+    _conversation,
+    _regardless(_as_it_is),
+    _no_number,
+    ("response", "response"),
+    reads_rubrics=False,
+    converses=True,
+)
+POLICY_UNTHINKING = replace(POLICY, name="policy_unthinking", thinks=False)
+
+_EVERY = (
+    *(POINTWISE, PAIRWISE, BASELINE, SCALAR, ORDINAL, RUBRIC, RUBRIC_JUDGE, CHECKLIST),
+    *(POLICY, POLICY_UNTHINKING),
+)
 FORMS: dict[str, Form] = {form.name: form for form in _EVERY}

@@ -181,6 +181,20 @@ def thinking_if_any(text: str) -> tuple[str, int]:
     return before[opening.end() :] if opening else before, closing.end()
 
 
+def answer_of(text: str) -> str | None:
+    r"""What a policy has answered, behind its thinking where it has thought; None where there is no answer.
+
+    >>> answer_of("Rice."), answer_of("<think>Rice?</think>\n\nRice."), answer_of("hm</think>Rice.")
+    ('Rice.', 'Rice.', 'Rice.')
+    >>> answer_of("<think>Rice, or"), answer_of("<think></think> ")
+    (None, None)
+    """
+    closing = _CLOSES_THINKING.search(text)
+    if closing is None and _OPENS_THINKING.match(text.lstrip()):
+        return None
+    return text[closing.end() if closing else 0 :].strip() or None
+
+
 def _in_order(tags: list[re.Match[str]], names: tuple[str, ...]) -> list[re.Match[str]]:
     """The tags found, if they are the opening and closing tags of `names`, each once and in order."""
     expected = [tag for name in names for tag in (f"<{name}>", f"</{name}>")]

@@ -5,21 +5,18 @@ updates the weights. The same command resumes a run that was stopped.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 
-from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import GRPOConfig
 from patarm_jax.data.preferences import read_labelled_preferences, read_preferences
 from patarm_jax.evaluate.rollouts import rollout_metrics, rollout_rows
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.kernels import kernels_in_use
-from patarm_jax.model.sharding import TRAIN_RULES
 from patarm_jax.padding import bucket
 from patarm_jax.recipes.programs import grpo_learner, grpo_programs, large, make_rollout_programs
 from patarm_jax.recipes.ready import Ready, make_ready
-from patarm_jax.recipes.reinforce import reinforce
+from patarm_jax.recipes.reinforce import load_reference, loaded_once, open_reference, reinforce
 from patarm_jax.reward import MarginFn
 from patarm_jax.rollout.judging import Judge, make_judge
 from patarm_jax.rollout.rewards import make_rewards
@@ -28,12 +25,10 @@ from patarm_jax.run.card import card_of
 from patarm_jax.run.claim import claimed
 from patarm_jax.run.folder import open_run
 from patarm_jax.run.margin import margin_of, values_of
-from patarm_jax.run.open_model import Model, load_params, open_model, weights_digest
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
 from patarm_jax.run.programs import describe
 from patarm_jax.run.progress import Shown, percent
-from patarm_jax.types import UserError
 
 
 def main(config: GRPOConfig) -> bool:
@@ -46,11 +41,7 @@ def main(config: GRPOConfig) -> bool:
 
 def _ready(config: GRPOConfig) -> Ready[GRPOConfig]:
     read = read_labelled_preferences if config.reward.kind == "labels" else read_preferences
-    ready = make_ready(config, read, partial(_open_reference, config) if config.charges_kl else None)
-    if ready.reference is ready.model and ready.config.update.reference:  # it is loaded once
-        unnamed = replace(ready.config.update, reference="")
-        return replace(ready, config=replace(ready.config, update=unnamed))
-    return ready
+    return loaded_once(make_ready(config, read, partial(open_reference, config) if config.charges_kl else None))
 
 
 def _train(ready: Ready[GRPOConfig], margin: MarginFn) -> bool:
@@ -65,7 +56,7 @@ def _train(ready: Ready[GRPOConfig], margin: MarginFn) -> bool:
     with open_run(config, model, records, length, learner, ready.heldout, ready.reference, further) as run:
         if run is None:
             return True
-        reference = _load_reference(ready, run.trained.frozen)
+        reference = load_reference(ready, run.trained.frozen)
         for step in run.steps(
             lambda pairs: bucket(pairs.longest_prompt),
             lambda width: large(grpo_programs(config, model.arch, learner, rollout, judge.engine, width)),
@@ -99,38 +90,6 @@ def dry_run(config: GRPOConfig) -> None:
         bucket(max(record.longest_prompt for record in ready.records)),
     )
     describe(to_yaml(config), mesh, every, next(ready.batches()), model.tokenizer, length.steps)
-
-
-def _open_reference(config: GRPOConfig, model: Model) -> Model:
-    """The model that the KL is measured from: the one training starts from, unless another is named."""
-    if not config.update.reference:
-        return model
-    reference = open_model(config.reference_model, called="update.reference")
-    if config.lora.rank and weights_digest(reference) == weights_digest(model):
-        return model
-    # Which token ends a turn is nothing of the network's, and an export says it where the model it began with may not.
-    arch = replace(reference.arch, eos_token_id=model.arch.eos_token_id)
-    if arch != model.arch or reference.tokenizer.control_tokens != model.tokenizer.control_tokens:
-        raise UserError(
-            f"update.reference {config.update.reference} is another network than model.path {model.folder}, or has "
-            "other tokens. Give the model that training starts from, or leave update.reference empty."
-        )
-    return reference
-
-
-def _load_reference(ready: Ready[GRPOConfig], frozen: Tree) -> tuple[Params, Tree] | None:
-    """What the KL is measured from, as (weights, what stands beside them); None where there is no KL.
-
-    It is loaded, never taken from the state: a resumed run would have lost it, and the update donates those buffers.
-    Under adapters it is the weights that they stand beside, which are there already.
-    """
-    config = ready.config
-    if ready.reference is None:
-        return None
-    if frozen is not None and ready.reference is ready.model:
-        return {}, frozen
-    seed, dtype = config.run.seed, config.model.dtype
-    return load_params(config.reference_model, ready.reference, ready.mesh, seed, TRAIN_RULES, dtype), None
 
 
 def shown(values: Mapping[str, float]) -> Shown:

@@ -27,7 +27,7 @@ from patarm_jax.arrays import (
 from patarm_jax.config.presets import WEIGHS_SEQUENCES
 from patarm_jax.config.recipes import RewardModelConfig
 from patarm_jax.config.rubric_arm import ROLES, RubricArmConfig
-from patarm_jax.config.training import PolicyConfig, RunConfig, SupervisedConfig, TrainConfig
+from patarm_jax.config.training import ReinforcedConfig, RunConfig, SupervisedConfig, TrainConfig
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import Form, kernel_for
 from patarm_jax.model.lora import abstract_parts, joined
@@ -72,7 +72,7 @@ def _sft(config: SupervisedConfig, arch: Architecture, mesh: Mesh) -> dict[str, 
     return sft_programs(sft_learner(config, arch, mesh), shape)
 
 
-def _grpo(config: PolicyConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
+def _grpo(config: ReinforcedConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
     network = network_for(config.model, arch, mesh)
     # Which token ends a judgement changes no shape.
     params = SamplingParams((arch.eos_token_id or 0,), config.sampling.max_new_tokens)
@@ -106,6 +106,7 @@ _OF_RECIPE: dict[str, Callable[..., dict[str, Program]]] = {
     "grpo": _grpo,
     "reward_model": _reward_model,
     "rubric_arm": _rubric_arm,
+    "policy": _grpo,
 }
 
 
@@ -211,14 +212,14 @@ class RolloutPrograms:
     advantages: OnMesh[[jax.Array, jax.Array, Rollouts], jax.Array]  # rewards and valid [R, G] to [R, G] or [R, G, Tc]
 
 
-def grpo_learner(config: PolicyConfig, arch: Architecture, mesh: Mesh, updates: int = 1) -> Learner[Rollouts]:
+def grpo_learner(config: ReinforcedConfig, arch: Architecture, mesh: Mesh, updates: int = 1) -> Learner[Rollouts]:
     """All weights or adapters, by the loss of the config's algorithm."""
     read, temperature = two_streams(config, arch, mesh), config.sampling.temperature
     loss = policy_loss(read, algorithm_of(config), partial(_tokens_of, config), temperature, batch_shards(mesh))
     return _learner(config, arch, mesh, loss, updates)
 
 
-def algorithm_of(config: PolicyConfig) -> Algorithm:
+def algorithm_of(config: ReinforcedConfig) -> Algorithm:
     """The algorithm with the settings of a config."""
     own = {name.removeprefix("update."): value for name, value in config.algorithm_settings.items()}
     settings: dict[str, Any] = {name: own[name] for name in ("clip_low", "clip_high", "dual_clip") if name in own}
@@ -230,7 +231,7 @@ def algorithm_of(config: PolicyConfig) -> Algorithm:
     return ALGORITHMS[config.update.algorithm](**settings)
 
 
-def _tokens_of(config: PolicyConfig, rollouts: Rollouts) -> SampledTokens:
+def _tokens_of(config: ReinforcedConfig, rollouts: Rollouts) -> SampledTokens:
     """The batch as the config's algorithm weighs its tokens."""
     aggregation: Aggregation = "sequence_mean"
     if config.update.algorithm not in WEIGHS_SEQUENCES:
@@ -238,7 +239,7 @@ def _tokens_of(config: PolicyConfig, rollouts: Rollouts) -> SampledTokens:
     return sampled_tokens(rollouts, aggregation, config.sampling.max_new_tokens, config.update.importance_cap)
 
 
-def make_rollout_programs(config: PolicyConfig, arch: Architecture, mesh: Mesh) -> RolloutPrograms:
+def make_rollout_programs(config: ReinforcedConfig, arch: Architecture, mesh: Mesh) -> RolloutPrograms:
     """Jits the weight sync, log-probs and advantages."""
     run, temperature, shards = two_streams(config, arch, mesh), config.sampling.temperature, batch_shards(mesh)
 
@@ -263,7 +264,7 @@ def two_streams(config: TrainConfig, arch: Architecture, mesh: Mesh) -> Forward:
 
 
 def grpo_programs(
-    config: PolicyConfig,
+    config: ReinforcedConfig,
     arch: Architecture,
     learner: Learner[Rollouts],
     rollout: RolloutPrograms,
@@ -296,7 +297,7 @@ def grpo_programs(
     return shown
 
 
-def _abstract_rollouts(config: PolicyConfig, mesh: Mesh, width: int) -> Rollouts:
+def _abstract_rollouts(config: ReinforcedConfig, mesh: Mesh, width: int) -> Rollouts:
     prompts, group = config.prompts_per_pair * config.pairs_per_step, config.rollouts_per_prompt
     new = config.sampling.max_new_tokens
 

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from jax.sharding import Mesh
 
@@ -33,6 +33,8 @@ from patarm_jax.types import Preference
 Config = TypeVar("Config", bound=TrainConfig)
 Shape = TypeVar("Shape", SFTShape, ComparedShape, ScoredShape)
 Prepared = TypeVar("Prepared", SFTBatch, ComparedPairs, ScoredPairs)
+# From the config, complete, the model, its devices and what is trained on; None where nothing is held out.
+OpenEvaluation = Callable[[Any, Model, Mesh, Sequence[Preference]], Evaluator | None]
 ReadPairs = Callable[[DataSection], tuple[Sequence[Preference | JudgedPreference], Report]]
 
 
@@ -54,7 +56,10 @@ class Ready(Generic[Config]):
 
 
 def make_ready(
-    config: Config, read_pairs: ReadPairs, open_reference: Callable[[Model], Model] | None = None
+    config: Config,
+    read_pairs: ReadPairs,
+    open_reference: Callable[[Model], Model] | None = None,
+    open_evaluation: OpenEvaluation = open_heldout,
 ) -> Ready[Config]:
     """Opens all that a run needs, the cheapest to refuse first.
 
@@ -62,6 +67,7 @@ def make_ready(
         config: of the run.
         read_pairs: reads what the recipe learns from.
         open_reference: opens the model that the KL is measured from; None where there is no KL.
+        open_evaluation: opens what the weights are measured on while they train.
     """
     config = config.complete()
     mesh = make_mesh(config.mesh)
@@ -90,7 +96,7 @@ def make_ready(
         reference=reference,
         records=records,
         length=length_of(config.run, records, config.pairs_per_step),
-        heldout=open_heldout(config, model, mesh, preferences),
+        heldout=open_evaluation(config, model, mesh, preferences),
     )
 
 

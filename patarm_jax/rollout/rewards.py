@@ -9,7 +9,7 @@ import numpy as np
 
 from patarm_jax.arrays import Array
 from patarm_jax.config.recipes import GRPOConfig
-from patarm_jax.config.training import PolicyConfig
+from patarm_jax.config.training import ReinforcedConfig
 from patarm_jax.reward import (
     MarginFn,
     Rewards,
@@ -52,7 +52,7 @@ def make_rewards(config: GRPOConfig, margin: MarginFn) -> RewardFn:
     return jax.jit(rewards)
 
 
-def lost_for_length(config: PolicyConfig, lengths: jax.Array) -> jax.Array | float:
+def lost_for_length(config: ReinforcedConfig, lengths: jax.Array) -> jax.Array | float:
     """What an algorithm takes off samples that come near the limit of tokens; DAPO does."""
     settings = config.algorithm_settings
     buffer, factor = settings.get("dapo.overlong_buffer", 0), settings.get("dapo.overlong_factor", 0.0)

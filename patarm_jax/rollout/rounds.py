@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from patarm_jax.arrays import Params
-from patarm_jax.config.training import PolicyConfig
+from patarm_jax.config.training import ReinforcedConfig
 from patarm_jax.data.pipeline import PairBatch
 from patarm_jax.model.sharding import fetch, gather, process_in
 from patarm_jax.reward import Rewards
@@ -64,11 +64,21 @@ class Round:
     by: Sequence[JudgedBy] = ()  # this process's, [r·G], of rubrics: what earns each of them its reward
     rubrics: Mapping[str, Written] = field(default_factory=dict)  # by a pair's id, what it was judged by; everyone's
     shortened: float = 0.0  # the share of everyone's rubrics that lost their end where a judge was shown them
+    # Of a policy: everyone's values by each source [R, G], NaN where it says nothing, and what this process's say.
+    worth: Mapping[str, np.ndarray] = field(default_factory=dict)
+    said: Sequence[str] = ()  # [r·G]
 
     @property
     def longest_prompt(self) -> int:
         """Tokens, of everyone's."""
         return self.pairs.longest_prompt
+
+    @property
+    def rewarded(self) -> np.ndarray:
+        """[R, G] bool, whether everyone's samples have a reward; those of a judge always have one."""
+        if not self.worth:
+            return np.ones(self.status.shape, bool)
+        return ~np.isnan(np.stack(list(self.worth.values()))).any(axis=0)
 
     @property
     def total(self) -> np.ndarray:
@@ -84,7 +94,7 @@ class Chosen:
     finished: Finished
     rewards: np.ndarray  # [R, G] everyone's
     lengths: np.ndarray  # [R, G] everyone's tokens; 0 where a batch is not full
-    valid: np.ndarray  # [R, G] bool everyone's, False there
+    valid: np.ndarray  # [R, G] bool everyone's, False there and where a sample has no reward
     # Of everyone's R prompts, (round, prompt in it) that each is; (-1, 0) where a batch is not full.
     places: np.ndarray  # [R, 2]
 
@@ -161,13 +171,13 @@ def tokens_of(each: Round) -> int:
     return group * sum(prompt for prompt, _ in each.pairs.lengths) + int(each.lengths.sum())
 
 
-def wants_another(config: PolicyConfig, rounds: Sequence[Round]) -> bool:
+def wants_another(config: ReinforcedConfig, rounds: Sequence[Round]) -> bool:
     """Whether groups are still missing of a step's batch, and another round may be sampled for them."""
     most = config.algorithm_settings.get("dapo.max_rounds", 1)
     return len(rounds) < most and len(with_spread(rounds, config.prompts_per_group)) < len(rounds[0].status)
 
 
-def chosen_of(config: PolicyConfig, mesh: Mesh, rounds: Sequence[Round]) -> Chosen:
+def chosen_of(config: ReinforcedConfig, mesh: Mesh, rounds: Sequence[Round]) -> Chosen:
     """What a step learns from: with DAPO the groups with a spread, else all that was sampled."""
     if "dapo.max_rounds" in config.algorithm_settings:
         return refilled(mesh, rounds, config.prompts_per_group)
@@ -183,7 +193,7 @@ def _all_of(only: Round) -> Chosen:
         finished=only.finished,
         rewards=only.total,
         lengths=only.lengths,
-        valid=np.ones(only.status.shape, bool),
+        valid=only.rewarded,
         places=np.stack([np.zeros(rows, int), np.arange(rows)], axis=1),
     )
 
@@ -192,8 +202,10 @@ def with_spread(rounds: Sequence[Round], prompts_per_group: int) -> np.ndarray:
     """[n, 2] the (round, prompt) of the groups whose judgements do not all earn the same, in the order of sampling."""
     found = []
     for number, each in enumerate(rounds):
-        groups = each.total.reshape(-1, prompts_per_group * each.total.shape[-1])
-        kept = np.flatnonzero(np.ptp(groups, axis=-1) > 0)
+        size = prompts_per_group * each.total.shape[-1]
+        groups, rewarded = each.total.reshape(-1, size), each.rewarded.reshape(-1, size)
+        high, low = np.where(rewarded, groups, -np.inf).max(axis=-1), np.where(rewarded, groups, np.inf).min(axis=-1)
+        kept = np.flatnonzero(high > low)
         prompts = (kept[:, None] * prompts_per_group + np.arange(prompts_per_group)).reshape(-1)
         found.append(np.stack([np.full(len(prompts), number), prompts], axis=1))
     return np.concatenate(found)
@@ -221,8 +233,10 @@ def refilled(mesh: Mesh, rounds: Sequence[Round], prompts_per_group: int) -> Cho
     )
     written = [nobody if number < 0 else everyone[number][prompt] for number, prompt in share]
     rewards, lengths = np.zeros((rows, group), np.float32), np.zeros((rows, group), np.int32)
+    rewarded = np.zeros((rows, group), bool)
     for row, (number, prompt) in enumerate(taken):
         rewards[row], lengths[row] = rounds[number].total[prompt], rounds[number].lengths[prompt]
+        rewarded[row] = rounds[number].rewarded[prompt]
     return Chosen(
         requests=[Request(one.prompt, one.sample_id) for one in written],
         finished=Finished(
@@ -233,7 +247,7 @@ def refilled(mesh: Mesh, rounds: Sequence[Round], prompts_per_group: int) -> Cho
         ),
         rewards=rewards,
         lengths=lengths,
-        valid=lengths > 0,
+        valid=rewarded,
         places=places,
     )
 

@@ -92,14 +92,14 @@ def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingfa
         name: of the judge.
         opening: `Tokenizer.opening`, which the code of the card puts before what the judge writes.
     """
-    writes = facts.judge in JUDGES
+    writes, answers = facts.judge in JUDGES, facts.judge in POLICIES
     kind = KINDS.get(facts.judge, ["generative-reward-model", "judge"])
     data = huggingface_hub.ModelCardData(
         base_model=_if_on_hub(facts.base_model),
         datasets=_if_on_hub(facts.data_path),
         library_name="peft" if facts.adapters else "transformers",
         pipeline_tag="text-classification" if facts.judge == "scalar" else "text-generation",
-        tags=["reward-model", *kind, "patarm", facts.recipe],
+        tags=[*([] if answers else ["reward-model"]), *kind, "patarm", facts.recipe],
     )
     beside = "beside the base model's weights, which they need" if facts.adapters else "merged into the weights"
     adapters = [("LoRA adapters", f"{facts.lora}, {beside}")] if facts.lora else []
@@ -119,6 +119,10 @@ def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingfa
     if facts.judge in ARMS:
         of = facts.beside if facts.judge == "rubric" else facts.judge
         text = ARM_BODY.format(name=name, does=ARMS[facts.judge], top=top, kind=of, **ARM_CODE[of])
+        return huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    if answers:
+        thinking = str(POLICIES[facts.judge])
+        text = POLICY_BODY.format(name=name, top=top, thinking=thinking, **_code(name, facts))
         return huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
     if not writes:
         body = ORDINAL_BODY if facts.judge == "ordinal" else SCALAR_BODY
@@ -141,6 +145,9 @@ def model_card(facts: ModelCardFacts, name: str, opening: str = "") -> huggingfa
 def _measured(facts: ModelCardFacts) -> list[tuple[str, str]]:
     """The accuracy on the held-out pairs, beside what it was measured by."""
     found = facts.measured
+    if facts.measured_on and "eval/reward" in found:
+        gold = "".join(f"; {name[:-5]} {value:.3f}" for name, value in found.items() if _is_gold(name))
+        return [("held-out reward", f"{found['eval/reward']:.3f}{gold}"), ("measured on", facts.measured_on)]
     if not facts.measured_on or "eval/accuracy_strict" not in found:
         return []
     strict, half, low, high, valid = (
@@ -153,6 +160,10 @@ def _measured(facts: ModelCardFacts) -> list[tuple[str, str]]:
         ("held-out accuracy", f"{number}{readable}"),
         ("measured on", facts.measured_on),
     ]
+
+
+def _is_gold(metric: str) -> bool:
+    return metric.startswith("gold/") and metric.endswith("/mean")
 
 
 def _if_on_hub(name: str) -> str | None:
@@ -189,6 +200,8 @@ def _scalar_code(name: str, adapters: AdapterFacts | None) -> dict[str, str]:
 KINDS = {
     "scalar": ["bradley-terry"],
     "ordinal": ["ordinal"],
+    "policy": ["policy"],
+    "policy_unthinking": ["policy"],
     "rubric": ["rubric-generator", "rubric-arm"],
     "rubric_judge": ["generative-reward-model", "judge", "rubric-arm"],
     "checklist": ["generative-reward-model", "judge", "rubric-arm", "rubric-arrow"],
@@ -257,6 +270,7 @@ JUDGES = {
         "ask in\nboth orders, and take several judgements of each.",
     },
 }
+POLICIES = {"policy": True, "policy_unthinking": False}  # whether they may think before they answer
 # What is said of a judge that was trained by given rubrics.
 GIVEN = ", with given ones in place of the primary ones"
 GENERATOR = (
@@ -386,6 +400,36 @@ for score in range(11):
         logits = model(torch.tensor([prefix + behind])).logits[0, len(prefix) - 1 : -1]
     logprobs.append(logits.float().log_softmax(-1)[range(len(behind)), behind].sum())
 print((torch.stack(logprobs).softmax(0) * torch.arange(11)).sum().item())
+```
+"""
+POLICY_BODY = """\
+# {name}
+
+A policy: it answers prompts. It was trained with `patarm_jax`, by what judges, reward models or functions said of its
+responses.
+
+{top}With vLLM:
+
+```python
+{vllm}
+messages = [{{"role": "user", "content": "What is 2 + 2?"}}]
+thinking = {{"enable_thinking": {thinking}}}
+print(llm.chat(messages, sampling{lora_request}, chat_template_kwargs=thinking)[0].outputs[0].text)
+```
+
+With transformers and torch{peft}:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+inputs = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "What is 2 + 2?"}}],
+    add_generation_prompt=True, enable_thinking={thinking}, return_dict=True, return_tensors="pt",
+)
+output = model.generate(**inputs, max_new_tokens=1024{drawing})
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 """
 ARM_BODY = """\

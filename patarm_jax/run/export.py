@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import jax
 from jax.sharding import Mesh
@@ -20,9 +20,9 @@ from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.weights import save_generation
 from patarm_jax.run.card import JUDGES, AdapterFacts, ModelCardFacts, model_card
 from patarm_jax.run.learner import whole_weights
-from patarm_jax.run.open_model import BASE_DIGEST, JUDGE, Model, name_of, weights_digest
+from patarm_jax.run.open_model import BASE_DIGEST, JUDGE, POLICY, Model, name_of, weights_digest
 from patarm_jax.run.soundness import refuse_ruined
-from patarm_jax.types import UsageError
+from patarm_jax.types import PolicyKind, UsageError
 
 _NOT_EXPORTED = "nothing is exported", "Export an earlier checkpoint, `patarm export RUN/checkpoints/STEP OUT`"
 
@@ -132,5 +132,6 @@ def _write_judge(
     """How the judge is asked, for programs and for people."""
     rubrics: dict[str, object] = {"rubrics": card.rubrics} if card.judge in JUDGES else {}
     rubrics |= {"given_rubrics": True} if card.given_rubrics else {}
-    write_text(part / JUDGE, json.dumps({"judge": card.judge} | rubrics | dict(further)) + "\n")
+    kind = POLICY if card.judge in get_args(PolicyKind) else card.judge
+    write_text(part / JUDGE, json.dumps({"judge": kind} | rubrics | dict(further)) + "\n")
     model_card(card, name, opening).save(part / "README.md")

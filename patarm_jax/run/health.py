@@ -8,7 +8,15 @@ from patarm_jax.train.steps import LARGEST_WEIGHT
 
 # What can be wrong with a step, the cause before what follows from it.
 Symptom = Literal[
-    "skipped", "cut_off", "unreadable", "no_pair", "no_reward", "no_advantage", "eval_cut_off", "eval_mute"
+    "skipped",
+    "cut_off",
+    "unreadable",
+    "no_pair",
+    "no_worth",
+    "no_reward",
+    "no_advantage",
+    "eval_cut_off",
+    "eval_mute",
 ]
 
 
@@ -26,6 +34,7 @@ class Health:
     cut_off: int = 0
     unreadable: int = 0
     no_pair: int = 0
+    no_worth: int = 0
     no_reward: int = 0
     no_advantage: int = 0
     evaluations: int = 0  # on held-out pairs, each of which counts at most once below
@@ -74,6 +83,9 @@ def symptoms(line: Mapping[str, float | None], skipped: int) -> list[Symptom]:
         if "no_reward" in seen and line.get("rewards/par/std"):  # what was won and lost adds up to nothing
             seen.remove("no_reward")
         found += seen[:1]
+    elif "rewards/failed" in line:  # of a policy's responses
+        found += ["no_worth"] if line["rewards/failed"] == 1 else []
+        found += ["no_advantage"] if not found and line.get("advantages/abs_mean") == 0 else []
     if "eval/valid" in line and line["eval/valid"] == 0:
         found.append("eval_cut_off" if line.get("eval/clipped_ratio") == 1 else "eval_mute")
     return found
@@ -98,7 +110,7 @@ def after(health: Health, line: Mapping[str, float | None], updates: int) -> Hea
         in_a_row=health.in_a_row + skipped if skipped == updates else 0,
         steps=health.steps + 1,
         no_rate=health.no_rate + (line.get("learning_rate") == 0),
-        rollouts=health.rollouts + ("judge/valid" in line),
+        rollouts=health.rollouts + ("judge/valid" in line or "rewards/failed" in line),
         evaluations=health.evaluations + ("eval/valid" in line),
         **counts,
     )
@@ -137,13 +149,13 @@ def verdict(health: Health, told: Told) -> str:
             f"nothing was learnt: the learning rate was 0 in each of the {health.steps:,} steps. Raise "
             f"{told.settings}optimizer.learning_rate, or have fewer {told.settings}optimizer.warmup_steps than steps."
         )
-    of_rollouts: tuple[Symptom, ...] = ("cut_off", "unreadable", "no_pair", "no_reward", "no_advantage")
+    of_rollouts: tuple[Symptom, ...] = ("cut_off", "unreadable", "no_pair", "no_worth", "no_reward", "no_advantage")
     counts = {name: getattr(health, name) for name in of_rollouts}
     if not health.rollouts or sum(counts.values()) < health.rollouts:
         return ""
     found = sorted((name for name in of_rollouts if counts[name]), key=lambda name: -counts[name])
     most, what = found[0], "; ".join(_what(name, health) for name in found)
-    nothing = "nothing" if most == "no_advantage" else "nothing but the format penalty"
+    nothing = "nothing" if most in ("no_advantage", "no_worth") else "nothing but the format penalty"
     return f"{nothing} was learnt: {what}. {_advice(most, told)}"
 
 
@@ -164,12 +176,13 @@ _WHAT: dict[Symptom, str] = {
         "in {count:,} of {health.rollouts:,} steps no pair had a readable judgement of both responses, so that none "
         "had a PAR reward"
     ),
+    "no_worth": "in {count:,} of {health.rollouts:,} steps no response had a reward",
     "no_reward": (
         "in {count:,} of {health.rollouts:,} steps no judgement earned a PAR reward, though both sides could be read"
     ),
     "no_advantage": (
-        "in {count:,} of {health.rollouts:,} steps all judgements of a response earned the same, so that every "
-        "advantage was 0"
+        "in {count:,} of {health.rollouts:,} steps all that is compared with each other earned the same, so that "
+        "every advantage was 0"
     ),
     "eval_cut_off": (
         "in {count:,} of {health.evaluations:,} evaluations every judgement of the held-out pairs was cut off at the "
@@ -200,6 +213,8 @@ def _advice(name: Symptom, told: Told) -> str:
             )
         case "no_pair":
             return f"Teach the form {told.taught} for longer, or raise {its}group_size. {look}"
+        case "no_worth":
+            return f"See what the sources of the reward say of them. {look}"
         case "no_reward":
             return (
                 f"Either all scores are the same (raise {its}sampling.temperature), or the rejected responses score "

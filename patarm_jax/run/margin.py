@@ -29,7 +29,7 @@ def margin_of(config: GRPOConfig) -> MarginFn:
     if name in MARGINS:
         parameters = {key.rpartition(".")[2]: value for key, value in config.margin_settings.items()}
         return partial(MARGINS[name], **parameters)
-    function = _imported(name)
+    function = imported(name, "reward.margin.name")
     for margin in (function, _elementwise(function)):  # of an array; else of one number at a time
         try:
             values = np.asarray(jax.jit(margin)(_TRIED))
@@ -53,7 +53,8 @@ def values_of(config: GRPOConfig, margin: MarginFn) -> dict[str, object]:
     return {"margin of 0.1 to 10": [round(float(value), 6) for value in np.asarray(jax.jit(margin)(_TRIED))]}
 
 
-def _imported(name: str) -> Callable[..., Any]:
+def imported(name: str, setting: str) -> Callable[..., Any]:
+    """The Python function that a setting names as module:name."""
     module, _, function = name.partition(":")
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)  # a command has the folder of its script there, and not the one it is started in
@@ -61,11 +62,11 @@ def _imported(name: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever the user's module raises
         raise UsageError(
-            f"reward.margin.name {name} cannot be imported from {here} or Python's path: {one_line(error)[-300:]}. "
+            f"{setting} {name} cannot be imported from {here} or Python's path: {one_line(error)[-300:]}. "
             "Give module:name of a function, of a file module.py there or of an installed package."
         ) from error
     if not callable(found):
-        raise UsageError(f"reward.margin.name {name} is {type(found).__name__}; allowed is a function. Name one.")
+        raise UsageError(f"{setting} {name} is {type(found).__name__}; allowed is a function. Name one.")
     return found
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import jax
 import numpy as np
@@ -26,8 +27,9 @@ from patarm_jax.model.transformer import abstract_params, init_params, new_score
 from patarm_jax.model.weight_files import Stored, digest, read_stored
 from patarm_jax.run.process import say
 from patarm_jax.run.soundness import refuse_ruined
-from patarm_jax.types import ModelKind, UsageError, UserError
+from patarm_jax.types import ModelKind, PolicyKind, UsageError, UserError
 
+POLICY = "policy"  # what judge.json calls a policy, whether it thinks or not
 EXPORT = "export"  # the folder of a run that holds the model it made
 JUDGE = "judge.json"  # the file of a model that says how it is asked
 BASE_DIGEST = "base_digest"  # in that file beside adapters: the digest of the weights that they belong to
@@ -216,21 +218,28 @@ _KINDS = {
         "patarm judge and patarm eval with --judge rubric_judge ask it so, with that other as --generator",
         "rubric-arm trains it on as judge.path",
     ),
+    "policy": (
+        "answers prompts and judges nothing",
+        "patarm policy trains it on",
+        "to teach it to judge, remove judge.json from its folder and begin with sft",
+    ),
 }
+_NOUNS = {"rubric": "generator", "policy": "policy"}
 
 
 def _refuse_another_kind(model: Model, judge: ModelKind | None) -> None:
     """Refuses to ask a model for what it was not trained to give, where it was trained to give something else."""
-    was, alike = model.judge, judge in (None, model.judge)
-    if alike or was not in _KINDS:
+    was, wanted = model.judge, POLICY if judge in get_args(PolicyKind) else judge
+    if wanted in (None, was) or was not in _KINDS:
         return
-    if judge == "scalar" or (was in ("pointwise", "pairwise") and judge in ("baseline", "ordinal")):
+    if wanted == "scalar" or (was in ("pointwise", "pairwise", POLICY) and wanted in ("baseline", "ordinal")):
         return
     named = model.folder if model.adapter is None else model.adapter.folder
     does, takes, train = _KINDS[was]
-    noun = "generator" if was == "rubric" else "judge"
+    noun = _NOUNS.get(was, "judge")
+    kind = "" if was == POLICY else f" of the kind {was}"
     raise UsageError(
-        f"{named} is a {noun} of the kind {was}, which {does}, and is to be {judge} here. {takes}{train and '; '}"
+        f"{named} is a {noun}{kind}, which {does}, and is to be {judge} here. {takes}{train and '; '}"
         f"{train}. Say so, or give another model."
     )
 

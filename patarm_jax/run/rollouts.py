@@ -28,7 +28,7 @@ class RolloutRow:
     text: str
     status: Status
     score: float | None  # of a pointwise judge; None unless status is OK
-    reward: float
+    reward: float | None  # None where nothing says what it is worth
     advantage: float | None  # None where its group was left out
     choice: str | None = None  # of a pairwise judge, A or B; None unless status is OK
     # Of Rubric-ARM: the SHA-256 of the rubric that was judged by, under which rubrics/round-N.jsonl has its text.
@@ -79,7 +79,8 @@ def show_judgements(step: int, rows: Sequence[RolloutRow], characters: int = 600
     for row in rows:
         score = "" if row.score is None else f" · score {row.score:g}"
         choice = "" if row.choice is None else f" · chose {row.choice}"
-        title = f"{row.pair_id} · {row.side} · {row.status.name}{score}{choice} · reward {row.reward:+.2f}"
+        reward = "no reward" if row.reward is None else f"reward {row.reward:+.2f}"
+        title = f"{row.pair_id} · {row.side} · {row.status.name}{score}{choice} · {reward}"
         # As Text: what stands in brackets is the model's, no markup of ours.
         body = rich.text.Text(_printable(_head_and_tail(row.text, characters)))
         console.print(rich.panel.Panel(body, title=rich.text.Text(_printable(title)), title_align="left", width=100))

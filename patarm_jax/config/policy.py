@@ -1,0 +1,213 @@
+"""The config of `patarm policy`: a policy that is trained by what others say of its responses."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from patarm_jax.config.presets import IN_WORDS
+from patarm_jax.config.recipes import OWN_FUNCTION
+from patarm_jax.config.sections import (
+    FREE,
+    AboveZero,
+    JudgingSection,
+    Number,
+    Positive,
+    RewardSection,
+    Section,
+    Share,
+    Votes,
+)
+from patarm_jax.config.training import ReinforcedConfig
+from patarm_jax.types import PolicyKind, RubricMode, UsageError
+
+SourceKind = Literal["judge", "scalar", "ordinal", "function"]
+
+
+@dataclass(frozen=True)
+class SourceSection(Section):
+    """One thing that says what a response is worth."""
+
+    # judge: a pointwise judge's score from 0 to 10, or the mean of several votes. scalar, ordinal: a reward model's.
+    # function: a Python function of your own, called as TRL calls its reward functions.
+    kind: SourceKind = "judge"
+    name: str = ""  # in metrics and rollouts; empty: the kind, or the function's name
+    weight: Number = 1.0  # by which it counts in the reward
+    model: str = field(default="", metadata=FREE)  # the folder of the judge or reward model, or of the run that made it
+    # Of a judge instead of its folder: the address of an OpenAI-compatible server, http://host:8000/v1.
+    url: str = field(default="", metadata=FREE)
+    served: str = field(default="", metadata=FREE)  # the model as the server calls it; empty: the first one it lists
+    function: str = ""  # module:name
+    rubrics: RubricMode = "adaptive"  # the rubrics that a judge's prompt holds, or asks for
+    votes: Votes = 1  # judgements of each response
+    expected_score: bool = False  # of a judge here, the expectation by its own probabilities, as of `patarm judge`
+    # How a judge draws; what is unset, as its own generation_config.json says.
+    sampling: JudgingSection = field(default_factory=lambda: JudgingSection(max_new_tokens=1024))
+    max_prompt_tokens: Positive = 4096  # of what a judge or reward model reads here; a longer one has no reward
+    # Of a server: seconds for one answer, requests at a time, and how often one is sent before it has failed.
+    timeout: AboveZero = field(default=120.0, metadata=FREE)
+    concurrency: Positive = field(default=32, metadata=FREE)
+    tries: Positive = field(default=3, metadata=FREE)
+
+    @property
+    def called(self) -> str:
+        """Its name in metrics."""
+        return self.name or (self.function.rpartition(":")[2] if self.kind == "function" else self.kind)
+
+    @property
+    def is_judge(self) -> bool:
+        """Whether a model writes judgements."""
+        return self.kind == "judge"
+
+
+_OF_JUDGES = ("url", "served", "rubrics", "votes", "expected_score", "sampling", "timeout", "concurrency", "tries")
+_OF_SERVERS = ("served", "timeout", "concurrency", "tries")
+
+
+@dataclass(frozen=True)
+class ResponseRewardSection(RewardSection):
+    """What a response earns, and how rewards become advantages."""
+
+    sources: tuple[SourceSection, ...] = ()  # a list; their rewards are added up by their weights
+    # sum: the weighted sum. gdpo: each source's rewards are first brought to mean 0 and deviation 1 in their group, so
+    # that none drowns the others, and the sum to deviation 1 over the batch.
+    combine: Literal["sum", "gdpo"] = "sum"
+    # Whether sources see the thinking before an answer too. A response without an answer behind its thinking has no
+    # reward.
+    sees_thinking: bool = False
+    # The share of a step's responses that may be without a reward, because something could not be judged or did not
+    # come; when there are more, the run stops.
+    max_failed: Share = field(default=0.5, metadata=FREE)
+
+
+@dataclass(frozen=True)
+class PolicyConfig(ReinforcedConfig):
+    """`patarm policy`: reinforcement learning of a policy, by judges, reward models and functions."""
+
+    recipe: Literal["policy"] = "policy"
+    reward: ResponseRewardSection = field(default_factory=ResponseRewardSection)
+    # What tells, on the held-out prompts every heldout.eval_every steps, whether the reward is being fooled: sources
+    # like those of the reward, which earn nothing; metrics gold/NAME.
+    gold: tuple[SourceSection, ...] = ()
+    thinking: bool = True  # whether the policy may think before it answers, as its chat template has it
+
+    @property
+    def judge(self) -> PolicyKind:
+        """How the policy is asked."""
+        return "policy" if self.thinking else "policy_unthinking"
+
+    @property
+    def every_source(self) -> tuple[SourceSection, ...]:
+        """Those that reward, and behind them those that are gold."""
+        return (*self.reward.sources, *self.gold)
+
+    def place_of(self, number: int) -> str:
+        """The settings of one of `every_source`."""
+        rewarding = len(self.reward.sources)
+        return f"reward.sources.{number}" if number < rewarding else f"gold.{number - rewarding}"
+
+    @property
+    def rubrics(self) -> RubricMode:
+        """The policy reads none."""
+        return "adaptive"
+
+    @property
+    def prompts_per_pair(self) -> int:
+        """A prompt stands for itself."""
+        return 1
+
+    @property
+    def stage_in_words(self) -> str:
+        """What the recipe is, for the model card."""
+        return f"reinforcement learning ({IN_WORDS[self.update.algorithm]}) from the rewards of its responses"
+
+    @property
+    def algorithm_settings(self) -> dict[str, Any]:
+        """What the algorithm uses; GDPO's rewards are divided by deviations already."""
+        settings = super().algorithm_settings
+        if self.reward.combine == "gdpo" and "reward.normalise_std" in settings:
+            settings["reward.normalise_std"] = False
+        return settings
+
+    @property
+    def reward_name(self) -> str:
+        """What is rewarded, in the names of metrics."""
+        return "responses"
+
+    @property
+    def reward_in_words(self) -> str:
+        """What is rewarded, for the model card."""
+        each = ", ".join(
+            f"{source.weight:g} × {source.called}" if source.weight != 1 else source.called
+            for source in self.reward.sources
+        )
+        how = ", normalised one by one (GDPO)" if self.reward.combine == "gdpo" else ""
+        return f"{each}{how}; {self.group_size} responses to each prompt"
+
+    def check(self) -> None:
+        """Refuses settings that are right one by one and together make no sense."""
+        super().check()
+        sources = self.reward.sources
+        if not sources:
+            raise UsageError(
+                "reward.sources is empty: nothing says what a response is worth. Give a list of one or more, such as "
+                "`sources: [{kind: judge, model: runs/judge}]`."
+            )
+        for number, source in enumerate(self.every_source):
+            _check_source(self.place_of(number), source)
+        counts = Counter(source.called for source in self.every_source)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise UsageError(
+                f"two sources are called {twice[0]}. Give each a name of its own, such as `name: helpful`."
+            )
+        if self.gold and not self.heldout.path:
+            raise UsageError(
+                "gold is set, and heldout.path names no prompts to measure it on. Name them, or leave gold out."
+            )
+        if self.reward.group_by == "pair":
+            raise UsageError("reward.group_by is pair, and a policy answers prompts alone. Leave it out.")
+        if self.group_size < 2 and "reward.group_by" in self.algorithm_settings:
+            raise UsageError(
+                "group_size is 1; allowed is 2 or more: a response that is compared with itself teaches nothing. "
+                "Raise it."
+            )
+        if self.reward.combine == "gdpo" and self.reward.normalise_std is not None:
+            raise UsageError(
+                "reward.normalise_std is set, and reward.combine is gdpo, which divides by deviations of its own. "
+                "Leave one of the two out."
+            )
+        if self.data.given_rubrics:
+            raise UsageError("data.given_rubrics is true, and a policy reads no rubric. Leave it out.")
+
+
+def _check_source(where: str, source: SourceSection) -> None:
+    unset = SourceSection()
+
+    def refuse(names: tuple[str, ...], why: str) -> None:
+        for name in names:
+            if getattr(source, name) != getattr(unset, name):
+                raise UsageError(f"{where}.{name} is set, and {why}. Leave it out.")
+
+    if source.kind == "function":
+        refuse(("model", "max_prompt_tokens", *_OF_JUDGES), "kind is function, which asks no model")
+        if not OWN_FUNCTION.fullmatch(source.function):
+            raise UsageError(f"{where}.function is {source.function!r}; allowed is module:name of a Python function.")
+        return
+    refuse(("function",), f"kind is {source.kind}, which calls no function")
+    if not source.is_judge:
+        refuse(_OF_JUDGES, f"kind is {source.kind}, which writes nothing")
+    if source.url and source.model:
+        raise UsageError(f"{where} has both a model and a url. Give one; the server's model is `served`.")
+    if not (source.url or source.model):
+        other = " or url" if source.is_judge else ""
+        raise UsageError(
+            f"{where} names no model. Give its folder as model{other and ', or the address of a server as url'}."
+        )
+    if source.url and source.expected_score:
+        raise UsageError(
+            f"{where}.expected_score is true, and a server does not say how likely whole scores are. Judge here, by "
+            "the model's folder, or leave it out."
+        )
+    if source.url:
+        refuse(("max_prompt_tokens",), "a server reads what its own context holds")
+    else:
+        refuse(_OF_SERVERS, "no url is given: no server is asked")

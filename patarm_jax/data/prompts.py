@@ -1,0 +1,64 @@
+"""Reads prompts for a policy: those of a file of preferences, or of any file that has prompts."""
+
+from collections.abc import Mapping, Set
+from dataclasses import replace
+from typing import Any
+
+from patarm_jax.config.sections import DataSection
+from patarm_jax.data import reasons
+from patarm_jax.data.cells import is_missing, text_or_messages
+from patarm_jax.data.dialogues import read_open_prompt
+from patarm_jax.data.preferences import Kind, Report, collect
+from patarm_jax.data.reasons import Dropped
+from patarm_jax.data.rows import Row
+from patarm_jax.data.sides import TURNS, Sides, sides_of
+from patarm_jax.types import Conversation, Domain, Message, Preference
+
+DOMAIN: Domain = "instruction_following"  # of prompts of which nothing says another
+
+
+def read_prompts(section: DataSection, setting: str = "data") -> tuple[list[Preference], Report]:
+    """All usable prompts, in order, and what became of the rows; their responses are empty, their rows kept.
+
+    A prompt is a column `prompt`, text or messages; else a conversation in one of messages, conversations and
+    conversation, without an assistant's last turn; else what the two sides of a preference share.
+
+    Args:
+        section: what to read.
+        setting: the section of the settings that says path and split, as an error names it.
+    """
+
+    def with_row(preference: Preference, row: Row, values: Mapping[str, object]) -> Preference:
+        return replace(preference, row=row.values)
+
+    domain = section.domain or DOMAIN
+    return collect(replace(section, domain=domain), setting, with_row, PROMPTS)
+
+
+def _prompt_of(values: Mapping[str, Any], row: Mapping[str, object], columns: Set[str], mapped: Set[str]) -> Sides:
+    """The prompt, and two empty responses."""
+    if not (is_missing(values["chosen"]) or is_missing(values["rejected"])):
+        return sides_of(values, row, columns, mapped)[0], "", ""
+    prompt = text_or_messages("prompt", values["prompt"])
+    if prompt is None:
+        name = next((name for name in TURNS if not is_missing(row.get(name))), "")
+        prompt = text_or_messages(name, row[name]) if name else None
+    if prompt is None:
+        raise Dropped(reasons.EMPTY_PROMPT)
+    return _asked(prompt), "", ""
+
+
+def _asked(prompt: str | Conversation) -> Conversation:
+    """A conversation up to where the assistant is to answer."""
+    if isinstance(prompt, str):
+        opened = read_open_prompt(prompt)
+        return opened[0] if opened else (Message(role="user", content=prompt),)
+    return prompt[:-1] if prompt and prompt[-1]["role"] == "assistant" else prompt
+
+
+PROMPTS = Kind(
+    sides=_prompt_of,
+    needed=(("prompt",), *((name,) for name in TURNS), ("chosen", "rejected")),
+    words="a prompt, such as a column prompt or messages",
+    has_responses=False,
+)
