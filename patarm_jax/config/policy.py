@@ -9,6 +9,7 @@ from patarm_jax.config.recipes import OWN_FUNCTION
 from patarm_jax.config.sections import (
     FREE,
     AboveZero,
+    HeldoutSection,
     JudgingSection,
     Number,
     Positive,
@@ -106,6 +107,11 @@ class PolicyConfig(ReinforcedConfig):
         return f"reward.sources.{number}" if number < rewarding else f"gold.{number - rewarding}"
 
     @property
+    def best_metric(self) -> str:
+        """The first gold measure where there is one: the reward alone may be fooled."""
+        return f"gold/{self.gold[0].called}/mean" if self.gold else "eval/reward"
+
+    @property
     def rubrics(self) -> RubricMode:
         """The policy reads none."""
         return "adaptive"
@@ -158,6 +164,12 @@ class PolicyConfig(ReinforcedConfig):
         if twice := [name for name, count in counts.items() if count > 1]:
             raise UsageError(
                 f"two sources are called {twice[0]}. Give each a name of its own, such as `name: helpful`."
+            )
+        if self.heldout.best != HeldoutSection().best:
+            raise UsageError(
+                f"heldout.best is {self.heldout.best}, which is of judges. A policy's best checkpoint is the one with "
+                "the highest first gold measure, or without one the highest reward on the held-out prompts. Leave it "
+                "out."
             )
         if self.gold and not self.heldout.path:
             raise UsageError(

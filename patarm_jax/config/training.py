@@ -94,6 +94,11 @@ class TrainConfig(RunConfig):
         return self.recipe
 
     @property
+    def best_metric(self) -> str:
+        """The metric of held-out pairs that selects the best checkpoint."""
+        return f"eval/{self.heldout.best}"
+
+    @property
     def prompts_per_pair(self) -> int:
         """What the model reads of each pair."""
         return 2

@@ -130,7 +130,7 @@ def _best(folder: Path, config: TrainConfig, step: int | None) -> int:
     """The step that the held-out pairs chose."""
     if step is not None:
         raise UsageError(f"--best and the checkpoint of step {step} are both given. Give the run folder, or no --best.")
-    metric = f"eval/{config.heldout.best}"
+    metric = config.best_metric
     found = best_of(folder / CHECKPOINTS, metric)
     if found is None:
         raise UserError(

@@ -352,11 +352,11 @@ def _facts(config: TrainConfig, metrics: Sequence[Mapping[str, object]]) -> list
     ):
         if isinstance(last.get(name), float):
             facts.append((label, f"{last[name]:.3f}"))
-    by = f"eval/{config.heldout.best}"
+    by = config.best_metric
     judged = [line for line in metrics if line.get(by) is not None]
     if judged:
         top = max(judged, key=lambda line: (line[by], line["step"]))  # of equal ones the last one's checkpoint is kept
-        facts.append((f"best held out, {config.heldout.best}", f"{top[by]:.3f} at step {top['step']}"))
+        facts.append((f"best held out, {by.removeprefix('eval/')}", f"{top[by]:.3f} at step {top['step']}"))
     return facts
 
 

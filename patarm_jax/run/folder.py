@@ -430,7 +430,7 @@ def _begin_or_resume(
     further: Mapping[str, object],
 ) -> Run:
     folder = folder_of(config.run)
-    best = f"eval/{config.heldout.best}" if config.heldout.path else ""
+    best = config.best_metric if config.heldout.path else ""
     noted = read_json_object(folder / MARK)
     whose = with_known_start(identity, noted)
     weights = {f"weights ({role})": one["digest"] for role, one in whose[WEIGHTS].items()}  # whatever their paths
