@@ -132,13 +132,15 @@ def test_the_same_weights_are_the_same_run(models, then, now):
 
 @pytest.mark.parametrize("cls", [SFTConfig, GRPOConfig, RewardModelConfig])
 def test_a_run_of_an_earlier_version_goes_on(models, cls):
-    """It knew of no adapters, of one kind of moments, and of one head of a reward model."""
+    """It knew of no adapters, of one kind of network and of moments, and of one head of a reward model."""
     section = ModelSection(path=str(models / "start"))
     model, config = open_model(section), cls(model=section)
     now = json.loads(json.dumps(fingerprint(config, model, [])))
     then = copy.deepcopy({name: value for name, value in now.items() if name not in ("lora", "head")})
-    del then["optimizer"]["moments"]
+    del then["optimizer"]["moments"], then["model"]["model_type"]
     refuse_another_run("it", now, then)
+    of_two = {"judge network": now["model"]}  # as Rubric-ARM has them
+    refuse_another_run("it", of_two, {"judge network": then["model"]})
     turned = replace(config, lora=LoRASection(targets=config.lora.targets[::-1]))
     refuse_another_run("it", json.loads(json.dumps(fingerprint(turned, model, []))), now)
     adapted = json.loads(json.dumps(fingerprint(replace(config, lora=LoRASection(rank=4)), model, [])))

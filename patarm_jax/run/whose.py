@@ -89,8 +89,9 @@ def _as_written_now(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
             kl["by_ratio"] = None
             if found["update"]["aggregation"] == "sequence_mean":  # what it weighs by in any case
                 found["update"]["aggregation"] = None
-    if isinstance(found.get("model"), dict):
-        found["model"] = {"model_type": "qwen3"} | found["model"]
+    found = {name: _network_as_now(value) for name, value in found.items()}
+    if found.get("recipe") == "rubric_arm":
+        found["judge"] = {"kind": "rubric_judge"} | found["judge"]
     known: dict[str, Any] = {"lora": lasting_settings(LoRASection(targets=tuple(sorted(TARGETS))))}
     if found.get("recipe") == "reward_model":
         known["head"] = "scalar"
@@ -98,6 +99,12 @@ def _as_written_now(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(found.get("optimizer"), dict):
         found["optimizer"] = {"moments": "float32", **found["optimizer"]}
     return _before_pairwise_judges(found)
+
+
+def _network_as_now(value: object) -> object:
+    """The shape of a network, which was a Qwen3's before there were others; anything else as it is."""
+    is_network = isinstance(value, dict) and "num_hidden_layers" in value
+    return {"model_type": "qwen3"} | value if is_network and isinstance(value, dict) else value
 
 
 def _before_pairwise_judges(found: dict[str, Any]) -> dict[str, Any]:
