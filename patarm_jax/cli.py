@@ -132,9 +132,9 @@ def _add_demo(verbs: _Verbs) -> None:
     demo.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     demo.add_argument(
         "--system",
-        choices=("pointwise", "pairwise", "rubric-arm"),
+        choices=("pointwise", "pairwise", "rubric-arm", "policy"),
         default="pointwise",
-        help="a judge of one response, of two, or of two by rubrics (default: %(default)s)",
+        help="a judge of one response, of two, of two by rubrics, or a policy and its judge (default: %(default)s)",
     )
     demo.add_argument("--short", action="store_true", help="a few steps of everything: minutes become seconds")
 

@@ -193,7 +193,7 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     return raw
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """What an error says, to be put inside a sentence."""
     return " ".join(str(error).split()).rstrip(".")
 

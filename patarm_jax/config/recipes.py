@@ -42,7 +42,9 @@ OWN_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:name
 class JudgeTrainConfig(TrainConfig):
     """What every run has that trains a judge, which writes."""
 
-    judge: Literal["pointwise", "pairwise"] = "pointwise"  # what is trained: scores of one response, or choices of two
+    # What is trained: scores of one response, or choices of two; of sft also a policy, which answers, and may think
+    # before or is policy_unthinking.
+    judge: Literal["pointwise", "pairwise", "policy", "policy_unthinking"] = "pointwise"
     pairwise: PairwiseSection = field(default_factory=PairwiseSection)
     rubrics: RubricMode = "adaptive"  # the rubrics that the judge's prompt holds, or asks for
 
@@ -50,10 +52,18 @@ class JudgeTrainConfig(TrainConfig):
         """Refuses settings that are right one by one and together make no sense."""
         super().check()
         _refuse_unread(self.rubrics, given=self.data.given_rubrics)
-        if self.judge == "pointwise" and self.pairwise != PairwiseSection():
+        if self.judge != "pairwise" and self.pairwise != PairwiseSection():
+            reads = "policy reads no responses" if self.answers else "pointwise judge reads one response"
             raise UsageError(
-                f"pairwise.orders is {self.pairwise.orders}, and a pointwise judge reads one response. Set judge to "
-                "pairwise, or leave it out."
+                f"pairwise.orders is {self.pairwise.orders}, and a {reads}. Set judge to pairwise, or leave it out."
+            )
+        if self.answers and (self.rubrics != "adaptive" or self.data.given_rubrics):
+            what = "data.given_rubrics" if self.data.given_rubrics else "rubrics"
+            raise UsageError(f"{what} is set, and a policy reads none. Leave it out.")
+        if self.answers and self.heldout.path:
+            raise UsageError(
+                f"heldout.path is set, and judge is {self.judge}: nothing says what a policy's responses are worth "
+                "here. Leave it out, and measure the policy by `patarm policy` with heldout.path and gold."
             )
         if self.judge == "pairwise" and self.heldout.best == "score_gap":
             raise UsageError(
@@ -64,7 +74,12 @@ class JudgeTrainConfig(TrainConfig):
     @property
     def prompts_per_pair(self) -> int:
         """What a judge is asked about each pair: of both responses, or in both orders; of pairs in turns, once."""
-        return 1 if self.alternates else 2
+        return 1 if self.alternates or self.answers else 2
+
+    @property
+    def answers(self) -> bool:
+        """Whether a policy is trained, and no judge."""
+        return self.judge in ("policy", "policy_unthinking")
 
     @property
     def alternates(self) -> bool:
@@ -77,6 +92,19 @@ class SFTConfig(SupervisedConfig, JudgeTrainConfig):
     """`patarm sft`: supervised fine-tuning on judgements."""
 
     recipe: Literal["sft"] = "sft"
+
+    @property
+    def stage_in_words(self) -> str:
+        """What the recipe is, for the model card."""
+        return f"supervised fine-tuning on {'responses' if self.answers else 'judgements'}"
+
+    def check(self) -> None:
+        """Refuses to make up responses, where the form is not all there is to learn."""
+        super().check()
+        if self.answers and self.data.missing_judgements == "template":
+            raise UsageError(
+                "data.missing_judgements is template, and there is none of a response. Set it to drop, or leave it out."
+            )
 
 
 @dataclass(frozen=True)
@@ -140,6 +168,11 @@ class GRPOConfig(ReinforcedConfig, JudgeTrainConfig):
     def check(self) -> None:
         """Refuses settings that are right one by one and together make no sense."""
         super().check()
+        if self.answers:
+            raise UsageError(
+                f"judge is {self.judge}, and grpo trains judges. `patarm policy` trains a policy; sft does so too, on "
+                "responses."
+            )
         self._check_reward()
         both_orders = self.judge == "pairwise" and self.prompts_per_pair == 2
         if both_orders and self.group_size % 2:

@@ -185,7 +185,7 @@ class DataSection(Section):
     split: str = "train"
     # Ours → theirs, where they differ; several columns are joined without a space. Ours are: prompt, chosen, rejected,
     # id, source, domain, chosen_judgement, rejected_judgement, pairwise_judgement, pairwise_judgement_swapped,
-    # chosen_score, rejected_score, margin, rubric, and what Rubric-ARM's warm-up reads besides.
+    # chosen_score, rejected_score, margin, rubric, response, and what Rubric-ARM's warm-up reads besides.
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
     domain: str = ""  # the domain of a row that names none, or one by a word that is unknown
     domains: dict[str, str] = field(default_factory=dict)  # a row's own word → domain, such as stem: math

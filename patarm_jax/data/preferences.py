@@ -28,6 +28,7 @@ CHOICES = ("pairwise_judgement", "pairwise_judgement_swapped")  # of both, the c
 LABELS = ("chosen_score", "rejected_score")
 MARGIN = "margin"
 RUBRIC_COLUMN = "rubric"  # of the prompt
+RESPONSE = "response"  # to the prompt, that a policy is taught
 CHECKLISTS = ("chosen_checklist", "rejected_checklist")  # of the sides, by the rubric
 COMPARISONS = ("chosen_first_judgement", "rejected_first_judgement")  # of both by the rubric, in either order
 COLUMNS = (
@@ -39,6 +40,7 @@ COLUMNS = (
     RUBRIC_COLUMN,
     *COMPARISONS,
     *CHECKLISTS,
+    RESPONSE,
 )
 _NEEDED = ("chosen", "rejected")
 _DOMAINS: dict[str, Domain] = {domain: domain for domain in get_args(Domain)}

@@ -6,13 +6,14 @@ from typing import Any
 
 from patarm_jax.config.sections import DataSection
 from patarm_jax.data import reasons
-from patarm_jax.data.cells import is_missing, text_or_messages
+from patarm_jax.data.cells import is_blank, is_missing, text_or_messages
 from patarm_jax.data.dialogues import read_open_prompt
-from patarm_jax.data.preferences import Kind, Report, collect
+from patarm_jax.data.preferences import RESPONSE, Kind, Report, collect, drop_lone_surrogates
 from patarm_jax.data.reasons import Dropped
 from patarm_jax.data.rows import Row
+from patarm_jax.data.sft import JudgedPreference
 from patarm_jax.data.sides import TURNS, Sides, sides_of
-from patarm_jax.types import Conversation, Domain, Message, Preference
+from patarm_jax.types import Conversation, Domain, Message, Preference, UserError
 
 DOMAIN: Domain = "instruction_following"  # of prompts of which nothing says another
 
@@ -33,6 +34,44 @@ def read_prompts(section: DataSection, setting: str = "data") -> tuple[list[Pref
 
     domain = section.domain or DOMAIN
     return collect(replace(section, domain=domain), setting, with_row, PROMPTS)
+
+
+def read_answered_prompts(section: DataSection, setting: str = "data") -> tuple[list[JudgedPreference], Report]:
+    """The same with the response to each, which a policy is taught.
+
+    A response is a column `response`, or `completion` as TRL has it, text or one message; else an assistant's last turn
+    of the conversation; else the chosen one of a preference.
+    """
+
+    def answered(preference: Preference, row: Row, values: Mapping[str, object]) -> JudgedPreference:
+        response = _response_of(row, values)
+        if is_blank(response):
+            if section.missing_judgements == "error":
+                raise UserError(
+                    f"{row.where} has no response, which SFT of a policy learns from. Name its column as "
+                    "data.columns.response, or set data.missing_judgements to drop, which leaves such rows out."
+                )
+            raise Dropped(reasons.NO_RESPONSE)
+        drop_lone_surrogates(response)
+        return JudgedPreference(preference, (response,))
+
+    return collect(replace(section, domain=section.domain or DOMAIN), setting, answered, PROMPTS)
+
+
+def _response_of(row: Row, values: Mapping[str, object]) -> str:
+    """The response in a row; empty where there is none."""
+    given = values[RESPONSE] if not is_missing(values[RESPONSE]) else row.values.get("completion")
+    if is_missing(given) and not is_missing(values["chosen"]) and not is_missing(values["rejected"]):
+        return sides_of(values, row.values, row.values.keys(), set())[1]
+    if is_missing(given):
+        name = next((name for name in ("prompt", *TURNS) if not is_missing(row.values.get(name))), "")
+        given = row.values.get(name)
+        if isinstance(given, str):
+            return ""
+    said = text_or_messages(RESPONSE, given)
+    if said is None or isinstance(said, str):
+        return said or ""
+    return said[-1]["content"] if said and said[-1]["role"] == "assistant" else ""
 
 
 def _prompt_of(values: Mapping[str, Any], row: Mapping[str, object], columns: Set[str], mapped: Set[str]) -> Sides:

@@ -35,6 +35,7 @@ NOT_UNICODE = "text that is not valid Unicode"
 BAD_JUDGEMENT = "judgement that is out of form"
 BAD_RUBRIC = "rubric that is out of form"
 NO_JUDGEMENT = "no judgement"
+NO_RESPONSE = "no response"
 NOT_MIRRORED = (
     "pairwise judgement in one order, with an A or B in it that may name something else than a response: give the one "
     "in the other order too, as pairwise_judgement_swapped"

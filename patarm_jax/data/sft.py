@@ -22,7 +22,7 @@ class JudgedPreference:
 
     preference: Preference
     # Of the chosen and of the rejected response; of a judge of pairs, with the chosen one first and with it second; of
-    # a generator, the rubric alone.
+    # a generator, the rubric alone, and of a policy the response.
     judgements: tuple[str, ...]
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from patarm_jax.config.policy import PolicyConfig, ResponseRewardSection, SourceSection
 from patarm_jax.config.recipes import EvalConfig, GRPOConfig, JudgeConfig, SFTConfig
 from patarm_jax.config.rubric_arm import (
     GeneratorTrainingSection,
@@ -14,6 +15,7 @@ from patarm_jax.config.rubric_arm import (
 from patarm_jax.config.sections import (
     DataSection,
     GeneratorSection,
+    HeldoutSection,
     JudgingSection,
     KLSection,
     ModelSection,
@@ -62,6 +64,22 @@ class ArmSizes:
     def short(cls) -> "ArmSizes":
         """Enough to see that everything runs."""
         return cls(train_pairs=96, heldout_pairs=96, warmup_steps=3, turn_steps=1)
+
+
+@dataclass(frozen=True)
+class PolicySizes:
+    """How much of everything, where a policy is trained by a judge."""
+
+    judge: DemoSizes = DemoSizes()
+    right: float = 0.6  # how often the responses that the policy imitates are right
+    sft_steps: int = 400  # the world's sentences are learnt after 200
+    policy_steps: int = 60
+    max_failed: float = 0.5  # of a step's responses
+
+    @classmethod
+    def short(cls) -> "PolicySizes":
+        """Enough to see that everything runs, with a judge that nobody could read."""
+        return cls(judge=DemoSizes.short(), sft_steps=4, policy_steps=2, max_failed=1.0)
 
 
 def model_shape(vocab_size: int) -> Architecture:
@@ -121,12 +139,50 @@ def demo_configs(
     return sft, grpo
 
 
+def policy_sft_config(folder: Path, seed: int, sizes: PolicySizes) -> SFTConfig:
+    """The policy's first run, in folder/policy-sft."""
+    return SFTConfig(
+        model=model_section(folder / "policy"),
+        data=DataSection(path=str(folder / "data" / "responses.jsonl")),
+        optimizer=OptimizerSection(learning_rate=3e-3, warmup_steps=20, decay="cosine", final_fraction=0.1, beta2=0.99),
+        run=RunSection(folder=str(folder / "policy-sft"), seed=seed, steps=sizes.sft_steps, checkpoint_every=200),
+        judge="policy_unthinking",
+        pairs_per_step=32,
+    )
+
+
+def policy_config(folder: Path, seed: int, sizes: PolicySizes, judge: Path) -> PolicyConfig:
+    """The policy's second run, in folder/policy-grpo: a judge is its reward, and the world measures it."""
+    world = "patarm_jax.demo.policy_world"
+    return PolicyConfig(
+        model=model_section(folder / "policy-sft"),
+        data=DataSection(path=str(folder / "data" / "train.jsonl")),
+        optimizer=OptimizerSection(learning_rate=5e-4, warmup_steps=5, decay="linear", beta2=0.99),
+        run=RunSection(folder=str(folder / "policy-grpo"), seed=seed, steps=sizes.policy_steps, checkpoint_every=20),
+        heldout=HeldoutSection(
+            path=str(folder / "data" / "heldout.jsonl"), split="", eval_every=10, sampling=JudgingSection()
+        ),
+        sampling=SamplingSection(max_new_tokens=48),
+        reward=ResponseRewardSection(
+            sources=(SourceSection(model=str(judge), sampling=_judging()),), max_failed=sizes.max_failed
+        ),
+        gold=(
+            SourceSection(kind="function", function=f"{world}:is_right", name="right"),
+            SourceSection(kind="function", function=f"{world}:closes", name="closing"),
+        ),
+        update=UpdateSection(kl=KLSection(coef=0.02)),
+        thinking=False,
+        pairs_per_step=16,
+        group_size=8,
+    )
+
+
 def judge_config(model: Path, pairs: Path, scores: Path, seed: int, config: SFTConfig) -> JudgeConfig:
     """Scores for a file of pairs, one judgement of each response."""
     return JudgeConfig(
         model=model_section(model),
         data=DataSection(path=str(pairs)),
-        sampling=JudgingSection(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=48),  # as GRPO draws
+        sampling=_judging(),
         rubrics=config.rubrics,
         output=str(scores),
         votes=1,
@@ -151,6 +207,11 @@ def compare_config(model: Path, pairs: Path, folder: Path, seed: int, config: SF
 def model_section(path: Path) -> ModelSection:
     """Float32, for CPUs gain nothing by bfloat16; and nothing is recomputed, for memory is no concern."""
     return ModelSection(path=str(path), dtype="float32", remat="none")
+
+
+def _judging() -> JudgingSection:
+    """As GRPO draws."""
+    return JudgingSection(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=48)
 
 
 def _sampling() -> SamplingSection:

@@ -9,7 +9,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -65,11 +65,14 @@ ONE_JUDGEMENT: Mapping[System, str] = {"pointwise": "one judgement per response"
 
 
 def main(
-    out: Path, seed: int, short: bool, system: System | Literal["rubric-arm"] = "pointwise"
-) -> dict[str, Accuracy]:
-    """Writes `out` and prints what came out; gives the accuracies by stage."""
+    out: Path, seed: int, short: bool, system: System | Literal["rubric-arm", "policy"] = "pointwise"
+) -> Mapping[str, object]:
+    """Writes `out` and prints what came out; gives what each stage is worth."""
+    demo: Callable[[Path, int, bool], Mapping[str, object]]
     if system == "rubric-arm":
         from patarm_jax.demo.rubric_story import demo
+    elif system == "policy":
+        from patarm_jax.demo.policy_story import demo
     else:
         demo = partial(_demo, system=system)
     mark = json.dumps({"seed": seed, "short": short} | ({} if system == "pointwise" else {"system": system}))
@@ -95,7 +98,7 @@ def _demo(out: Path, seed: int, short: bool, system: System) -> dict[str, Accura
     finished = sft.main(sft_config)
     if finished:
         say("GRPO: learning from which response is preferred, with no score given")
-        finished = _reinforced(grpo_config, short)
+        finished = reinforced(grpo_config, short)
     if not finished:
         raise stopped(out)
 
@@ -113,7 +116,7 @@ def _demo(out: Path, seed: int, short: bool, system: System) -> dict[str, Accura
     return results
 
 
-def _reinforced(config: GRPOConfig, short: bool) -> bool:
+def reinforced(config: GRPOConfig, short: bool) -> bool:
     """GRPO; that a shortened demo learns nothing is no failure."""
     try:
         return grpo.main(config)

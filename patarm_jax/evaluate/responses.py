@@ -83,6 +83,12 @@ def _of_source(name: str, values: np.ndarray) -> dict[str, float]:
     return {f"{name}/mean": mean, f"{name}/std": std, f"{name}/failed": float(np.isnan(values).mean())}
 
 
+def _standard_error(values: np.ndarray) -> float:
+    """Of the mean of values [R, V], by prompts: the V votes of one are no independent values."""
+    means = [group[~np.isnan(group)].mean() for group in values if not np.isnan(group).all()]
+    return float(np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else 0.0
+
+
 def correlation(known: np.ndarray, lengths: np.ndarray) -> float:
     """Pearson's, of rewards that are there with lengths; 0 where one of the two is always the same.
 
@@ -155,6 +161,8 @@ class HeldoutResponses(NowAndThen):
         for name, values in worth.items():
             of = f"{GOLD}/{name}" if name in self.gold else f"eval/rewards/{name}"
             metrics |= _of_source(of, values)
+            if name in self.gold:
+                metrics[f"{of}/error"] = _standard_error(values)
         lengths = said.lengths[:number]
         return metrics | {
             "eval/mean_length": float(lengths.mean()),

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
+import jax
+
 from patarm_jax.ask.worth import OpenedModel, open_models, open_sources
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.policy import PolicyConfig
@@ -26,6 +28,8 @@ from patarm_jax.rollout.responses import Rewarding, Source, make_response_reward
 from patarm_jax.run.card import card_of
 from patarm_jax.run.claim import claimed, folder_of
 from patarm_jax.run.folder import open_run
+from patarm_jax.run.health import parted
+from patarm_jax.run.metrics import read_metrics
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
 from patarm_jax.run.programs import describe
@@ -90,6 +94,8 @@ def _train(policy: _Policy) -> bool:
             found = reinforce(config, mesh, rollout, reference, step, sample)
             step.metrics |= response_metrics(config, found)
             step.rows = response_rows(mesh, found)
+        if (said := parted(read_metrics(run.folder / "metrics.jsonl"))) and jax.process_index() == 0:
+            say(said)
         return run.finish(card_of(config, model))
 
 

@@ -1,6 +1,6 @@
-"""Supervised fine-tuning: the judge learns the form of a judgement, and what its teacher thinks.
+"""Supervised fine-tuning: a judge learns the form of a judgement and what its teacher thinks, a policy how to answer.
 
-The loss is on the judgement alone, its end token included. The same command resumes a run that was stopped.
+The loss is on the judgement or response alone, its end token included. The same command resumes a run that was stopped.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from patarm_jax.config.training import SupervisedConfig
 from patarm_jax.data.judged import read_judged_preferences
 from patarm_jax.data.packing import sft_batch, sft_shape
 from patarm_jax.data.pipeline import PairBatch
+from patarm_jax.data.prompts import read_answered_prompts
 from patarm_jax.data.tokenizer import Tokenizer
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.kernels import kernels_in_use
@@ -36,7 +37,8 @@ def main(config: SFTConfig) -> bool:
 
 
 def _ready(config: SFTConfig) -> Ready[SFTConfig]:
-    return make_ready(config, partial(read_judged_preferences, form=FORMS[config.judge]))
+    read = read_answered_prompts if config.answers else partial(read_judged_preferences, form=FORMS[config.judge])
+    return make_ready(config, read)
 
 
 def _train(ready: Ready[SFTConfig]) -> bool:

@@ -25,14 +25,15 @@ import pyarrow
 import pyarrow.parquet
 
 from patarm_jax.config.load import load_run, read_yaml
-from patarm_jax.config.recipes import GRPOConfig
+from patarm_jax.config.policy import PolicyConfig
 from patarm_jax.config.rubric_arm import RubricArmConfig
-from patarm_jax.config.training import TrainConfig
+from patarm_jax.config.training import ReinforcedConfig, TrainConfig
 from patarm_jax.data.preferences import read_preferences
+from patarm_jax.data.prompts import read_prompts
 from patarm_jax.files import check_writable, write_text, writing
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.locks import hold_output
-from patarm_jax.run.health import Health, after, verdict
+from patarm_jax.run.health import Health, after, parted, verdict
 from patarm_jax.run.rubrics import RUBRICS
 from patarm_jax.run.watch import told_of
 from patarm_jax.types import UsageError, UserError
@@ -85,13 +86,29 @@ PANELS = (
         },
     ),
     Panel("Loss", {"": "loss"}),
-    Panel("Reward", {"all": "reward", "chosen": "rewards/chosen/mean", "rejected": "rewards/rejected/mean"}),
+    Panel(
+        "Reward",
+        {
+            "all": "reward",
+            "chosen": "rewards/chosen/mean",
+            "rejected": "rewards/rejected/mean",
+            "held out": "eval/reward",
+        },
+    ),
+    Panel("Responses without a reward", {"rollouts": "rewards/failed", "held out": "eval/rewards/failed"}),
+    Panel(
+        "Correlation of reward and length",
+        {"rollouts": "rewards/length_correlation", "held out": "eval/length_correlation"},
+    ),
     Panel("Probability on no whole score", {"training": "outside", "held out": "eval/outside"}),
     Panel("Groups of equal rewards", {"": "frac_reward_zero_std"}),
     Panel("Rounds of a step", {"": "dapo/rounds"}),
     Panel("Batch filled", {"": "dapo/filled"}),
-    Panel("Tokens of a judgement", {"mean": "completions/mean_length", "longest": "completions/max_length"}),
-    Panel("Cut-off judgements", {"rollouts": "completions/clipped_ratio", "held out": "eval/clipped_ratio"}),
+    Panel(
+        "Tokens of a sample",
+        {"mean": "completions/mean_length", "longest": "completions/max_length", "held out": "eval/mean_length"},
+    ),
+    Panel("Cut-off samples", {"rollouts": "completions/clipped_ratio", "held out": "eval/clipped_ratio"}),
     Panel("Pairs without PAR", {"": "judge/pairs_without_par"}),
     Panel("KL to the reference", {"": "kl"}),
     Panel("Clipped tokens", {"": "clip_ratio/region_mean"}),
@@ -101,10 +118,18 @@ PANELS = (
     Panel("Learning rate", {"": "learning_rate"}, exact=True),
     Panel(
         "Seconds of a step",
-        {name: f"time/{name}" for name in ("sample", "parse", "reward", "logprobs", "update", "data", "eval")},
+        {name: f"time/{name}" for name in ("sample", "judge", "parse", "reward", "logprobs", "update", "data", "eval")},
         log=True,  # the first step compiles, and parsing takes a thousandth of sampling
     ),
 )
+
+
+# Those of a policy, for each of which there are as many series as it has sources.
+BY_SOURCE = {
+    "Gold, held out": "gold/{}/mean",
+    "Rewards by source": "rewards/{}/mean",
+    "Held-out rewards by source": "eval/rewards/{}/mean",
+}
 
 
 def main(run: Path, out: Path | None = None, megabytes: int = 25) -> tuple[Path, str]:
@@ -142,13 +167,14 @@ def _write(run: Path, config: TrainConfig, out: Path, megabytes: int, mark: str)
     payload = {
         "name": run.resolve().name,
         "facts": [*_facts(config, metrics), *_troubles(config, metrics, run)],
-        "panels": [panel for panel in map(_drawn(metrics), PANELS) if panel["series"]],
+        "panels": [panel for panel in map(_drawn(metrics), _panels(config, metrics)) if panel["series"]],
         "steps": [line["step"] for line in metrics],
         "rollouts": [step.number for step in rollouts],
         "rollout_steps": len(steps),
         "preferences": preferences,
         "missing": missing,
         "pairwise": FORMS[config.judge].responses == 2,
+        "policy": FORMS[config.judge].converses,
     }
     with writing(out):
         write_text(out, _page(payload, rollouts, mark))
@@ -287,6 +313,7 @@ def _step(rubrics: Mapping[str, str], path: Path) -> _Step:
             if not told["judgement"] and row.get("rubric_sha256") in rubrics:
                 pair["rubric"] = rubrics[row["rubric_sha256"]]
             side = row["side"].removesuffix(" first")  # of a pairwise judge, which response stood first
+            side = "chosen" if side == "response" else side  # of a policy, whose prompts have no sides
             pair[side].append(told | {name: _finite(row[name]) for name in ("score", "reward", "advantage")})
     except (OSError, KeyError, pyarrow.ArrowException) as error:
         raise UserError(
@@ -305,7 +332,8 @@ def _preferences(config: TrainConfig, ids: Iterable[str]) -> tuple[dict[str, Any
     if not wanted:
         return {}, ""
     try:
-        preferences, _ = read_preferences(config.data)
+        read = read_prompts if FORMS[config.judge].converses else read_preferences
+        preferences, _ = read(config.data)
     except UserError as error:
         return {}, f"The prompts and responses are not shown: {error}"
     found = {
@@ -336,9 +364,9 @@ def _facts(config: TrainConfig, metrics: Sequence[Mapping[str, object]]) -> list
         ("model", config.model.path),
         ("data", config.data.path),
         ("steps", str(last["step"])),
-        ("pairs per step", str(config.pairs_per_step)),
+        (f"{'prompts' if FORMS[config.judge].converses else 'pairs'} per step", str(config.pairs_per_step)),
     ]
-    if isinstance(config, GRPOConfig):
+    if isinstance(config, ReinforcedConfig):
         facts.append(("group", str(config.group_size)))
     if last.get(PHASE):
         facts.append((PHASE, f"{last[PHASE]}, round {last['round']}" if last["round"] else f"{last[PHASE]}"))
@@ -368,7 +396,19 @@ def _troubles(config: TrainConfig, metrics: Sequence[Mapping[str, Any]], run: Pa
     found = [("updates skipped", f"{health.skipped:,} of {health.updates:,}")]
     if said := verdict(health, told):
         found.append(("what went wrong", said))
+    if said := parted(metrics):
+        found.append(("reward and gold", said))
     return found
+
+
+def _panels(config: TrainConfig, metrics: Sequence[Mapping[str, Any]]) -> tuple[Panel, ...]:
+    """All charts; of a policy first those that tell whether its reward is being fooled."""
+    if not isinstance(config, PolicyConfig):
+        return PANELS
+    names = [source.called for source in config.every_source]
+    by_source = (Panel(title, {name: metric.format(name) for name in names}) for title, metric in BY_SOURCE.items())
+    of_reward = [panel for panel in PANELS if panel.title in ("Reward", "Correlation of reward and length")]
+    return (*of_reward, *by_source, *(panel for panel in PANELS if panel not in of_reward))
 
 
 def _drawn(metrics: Sequence[Mapping[str, Any]]) -> Any:
@@ -391,7 +431,7 @@ def _drawn(metrics: Sequence[Mapping[str, Any]]) -> Any:
             {
                 "label": ", ".join(filter(None, (phase, label))),
                 "name": name,
-                "dots": name.startswith("eval/"),
+                "dots": name.startswith(("eval/", "gold/")),
                 "joined": in_turns,
                 "values": values,
             }

@@ -17,6 +17,7 @@ import numpy as np
 from patarm_jax.arrays import Params
 from patarm_jax.config.policy import PolicyConfig
 from patarm_jax.data.pipeline import EncodedPair, PairBatch
+from patarm_jax.files import one_line
 from patarm_jax.judge.parse import answer_of
 from patarm_jax.model.sharding import fetch, gather, gather_json
 from patarm_jax.reward import Rewards, combined_rewards
@@ -223,9 +224,9 @@ def _refuse_many_failures(config: PolicyConfig, said: Said, step: int, mesh: jax
         reasons = gather_json(mesh, [reason for reason in reasons if reason != NO_ANSWER][:1]) or ["nobody says"]
         raise UserError(
             f"step {step}: {name} says nothing of {failed.sum():,} of {failed.size:,} responses, more than "
-            f"reward.max_failed {config.reward.max_failed:g} allows. The first one because: {reasons[0][-300:]}. What "
-            "was saved before is whole, and answers that came are kept: when that is put right, run the same command "
-            "again to go on."
+            f"reward.max_failed {config.reward.max_failed:g} allows. The first one because: "
+            f"{one_line(reasons[0])[:300]}. What was saved before is whole, and answers that came are kept: when that "
+            "is put right, run the same command again to go on."
         )
 
 

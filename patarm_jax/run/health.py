@@ -1,6 +1,7 @@
 """Whether a run learns anything, judged from the metrics of its steps alone: lines in, words out."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -157,6 +158,36 @@ def verdict(health: Health, told: Told) -> str:
     most, what = found[0], "; ".join(_what(name, health) for name in found)
     nothing = "nothing" if most in ("no_advantage", "no_worth") else "nothing but the format penalty"
     return f"{nothing} was learnt: {what}. {_advice(most, told)}"
+
+
+def parted(lines: Sequence[Mapping[str, float | None]]) -> str:
+    """Where a policy's held-out reward has gone on rising while a gold measure fell; empty where it has not.
+
+    Since the evaluation at which the measure was highest it has fallen by more than twice the standard error of the
+    difference, and the reward has risen.
+
+    Args:
+        lines: the metrics of the steps, in order.
+    """
+    found = []
+    measured = [line for line in lines if line.get("eval/reward") is not None]
+    for metric in dict.fromkeys(name for line in measured for name in line if name.startswith("gold/")):
+        if not metric.endswith("/mean"):
+            continue
+        name = metric.removesuffix("/mean")
+        known = [line for line in measured if line.get(metric) is not None]
+        best, last = max(known, key=lambda line: line[metric] or 0.0), known[-1]
+        fell = (best[metric] or 0.0) - (last[metric] or 0.0)
+        rose = (last["eval/reward"] or 0.0) - (best["eval/reward"] or 0.0)
+        error = math.hypot(best.get(f"{name}/error") or 0.0, last.get(f"{name}/error") or 0.0)
+        if fell > 2 * error and fell > 0 and rose > 0:
+            found.append(
+                f"from step {best['step']:.0f} to {last['step']:.0f} the reward on the held-out prompts rose by "
+                f"{rose:.3g} while {name} fell by {fell:.3g} (standard error {error:.2g})"
+            )
+    if not found:
+        return ""
+    return f"{'; '.join(found)}: the reward may be being fooled. Read responses of either step, and see their lengths."
 
 
 def untouched(health: Health) -> bool:
