@@ -124,6 +124,33 @@ class ScoredPairs:
     score_lengths: Array  # [P, S] int32
 
 
+@dataclass(frozen=True, order=True)
+class PreferredShape:
+    """Sizes of a batch of preferences that all processes agree on."""
+
+    pairs: int  # P, of one process
+    width: int  # Tp
+    completion: int  # Tc
+
+    @property
+    def tokens(self) -> int:
+        """How large the batch is."""
+        return self.pairs * (self.width + 2 * self.completion)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PreferredPairs:
+    """P prompts with two responses each, and what the reference says of them. The first axis is never cut apart."""
+
+    prompt_tokens: Array  # [P, Tp] int32
+    prompt_lengths: Array  # [P] int32
+    completion_tokens: Array  # [P, 2, Tc] int32, of the chosen and of the rejected response
+    completion_lengths: Array  # [P, 2] int32, the end token included
+    reference: Array  # [P, 2] float32, the sum of each response's log-probs under the reference
+    sft_weights: Array  # [P] float32, by which a chosen token's cross entropy counts beside its pair
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rollouts:

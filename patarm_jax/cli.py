@@ -146,6 +146,7 @@ def _add_training(verbs: _Verbs) -> None:
         "reward-model": "train a reward model that writes nothing on preference pairs",
         "rubric-arm": "train a generator of rubrics and a judge that compares by them, in turns",
         "policy": "train a policy by what judges, reward models and functions say of its responses",
+        "dpo": "train a policy on preference pairs, by direct preference optimisation",
     }
     for verb, what in verbs_and_what.items():
         name = verb.replace("-", "_")

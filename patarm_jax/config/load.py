@@ -16,7 +16,7 @@ import msgspec
 import yaml
 
 from patarm_jax.config.flags import BECAME_SECTIONS, merged, nearest, now_called, settings_of, with_names_of_now
-from patarm_jax.config.policy import PolicyConfig
+from patarm_jax.config.policy import DPOConfig, PolicyConfig
 from patarm_jax.config.recipes import GRPOConfig, RewardModelConfig, SFTConfig
 from patarm_jax.config.rubric_arm import RubricArmConfig
 from patarm_jax.config.sections import Section, limits_of, section_of_list
@@ -31,6 +31,7 @@ TRAINING: dict[str, type[RunConfig]] = {  # by `recipe`
     "reward_model": RewardModelConfig,
     "rubric_arm": RubricArmConfig,
     "policy": PolicyConfig,
+    "dpo": DPOConfig,
 }
 
 

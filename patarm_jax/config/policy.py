@@ -1,4 +1,4 @@
-"""The config of `patarm policy`: a policy that is trained by what others say of its responses."""
+"""The configs of policies: trained by what others say of their responses, or on preferences."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,14 +11,16 @@ from patarm_jax.config.sections import (
     AboveZero,
     HeldoutSection,
     JudgingSection,
+    NotNegative,
     Number,
     Positive,
     RewardSection,
     Section,
     Share,
+    Smoothing,
     Votes,
 )
-from patarm_jax.config.training import ReinforcedConfig
+from patarm_jax.config.training import ReinforcedConfig, TrainConfig
 from patarm_jax.types import PolicyKind, RubricMode, UsageError
 
 SourceKind = Literal["judge", "scalar", "ordinal", "function"]
@@ -187,6 +189,53 @@ class PolicyConfig(ReinforcedConfig):
                 "reward.normalise_std is set, and reward.combine is gdpo, which divides by deviations of its own. "
                 "Leave one of the two out."
             )
+        if self.data.given_rubrics:
+            raise UsageError("data.given_rubrics is true, and a policy reads no rubric. Leave it out.")
+
+
+@dataclass(frozen=True)
+class DPOConfig(TrainConfig):
+    """`patarm dpo`: direct preference optimisation of a policy on preference pairs."""
+
+    recipe: Literal["dpo"] = "dpo"
+    beta: AboveZero = 0.1  # how much likelier than under the reference, which is what training starts from, is a reward
+    smoothing: Smoothing = 0.0  # the probability that a preference is the wrong way round (cDPO)
+    sft_coef: NotNegative = 0.0  # the weight of the chosen responses' cross entropy beside it
+    # Whether that is the mean over all chosen tokens of a batch, or over each response's own and then the responses.
+    sft_by: Literal["tokens", "responses"] = "tokens"
+    thinking: bool = True  # whether the policy may think before it answers, as its chat template has it
+
+    @property
+    def judge(self) -> PolicyKind:
+        """How the policy is asked."""
+        return "policy" if self.thinking else "policy_unthinking"
+
+    @property
+    def rubrics(self) -> RubricMode:
+        """The policy reads none."""
+        return "adaptive"
+
+    @property
+    def units_per_step(self) -> int:
+        """Whole pairs."""
+        return self.pairs_per_step
+
+    @property
+    def stage_in_words(self) -> str:
+        """What the recipe is, for the model card."""
+        also = f" and {self.sft_coef:g} × SFT on the chosen responses" if self.sft_coef else ""
+        return f"direct preference optimisation (β {self.beta:g}){also}"
+
+    def check(self) -> None:
+        """Refuses what is not measured, and what a policy does not read."""
+        super().check()
+        if self.heldout.path:
+            raise UsageError(
+                "heldout.path is set, and dpo measures nothing on held-out pairs. Leave it out, and measure the policy "
+                "by `patarm policy` with gold, or by a judge."
+            )
+        if self.sft_by != "tokens" and not self.sft_coef:
+            raise UsageError(f"sft_by is {self.sft_by}, and sft_coef is 0: there is no SFT. Set it, or leave it out.")
         if self.data.given_rubrics:
             raise UsageError("data.given_rubrics is true, and a policy reads no rubric. Leave it out.")
 

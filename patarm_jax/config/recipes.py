@@ -167,12 +167,12 @@ class GRPOConfig(ReinforcedConfig, JudgeTrainConfig):
 
     def check(self) -> None:
         """Refuses settings that are right one by one and together make no sense."""
-        super().check()
         if self.answers:
             raise UsageError(
                 f"judge is {self.judge}, and grpo trains judges. `patarm policy` trains a policy; sft does so too, on "
                 "responses."
             )
+        super().check()
         self._check_reward()
         both_orders = self.judge == "pairwise" and self.prompts_per_pair == 2
         if both_orders and self.group_size % 2:

@@ -76,6 +76,7 @@ NotNegative = Annotated[float, Range(0)]
 Number = Annotated[float, Range(-math.inf, open_low=True)]
 AboveZero = Annotated[float, Range(0, open_low=True)]
 Share = Annotated[float, Range(0, 1)]
+Smoothing = Annotated[float, Range(0, 0.5, open_high=True)]  # at a half nothing is preferred
 Average = Annotated[float, Range(0, 1, open_high=True)]  # at 1 a moving average never moves
 Nucleus = Annotated[float, Range(0, 1, open_low=True)]
 Votes = Annotated[int, Range(1, 1024)]

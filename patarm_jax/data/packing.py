@@ -4,11 +4,21 @@ Every process computes the same shapes, from everyone's lengths. The leaves are 
 whoever knows the mesh.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
-from patarm_jax.arrays import ComparedPairs, ComparedShape, ScoredPairs, ScoredShape, SFTBatch, SFTShape
+from patarm_jax.arrays import (
+    ComparedPairs,
+    ComparedShape,
+    PreferredPairs,
+    PreferredShape,
+    ScoredPairs,
+    ScoredShape,
+    SFTBatch,
+    SFTShape,
+)
 from patarm_jax.data.pipeline import PairBatch, Tokens
 from patarm_jax.padding import bucket, pack
 from patarm_jax.types import CHOSEN, REJECTED
@@ -112,6 +122,55 @@ def scored_batch(batch: PairBatch, shape: ScoredShape, pad_id: int, scores: Sequ
         prompt_lengths=lengths,
         score_tokens=np.tile(behind, (shape.pairs, 1, 1)),
         score_lengths=np.tile(counts, (shape.pairs, 1)),
+    )
+
+
+def preferred_shape(batch: PairBatch, multiple: int) -> PreferredShape:
+    """The shape of a batch of prompts with two responses each.
+
+    Args:
+        batch: this process's records, and the lengths of everyone's.
+        multiple: widths are buckets of so many tokens.
+    """
+    longest = max(completion for _, completion in batch.lengths)
+    return PreferredShape(len(batch.records), bucket(batch.longest_prompt, multiple), bucket(longest, multiple))
+
+
+def preferred_batch(
+    batch: PairBatch,
+    shape: PreferredShape,
+    pad_id: int,
+    reference: Mapping[int, Sequence[float]] = MappingProxyType({}),
+    by_tokens: bool = True,
+) -> PreferredPairs:
+    """Prompts with both responses, as arrays of the batch's `preferred_shape`.
+
+    Args:
+        batch: this process's records, and the lengths of everyone's.
+        shape: of the batch.
+        pad_id: the padding.
+        reference: the sums of log-probs of both responses, by a record's index; 0 where it is not known yet.
+        by_tokens: whether chosen tokens count alike over the batch, or each by the length of its response.
+    """
+    prompts = np.full((shape.pairs, shape.width), pad_id, np.int32)
+    completions = np.full((shape.pairs, 2, shape.completion), pad_id, np.int32)
+    prompt_lengths, lengths = np.zeros(shape.pairs, np.int32), np.zeros((shape.pairs, 2), np.int32)
+    sums = np.zeros((shape.pairs, 2), np.float32)
+    for pair, record in enumerate(batch.records):
+        (prompt,), written = record.prompt_tokens, record.completion_tokens or ()
+        prompts[pair, : len(prompt)], prompt_lengths[pair] = prompt, len(prompt)
+        for side, tokens in enumerate(written):
+            completions[pair, side, : len(tokens)], lengths[pair, side] = tokens, len(tokens)
+        sums[pair] = reference.get(record.index, (0.0, 0.0))
+    chosen = np.array([completion for _, completion in batch.lengths[::2]])
+    weights = 1 / np.maximum(lengths[:, 0], 1) if not by_tokens else np.full(shape.pairs, len(chosen) / chosen.sum())
+    return PreferredPairs(
+        prompt_tokens=prompts,
+        prompt_lengths=prompt_lengths,
+        completion_tokens=completions,
+        completion_lengths=lengths,
+        reference=sums,
+        sft_weights=weights.astype(np.float32),
     )
 
 

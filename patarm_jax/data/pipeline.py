@@ -44,7 +44,8 @@ class EncodedPair:
     # Two: of the chosen and of the rejected response, or of both with the chosen one first and second. One, of pairs
     # that are shown in one order at a time, or where a rubric is asked for of the prompt.
     prompt_tokens: tuple[Tokens, ...]
-    completion_tokens: tuple[Tokens, ...] | None = None  # of each question, end token included; None without SFT
+    # Of each question or, of a policy's prompt, of both responses; end tokens included. None where none are taught.
+    completion_tokens: tuple[Tokens, ...] | None = None
     places: tuple[int, ...] = (0, 1)  # which of the two questions these are
 
     @property
@@ -54,10 +55,10 @@ class EncodedPair:
 
     @property
     def lengths(self) -> tuple[tuple[int, int], ...]:
-        """(prompt, completion) tokens of each question."""
+        """(prompt, completion) tokens of each question; of one with several completions, of each."""
         read = list(map(len, self.prompt_tokens))
         written = [0] * len(read) if self.completion_tokens is None else list(map(len, self.completion_tokens))
-        return tuple(zip(read, written, strict=True))
+        return tuple(zip(read * (len(written) // len(read)), written, strict=True))
 
     def only(self, place: int) -> "EncodedPair":
         """The pair with one of its two questions."""

@@ -58,6 +58,15 @@ def read_answered_prompts(section: DataSection, setting: str = "data") -> tuple[
     return collect(replace(section, domain=section.domain or DOMAIN), setting, answered, PROMPTS)
 
 
+def read_preferred_responses(section: DataSection, setting: str = "data") -> tuple[list[JudgedPreference], Report]:
+    """Preferences with both responses, the chosen one first, as a policy learns from them."""
+
+    def both(preference: Preference, _row: Row, _values: Mapping[str, object]) -> JudgedPreference:
+        return JudgedPreference(preference, (preference.chosen, preference.rejected))
+
+    return collect(replace(section, domain=section.domain or DOMAIN), setting, both)
+
+
 def _response_of(row: Row, values: Mapping[str, object]) -> str:
     """The response in a row; empty where there is none."""
     given = values[RESPONSE] if not is_missing(values[RESPONSE]) else row.values.get("completion")

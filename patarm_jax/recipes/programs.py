@@ -16,6 +16,8 @@ from patarm_jax.arrays import (
     ComparedPairs,
     ComparedShape,
     Params,
+    PreferredPairs,
+    PreferredShape,
     Rollouts,
     ScoredPairs,
     ScoredShape,
@@ -24,6 +26,7 @@ from patarm_jax.arrays import (
     Tree,
     abstract,
 )
+from patarm_jax.config.policy import DPOConfig
 from patarm_jax.config.presets import WEIGHS_SEQUENCES
 from patarm_jax.config.recipes import RewardModelConfig
 from patarm_jax.config.rubric_arm import ROLES, RubricArmConfig
@@ -38,11 +41,14 @@ from patarm_jax.rollout.draw import SamplingParams
 from patarm_jax.rollout.engine import Engine, abstract_programs, make_engine, network_for
 from patarm_jax.run.learner import Learner, make_learner, rollout_rules, weight_sync
 from patarm_jax.train.algorithms import ALGORITHMS, Algorithm
+from patarm_jax.train.losses import mask_from_lengths
 from patarm_jax.train.penalties import KLPenalty
 from patarm_jax.train.policy_losses import Aggregation, SampledTokens, sampled_tokens
 from patarm_jax.train.steps import (
     Forward,
     LossFn,
+    completion_logprobs,
+    dpo_loss,
     map_micro_batches,
     ordinal_loss,
     policy_loss,
@@ -107,6 +113,7 @@ _OF_RECIPE: dict[str, Callable[..., dict[str, Program]]] = {
     "reward_model": _reward_model,
     "rubric_arm": _rubric_arm,
     "policy": _grpo,
+    "dpo": lambda config, arch, mesh: _dpo(config, arch, mesh),
 }
 
 
@@ -198,6 +205,51 @@ def ordinal_programs(learner: Learner[ScoredPairs], shape: ScoredShape) -> dict[
     )
     batch = ScoredPairs(prompt_tokens=prompts, prompt_lengths=lengths, score_tokens=scores, score_lengths=counts)
     return {"update": (learner.update, (learner.shape, learner.frozen, batch))}
+
+
+# ---------------------------------------------------------------------------------------------------------------- dpo
+
+
+def dpo_learner(config: DPOConfig, arch: Architecture, mesh: Mesh, updates: int = 1) -> Learner[PreferredPairs]:
+    """All weights or adapters, by the loss of direct preference optimisation."""
+    settings = config.beta, config.smoothing, config.sft_coef
+    loss = dpo_loss(two_streams(config, arch, mesh), *settings, shards=batch_shards(mesh))
+    return _learner(config, arch, mesh, loss, updates)
+
+
+def make_response_logprobs(
+    config: DPOConfig, arch: Architecture, mesh: Mesh
+) -> OnMesh[[Params, Tree, PreferredPairs], jax.Array]:
+    """The jitted sums of both responses' log-probs, [P, 2]."""
+    run, shards = two_streams(config, arch, mesh), batch_shards(mesh)
+
+    def sums(params: Params, frozen: Tree, batch: PreferredPairs) -> jax.Array:
+        given = batch.prompt_tokens, batch.prompt_lengths, batch.completion_tokens
+        logprobs = completion_logprobs(run, params, frozen, *given, shards=shards)
+        mask = mask_from_lengths(batch.completion_lengths, batch.completion_tokens.shape[-1])
+        return jnp.where(mask, logprobs, 0.0).sum(axis=-1)
+
+    return OnMesh(mesh, map_micro_batches(sums, config.micro_batches))
+
+
+def dpo_programs(learner: Learner[PreferredPairs], shape: PreferredShape) -> dict[str, Program]:
+    """The update on a batch of a shape that every process has."""
+    pairs, sharding = shape.pairs * jax.process_count(), batch_sharding(learner.mesh)
+    new = partial(abstract, sharding=sharding)
+    batch = PreferredPairs(
+        prompt_tokens=new((pairs, shape.width), jnp.int32),
+        prompt_lengths=new((pairs,), jnp.int32),
+        completion_tokens=new((pairs, 2, shape.completion), jnp.int32),
+        completion_lengths=new((pairs, 2), jnp.int32),
+        reference=new((pairs, 2), jnp.float32),
+        sft_weights=new((pairs,), jnp.float32),
+    )
+    return {"update": (learner.update, (learner.shape, learner.frozen, batch))}
+
+
+def _dpo(config: DPOConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
+    widths = bucket(config.data.max_prompt_tokens), bucket(config.data.max_completion_tokens)
+    return dpo_programs(dpo_learner(config, arch, mesh), PreferredShape(config.pairs_per_step, *widths))
 
 
 # --------------------------------------------------------------------------------------------------------------- grpo

@@ -7,7 +7,16 @@ from typing import Any, Generic, TypeVar
 
 from jax.sharding import Mesh
 
-from patarm_jax.arrays import ComparedPairs, ComparedShape, ScoredPairs, ScoredShape, SFTBatch, SFTShape
+from patarm_jax.arrays import (
+    ComparedPairs,
+    ComparedShape,
+    PreferredPairs,
+    PreferredShape,
+    ScoredPairs,
+    ScoredShape,
+    SFTBatch,
+    SFTShape,
+)
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.sections import DataSection
 from patarm_jax.config.training import TrainConfig
@@ -31,8 +40,8 @@ from patarm_jax.run.progress import Shown
 from patarm_jax.types import Preference
 
 Config = TypeVar("Config", bound=TrainConfig)
-Shape = TypeVar("Shape", SFTShape, ComparedShape, ScoredShape)
-Prepared = TypeVar("Prepared", SFTBatch, ComparedPairs, ScoredPairs)
+Shape = TypeVar("Shape", SFTShape, ComparedShape, ScoredShape, PreferredShape)
+Prepared = TypeVar("Prepared", SFTBatch, ComparedPairs, ScoredPairs, PreferredPairs)
 # From the config, complete, the model, its devices and what is trained on; None where nothing is held out.
 OpenEvaluation = Callable[[Any, Model, Mesh, Sequence[Preference]], Evaluator | None]
 ReadPairs = Callable[[DataSection], tuple[Sequence[Preference | JudgedPreference], Report]]

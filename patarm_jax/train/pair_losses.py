@@ -65,6 +65,63 @@ def ordinal(logprobs: jax.Array) -> Loss:
     return Loss(mean(each), {"loss": mean(each), "outside": mean(outside.mean(axis=-1))} | _sides(rewards, mean))
 
 
+def dpo(
+    logprobs: jax.Array,
+    mask: jax.Array,
+    reference: Array,
+    sft_weights: Array,
+    beta: float,
+    smoothing: float = 0.0,
+    sft: float = 0.0,
+) -> Loss:
+    """Direct preference optimisation: which of two responses a policy is to make likelier, beside a reference.
+
+        z = β·[(log π − log π_ref)(chosen) − (log π − log π_ref)(rejected)]
+        loss = −(1 − ε)·log σ(z) − ε·log σ(−z) + sft · w·Σ −log π(token of the chosen response),   mean over pairs
+
+    Equals: TRL's `DPOTrainer` with loss_type sigmoid, and its sum with `sft` where w is pairs / chosen tokens of the
+    batch. ε is cDPO's; TRL's sigmoid takes no notice of its label_smoothing.
+
+    Args:
+        logprobs: [P, 2, T] float32, of the chosen and of the rejected response's tokens.
+        mask: [P, 2, T] bool.
+        reference: [P, 2], sums of their log-probs under the reference.
+        sft_weights: w, [P].
+        beta: β.
+        smoothing: ε, the probability that a preference is the wrong way round.
+        sft: the weight of the last term.
+
+    Returns:
+        The loss, and by name what `bradley_terry` gives of the rewards β·(log π − log π_ref), the sums of log-probs of
+        each side, and the cross entropy of chosen tokens.
+
+    Source: arXiv 2305.18290; smoothing: E. Mitchell, "A note on DPO with noisy preferences", 2023.
+    """
+    each = jnp.where(mask, logprobs, 0.0)
+    sums = each.sum(axis=-1)
+    rewards = beta * (sums - reference)
+    z = rewards[:, 0] - rewards[:, 1]
+    loss = (1 - smoothing) * jax.nn.softplus(-z) + smoothing * jax.nn.softplus(z)
+    pairs = jnp.float32(len(z))
+
+    def mean(values: jax.Array) -> Mean:
+        return values.sum(), pairs
+
+    crossed = -sums[:, 0]
+    total = mean(loss + sft * sft_weights * crossed)
+    return Loss(
+        total,
+        {
+            "loss": total,
+            "dpo_loss": mean(loss),
+            "sft_loss": (crossed.sum(), mask[:, 0].sum().astype(jnp.float32)),
+            "logps/chosen": mean(sums[:, 0]),
+            "logps/rejected": mean(sums[:, 1]),
+        }
+        | _sides(rewards, mean),
+    )
+
+
 def _sides(rewards: jax.Array, mean: Callable[[jax.Array], Mean]) -> dict[str, Mean]:
     """What rewards [..., 2] say of the pairs: how often the chosen one is higher, by how much, and each in the mean."""
     chosen, rejected = rewards[..., 0], rewards[..., 1]

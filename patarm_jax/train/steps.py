@@ -15,10 +15,20 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from patarm_jax.arrays import Array, ComparedPairs, Params, Rollouts, ScoredPairs, SFTBatch, Tree, abstract
+from patarm_jax.arrays import (
+    Array,
+    ComparedPairs,
+    Params,
+    PreferredPairs,
+    Rollouts,
+    ScoredPairs,
+    SFTBatch,
+    Tree,
+    abstract,
+)
 from patarm_jax.train.algorithms import Algorithm
 from patarm_jax.train.losses import Loss, Mean, mask_from_lengths, sum_over_tokens, token_logprobs
-from patarm_jax.train.pair_losses import bradley_terry, ordinal
+from patarm_jax.train.pair_losses import bradley_terry, dpo, ordinal
 from patarm_jax.train.policy_losses import SampledTokens
 
 Batch = TypeVar("Batch")
@@ -194,6 +204,33 @@ def ordinal_loss(forward: Forward, shards: int = 1) -> LossFn[ScoredPairs]:
         def of_logprobs(logprobs: jax.Array) -> Loss:
             whole = jnp.where(there, logprobs.reshape(behind.shape), 0.0).sum(axis=-1)
             return ordinal(whole.reshape(pairs, sides, scores))
+
+        return _by_logprobs(of_logprobs, 1.0, shards, predicted)[0]
+
+    return loss
+
+
+def dpo_loss(
+    forward: Forward, beta: float, smoothing: float = 0.0, sft: float = 0.0, shards: int = 1
+) -> LossFn[PreferredPairs]:
+    """The loss of direct preference optimisation: see `pair_losses.dpo`. A prompt is computed once for both responses.
+
+    Args:
+        forward: (params, frozen, prompt [R, Tp], prompt_lengths [R], completion [R, G, Tc]) → Output.
+        beta: see there.
+        smoothing: see there.
+        sft: see there.
+        shards: into how many parts the devices share the batch.
+    """
+
+    def loss(params: Params, frozen: Tree, batch: PreferredPairs) -> Loss:
+        completions = batch.completion_tokens
+        mask = mask_from_lengths(batch.completion_lengths, completions.shape[-1])
+        predicted = _predicted(forward, params, frozen, batch.prompt_tokens, batch.prompt_lengths, completions)
+
+        def of_logprobs(logprobs: jax.Array) -> Loss:
+            of_both = logprobs.reshape(completions.shape)
+            return dpo(of_both, mask, batch.reference, batch.sft_weights, beta, smoothing, sft)
 
         return _by_logprobs(of_logprobs, 1.0, shards, predicted)[0]
 
