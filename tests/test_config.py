@@ -10,6 +10,7 @@ import yaml
 from patarm_jax.config.flags import dotted_keys
 from patarm_jax.config.help import comments_of, settings_in_words
 from patarm_jax.config.load import TRAINING, from_mapping, load, load_run, override, read_yaml, to_yaml
+from patarm_jax.config.policy import DPOConfig
 from patarm_jax.config.presets import CHOSEN_BY_ALGORITHM, PRESETS, WEIGHS_SEQUENCES, value_at
 from patarm_jax.config.recipes import BenchConfig, EvalConfig, GRPOConfig, JudgeConfig, RewardModelConfig, SFTConfig
 from patarm_jax.config.rubric_arm import RubricArmConfig
@@ -21,7 +22,7 @@ from patarm_jax.types import UsageError, UserError
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("cls", [SFTConfig, GRPOConfig, RewardModelConfig, RubricArmConfig, JudgeConfig])
+@pytest.mark.parametrize("cls", [SFTConfig, GRPOConfig, RewardModelConfig, RubricArmConfig, DPOConfig, JudgeConfig])
 def test_what_is_written_is_read_back(cls):
     config = override(cls(), ["--data.drop_sources", "a", "b", "--model.path", "somewhere", "--mesh.tensor", "2"])
     assert config.data.drop_sources == ("a", "b") and config.mesh.tensor == 2
@@ -57,6 +58,7 @@ def test_there_is_a_config_for_every_size():
     kinds = ("tiny", "tiny_pairwise", "qwen3_8b", "qwen3_8b_pairwise", "qwen3_14b")
     found = {path.stem for path in CONFIGS}
     further = {"tiny_dapo_grpo", "tiny_reward_model", "qwen3_8b_reward_model", "tiny_lora_grpo", "qwen3_8b_lora_grpo"}
+    further |= {"tiny_policy", "qwen3_8b_policy", "tiny_dpo", "qwen3_8b_dpo"}
     further |= {"tiny_rubric_arm", "qwen3_8b_rubric_arm", "qwen3_8b_checklist_rubric_arm"}
     assert found == {f"{kind}_{recipe}" for kind in kinds for recipe in ("sft", "grpo")} | further
 

@@ -11,7 +11,7 @@ import yaml
 
 from patarm_jax.ask.worth import open_models, open_sources
 from patarm_jax.cli import main
-from patarm_jax.config.load import load
+from patarm_jax.config.load import from_mapping, load, to_yaml
 from patarm_jax.config.policy import PolicyConfig
 from patarm_jax.config.sections import DataSection, MeshSection
 from patarm_jax.data.pipeline import EncodedPair
@@ -396,3 +396,4 @@ def test_settings_of_sources_are_given_by_number(folder, capsys):
     assert "has no section before it: there are 1" in capsys.readouterr().err
     changed = load(PolicyConfig, Path(config), ["--reward.sources.0.weight", "3", "--reward.sources.1.model", "m"])
     assert [source.weight for source in changed.reward.sources] == [3, 1] and changed.reward.sources[1].kind == "judge"
+    assert from_mapping(PolicyConfig, yaml.safe_load(to_yaml(changed)), "there") == changed
