@@ -1,12 +1,16 @@
 """Policies: their prompts, what sources say of responses, how that becomes a reward, and whole runs of them."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import yaml
 
 from patarm_jax.ask.worth import open_models, open_sources
@@ -16,11 +20,12 @@ from patarm_jax.config.policy import PolicyConfig
 from patarm_jax.config.sections import DataSection, MeshSection
 from patarm_jax.data.pipeline import EncodedPair
 from patarm_jax.data.prompts import read_prompts
+from patarm_jax.data.tokenizer import decode
 from patarm_jax.evaluate.responses import correlation
 from patarm_jax.model.sharding import make_mesh
 from patarm_jax.reward import combined_rewards
-from patarm_jax.rollout.responses import NO_ANSWER, Responses
-from patarm_jax.types import Preference, UserError
+from patarm_jax.rollout.responses import NO_ANSWER, NO_BASELINE, Responses
+from patarm_jax.types import Judgement, Preference, Status, UserError
 from tests.chat_server import FORM, completion, served
 from tests.runs import (
     CUBE,
@@ -397,3 +402,57 @@ def test_settings_of_sources_are_given_by_number(folder, capsys):
     changed = load(PolicyConfig, Path(config), ["--reward.sources.0.weight", "3", "--reward.sources.1.model", "m"])
     assert [source.weight for source in changed.reward.sources] == [3, 1] and changed.reward.sources[1].kind == "judge"
     assert from_mapping(PolicyConfig, yaml.safe_load(to_yaml(changed)), "there") == changed
+
+
+# ---- Comparisons ----------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_is_won_in_both_orders(folder):
+    """Against the greedy response; a choice of the first whatever it says is worth a half."""
+    sampling = {"max_new_tokens": 4}
+    (source,) = opened(folder, {"kind": "pairwise", "model": str(folder / "reference"), "sampling": sampling})
+    offered = replace(responses_to("yes"), baseline="base")
+    shown = [decode(source.judge.tokenizer, one.tolist()) for one in source.opened.questions(offered, "yes")]
+    first, second = (text.index("\nyes\n") < text.index("\nbase\n") for text in shown)
+    assert first and not second
+
+    def worth(*votes):
+        """Of the choices of two votes in each order."""
+        judgements = [[Judgement("", Status.OK, "", choice=choice) for choice in of_it] for of_it in votes]
+        return source._share_won([SimpleNamespace(judgements=of_it) for of_it in judgements]).value
+
+    assert worth("AA", "BB") == 1.0 and worth("BB", "AA") == 0.0 and worth("AA", "AA") == 0.5
+    assert worth("AB", "BB") == 0.75 and worth("AA", [None, "B"]) == 1.0 and worth("AA", [None, None]) is None
+    assert collected(source, responses_to("yes"))[0][0].said == NO_BASELINE
+
+
+@pytest.mark.parametrize("kind", ["rubric_judge", "judge"])
+def test_a_group_is_judged_by_one_rubric_of_its_prompt(folder, kind):
+    reference = str(folder / "reference")
+    more = {"max_rubric_tokens": 6, "sampling": {"max_new_tokens": 4}}
+    (source,) = opened(folder, {"kind": kind, "model": reference, "generator": reference, **more})
+    every = [replace(responses_to("yes", "no", index=index), baseline="base") for index in range(2)]
+    rubrics = source._rubrics(every, jax.random.key(0))
+    assert len(rubrics) == 2 and rubrics[0] == rubrics[1] and rubrics[0]  # of one prompt, written greedily
+    shown = [decode(source.judge.tokenizer, q.tolist()) for q in source.opened.questions(every[0], "yes", rubrics[0])]
+    assert len(shown) == (2 if kind == "rubric_judge" else 1)
+    assert all(f"<rubrics>\n{rubrics[0]}\n</rubrics>" in text for text in shown)
+    found = collected(source, *every)
+    assert [len(found[index]) for index in range(2)] == [2, 2]
+
+
+def test_a_run_against_the_policys_own_greedy_response_resumes(folder, started):
+    reference = str(folder / "reference")
+    sources = [{"kind": "pairwise", "model": reference, "sampling": {"max_new_tokens": 4}}, ordinal(folder)]
+    config = config_of(folder, "against", sources, run={"steps": 2}, reward={"max_failed": 1.0})
+    said = start_in(folder, started)("policy", config).end(1)  # random weights choose nothing that can be read
+    assert "in 2 of 2 steps no response had a reward" in said
+    assert lines_of(folder / "against")[-1]["rewards/pairwise/failed"] == 1
+    other = ["--reward.sources.0.model", str(folder / "further"), "--run.steps", "3"]
+    weights = folder / "further"
+    if not weights.is_dir():
+        shutil.copytree(folder / "reference", weights)
+        tensors = safetensors.numpy.load_file(weights / "model.safetensors")
+        safetensors.numpy.save_file({name: 2 * x for name, x in tensors.items()}, weights / "model.safetensors")
+    said = start_in(folder, started)("policy", config, *other).end(1)
+    assert "models of the reward.pairwise is" in said

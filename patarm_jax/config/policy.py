@@ -23,15 +23,17 @@ from patarm_jax.config.sections import (
 from patarm_jax.config.training import ReinforcedConfig, TrainConfig
 from patarm_jax.types import PolicyKind, RubricMode, UsageError
 
-SourceKind = Literal["judge", "scalar", "ordinal", "function"]
+SourceKind = Literal["judge", "pairwise", "rubric_judge", "scalar", "ordinal", "function"]
 
 
 @dataclass(frozen=True)
 class SourceSection(Section):
     """One thing that says what a response is worth."""
 
-    # judge: a pointwise judge's score from 0 to 10, or the mean of several votes. scalar, ordinal: a reward model's.
-    # function: a Python function of your own, called as TRL calls its reward functions.
+    # judge: a pointwise judge's score from 0 to 10, or the mean of several votes. pairwise, rubric_judge: the share of
+    # comparisons that a response wins, in both orders, against what the policy says when it takes the likeliest words.
+    # scalar, ordinal: a reward model's number. function: a Python function of your own, called as TRL calls its reward
+    # functions.
     kind: SourceKind = "judge"
     name: str = ""  # in metrics and rollouts; empty: the kind, or the function's name
     weight: Number = 1.0  # by which it counts in the reward
@@ -40,6 +42,10 @@ class SourceSection(Section):
     url: str = field(default="", metadata=FREE)
     served: str = field(default="", metadata=FREE)  # the model as the server calls it; empty: the first one it lists
     function: str = ""  # module:name
+    # Of a judge here: the folder of a generator, which writes one rubric for each prompt, to judge its whole group by,
+    # in place of the primary ones or, of a rubric_judge, which needs it, as all there is.
+    generator: str = field(default="", metadata=FREE)
+    max_rubric_tokens: Positive = 512  # of what the generator writes
     rubrics: RubricMode = "adaptive"  # the rubrics that a judge's prompt holds, or asks for
     votes: Votes = 1  # judgements of each response
     expected_score: bool = False  # of a judge here, the expectation by its own probabilities, as of `patarm judge`
@@ -59,10 +65,18 @@ class SourceSection(Section):
     @property
     def is_judge(self) -> bool:
         """Whether a model writes judgements."""
-        return self.kind == "judge"
+        return self.kind in ("judge", "pairwise", "rubric_judge")
+
+    @property
+    def compares(self) -> bool:
+        """Whether it compares with the policy's greedy response."""
+        return self.kind in ("pairwise", "rubric_judge")
 
 
-_OF_JUDGES = ("url", "served", "rubrics", "votes", "expected_score", "sampling", "timeout", "concurrency", "tries")
+_OF_JUDGES = (
+    *("url", "served", "generator", "max_rubric_tokens", "rubrics", "votes", "expected_score", "sampling"),
+    *("timeout", "concurrency", "tries"),
+)
 _OF_SERVERS = ("served", "timeout", "concurrency", "tries")
 
 
@@ -102,6 +116,11 @@ class PolicyConfig(ReinforcedConfig):
     def every_source(self) -> tuple[SourceSection, ...]:
         """Those that reward, and behind them those that are gold."""
         return (*self.reward.sources, *self.gold)
+
+    @property
+    def compares(self) -> bool:
+        """Whether a source compares with the policy's greedy response."""
+        return any(source.compares for source in self.every_source)
 
     def place_of(self, number: int) -> str:
         """The settings of one of `every_source`."""
@@ -263,6 +282,15 @@ def _check_source(where: str, source: SourceSection) -> None:
         raise UsageError(
             f"{where} names no model. Give its folder as model{other and ', or the address of a server as url'}."
         )
+    if source.compares:
+        refuse(("url", "served"), f"kind is {source.kind}, which is asked here: give its folder as model")
+        refuse(("expected_score",), f"kind is {source.kind}, which gives choices and no scores")
+    if source.kind == "rubric_judge":
+        refuse(("rubrics",), "kind is rubric_judge, which goes by a generator's rubric alone")
+        if not source.generator:
+            raise UsageError(f"{where}.generator names no model that writes rubrics. Give its folder.")
+    if source.rubrics == "generated":
+        refuse(("generator",), "rubrics is generated, by which a judge reads none but its own")
     if source.url and source.expected_score:
         raise UsageError(
             f"{where}.expected_score is true, and a server does not say how likely whole scores are. Judge here, by "
@@ -270,5 +298,8 @@ def _check_source(where: str, source: SourceSection) -> None:
         )
     if source.url:
         refuse(("max_prompt_tokens",), "a server reads what its own context holds")
+        refuse(("generator", "max_rubric_tokens"), "a server is asked: a generator writes for judges here")
     else:
         refuse(_OF_SERVERS, "no url is given: no server is asked")
+    if not source.generator:
+        refuse(("max_rubric_tokens",), "no generator is given")

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 
 from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.policy import PolicyConfig
+from patarm_jax.config.sections import SamplingSection
 from patarm_jax.data.pairs import prompt_key
 from patarm_jax.data.pipeline import EncodedPair, digest_of, encode_pairs
 from patarm_jax.data.prompts import read_prompts
@@ -133,11 +135,17 @@ def response_rows(mesh: Mesh, found: Reinforced) -> list[RolloutRow]:
 # ------------------------------------------------------------------------------------------------------------ held out
 
 
+def greedily(sampling: SamplingSection) -> SamplingSection:
+    """The same with the likeliest words."""
+    return replace(sampling, temperature=0.0, top_k=0, top_p=1.0)
+
+
 @dataclass(frozen=True)
 class HeldoutResponses(NowAndThen):
     """Held-out prompts, answered now and then by the weights that are being trained."""
 
     policy: Judge
+    greedy: Judge | None  # where a source compares with its likeliest words
     rewarding: Rewarding
     sources: Callable[[], Sequence[Source]]  # the reward's and behind them the gold ones
     gold: Sequence[str]  # the names of these
@@ -151,7 +159,15 @@ class HeldoutResponses(NowAndThen):
         seen, number = self.rewarding.config.reward.sees_thinking, len(self.records)
         weights = self.to_rollout(params, frozen)
         said = ask_sources(
-            self.policy, self.sources(), seen, 0, weights, self.share, self.key, lambda _: contextlib.nullcontext()
+            self.policy,
+            self.greedy,
+            self.sources(),
+            seen,
+            0,
+            weights,
+            self.share,
+            self.key,
+            lambda _: contextlib.nullcontext(),
         )
         worth = {name: values[:number] for name, values in said.worth.items()}
         rewarding = [values for name, values in worth.items() if name not in self.gold]
@@ -184,8 +200,8 @@ def open_heldout_prompts(
     if not section.path:
         return None
     prompts, read = read_prompts(replace(config.data, path=section.path, split=section.split), "heldout")
-    asked = {prompt_key(one.prompt) for one in training}
-    shared = sum(prompt_key(one.prompt) in asked for one in prompts)
+    trained = {prompt_key(one.prompt) for one in training}
+    shared = sum(prompt_key(one.prompt) in trained for one in prompts)
     also = f"; {shared:,} of these prompts are trained on too" if shared else ""
     form, sampling = FORMS[config.judge], heldout_sampling(config, model)
     room = room_for(
@@ -199,9 +215,11 @@ def open_heldout_prompts(
     records, encoded = encode_pairs(model.tokenizer, limited, config.rubrics, config.data, room, form)
     say(f"held out, {section.path}: {read}{also}. Encoded: {encoded}.")
     agree("the held-out prompts they read", {"number of prompts": len(records), "prompts": digest_of(records)})
+    asked = partial(make_judge, model.arch, model.tokenizer, mesh, config.model, form=form)
     return HeldoutResponses(
         section=section,
-        policy=make_judge(model.arch, model.tokenizer, mesh, config.model, sampling, section.votes, form),
+        policy=asked(sampling, section.votes),
+        greedy=asked(greedily(sampling), 1) if config.compares else None,
         rewarding=rewarding,
         sources=sources,
         gold=[source.called for source in config.gold],

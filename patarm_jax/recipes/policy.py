@@ -11,11 +11,12 @@ from functools import cache, partial
 
 import jax
 
-from patarm_jax.ask.worth import OpenedModel, open_models, open_sources
+from patarm_jax.ask.worth import open_models, open_sources
+from patarm_jax.ask.worth_here import OpenedModel
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.policy import PolicyConfig
 from patarm_jax.data.prompts import read_prompts
-from patarm_jax.evaluate.responses import open_heldout_prompts, response_metrics, response_rows
+from patarm_jax.evaluate.responses import greedily, open_heldout_prompts, response_metrics, response_rows
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.sharding import make_mesh
@@ -78,10 +79,11 @@ def _train(policy: _Policy) -> bool:
     config, mesh, model, records, length = ready.config, ready.mesh, ready.model, ready.records, ready.length
     learner = grpo_learner(config, model.arch, mesh, updates=length.steps * config.update.updates_per_rollout)
     rollout = make_rollout_programs(config, model.arch, mesh)
-    asked = _asked(ready)
+    asked, greedy = _asked(ready), _greedy(ready)
     say(kernels_in_use(config.model, model.arch, mesh, "causal", "shared", "written"))
 
-    with open_run(config, model, records, length, learner, ready.heldout, ready.reference) as run:
+    further = {"models of the reward": {one.section.called: one.digest for one in policy.models.values()}}
+    with open_run(config, model, records, length, learner, ready.heldout, ready.reference, further) as run:
         if run is None:
             return True
         reference = load_reference(ready, run.trained.frozen)
@@ -90,7 +92,7 @@ def _train(policy: _Policy) -> bool:
             lambda width: large(grpo_programs(config, model.arch, learner, rollout, asked.engine, width)),
             shown,
         ):
-            sample = partial(sample_responses, asked, policy.rewarding, step.number)
+            sample = partial(sample_responses, asked, greedy, policy.rewarding, step.number)
             found = reinforce(config, mesh, rollout, reference, step, sample)
             step.metrics |= response_metrics(config, found)
             step.rows = response_rows(mesh, found)
@@ -103,6 +105,15 @@ def _asked(ready: Ready[PolicyConfig]) -> Judge:
     """The policy as it is sampled."""
     config, model = ready.config, ready.model
     settings = config.model, config.sampling, config.rollouts_per_prompt, FORMS[config.judge]
+    return make_judge(model.arch, model.tokenizer, ready.mesh, *settings)
+
+
+def _greedy(ready: Ready[PolicyConfig]) -> Judge | None:
+    """The policy with its likeliest words, where a source compares with these."""
+    config, model = ready.config, ready.model
+    if not config.compares:
+        return None
+    settings = config.model, greedily(config.sampling), 1, FORMS[config.judge]
     return make_judge(model.arch, model.tokenizer, ready.mesh, *settings)
 
 

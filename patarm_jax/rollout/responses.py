@@ -21,13 +21,14 @@ from patarm_jax.files import one_line
 from patarm_jax.judge.parse import answer_of
 from patarm_jax.model.sharding import fetch, gather, gather_json
 from patarm_jax.reward import Rewards, combined_rewards
-from patarm_jax.rollout.judging import Judge, judge, requests_of, written_ids
+from patarm_jax.rollout.judging import Judge, judge, judge_all, requests_of, written_ids
 from patarm_jax.rollout.rewards import lost_for_length
 from patarm_jax.rollout.rounds import Phase, Round
 from patarm_jax.rollout.schedule import Finished, Group, stacked
 from patarm_jax.types import Judgement, Preference, Status, UserError
 
 NO_ANSWER = "no answer stands behind the thinking"
+NO_BASELINE = "the policy's greedy response, to compare with, has no answer behind its thinking"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Responses:
     answers: Sequence[str | None]  # [G] as sources see them; None where there is none
     texts: Sequence[str]  # [G] all that was written
     ids: Sequence[Sequence[int]]  # [G] its tokens
+    baseline: str | None = None  # the policy's greedy response, where a source compares with it and it has an answer
 
     @property
     def preference(self) -> Preference:
@@ -116,6 +118,7 @@ class Said:
 
 def ask_sources(
     policy: Judge,
+    greedy: Judge | None,
     sources: Sequence[Source],
     sees_thinking: bool,
     step: int,
@@ -128,6 +131,7 @@ def ask_sources(
 
     Args:
         policy: from `make_judge`.
+        greedy: the same with its likeliest words and groups of one, where a source compares with these; or None.
         sources: all are asked about all responses.
         sees_thinking: whether they see the thinking too.
         step: of the run.
@@ -138,12 +142,17 @@ def ask_sources(
     """
     every: list[Responses] = []
     groups: list[Group] = []
+    requests = requests_of(records)
     with phase("sample"):
-        for written in judge(policy, weights, requests_of(records), key):
+        baselines: list[str | None] = [None] * len(records)
+        if greedy is not None:
+            _, found = judge_all(greedy, weights, requests, key)
+            baselines = [one.text or None if sees_thinking else answer_of(one.text) for (one,) in found]
+        for written in judge(policy, weights, requests, key):
             texts = [one.text for one in written.judgements]
             answers = [text or None for text in texts] if sees_thinking else [answer_of(text) for text in texts]
             index, ids = written.group.index, written_ids(written.group)
-            every.append(Responses(index, records[index], answers, texts, ids))
+            every.append(Responses(index, records[index], answers, texts, ids, baselines[index]))
             groups.append(written.group)
             for source in sources:
                 source.offer(every[-1])
@@ -164,6 +173,7 @@ def ask_sources(
 
 def sample_responses(
     policy: Judge,
+    greedy: Judge | None,
     rewarding: Rewarding,
     step: int,
     weights: Params,
@@ -173,14 +183,14 @@ def sample_responses(
 ) -> Round:
     """Responses to a batch of prompts, and what they earn.
 
-    Arguments as of `rounds.sample_round`; `step` is that of the run.
+    Arguments as of `rounds.sample_round` and `ask_sources`.
 
     Raises:
         UserError: when more of the responses than reward.max_failed are not judged.
     """
     mesh, group, config = policy.engine.mesh, policy.engine.group, rewarding.config
     seen = config.reward.sees_thinking
-    said = ask_sources(policy, rewarding.sources(), seen, step, weights, pairs.records, key, phase)
+    said = ask_sources(policy, greedy, rewarding.sources(), seen, step, weights, pairs.records, key, phase)
     with phase("reward"):
         _refuse_many_failures(config, said, step, mesh)
         values = np.stack(list(said.worth.values()))
