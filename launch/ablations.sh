@@ -12,6 +12,8 @@
 #   launch/ablations.sh --part given-rubrics   a judge of single responses by its own rubrics, by those of such a generator,
 #                                         and by both; it makes the generator where the part before has not
 #
+#   launch/ablations.sh --part policy     what rewards a policy: judges, a reward model, or the pairs themselves by DPO
+#
 #   launch/ablations.sh baselines         reward models, judges and LoRA, with one vote, eight and expected scores; after or
 #                                         before the others, with which it shares its runs
 #
@@ -26,6 +28,9 @@ if [ "${1:-}" = baselines ]; then
 fi
 if [ "${1:-} ${2:-}" = "--part given-rubrics" ]; then
   exec python -m patarm_jax.demo.given_rubrics "${@:3}"
+fi
+if [ "${1:-} ${2:-}" = "--part policy" ]; then
+  exec python -m patarm_jax.demo.policy_ablations "${@:3}"
 fi
 if [ "${1:-} ${2:-}" = "--part rubric-arm" ]; then
   exec python -m patarm_jax.demo.arm_ablations "${@:3}"

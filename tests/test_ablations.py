@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from patarm_jax.config.load import override
-from patarm_jax.demo import arm_ablations, baselines, given_rubrics
+from patarm_jax.demo import arm_ablations, baselines, given_rubrics, policy_ablations
 from patarm_jax.demo.ablations import PARTS, SIZES, STARTS, Variant, main
-from patarm_jax.demo.settings import ArmSizes, DemoSizes, demo_configs
+from patarm_jax.demo.settings import ArmSizes, DemoSizes, PolicySizes, demo_configs
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,3 +93,15 @@ def test_two_models_are_trained_in_every_order_and_one_of_them_writes_for_a_judg
     changed = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
     assert given_rubrics.main(tmp_path, 1, sizes, short) == found
     assert changed == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+
+
+@pytest.mark.long
+def test_policies_are_compared_by_what_rewards_them(tmp_path):
+    sizes, arms = PolicySizes.short(), ["SFT", "DPO and SFT", "reward model", "PaTaRM judge"]
+    rows = policy_ablations.main(tmp_path, 1, sizes, arms)
+    assert [row["variant"] for row in rows] == arms and all(0 <= row["mean"] <= 1 for row in rows)
+    assert [row["tokens"] > 0 for row in rows] == [False, True, True, True]
+    assert all((tmp_path / f"policy{of}.svg").is_file() for of in ("", "-right-responses", "-mean-reward"))
+    changed = {path: path.stat().st_mtime_ns for path in (tmp_path / "policy").rglob("*") if path.is_file()}
+    assert policy_ablations.main(tmp_path, 1, sizes, arms) == rows
+    assert changed == {path: path.stat().st_mtime_ns for path in (tmp_path / "policy").rglob("*") if path.is_file()}

@@ -18,6 +18,7 @@ import rich.panel
 import rich.table
 import rich.text
 
+from patarm_jax.arrays import Params
 from patarm_jax.ask.worth import open_models, open_sources
 from patarm_jax.config.policy import PolicyConfig
 from patarm_jax.demo.policy_world import write_responses
@@ -25,7 +26,7 @@ from patarm_jax.demo.settings import PolicySizes, demo_configs, model_section, p
 from patarm_jax.demo.story import make_data, reinforced, say, stopped
 from patarm_jax.demo.tokenizer import write_untrained_model
 from patarm_jax.demo.world import make_world
-from patarm_jax.evaluate.responses import open_heldout_prompts
+from patarm_jax.evaluate.responses import HeldoutResponses, open_heldout_prompts
 from patarm_jax.files import writing
 from patarm_jax.judge.forms import POLICY_UNTHINKING
 from patarm_jax.model.sharding import TRAIN_RULES, make_mesh
@@ -99,6 +100,12 @@ def _reinforced(config: PolicyConfig, short: bool) -> bool:
 
 def _measured(config: PolicyConfig, folder: Path) -> dict[str, float]:
     """What the policy in a folder makes of the held-out prompts, as its run measures itself."""
+    heldout, weights = opened_heldout(config, folder)
+    return heldout(weights, None)
+
+
+def opened_heldout(config: PolicyConfig, folder: Path) -> tuple[HeldoutResponses, Params]:
+    """The held-out prompts of a run with all their sources, and the weights of the policy in a folder."""
     config = replace(config, model=model_section(folder)).complete()
     models, mesh = open_models(config), make_mesh(config.mesh)
     sources = open_sources(config, models, mesh, folder / "answers")
@@ -106,8 +113,7 @@ def _measured(config: PolicyConfig, folder: Path) -> dict[str, float]:
     model = open_model(config.model, config.judge)
     heldout = open_heldout_prompts(rewarding, lambda: sources, config, model, mesh, [])
     assert heldout is not None
-    params = load_params(config.model, model, mesh, config.run.seed, TRAIN_RULES, np.float32)
-    return heldout(params, None)
+    return heldout, load_params(config.model, model, mesh, config.run.seed, TRAIN_RULES, np.float32)
 
 
 def _show(out: Path, results: Mapping[str, Mapping[str, float]]) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from patarm_jax.config.policy import PolicyConfig, ResponseRewardSection, SourceSection
+from patarm_jax.config.policy import DPOConfig, PolicyConfig, ResponseRewardSection, SourceSection
 from patarm_jax.config.recipes import EvalConfig, GRPOConfig, JudgeConfig, SFTConfig
 from patarm_jax.config.rubric_arm import (
     GeneratorTrainingSection,
@@ -71,15 +71,18 @@ class PolicySizes:
     """How much of everything, where a policy is trained by a judge."""
 
     judge: DemoSizes = DemoSizes()
-    right: float = 0.6  # how often the responses that the policy imitates are right
-    sft_steps: int = 400  # the world's sentences are learnt after 200
+    right: float = 0.7  # how often the responses that the policy imitates are right
+    # The world's sentences are learnt after 200. After 400 some say nothing clear, which the judge has never read and
+    # takes for right: its score then climbs while what is right falls.
+    sft_steps: int = 800
     policy_steps: int = 60
+    dpo_steps: int = 100
     max_failed: float = 0.5  # of a step's responses
 
     @classmethod
     def short(cls) -> "PolicySizes":
         """Enough to see that everything runs, with a judge that nobody could read."""
-        return cls(judge=DemoSizes.short(), sft_steps=4, policy_steps=2, max_failed=1.0)
+        return cls(judge=DemoSizes.short(), sft_steps=4, policy_steps=2, dpo_steps=2, max_failed=1.0)
 
 
 def model_shape(vocab_size: int) -> Architecture:
@@ -157,11 +160,9 @@ def policy_config(folder: Path, seed: int, sizes: PolicySizes, judge: Path) -> P
     return PolicyConfig(
         model=model_section(folder / "policy-sft"),
         data=DataSection(path=str(folder / "data" / "train.jsonl")),
-        optimizer=OptimizerSection(learning_rate=5e-4, warmup_steps=5, decay="linear", beta2=0.99),
+        optimizer=OptimizerSection(learning_rate=3e-4, warmup_steps=5, decay="linear", beta2=0.99),
         run=RunSection(folder=str(folder / "policy-grpo"), seed=seed, steps=sizes.policy_steps, checkpoint_every=20),
-        heldout=HeldoutSection(
-            path=str(folder / "data" / "heldout.jsonl"), split="", eval_every=10, sampling=JudgingSection()
-        ),
+        heldout=HeldoutSection(path=str(folder / "data" / "heldout.jsonl"), split="", eval_every=10, limit=200),
         sampling=SamplingSection(max_new_tokens=48),
         reward=ResponseRewardSection(
             sources=(SourceSection(model=str(judge), sampling=_judging()),), max_failed=sizes.max_failed
@@ -170,10 +171,23 @@ def policy_config(folder: Path, seed: int, sizes: PolicySizes, judge: Path) -> P
             SourceSection(kind="function", function=f"{world}:is_right", name="right"),
             SourceSection(kind="function", function=f"{world}:closes", name="closing"),
         ),
-        update=UpdateSection(kl=KLSection(coef=0.02)),
+        update=UpdateSection(kl=KLSection(coef=0.1)),  # where the judge has read, it is hard to fool
         thinking=False,
         pairs_per_step=16,
         group_size=8,
+    )
+
+
+def dpo_config(folder: Path, run: Path, seed: int, sizes: PolicySizes, sft_coef: float) -> DPOConfig:
+    """DPO of the policy on the demo's pairs, instead of its second run."""
+    return DPOConfig(
+        model=model_section(folder / "policy-sft"),
+        data=DataSection(path=str(folder / "data" / "train.jsonl")),
+        optimizer=OptimizerSection(learning_rate=3e-4, warmup_steps=5, decay="linear", beta2=0.99),
+        run=RunSection(folder=str(run), seed=seed, steps=sizes.dpo_steps, checkpoint_every=100),
+        sft_coef=sft_coef,
+        thinking=False,
+        pairs_per_step=32,
     )
 
 

@@ -64,6 +64,23 @@ def _figure(title: str, width: float = 7.0) -> tuple[matplotlib.figure.Figure, A
     return figure, axes
 
 
+def draw_lines(path: Path, title: str, lines: Mapping[str, Sequence[tuple[float, float]]], across: str) -> None:
+    """Points (x, y) joined in their order, a line for each name, as path.svg and path.png.
+
+    Args:
+        path: without its ending.
+        title: of the figure.
+        lines: by name.
+        across: what x is.
+    """
+    figure, axes = _figure(title, 7.0)
+    for name, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    axes.set_xlabel(across, color=INK)
+    axes.legend(frameon=False, fontsize=8)
+    _save(path, figure)
+
+
 def _sections(
     findings: Findings, official: TieRule, sections: Sequence[str], chance: float
 ) -> matplotlib.figure.Figure:

@@ -20,7 +20,7 @@ from patarm_jax.evaluate.heldout import NowAndThen, share_of
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.sharding import process_in
 from patarm_jax.rollout.judging import Judge, make_judge
-from patarm_jax.rollout.responses import Rewarding, Source, ask_sources
+from patarm_jax.rollout.responses import Rewarding, Said, Source, ask_sources
 from patarm_jax.rollout.rounds import Reinforced
 from patarm_jax.run.drawing import heldout_sampling
 from patarm_jax.run.learner import weight_sync
@@ -154,21 +154,15 @@ class HeldoutResponses(NowAndThen):
     records: Sequence[EncodedPair]
     share: Sequence[EncodedPair]  # this process's part of them
 
+    def asked(self, params: Params, frozen: Tree) -> Said:
+        """Has all held-out prompts answered, and all sources say what they think of it."""
+        weights, seen = self.to_rollout(params, frozen), self.rewarding.config.reward.sees_thinking
+        by = self.policy, self.greedy, self.sources(), seen
+        return ask_sources(*by, 0, weights, self.share, self.key, lambda _: contextlib.nullcontext())
+
     def __call__(self, params: Params, frozen: Tree) -> dict[str, float]:
-        """Has all held-out prompts answered; the metrics of that."""
-        seen, number = self.rewarding.config.reward.sees_thinking, len(self.records)
-        weights = self.to_rollout(params, frozen)
-        said = ask_sources(
-            self.policy,
-            self.greedy,
-            self.sources(),
-            seen,
-            0,
-            weights,
-            self.share,
-            self.key,
-            lambda _: contextlib.nullcontext(),
-        )
+        """The metrics of that."""
+        said, number = self.asked(params, frozen), len(self.records)
         worth = {name: values[:number] for name, values in said.worth.items()}
         rewarding = [values for name, values in worth.items() if name not in self.gold]
         weights = [source.weight for source in self.rewarding.config.reward.sources]

@@ -1,0 +1,183 @@
+"""What rewards a policy best in the demo's world: judges, a reward model, the pairs themselves; and who is fooled.
+
+All policies of a seed begin with the same SFT on responses that are often wrong, and those that sample take the same
+steps of GRPO; they differ in what rewards them. The judges and the reward model have read the same pairs. Gold is what
+the world knows. Everything is kept, run by run: the same command goes on where it was stopped.
+
+    python -m patarm_jax.demo.policy_ablations --out runs/ablations [--seeds 3]
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from patarm_jax.config.policy import PolicyConfig, SourceSection
+from patarm_jax.config.recipes import RewardModelConfig
+from patarm_jax.config.sections import DataSection, OptimizerSection, RunSection
+from patarm_jax.demo.ablations import (
+    Measured,
+    keep_row,
+    of_training,
+    quietly,
+    row_of,
+    run_program,
+    say,
+    show,
+    to_its_end,
+)
+from patarm_jax.demo.policy_story import opened_heldout
+from patarm_jax.demo.policy_world import write_responses
+from patarm_jax.demo.settings import (
+    PolicySizes,
+    demo_configs,
+    dpo_config,
+    model_section,
+    policy_config,
+    policy_sft_config,
+)
+from patarm_jax.demo.story import make_data
+from patarm_jax.demo.tokenizer import write_untrained_model
+from patarm_jax.demo.world import make_world
+from patarm_jax.evaluate.figures import draw_bars, draw_lines
+from patarm_jax.files import write_text
+from patarm_jax.judge.forms import POLICY_UNTHINKING
+from patarm_jax.recipes import dpo, grpo, policy, reward_model, sft
+
+PART = "policy"
+SIZES = PolicySizes()
+# From the folder of a seed to what rewards the policy; the first four are trained by no such thing.
+REWARDED: dict[str, Callable[[Path], SourceSection]] = {
+    "reward model": lambda begun: SourceSection(kind="scalar", model=str(begun / "scalar")),
+    "SFT judge": lambda begun: SourceSection(model=str(begun / "sft")),
+    "PaTaRM judge": lambda begun: SourceSection(model=str(begun / "grpo")),
+}
+ARMS = ("untrained", "SFT", "DPO", "DPO and SFT", *REWARDED)
+
+
+def main(out: Path, seeds: int, sizes: PolicySizes = SIZES, arms: Sequence[str] = ARMS) -> list[dict[str, Any]]:
+    """Runs what is not done yet; adds the rows to table.json, draws them, and prints the table."""
+    rows: list[dict[str, Any]] = []
+    for name in arms:
+        found = [_measured(out, name, seed, sizes) for seed in range(seeds)]
+        rows.append(row_of(PART, name, {}, "policy", found))
+        keep_row(out, rows[-1])
+    bars = {str(row["variant"]): (row["mean"], row["low"], row["high"]) for row in rows}
+    draw_bars(out / PART, f"{PART}: right responses to held-out prompts (%), {seeds} seeds, with 95 % interval", bars)
+    for metric, words in {"gold/right/mean": "right responses", "eval/reward": "mean reward"}.items():
+        lines = {name: _over_steps(out, name, seeds, metric) for name in arms if name in REWARDED}
+        if lines:
+            path = out / f"{PART}-{words.replace(' ', '-')}"
+            draw_lines(path, f"{words}, held-out prompts, mean of {seeds} seeds", lines, "step")
+    show(rows)
+    return rows
+
+
+def _measured(out: Path, name: str, seed: int, sizes: PolicySizes) -> Measured:
+    """Trains and measures a policy, or reads what came of it before."""
+    folder = _folder(out, name, seed)
+    result = folder / "result.json"
+    if not result.is_file():
+        begun = _started(out, seed, sizes)
+        config = _config(begun, folder, name, seed, sizes)
+        say(f"policy by {name}, seed {seed}")
+        with quietly(folder / "log.txt"):
+            trained = _trained(begun, folder, config, name, seed, sizes)
+            every = replace(config, heldout=replace(config.heldout, limit=0))
+            heldout, weights = opened_heldout(every, trained)
+            said = heldout.asked(weights, None)
+        right = said.worth["right"][: len(heldout.records)].reshape(-1)
+        seconds, tokens = of_training(trained) if trained.parent == folder else (0.0, 0)
+        numbers = {"outcomes": np.nan_to_num(right).tolist(), "valid": float(1 - np.isnan(right).mean())}
+        write_text(result, json.dumps(numbers | {"seconds": seconds, "tokens": tokens}) + "\n")
+        jax.clear_caches()
+    return Measured(**json.loads(result.read_text(encoding="utf-8")))
+
+
+def _folder(out: Path, name: str, seed: int) -> Path:
+    return out / PART / f"{name.replace(' ', '-')}-{seed}"
+
+
+def _over_steps(out: Path, name: str, seeds: int, metric: str) -> list[tuple[float, float]]:
+    """A metric of held-out prompts by step, in the mean over seeds."""
+    values: dict[int, list[float]] = {}
+    for seed in range(seeds):
+        path = _folder(out, name, seed) / "run" / "metrics.jsonl"
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            if line.get(metric) is not None:
+                values.setdefault(line["step"], []).append(line[metric])
+    return [(step, float(np.mean(found))) for step, found in sorted(values.items())]
+
+
+def _config(begun: Path, folder: Path, name: str, seed: int, sizes: PolicySizes) -> PolicyConfig:
+    """The config of a policy's run, by which it is measured too; what is not rewarded is measured by the judge."""
+    config = policy_config(begun, seed, sizes, begun / "grpo")
+    (base,) = config.reward.sources
+    made = REWARDED.get(name, REWARDED["PaTaRM judge"])(begun)
+    if made.is_judge:
+        made = replace(made, sampling=base.sampling)
+    reward = replace(config.reward, sources=(made,))
+    return replace(config, reward=reward, run=replace(config.run, folder=str(folder / "run")))
+
+
+def _trained(begun: Path, folder: Path, config: PolicyConfig, name: str, seed: int, sizes: PolicySizes) -> Path:
+    """The folder of a policy."""
+    if name == "untrained":
+        return begun / "policy"
+    if name == "SFT":
+        return begun / "policy-sft"
+    if name not in REWARDED:
+        sft_coef = 0.2 if name == "DPO and SFT" else 0.0
+        to_its_end(dpo.main, dpo_config(begun, folder / "run", seed, sizes, sft_coef))
+    else:
+        to_its_end(policy.main, config)
+    return folder / "run"
+
+
+def _started(out: Path, seed: int, sizes: PolicySizes) -> Path:
+    """The data, judges, reward model and SFT policy of a seed, made where they are not there."""
+    folder = out / "starts" / f"{PART}-{seed}"
+    judge_sft, judge_grpo = demo_configs(folder, seed, sizes.judge)
+    if not (folder / "data" / "responses.jsonl").is_file():
+        make_data(folder, seed, sizes.judge)
+        world = make_world(seed, sizes.judge.train_pairs, sizes.judge.heldout_pairs)
+        write_responses(folder / "data" / "responses.jsonl", world.train, sizes.right, random.Random(seed + 3))
+    write_untrained_model(folder / "model", folder / "data" / "train.jsonl", seed)
+    write_untrained_model(folder / "policy", folder / "data" / "train.jsonl", seed + 1, [POLICY_UNTHINKING])
+    scalar = RewardModelConfig(
+        model=model_section(folder / "sft"),
+        data=DataSection(path=str(folder / "data" / "train.jsonl")),
+        optimizer=OptimizerSection(learning_rate=1e-3, warmup_steps=10, decay="cosine", final_fraction=0.1, beta2=0.99),
+        run=RunSection(folder=str(folder / "scalar"), seed=seed, checkpoint_every=1000),
+        pairs_per_step=16,
+    )
+    runs: list[tuple[Path, Callable[[Any], bool], Any]] = [
+        (folder / "sft", sft.main, judge_sft),
+        (folder / "grpo", grpo.main, judge_grpo),
+        (folder / "scalar", reward_model.main, scalar),
+        (folder / "policy-sft", sft.main, policy_sft_config(folder, seed, sizes)),
+    ]
+    for made, train, config in runs:
+        if not (made / "export").is_dir():
+            say(f"{made.name} of seed {seed}")
+            with quietly(folder / "log.txt"):
+                to_its_end(train, config)
+    return folder
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compares what a policy is rewarded by.")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each policy (default: %(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    given = _arguments()
+    run_program(lambda: main(given.out, given.seeds))
