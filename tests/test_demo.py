@@ -14,7 +14,7 @@ import yaml
 from patarm_jax.config.load import from_mapping, load
 from patarm_jax.config.recipes import GRPOConfig, SFTConfig
 from patarm_jax.config.sections import DataSection
-from patarm_jax.demo.settings import DemoSizes, demo_configs
+from patarm_jax.demo.settings import DemoSizes, PolicySizes, demo_configs, dpo_config, policy_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -126,3 +126,26 @@ def test_the_tiny_configs_are_the_demos(system, out, recipe):
     expected = sft if recipe == "sft" else grpo
     name = f"tiny_{recipe}.yaml" if system == "pointwise" else f"tiny_{system}_{recipe}.yaml"
     assert load(type(expected), ROOT / "configs" / name) == expected
+
+
+def test_the_tiny_configs_of_policies_are_the_demos():
+    folder, sizes = Path("runs/policy"), PolicySizes()
+    expected = {
+        "policy": policy_config(folder, 0, sizes, folder / "grpo"),
+        "dpo": dpo_config(folder, folder / "dpo", 0, sizes, 0.2),
+    }
+    for recipe, config in expected.items():
+        assert load(type(config), ROOT / "configs" / f"tiny_{recipe}.yaml") == config
+
+
+@pytest.mark.long
+def test_the_policys_demo_writes_what_it_should(tmp_path):
+    shown, _ = patarm(tmp_path, "demo", "--short", "--system", "policy", "--out", "policy")
+    out = tmp_path / "policy"
+    summary = json.loads((out / "summary.json").read_text())
+    for stage in ("untrained", "sft", "grpo"):
+        assert {"gold/right/mean", "gold/right/error", "eval/mean_length"} <= summary[stage].keys()
+    assert "held-out prompts, one response to each" in shown and "judge: none" in shown
+    assert json.loads((out / "policy-grpo" / "export" / "judge.json").read_text()) == {"judge": "policy"}
+    page = (out / "policy-grpo" / "report.html").read_text()
+    assert "data-step" in page

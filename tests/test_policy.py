@@ -315,6 +315,9 @@ def test_eight_devices_and_two_processes_learn_as_one(folder, started, combine):
     start = start_in(folder, started)
     two = {"run": {"steps": 2}, "optimizer": {"learning_rate": 1e-4}, "reward": {"combine": combine}}
     sources = [ordinal(folder), short(weight=0.1)]
+    mute = {"kind": "judge", "model": str(folder / "reference"), "votes": 2, "sampling": {"max_new_tokens": 4}}
+    two["gold"] = [{**mute, "name": "mute"}, {**mute, "kind": "pairwise"}]
+    two["heldout"] = {"path": str(folder / "prompts.jsonl"), "limit": 5, "sampling": {"max_new_tokens": 6}}
     two["reward"]["sources"] = sources
     start("policy", config_of(folder, f"one_{combine}", sources, **two)).end()
     eight = config_of(folder, f"eight_{combine}", sources, **two, mesh=CUBE)
