@@ -18,13 +18,18 @@ from patarm_jax.types import Message
 _WORDS = 4  # of a phrase that is repeated
 
 
-def repeated(completions: Sequence[Sequence[Message]], **_: Any) -> list[float]:
+def repeated(completions: Sequence[str | Sequence[Message]], **_: Any) -> list[float]:
     """The share of phrases of four words that the response has said before, from 0 to below 1.
 
     >>> repeated([[{"role": "assistant", "content": "a b c d a b c d"}], [{"role": "assistant", "content": "a b"}]])
     [0.2, 0.0]
     """
-    return [_repeated(completion[0]["content"].split()) for completion in completions]
+    return [_repeated(_text(completion).split()) for completion in completions]
+
+
+def _text(completion: str | Sequence[Message]) -> str:
+    """Of a response as text, or as its one message."""
+    return completion if isinstance(completion, str) else completion[0]["content"]
 
 
 def _repeated(words: Sequence[str]) -> float:
@@ -41,13 +46,13 @@ def tokens(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
     return [float(len(ids)) for ids in completion_ids]
 
 
-def plain(completions: Sequence[Sequence[Message]], **_: Any) -> list[float]:
+def plain(completions: Sequence[str | Sequence[Message]], **_: Any) -> list[float]:
     """1 for a response in plain paragraphs, 0 for one with a heading, a list, a table or bold type in Markdown.
 
     >>> plain([[{"role": "assistant", "content": "Rice."}], [{"role": "assistant", "content": "- Rice"}]])
     [1.0, 0.0]
     """
-    return [float(_MARKDOWN.search(completion[0]["content"]) is None) for completion in completions]
+    return [float(_MARKDOWN.search(_text(completion)) is None) for completion in completions]
 
 
 _MARKDOWN = re.compile(r"^\s*(?:#{1,6}\s|[-*+]\s|\d+[.)]\s|\|)|\*\*|__", re.MULTILINE)

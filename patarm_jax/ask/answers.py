@@ -132,8 +132,9 @@ class Answers:
         """Writes them down together, at once."""
         lines = []
         for answer in answers:
-            if self.known.get((answer.question, answer.vote)) == answer:
-                continue  # it failed before for the same reason
+            before = self.known.get((answer.question, answer.vote))
+            if before == answer or (before is not None and before.came and not answer.came):
+                continue  # it failed before for the same reason; or what came stays
             self.known[answer.question, answer.vote] = answer
             lines.append(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
         _append(self.path, self.file, "".join(lines))

@@ -8,9 +8,10 @@ import asyncio
 import contextlib
 import inspect
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from patarm_jax.ask.answers import Answers, Question, open_answers
+from patarm_jax.ask.answers import Answers, Kind, Question, open_answers, read_answers
 from patarm_jax.ask.endpoint import Remote, ask_name, ask_while_they_come
 from patarm_jax.ask.worth_here import (
     JudgeHere,
@@ -38,7 +39,7 @@ from patarm_jax.rollout.numbers import make_numbers
 from patarm_jax.rollout.probabilities import make_logprobs
 from patarm_jax.rollout.responses import Responses, Source, Worth, without_answers
 from patarm_jax.run.margin import imported
-from patarm_jax.types import UsageError, UserError
+from patarm_jax.types import Message, UsageError, UserError
 
 Reward = Callable[..., Sequence[float | None]]  # as TRL calls it
 
@@ -58,7 +59,11 @@ class JudgeServed:
         self._open = contextlib.ExitStack()
         identity = remote.identity | {"rubrics": section.rubrics}
         self._answers: Answers = self._open.enter_context(open_answers(kept, identity))
+        for other in sorted(kept.parent.glob("*.jsonl")):  # of other processes, or of another number of them
+            if other != kept and _OF_PROCESS.sub("", other.name) == f"{section.called}.jsonl":
+                self._answers.known = read_answers(other, identity) | self._answers.known
         self._asked: dict[tuple[int, int], Question] = {}
+        self._queued: set[tuple[str, int]] = set()  # what is asked for since the last time
         self._offered: list[Responses] = []
         self._waiting: queue.SimpleQueue[tuple[Question, int] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -77,7 +82,8 @@ class JudgeServed:
             self._asked[responses.index, member] = question
             for vote in range(self._remote.votes):
                 known = self._answers.known.get((question.key, vote))
-                if known is None or not known.came:
+                if (known is None or not known.came) and (question.key, vote) not in self._queued:
+                    self._queued.add((question.key, vote))
                     self._waiting.put((question, vote))
         if self._thread is None:
             self._thread = threading.Thread(target=self._ask, name=f"asking {self.name}", daemon=True)
@@ -120,6 +126,14 @@ class JudgeServed:
         self._asked.clear()
         return found
 
+    def settle(self) -> None:
+        """Takes what has failed as final: a run that is killed and goes on must not learn something else from it."""
+        failed = [self._answers.known.get(one) for one in sorted(self._queued)]
+        given_up = [one for one in failed if one is not None and not one.came]
+        final = Kind.REFUSED
+        self._answers.add(replace(one, kind=final, status=final, reason=f"given up: {one.reason}") for one in given_up)
+        self._queued.clear()
+
     def _worth(self, question: Question) -> Worth:
         given = self._answers.of(question, self._remote.votes)
         known = [one.score for one in given if one.score is not None]
@@ -139,18 +153,19 @@ class FunctionOf(Waiting):
     def collect(self, key: jax.Array, step: int) -> Mapping[int, list[Worth]]:
         """What the function gives for all of them at once.
 
-        It is called with `prompts` and `completions` as lists of messages, `completion_ids`, the other columns of the
-        prompts' rows and `trainer_state`; None of what it returns is no reward.
+        It is called with `prompts` and `completions`, as texts where the column prompt is text and else as lists of
+        messages, `completion_ids`, the other columns of the prompts' rows and `trainer_state`; None of what it returns
+        is no reward.
         """
         every = self.taken()
         found = {one.index: dict(without_answers(one)) for one in every}
         asked = [(one, member) for one in every for member, answer in enumerate(one.answers) if answer is not None]
         if asked:
-            names = set.intersection(*({*one.preference.row} for one, _ in asked)) - _OURS
-            columns = {name: [one.preference.row[name] for one, _ in asked] for name in sorted(names)}
+            names = set.union(*({*one.preference.row} for one, _ in asked)) - _OURS
+            columns = {name: [one.preference.row.get(name) for one, _ in asked] for name in sorted(names)}
             values = self._called(
-                prompts=[[dict(turn) for turn in one.preference.prompt] for one, _ in asked],
-                completions=[[{"role": "assistant", "content": one.answers[member]}] for one, member in asked],
+                prompts=[_prompt(one) for one, _ in asked],
+                completions=[_completion(one, one.answers[member] or "") for one, member in asked],
                 completion_ids=[list(one.ids[member]) for one, member in asked],
                 trainer_state=TrainerState(step),
                 **columns,
@@ -161,10 +176,19 @@ class FunctionOf(Waiting):
                     "one for each, None where there is no reward."
                 )
             for (one, member), value in zip(asked, values, strict=True):
-                number = np.nan if value is None else float(value)
+                number = self._number(value)
                 is_number = np.isfinite(number)
                 found[one.index][member] = Worth(number) if is_number else Worth(None, f"{self.name} gives {value}")
         return {index: [of_it[member] for member in sorted(of_it)] for index, of_it in found.items()}
+
+    def _number(self, value: object) -> float:
+        try:
+            return np.nan if value is None else float(value)  # type: ignore[arg-type]  # whatever it gives
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"reward function {self.name} gives {str(value)[:80]!r} ({type(value).__name__}) for a completion. "
+                "Return a number for each, None where there is no reward."
+            ) from error
 
     def _called(self, **arguments: Any) -> Sequence[float | None]:
         try:
@@ -179,6 +203,21 @@ class FunctionOf(Waiting):
             ) from error
 
 
+def _prompt(responses: Responses) -> str | list[Message]:
+    """As TRL gives it: a text where the data have a text."""
+    given = responses.preference.row.get(PROMPT)
+    return (
+        given
+        if isinstance(given, str)
+        else [Message(role=turn["role"], content=turn["content"]) for turn in responses.preference.prompt]
+    )
+
+
+def _completion(responses: Responses, answer: str) -> str | list[Message]:
+    is_text = isinstance(responses.preference.row.get(PROMPT), str)
+    return answer if is_text else [Message(role="assistant", content=answer)]
+
+
 @dataclass(frozen=True)
 class TrainerState:
     """What TRL hands a reward function of the run, as far as it is known here."""
@@ -186,6 +225,8 @@ class TrainerState:
     global_step: int
 
 
+PROMPT = "prompt"  # in a row, whatever its column is called
+_OF_PROCESS = re.compile(r"\.process-\d+")
 _OURS = {"prompts", "completions", "completion_ids", "trainer_state", "prompt"}
 
 

@@ -33,7 +33,7 @@ from patarm_jax.rollout.responses import NO_BASELINE, Responses, Worth, without_
 from patarm_jax.rollout.schedule import Request
 from patarm_jax.run.drawing import as_the_model_says
 from patarm_jax.run.learner import rollout_rules
-from patarm_jax.run.open_model import Model, load_params, open_model, weights_digest
+from patarm_jax.run.open_model import Model, load_params, open_model, other_rubrics, weights_digest
 from patarm_jax.run.process import say
 from patarm_jax.types import JudgeKind, Judgement, Message
 
@@ -44,6 +44,7 @@ _KIND: dict[str, JudgeKind] = {
     "scalar": "scalar",
     "ordinal": "ordinal",
 }
+NO_RUBRIC = "the prompt is too long for the generator of rubrics"
 _KEYS = 2**32 - 16  # counted down from, by source: no completion's id, from which its key is folded
 
 
@@ -80,6 +81,16 @@ class OpenedModel:
         new = self.section.sampling.max_new_tokens or 0
         return room_for(self.model.arch.max_position_embeddings, self.model.tokenizer, self.form, new, where)
 
+    def resident(self, config: PolicyConfig, mesh: Mesh) -> dict[str, Params]:
+        """The abstract weights that stay on the devices, by what they are."""
+        rules, dtype = rollout_rules(config.mesh), jnp.dtype(self.how.dtype)
+        every = {self.section.called: self.model, f"{self.section.called}'s generator": self.generator}
+        return {
+            name: abstract_params(model.arch, mesh, rules, dtype, unstacked=True)
+            for name, model in every.items()
+            if model is not None
+        }
+
     def programs(self, config: PolicyConfig, mesh: Mesh) -> dict[str, Program]:
         """What it runs for the responses of a step, with abstract arguments; none of a model that writes nothing."""
         if not self.form.writes:
@@ -96,6 +107,12 @@ class OpenedModel:
         if self.form.responses == 2:
             shown = [(answer, responses.baseline or ""), (responses.baseline or "", answer)]
         return [self._encoded(self._messages(responses, of_it, rubric)) for of_it in shown]
+
+    @property
+    def short(self) -> np.ndarray:
+        """A question that it can always be asked."""
+        shown = ["Hello."] * self.form.responses
+        return self._encoded(self.form.ask("Hello.", *shown, domain="chat", rubrics=self.section.rubrics))
 
     def _messages(self, responses: Responses, shown: Sequence[str], rubric: str) -> list[Message]:
         prompt = responses.preference
@@ -124,6 +141,8 @@ def open_source_model(config: PolicyConfig, number: int) -> OpenedModel:
         drawn = as_the_model_says(section.sampling, model)
         say(f"{section.called}: {drawn.said}")
         section = replace(section, sampling=replace(section.sampling, **vars(drawn.sampling)))
+        if caution := other_rubrics(model, section.called, section.rubrics, bool(section.generator)):
+            say(f"{caution}. {where}.rubrics and {where}.generator say by which it is asked")
     opened = OpenedModel(section, number, where, model, generator, how)
     opened.room.check()
     return opened
@@ -148,6 +167,7 @@ class Generator:
 
     judge: Judge  # with groups of one
     weights: Params
+    room: Room
 
 
 def generator_of(config: PolicyConfig, opened: OpenedModel, mesh: Mesh) -> Generator | None:
@@ -158,7 +178,9 @@ def generator_of(config: PolicyConfig, opened: OpenedModel, mesh: Mesh) -> Gener
     greedy = JudgingSection(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=opened.section.max_rubric_tokens)
     sampling, how = as_the_model_says(greedy, model).sampling, replace(opened.how, path=opened.section.generator)
     asked = make_judge(model.arch, model.tokenizer, mesh, how, sampling, 1, RUBRIC)
-    return Generator(asked, load_source_weights(config, how, model, mesh))
+    where = f"{opened.where}.max_rubric_tokens"
+    room = Room(model.arch.max_position_embeddings, opened.section.max_rubric_tokens, where)
+    return Generator(asked, load_source_weights(config, how, model, mesh), room)
 
 
 @dataclass
@@ -170,6 +192,9 @@ class Waiting:
     def offer(self, responses: Responses) -> None:
         """Takes the responses to one prompt."""
         self.offered.append(responses)
+
+    def settle(self) -> None:
+        """Nothing fails here that would not fail again."""
 
     def taken(self) -> list[Responses]:
         """All of them, in the order of their prompts, which are then no more."""
@@ -202,19 +227,21 @@ class JudgeHere(Waiting):
         asked: list[tuple[Responses, int, list[Request]]] = []
         for one, rubric in zip(every, rubrics, strict=True):
             for member, answer in enumerate(one.answers):
-                questions = self.opened.questions(one, answer or "", rubric)
+                questions = self.opened.questions(one, answer or "", rubric or "")
                 if answer is not None and self.judge.form.responses == 2 and one.baseline is None:
                     found[one.index][member] = Worth(None, NO_BASELINE)
                 elif answer is not None and (excess := self.opened.too_long(questions)):
                     found[one.index][member] = Worth(None, excess)
+                elif answer is not None and rubric is None:
+                    found[one.index][member] = Worth(None, NO_RUBRIC)
                 if member in found[one.index]:
-                    # Processes must ask for equally many: this is asked with an empty response, and not looked at.
-                    questions = self.opened.questions(one, "")
+                    # Processes must ask for equally many: another, short question is asked, and not looked at.
+                    questions = [self.opened.short] * len(questions)
                 first = (one.record.index * len(one.answers) + member) * len(questions)
                 requests = [Request(tokens, first + place) for place, tokens in enumerate(questions)]
                 asked.append((one, member, requests))
         every_request = [request for *_, requests in asked for request in requests]
-        of_rubrics = [rubric for one, rubric in zip(every, rubrics, strict=True) for _ in one.answers]
+        of_rubrics = [rubric or "" for one, rubric in zip(every, rubrics, strict=True) for _ in one.answers]
         read_by = [rubric for (*_, requests), rubric in zip(asked, of_rubrics, strict=True) for _ in requests]
         judged = sorted(judge(self.judge, self.weights, every_request, mine, read_by), key=lambda one: one.group.index)
         for number, (one, member, requests) in enumerate(asked):
@@ -223,16 +250,25 @@ class JudgeHere(Waiting):
                 found[one.index][member] = self._worth(requests, of_it)
         return {index: [of_it[member] for member in sorted(of_it)] for index, of_it in found.items()}
 
-    def _rubrics(self, every: Sequence[Responses], key: jax.Array) -> list[str]:
-        """The generator's rubric of each prompt; empty ones where it has none."""
+    def _rubrics(self, every: Sequence[Responses], key: jax.Array) -> list[str | None]:
+        """The generator's rubric of each prompt; empty ones where there is no generator, None where it is too long."""
         if self.generator is None:
             return [""] * len(every)
-        asked, writer = [], self.generator.judge
-        for number, one in enumerate(every):
-            messages = RUBRIC.ask(one.preference.prompt, domain=one.preference.domain, rubrics="generated")
-            asked.append(Request(encode_question(writer.tokenizer, messages, RUBRIC), number))
-        _, written = judge_all(writer, self.generator.weights, asked, key)
-        return [shown_rubric(rubric.text) for (rubric,) in written]
+        writer, room = self.generator.judge, self.generator.room
+
+        def question(prompt: str | Sequence[Message]) -> np.ndarray:
+            messages = RUBRIC.ask(prompt, domain="chat", rubrics="generated")
+            return encode_question(writer.tokenizer, messages, RUBRIC)
+
+        asked = [question(one.preference.prompt) for one in every]
+        fits = [not room.excess(len(tokens), self.opened.section.max_prompt_tokens) for tokens in asked]
+        short = question("Hello.")
+        requests = [
+            Request(tokens if fit else short, number)
+            for number, (tokens, fit) in enumerate(zip(asked, fits, strict=True))
+        ]
+        _, written = judge_all(writer, self.generator.weights, requests, key)
+        return [shown_rubric(rubric.text) if fit else None for (rubric,), fit in zip(written, fits, strict=True)]
 
     def _worth(self, requests: Sequence[Request], judged: Sequence[Judged]) -> Worth:
         if self.judge.form.responses == 2:

@@ -1,5 +1,6 @@
 """The configs of policies: trained by what others say of their responses, or on preferences."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from patarm_jax.config.sections import (
 from patarm_jax.config.training import ReinforcedConfig, TrainConfig
 from patarm_jax.types import PolicyKind, RubricMode, UsageError
 
+_NAME = re.compile(r"\w[\w.-]*")
 SourceKind = Literal["judge", "pairwise", "rubric_judge", "scalar", "ordinal", "function"]
 
 
@@ -91,8 +93,8 @@ class ResponseRewardSection(RewardSection):
     # Whether sources see the thinking before an answer too. A response without an answer behind its thinking has no
     # reward.
     sees_thinking: bool = False
-    # The share of a step's responses that may be without a reward, because something could not be judged or did not
-    # come; when there are more, the run stops.
+    # The share of a step's responses that may be without a reward though they have an answer, because something could
+    # not be judged or did not come. When there are more, the run stops; of held-out ones nothing is then told.
     max_failed: Share = field(default=0.5, metadata=FREE)
 
 
@@ -203,9 +205,9 @@ class PolicyConfig(ReinforcedConfig):
                 "group_size is 1; allowed is 2 or more: a response that is compared with itself teaches nothing. "
                 "Raise it."
             )
-        if self.reward.combine == "gdpo" and self.reward.normalise_std is not None:
+        if self.reward.combine == "gdpo" and self.reward.normalise_std:
             raise UsageError(
-                "reward.normalise_std is set, and reward.combine is gdpo, which divides by deviations of its own. "
+                "reward.normalise_std is true, and reward.combine is gdpo, which divides by deviations of its own. "
                 "Leave one of the two out."
             )
         if self.data.given_rubrics:
@@ -267,6 +269,10 @@ def _check_source(where: str, source: SourceSection) -> None:
             if getattr(source, name) != getattr(unset, name):
                 raise UsageError(f"{where}.{name} is set, and {why}. Leave it out.")
 
+    if not _NAME.fullmatch(source.called):
+        raise UsageError(
+            f"{where} is called {source.called!r}; allowed are letters, digits, '.', '_' and '-'. Give it another name."
+        )
     if source.kind == "function":
         refuse(("model", "max_prompt_tokens", *_OF_JUDGES), "kind is function, which asks no model")
         if not OWN_FUNCTION.fullmatch(source.function):

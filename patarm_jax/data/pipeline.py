@@ -6,6 +6,7 @@ its part of every one, and all pad to the length of the global batch; so they ne
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -93,6 +94,9 @@ def digest_of(records: Sequence[EncodedPair]) -> str:
         digest.update(record.preference.id.encode())
         for tokens in (*record.prompt_tokens, *(record.completion_tokens or ())):
             digest.update(tokens.tobytes())
+        if record.preference.row:  # of a prompt, by which its responses may be rewarded
+            about = [record.preference.domain, record.preference.row]
+            digest.update(json.dumps(about, sort_keys=True, default=str).encode())
         for numbers in (record.preference.labels, record.preference.margin):
             if numbers is not None:
                 digest.update(repr(numbers).encode())
@@ -157,6 +161,8 @@ def encode_pair(
 ) -> EncodedPair:
     """One preference as `encode_pairs` encodes it, however long it is."""
     if isinstance(given, JudgedPreference):
+        if form.converses and form.thinks:
+            _refuse_unthought(tokenizer, given)
         encode = encode_judgement if form.thinks else encode_unthought
         written = tuple(np.asarray(encode(tokenizer, text), np.int32) for text in given.judgements)
         return replace(encode_pair(tokenizer, index, given.preference, rubrics, form), completion_tokens=written)
@@ -165,10 +171,22 @@ def encode_pair(
     return EncodedPair(index, given, tuple(questions), places=tuple(range(len(questions))))
 
 
+def _refuse_unthought(tokenizer: Tokenizer, given: JudgedPreference) -> None:
+    """Refuses responses without a thinking's end where the chat template has begun one."""
+    begun = "<think>" in tokenizer.opening and "</think>" not in tokenizer.opening
+    if begun and not all("</think>" in text for text in given.judgements):
+        raise UserError(
+            f"the chat template in {tokenizer.fast.name_or_path} begins the thinking itself, and a response of "
+            f"{given.preference.id} ends none with </think>: the policy would learn to answer inside its thinking. Say "
+            "that it is not to think (judge: policy_unthinking of sft, thinking: false of dpo), or give its thinking."
+        )
+
+
 def encode_question(tokenizer: Tokenizer, messages: Sequence[Message], form: Form) -> Tokens:
     """What a judge of a form reads: a question up to where it begins to write, or all before the number it gives."""
     if form.converses:
-        ids = encode_dialogue(tokenizer, messages, answering=True, thinking=form.thinks)
+        ids = encode_dialogue(tokenizer, messages, answering=True)
+        ids += [] if form.thinks else unthought_opening(tokenizer)
     elif form.writes:
         ids = encode_chat(tokenizer, messages) + ([] if form.thinks else unthought_opening(tokenizer))
     elif form.has_score_head:

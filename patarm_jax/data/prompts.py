@@ -30,10 +30,12 @@ def read_prompts(section: DataSection, setting: str = "data") -> tuple[list[Pref
     """
 
     def with_row(preference: Preference, row: Row, values: Mapping[str, object]) -> Preference:
-        return replace(preference, row=row.values)
+        return replace(preference, row={**row.values, "prompt": values["prompt"]})
 
     domain = section.domain or DOMAIN
-    return collect(replace(section, domain=domain), setting, with_row, PROMPTS)
+    read, report = collect(replace(section, domain=domain), setting, with_row, PROMPTS)
+    every = dict.fromkeys(name for one in read for name in one.row)  # a row may lack a column that others have
+    return [replace(one, row={name: one.row.get(name) for name in every}) for one in read], report
 
 
 def read_answered_prompts(section: DataSection, setting: str = "data") -> tuple[list[JudgedPreference], Report]:

@@ -198,24 +198,21 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     return _encode(tokenizer.plain, text, _complement(spans, len(text)), tokenizer.control_tokens)
 
 
-def encode_dialogue(
-    tokenizer: Tokenizer, messages: Sequence[Message], answering: bool = False, thinking: bool = True
-) -> list[int]:
+def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], answering: bool = False) -> list[int]:
     """The ids of a whole conversation: what a scalar reward model reads of it, or what a policy answers.
 
     No message yields a control token, whatever it contains. Of messages without any, the ids equal
-    `apply_chat_template(messages, tokenize=True, add_generation_prompt=answering, enable_thinking=thinking)`.
+    `apply_chat_template(messages, tokenize=True, add_generation_prompt=answering)`.
 
     Args:
         tokenizer: of the model.
         messages: all turns.
         answering: whether the assistant begins to write behind them.
-        thinking: whether it may think before it answers, as the chat template has it.
     """
     controls = sorted(tokenizer.control_tokens, key=len, reverse=True)
     stand_ins = dict(zip(controls, _unused(messages, len(controls)), strict=True))
     hidden = [Message(role=one["role"], content=_replaced(one["content"], stand_ins)) for one in messages]
-    text = _render(tokenizer.fast, hidden, answering, thinking)
+    text = _render(tokenizer.fast, hidden, answering)
     meant = {stand_in: control for control, stand_in in stand_ins.items()}
     shown = partial(_replaced, replacements=meant)
     return _encode(tokenizer.plain, text, [(0, len(text))], tokenizer.control_tokens, shown)

@@ -1,6 +1,7 @@
 """What a policy's responses earn, and what a gold measure says of them: while it trains, and on held-out prompts."""
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,10 +44,12 @@ def response_metrics(config: PolicyConfig, found: Reinforced) -> dict[str, float
             strict=True,
         )
     )
-    known = np.where(rewarded, total, np.nan)
+    of_sources = {name: np.concatenate([one.worth[name] for one in rounds]) for name in rounds[0].worth}
+    # GDPO's own rewards have mean 0 in every step: what is told is what was added up before.
+    known = _weighted(config, list(of_sources.values()))
     metrics = {
         **_of_rewards(known),
-        "frac_reward_zero_std": _share_without_spread(known),
+        "frac_reward_zero_std": _share_without_spread(np.where(rewarded, total, np.nan)),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
@@ -54,22 +57,28 @@ def response_metrics(config: PolicyConfig, found: Reinforced) -> dict[str, float
         "rewards/length_correlation": correlation(known, lengths),
         "advantages/abs_mean": np.abs(found.advantages).sum() / max(chosen.valid.sum(), 1),
     }
-    for name in rounds[0].worth:
-        values = np.concatenate([one.worth[name] for one in rounds])
+    for name, values in of_sources.items():
         metrics |= _of_source(f"rewards/{name}", values)
     if "dapo.max_rounds" in config.algorithm_settings:
-        metrics |= {"dapo/rounds": len(rounds), "dapo/filled": chosen.valid.mean(), "rewards/length/mean": lost.mean()}
+        metrics |= {"dapo/rounds": len(rounds), "dapo/filled": chosen.valid.mean(), "dapo/overlong": lost.mean()}
     return {name: float(value) for name, value in metrics.items()}
 
 
+def _weighted(config: PolicyConfig, values: Sequence[np.ndarray]) -> np.ndarray:
+    """The sum of the sources' values by their weights; NaN where one says nothing."""
+    weights = [source.weight for source in config.reward.sources]
+    total: np.ndarray = np.tensordot(weights, np.stack(values), axes=1)
+    return total
+
+
 def _of_rewards(known: np.ndarray) -> dict[str, float]:
-    """Of rewards [R, G], NaN where there is none; deviations are those within groups, in the mean."""
+    """Of rewards [R, G], NaN where there is none; deviations are those within groups, in the mean. NaN of nothing."""
     some = ~np.isnan(known)
     groups = [group[~np.isnan(group)] for group in known]
     spreads = [group.std(ddof=1) for group in groups if len(group) > 1]
     return {
-        "reward": float(known[some].mean()) if some.any() else 0.0,
-        "reward_std": float(np.mean(spreads)) if spreads else 0.0,
+        "reward": float(known[some].mean()) if some.any() else math.nan,
+        "reward_std": float(np.mean(spreads)) if spreads else math.nan,
         "rewards/failed": float(1 - some.mean()),
     }
 
@@ -79,9 +88,11 @@ def _share_without_spread(known: np.ndarray) -> float:
     return float(np.mean([len(group) < 2 or np.ptp(group) == 0 for group in groups]))
 
 
-def _of_source(name: str, values: np.ndarray) -> dict[str, float]:
+def _of_source(name: str, values: np.ndarray, most: float = 1.0) -> dict[str, float]:
+    """Of what a source says [R, G]; where it says nothing of more than a share of `most`, NaN."""
     some = values[~np.isnan(values)]
-    mean, std = (float(some.mean()), float(some.std())) if len(some) else (0.0, 0.0)
+    told = len(some) > 0 and np.isnan(values).mean() <= most
+    mean, std = (float(some.mean()), float(some.std())) if told else (math.nan, math.nan)
     return {f"{name}/mean": mean, f"{name}/std": std, f"{name}/failed": float(np.isnan(values).mean())}
 
 
@@ -163,14 +174,18 @@ class HeldoutResponses(NowAndThen):
     def __call__(self, params: Params, frozen: Tree) -> dict[str, float]:
         """The metrics of that."""
         said, number = self.asked(params, frozen), len(self.records)
+        for source in self.sources():
+            source.settle()
         worth = {name: values[:number] for name, values in said.worth.items()}
         rewarding = [values for name, values in worth.items() if name not in self.gold]
-        weights = [source.weight for source in self.rewarding.config.reward.sources]
-        total = np.tensordot(weights, np.stack(rewarding), axes=1)
+        config, most = self.rewarding.config, self.rewarding.config.reward.max_failed
+        total = _weighted(config, rewarding)
+        if np.isnan(total).mean() > most:
+            total = np.full_like(total, np.nan)
         metrics = {f"eval/{name}": value for name, value in _of_rewards(total).items()}
         for name, values in worth.items():
             of = f"{GOLD}/{name}" if name in self.gold else f"eval/rewards/{name}"
-            metrics |= _of_source(of, values)
+            metrics |= _of_source(of, values, most)
             if name in self.gold:
                 metrics[f"{of}/error"] = _standard_error(values)
         lengths = said.lengths[:number]

@@ -22,6 +22,7 @@ from patarm_jax.evaluate.rubrics import (
 )
 from patarm_jax.judge.forms import FORMS, RUBRIC, Form
 from patarm_jax.run.drawing import as_the_server_says
+from patarm_jax.run.open_model import other_rubrics
 from patarm_jax.run.process import say
 from patarm_jax.types import BY_RUBRICS, UsageError, UserError
 
@@ -115,7 +116,9 @@ def open_judge(config: AskingConfig, answers: Path, dry_run: bool, begun: str = 
             raise UsageError(f"votes is {config.votes}; allowed for {kind} is 1: its score is always the same.")
         drawn, expects = (config.sampling, config.votes, config.seed, longest), config.expected_score
         local = open_local(config.model, config.mesh, *drawn, config.judge, expects=expects)
-        _tell_of_other_rubrics(config, local)
+        given = config.has_generator or config.data.given_rubrics
+        if form.reads_rubrics and (caution := other_rubrics(local.model, local.name, config.rubrics, given)):
+            say(f"{caution}. --rubrics, --generator and --data.given_rubrics say by which it is asked")
         return local
     if config.model.path:
         raise UsageError("both a model and --endpoint.url are given. Give one; the server's model is endpoint.model.")
@@ -130,23 +133,6 @@ def open_judge(config: AskingConfig, answers: Path, dry_run: bool, begun: str = 
             "is not asked for. Give the model's folder instead of --endpoint.url."
         )
     return _open_remote(config.endpoint, config.sampling, form, config.votes, config.seed, answers, dry_run, begun)
-
-
-def _tell_of_other_rubrics(config: AskingConfig, local: Local) -> None:
-    """Says where a judge is asked by other rubrics than it was trained by."""
-    taught = local.model.taught
-    if not local.form.reads_rubrics or not taught.get("rubrics"):
-        return
-    by = {True: "with given ones, a generator's or from the data, in place of the primary ones", False: "without"}
-    given = config.has_generator or config.data.given_rubrics
-    trained = taught["rubrics"], by[bool(taught.get("given_rubrics"))]
-    asked = config.rubrics, by[given]
-    if trained != asked:
-        say(
-            f"{local.name} was trained with rubrics {trained[0]}, {trained[1]}, and is asked with rubrics {asked[0]}, "
-            f"{asked[1]}: what it says of other rubrics than its own is worth less. --rubrics, --generator and "
-            "--data.given_rubrics say by which it is asked"
-        )
 
 
 def _open_remote(

@@ -33,7 +33,7 @@ from patarm_jax.run.health import parted
 from patarm_jax.run.metrics import read_metrics
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
-from patarm_jax.run.programs import describe
+from patarm_jax.run.programs import GIB, describe, per_device
 from patarm_jax.run.progress import Shown, percent
 
 ANSWERS = "answers"  # the folder of a run that keeps what servers have answered
@@ -135,6 +135,10 @@ def dry_run(config: PolicyConfig) -> None:
     for opened in policy.models.values():
         every |= opened.programs(config, mesh)
     describe(to_yaml(config), mesh, every, next(ready.batches()), model.tokenizer, length.steps)
+    resident = {name: of for opened in policy.models.values() for name, of in opened.resident(config, mesh).items()}
+    if resident and jax.process_index() == 0:
+        weights = ", ".join(f"{name} {per_device(of) / GIB:.3f} GiB" for name, of in resident.items())
+        print(f"and so do the models of the reward, per device: {weights}")
 
 
 def shown(values: Mapping[str, float]) -> Shown:

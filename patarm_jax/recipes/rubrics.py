@@ -65,7 +65,7 @@ def _write(config: RubricsConfig, output: Path, dry_run: bool) -> Written | bool
     records, read = collect(config.data, "data", _without_rubric)
     say(f"{config.data.path}: {read}")
     preferences = [record.preference for record in records]
-    run = _run(generator.identity, list(rubric_questions(preferences).values()))
+    run = _run(generator.identity, list(rubric_questions(preferences).values()), [record.row for record in records])
     if not dry_run and told("whether all rubrics are written", str(_is_written(output, run))) == "True":
         say(f"these rubrics were there already: {output}")
         return True
@@ -100,9 +100,9 @@ def _without_rubric(preference: Preference, row: Row, values: Mapping[str, objec
     return _Record(preference, row)
 
 
-def _run(identity: Mapping[str, object], questions: Sequence[Question]) -> str:
-    """Names a command by all that its rubrics depend on."""
-    about = json.dumps([identity, [question.key for question in questions]])
+def _run(identity: Mapping[str, object], questions: Sequence[Question], rows: Sequence[Row]) -> str:
+    """Names a command by all that its output depends on."""
+    about = json.dumps([identity, [question.key for question in questions], [row.values for row in rows]], default=str)
     return hashlib.sha256(about.encode()).hexdigest()[:16]
 
 

@@ -76,6 +76,9 @@ class Source(Protocol):
             step: of the run.
         """
 
+    def settle(self) -> None:
+        """Takes what has failed since the last time as final: it has been learnt from, or told."""
+
 
 # From values [K, R, G] and lengths [R, G] to rewards and whether there are any, both [R, G].
 Combine: TypeAlias = Callable[[jax.Array, jax.Array], tuple[Rewards, jax.Array]]
@@ -193,6 +196,8 @@ def sample_responses(
     said = ask_sources(policy, greedy, rewarding.sources(), seen, step, weights, pairs.records, key, phase)
     with phase("reward"):
         _refuse_many_failures(config, said, step, mesh)
+        for source in rewarding.sources():
+            source.settle()
         values = np.stack(list(said.worth.values()))
         rewards, _ = fetch(rewarding.combine(jnp.asarray(values), jnp.asarray(said.lengths)))
     requests, lengths = requests_of(pairs.records), said.lengths
@@ -226,15 +231,15 @@ def _told(worth: Worth) -> str:
 
 def _refuse_many_failures(config: PolicyConfig, said: Said, step: int, mesh: jax.sharding.Mesh) -> None:
     """Refuses to learn from a step of which too little is judged; that a response has no answer is its own fault."""
-    for name, values in said.worth.items():
-        failed = np.isnan(values) & ~said.without
-        if failed.mean() <= config.reward.max_failed:
-            continue
+    by_source = {name: np.isnan(values) & ~said.without for name, values in said.worth.items()}
+    failed = np.any(list(by_source.values()), axis=0)
+    if failed.mean() > config.reward.max_failed:
+        name = max(by_source, key=lambda name: int(by_source[name].sum()))  # the worst
         reasons = [one.said for every in said.of_sources[name].values() for one in every if one.value is None]
         reasons = gather_json(mesh, [reason for reason in reasons if reason != NO_ANSWER][:1]) or ["nobody says"]
         raise UserError(
-            f"step {step}: {name} says nothing of {failed.sum():,} of {failed.size:,} responses, more than "
-            f"reward.max_failed {config.reward.max_failed:g} allows. The first one because: "
+            f"step {step}: {failed.sum():,} of {failed.size:,} responses have no reward, more than reward.max_failed "
+            f"{config.reward.max_failed:g} allows; {name} says nothing of {by_source[name].sum():,}, first because: "
             f"{one_line(reasons[0])[:300]}. What was saved before is whole, and answers that came are kept: when that "
             "is put right, run the same command again to go on."
         )

@@ -405,8 +405,7 @@ print((torch.stack(logprobs).softmax(0) * torch.arange(11)).sum().item())
 POLICY_BODY = """\
 # {name}
 
-A policy: it answers prompts. It was trained with `patarm_jax`, by what judges, reward models or functions said of its
-responses.
+A policy: it answers prompts. It was trained with `patarm_jax`.
 
 {top}With vLLM:
 

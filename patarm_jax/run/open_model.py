@@ -244,6 +244,29 @@ def _refuse_another_kind(model: Model, judge: ModelKind | None) -> None:
     )
 
 
+def other_rubrics(model: Model, name: str, rubrics: str, given: bool) -> str:
+    """How a judge that reads rubrics is asked by others than it was trained by, as a sentence; empty where it is not.
+
+    Args:
+        model: the judge.
+        name: what it is called.
+        rubrics: the mode that it is asked in.
+        given: whether rubrics from elsewhere stand in place of the primary ones.
+    """
+    taught = model.taught
+    if not taught.get("rubrics") or model.judge not in FORMS or not FORMS[model.judge].reads_rubrics:
+        return ""
+    by = {True: "with given ones, a generator's or from the data, in place of the primary ones", False: "without"}
+    trained = taught["rubrics"], by[bool(taught.get("given_rubrics"))]
+    asked = rubrics, by[given]
+    if trained == asked:
+        return ""
+    return (
+        f"{name} was trained with rubrics {trained[0]}, {trained[1]}, and is asked with rubrics {asked[0]}, "
+        f"{asked[1]}, by which it judges less well"
+    )
+
+
 def load_parts(
     config: TrainConfig, model: Model, mesh: Mesh, shapes: Params, begins: bool = True
 ) -> tuple[Params | None, Tree]:

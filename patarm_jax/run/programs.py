@@ -59,7 +59,7 @@ def _describe(
     print(config)
     first = batch.records[0]
     print(f"first batch: {len(batch.ids)} pairs, prompts up to {batch.longest_prompt} tokens: {', '.join(batch.ids)}")
-    print(f"the judge reads of {first.preference.id}, first of all:")
+    print(f"the model reads of {first.preference.id}, first of all:")
     print(decode(tokenizer, first.prompt_tokens[0].tolist()))
     if first.completion_tokens is not None:
         print("and learns to write:")

@@ -109,6 +109,8 @@ def _network_as_now(value: object) -> object:
 
 def _before_pairwise_judges(found: dict[str, Any]) -> dict[str, Any]:
     """With settings that runs had without knowing of them: all were of pointwise judges, with one kind of reward."""
+    if found.get("recipe") not in ("sft", "grpo"):
+        return found
     found = {"judge": "pointwise", "pairwise": {"orders": "both"}} | found
     if isinstance(found.get("reward"), dict) and "kind" not in found["reward"]:
         own = {"name": "graded"} | found["reward"].get("margin", {})
