@@ -207,8 +207,8 @@ def test_a_run_against_the_policys_own_greedy_response_resumes(folder, started):
     said = start_in(folder, started)("policy", config).end(1)  # random weights choose nothing that can be read
     assert "in 2 of 2 steps no response had a reward" in said
     assert lines_of(folder / "against")[-1]["rewards/pairwise/failed"] == 1
-    other = ["--reward.sources.0.model", str(folder / "further"), "--run.steps", "3"]
-    weights = folder / "further"
+    other = ["--reward.sources.0.model", str(folder / "doubled"), "--run.steps", "3"]
+    weights = folder / "doubled"
     if not weights.is_dir():
         shutil.copytree(folder / "reference", weights)
         tensors = safetensors.numpy.load_file(weights / "model.safetensors")
