@@ -285,6 +285,7 @@ def test_a_policy_learns_what_transformers_would_show_it(world, thinking):
     assert record.completion_tokens[0].tolist() == theirs("18 minutes.<|im_end|>", add_special_tokens=False).input_ids
 
 
+@pytest.mark.long
 def test_sft_of_a_policy_runs_and_resumes(world, started, capsys):
     more = {"judge": "policy_unthinking", "heldout": {"path": ""}}
     data = {"path": str(world / "pairs.jsonl"), "missing_judgements": "error"}

@@ -1,7 +1,10 @@
 """Rubrics that stand beside the pairs: a generator writes them with `patarm rubrics`, and judges go by them."""
 
+import datetime
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from patarm_jax.cli import main
@@ -52,6 +55,19 @@ def test_a_generator_writes_one_rubric_for_each_prompt_beside_its_pairs(pairs, c
     assert "7 pairs with the rubrics of 6 prompts by served-judge. 100.0 % of the rubrics are in form" in said
     assert "these rubrics were there already" in said
     assert sorted(path.name for path in pairs.iterdir()) == ["pairs.jsonl", "ruled.jsonl"]
+
+
+def test_what_json_does_not_know_is_written_as_text_and_said(pairs, capsys):  # noqa: F811
+    rows = [row | {"when": datetime.datetime(2026, 1, 2), "raw": b"ab"} for row in rows_of(pairs, "pairs.jsonl")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), pairs / "dated.parquet")
+    with served(always=both()) as (url, _):
+        command = rubrics(pairs, "--generator.endpoint.url", url)
+        command[command.index("--input") + 1] = str(pairs / "dated.parquet")
+        assert main(command) == 0 and main(command) == 0
+    assert rows_of(pairs, "ruled.jsonl")[0]["when"] == "2026-01-02 00:00:00"
+    said = capsys.readouterr().err
+    assert "ruled.jsonl: what JSON does not know, such as dates, stands as text in raw, when" in said
+    assert "these rubrics were there already" in said
 
 
 def test_writing_goes_on_where_it_stopped(pairs, capsys):  # noqa: F811
@@ -177,6 +193,7 @@ def test_what_is_learnt_from_shows_them_in_place_of_the_primary_ones(pairs, worl
                 assert SECTION in text and text.count("<rubrics>") == 2  # the instruction names the tag too
 
 
+@pytest.mark.long
 def test_a_run_by_them_says_so_in_what_it_exports_and_is_another_run_without(world, started, tmp_path):
     for name in ("pairs", "heldout"):
         path = world / f"{name}.jsonl"

@@ -247,7 +247,7 @@ def test_a_server_is_asked_at_once_and_never_twice(folder):
         return 200, completion("nonsense" if "mumble" in user else FORM.format(9 if "yes" in user else 2))
 
     with served(always=answer) as (url, chat):
-        sources = [{"kind": "judge", "url": url, "votes": 2, "name": "far"}]
+        sources = [{"kind": "judge", "endpoint": {"url": url}, "votes": 2, "name": "far"}]
         (source,) = opened(folder, *sources)
         source.offer(responses_to("yes", "no", "mumble", None))
         found = source.collect(jax.random.key(0), 1)[0]
@@ -261,19 +261,20 @@ def test_a_server_is_asked_at_once_and_never_twice(folder):
 
 def test_what_has_failed_and_was_learnt_from_stays_failed(folder):
     """A run that goes on after a kill must not learn from what came only then; what was refused is asked again."""
-    source = {"kind": "judge", "name": "shaky", "tries": 1, "concurrency": 1}
     key = jax.random.key(0)
     with served("500", always=lambda request: (200, completion(FORM.format(4)))) as (url, chat):
-        (first,) = opened(folder, {**source, "url": url})
+        endpoint = {"url": url, "tries": 1, "concurrency": 1}
+        source = {"kind": "judge", "name": "shaky", "endpoint": endpoint}
+        (first,) = opened(folder, source)
         assert [worth.value for worth in collected(first, responses_to("a", "b"))[0]] == [None, 4]
         first.settle()
         first._open.close()
-        (again,) = opened(folder, {**source, "url": url})
+        (again,) = opened(folder, source)
         assert [worth.value for worth in collected(again, responses_to("a", "b"))[0]] == [None, 4]
         assert len(chat.asked) == 2
         again._open.close()
         (folder / "answers" / "shaky.jsonl").rename(folder / "answers" / "shaky.process-1.jsonl")
-        (alone,) = opened(folder, {**source, "url": url})  # of a run that had two processes
+        (alone,) = opened(folder, source)  # of a run that had two processes
         alone.offer(responses_to("b"))
         assert alone.collect(key, 1)[0][0].value == 4 and len(chat.asked) == 2
 

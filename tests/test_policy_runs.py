@@ -52,7 +52,11 @@ def test_a_killed_run_ends_like_a_whole_one_and_its_judge_is_not_paid_twice(fold
             "limit": 5,
             "sampling": {"max_new_tokens": 6},
         }
-        sources = [ordinal(folder), short(weight=0.1), {"kind": "judge", "url": url, "votes": 2, "name": "far"}]
+        sources = [
+            ordinal(folder),
+            short(weight=0.1),
+            {"kind": "judge", "endpoint": {"url": url}, "votes": 2, "name": "far"},
+        ]
         more = {"heldout": heldout, "gold": [short(name="truth")]}
         whole, killed = (config_of(folder, name, sources, **more) for name in ("whole", "killed"))
         start("policy", whole).end()
@@ -112,9 +116,9 @@ def test_a_server_that_dies_stops_the_run_with_everything_kept(folder, started):
         count[0] += 1
         return (200, completion(FORM.format(count[0] % 7))) if count[0] <= 16 else (500, {"error": "gone"})
 
-    source = {"kind": "judge", "name": "far", "tries": 1, "concurrency": 4}
     with served(always=answer) as (url, chat):
-        config = config_of(folder, "dying", [{**source, "url": url}], run={"steps": 2})
+        source = {"kind": "judge", "name": "far", "endpoint": {"url": url, "tries": 1, "concurrency": 4}}
+        config = config_of(folder, "dying", [source], run={"steps": 2})
         said = start("policy", config).end(1)
         assert "step 2: 8 of 12 responses have no reward, more than reward.max_failed 0.5 allows; far says" in said
         assert "when that is put right, run the same command again" in said
@@ -126,6 +130,7 @@ def test_a_server_that_dies_stops_the_run_with_everything_kept(folder, started):
     assert len(lines_of(folder / "dying")) == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["dapo", "gdpo"])
 def test_runs_of_every_kind_go_on_and_are_read_back(folder, started, kind):
     start = start_in(folder, started)
@@ -168,7 +173,10 @@ def test_a_policy_is_no_judge_and_a_judge_no_policy(folder, started, capsys):
     [
         ({"reward": {"sources": []}}, "reward.sources is empty: nothing says what a response is worth"),
         ({"reward": {"sources": [{"kind": "judge"}]}}, "reward.sources.0 names no model"),
-        ({"reward": {"sources": [{"kind": "judge", "model": "m", "url": "http://h/v1"}]}}, "both a model and a url"),
+        (
+            {"reward": {"sources": [{"kind": "judge", "model": "m", "endpoint": {"url": "http://h/v1"}}]}},
+            "sources.0.endpoint.url are given",
+        ),
         ({"reward": {"sources": [{"kind": "function", "function": "f"}]}}, "allowed is module:name"),
         ({"reward": {"sources": [{"kind": "function", "function": "a:b", "votes": 2}]}}, "votes is set, and kind is"),
         (
@@ -200,6 +208,7 @@ def test_settings_of_sources_are_given_by_number(folder, capsys):
     assert from_mapping(PolicyConfig, yaml.safe_load(to_yaml(changed)), "there") == changed
 
 
+@pytest.mark.long
 def test_a_run_against_the_policys_own_greedy_response_resumes(folder, started):
     reference = str(folder / "reference")
     sources = [{"kind": "pairwise", "model": reference, "sampling": {"max_new_tokens": 4}}, ordinal(folder)]
@@ -215,3 +224,29 @@ def test_a_run_against_the_policys_own_greedy_response_resumes(folder, started):
         safetensors.numpy.save_file({name: 2 * x for name, x in tensors.items()}, weights / "model.safetensors")
     said = start_in(folder, started)("policy", config, *other).end(1)
     assert "models of the reward.pairwise is" in said
+
+
+def test_a_dry_run_names_every_program_and_weight(folder, capsys):
+    """Of the policy, of its greedy response, of a judge and of the generator of the judge's rubrics."""
+    reference, few = str(folder / "reference"), {"sampling": {"max_new_tokens": 4}, "max_rubric_tokens": 6}
+    sources = [{"kind": "rubric_judge", "model": reference, "generator": reference, **few}]
+    assert main(["policy", str(config_of(folder, "dry", sources, pairs_per_step=8)), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for writer in ("", "greedy response: ", "rubric_judge: ", "rubric_judge's generator: "):
+        assert f"\n{writer}prefill: " in said and f"\n{writer}decode: " in said
+    assert "rubric_judge 0." in said and "rubric_judge's generator 0." in said
+    assert not (folder / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ({"endpoint": {"max_requests": 3, "url": "http://h/v1"}}, "endpoint.max_requests is set, and a run asks until"),
+        ({"endpoint": {"tries": 3}, "model": "m"}, "endpoint is set, and its url is empty: no server is asked"),
+        ({"endpoint": {"url": "h"}}, "endpoint.url is not an address"),
+    ],
+)
+def test_endpoints_of_sources_are_checked(folder, capsys, source, words):
+    config = config_of(folder, "unserved", [{"kind": "judge", **source}], pairs_per_step=8)
+    assert main(["policy", str(config)]) in (1, 2)
+    assert words in capsys.readouterr().err

@@ -473,4 +473,4 @@ def test_a_page_says_what_went_wrong(tmp_path):
     assert facts["updates skipped"] == "1 of 2"
     assert facts["cut off"] == facts["pairs without PAR"] == "1.000"
     assert facts["what went wrong"].startswith("nothing but the format penalty was learnt: in 2 of 2 steps all that")
-    assert {"Cut-off judgements", "Pairs without PAR", "Updates skipped so far"} <= {p["title"] for p in data["panels"]}
+    assert {"Cut-off samples", "Pairs without PAR", "Updates skipped so far"} <= {p["title"] for p in data["panels"]}

@@ -33,7 +33,6 @@ from patarm_jax.ask.worth_here import (
     said_of,
 )
 from patarm_jax.config.policy import PolicyConfig, SourceSection
-from patarm_jax.config.sections import EndpointSection
 from patarm_jax.judge.forms import POINTWISE
 from patarm_jax.rollout.numbers import make_numbers
 from patarm_jax.rollout.probabilities import make_logprobs
@@ -243,7 +242,7 @@ def open_models(config: PolicyConfig) -> dict[int, OpenedModel]:
     for number, section in enumerate(config.every_source):
         if section.kind == "function":
             imported(section.function, f"{config.place_of(number)}.function")
-        elif not section.url:
+        elif not section.endpoint.url:
             found[number] = open_source_model(config, number)
             if section.expected_score and jax.process_count() > 1:
                 raise UsageError(
@@ -271,16 +270,9 @@ def _open_source(
 ) -> Source:
     if section.kind == "function":
         return FunctionOf(section, imported(section.function, f"{config.place_of(number)}.function"))
-    if section.url:
-        endpoint = EndpointSection(
-            url=section.url,
-            model=section.served,
-            timeout=section.timeout,
-            concurrency=section.concurrency,
-            tries=section.tries,
-        )
-        name = section.served or ask_name(endpoint)
-        remote = Remote(endpoint, name, section.sampling, section.votes, config.run.seed)
+    if section.endpoint.url:
+        name = section.endpoint.model or ask_name(section.endpoint)
+        remote = Remote(section.endpoint, name, section.sampling, section.votes, config.run.seed)
         own = "" if jax.process_count() == 1 else f".process-{jax.process_index()}"
         return JudgeServed(section, remote, folder / f"{section.called}{own}.jsonl")
     opened = models[number]

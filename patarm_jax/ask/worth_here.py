@@ -81,10 +81,14 @@ class OpenedModel:
         new = self.section.sampling.max_new_tokens or 0
         return room_for(self.model.arch.max_position_embeddings, self.model.tokenizer, self.form, new, where)
 
+    @property
+    def _generators(self) -> str:
+        return f"{self.section.called}'s generator"
+
     def resident(self, config: PolicyConfig, mesh: Mesh) -> dict[str, Params]:
         """The abstract weights that stay on the devices, by what they are."""
         rules, dtype = rollout_rules(config.mesh), jnp.dtype(self.how.dtype)
-        every = {self.section.called: self.model, f"{self.section.called}'s generator": self.generator}
+        every = {self.section.called: self.model, self._generators: self.generator}
         return {
             name: abstract_params(model.arch, mesh, rules, dtype, unstacked=True)
             for name, model in every.items()
@@ -95,11 +99,16 @@ class OpenedModel:
         """What it runs for the responses of a step, with abstract arguments; none of a model that writes nothing."""
         if not self.form.writes:
             return {}
-        arch, dtype = self.model.arch, jnp.dtype(self.how.dtype)
-        weights = abstract_params(arch, mesh, rollout_rules(config.mesh), dtype, unstacked=True)
         asked = config.pairs_per_step * config.group_size * self.form.responses
-        every = abstract_programs(judge_of(self, mesh).engine, weights, asked, bucket(self.section.max_prompt_tokens))
-        return {f"{self.section.called}: {name}": program for name, program in every.items()}
+        writers = {self.section.called: (judge_of(self, mesh), asked)}
+        if (writer := writer_of(self, mesh)) is not None:
+            writers[self._generators] = writer, config.pairs_per_step
+        weights, width = self.resident(config, mesh), bucket(self.section.max_prompt_tokens)
+        return {
+            f"{name}: {program}": found
+            for name, (judge, requests) in writers.items()
+            for program, found in abstract_programs(judge.engine, weights[name], requests, width).items()
+        }
 
     def questions(self, responses: Responses, answer: str, rubric: str = "") -> list[np.ndarray]:
         """What it reads of a response, [T] int32 each; beside the policy's greedy one, with it first and second."""
@@ -170,17 +179,24 @@ class Generator:
     room: Room
 
 
-def generator_of(config: PolicyConfig, opened: OpenedModel, mesh: Mesh) -> Generator | None:
-    """The generator of a source, with its weights; None where it has none."""
+def writer_of(opened: OpenedModel, mesh: Mesh) -> Judge | None:
+    """The generator of a source, without its weights; None where it has none."""
     model = opened.generator
     if model is None:
         return None
     greedy = JudgingSection(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=opened.section.max_rubric_tokens)
-    sampling, how = as_the_model_says(greedy, model).sampling, replace(opened.how, path=opened.section.generator)
-    asked = make_judge(model.arch, model.tokenizer, mesh, how, sampling, 1, RUBRIC)
-    where = f"{opened.where}.max_rubric_tokens"
+    sampling = as_the_model_says(greedy, model).sampling
+    return make_judge(model.arch, model.tokenizer, mesh, opened.how, sampling, 1, RUBRIC)
+
+
+def generator_of(config: PolicyConfig, opened: OpenedModel, mesh: Mesh) -> Generator | None:
+    """The generator of a source, with its weights; None where it has none."""
+    model, writer = opened.generator, writer_of(opened, mesh)
+    if model is None or writer is None:
+        return None
+    how, where = replace(opened.how, path=opened.section.generator), f"{opened.where}.max_rubric_tokens"
     room = Room(model.arch.max_position_embeddings, opened.section.max_rubric_tokens, where)
-    return Generator(asked, load_source_weights(config, how, model, mesh), room)
+    return Generator(writer, load_source_weights(config, how, model, mesh), room)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from patarm_jax.config.recipes import OWN_FUNCTION
 from patarm_jax.config.sections import (
     FREE,
     AboveZero,
+    EndpointSection,
     HeldoutSection,
     JudgingSection,
     NotNegative,
@@ -40,9 +41,7 @@ class SourceSection(Section):
     name: str = ""  # in metrics and rollouts; empty: the kind, or the function's name
     weight: Number = 1.0  # by which it counts in the reward
     model: str = field(default="", metadata=FREE)  # the folder of the judge or reward model, or of the run that made it
-    # Of a judge instead of its folder: the address of an OpenAI-compatible server, http://host:8000/v1.
-    url: str = field(default="", metadata=FREE)
-    served: str = field(default="", metadata=FREE)  # the model as the server calls it; empty: the first one it lists
+    endpoint: EndpointSection = field(default_factory=EndpointSection)  # of a judge, in place of its folder
     function: str = ""  # module:name
     # Of a judge here: the folder of a generator, which writes one rubric for each prompt, to judge its whole group by,
     # in place of the primary ones or, of a rubric_judge, which needs it, as all there is.
@@ -54,10 +53,6 @@ class SourceSection(Section):
     # How a judge draws; what is unset, as its own generation_config.json says.
     sampling: JudgingSection = field(default_factory=lambda: JudgingSection(max_new_tokens=1024))
     max_prompt_tokens: Positive = 4096  # of what a judge or reward model reads here; a longer one has no reward
-    # Of a server: seconds for one answer, requests at a time, and how often one is sent before it has failed.
-    timeout: AboveZero = field(default=120.0, metadata=FREE)
-    concurrency: Positive = field(default=32, metadata=FREE)
-    tries: Positive = field(default=3, metadata=FREE)
 
     @property
     def called(self) -> str:
@@ -75,11 +70,7 @@ class SourceSection(Section):
         return self.kind in ("pairwise", "rubric_judge")
 
 
-_OF_JUDGES = (
-    *("url", "served", "generator", "max_rubric_tokens", "rubrics", "votes", "expected_score", "sampling"),
-    *("timeout", "concurrency", "tries"),
-)
-_OF_SERVERS = ("served", "timeout", "concurrency", "tries")
+_OF_JUDGES = ("endpoint", "generator", "max_rubric_tokens", "rubrics", "votes", "expected_score", "sampling")
 
 
 @dataclass(frozen=True)
@@ -281,15 +272,15 @@ def _check_source(where: str, source: SourceSection) -> None:
     refuse(("function",), f"kind is {source.kind}, which calls no function")
     if not source.is_judge:
         refuse(_OF_JUDGES, f"kind is {source.kind}, which writes nothing")
-    if source.url and source.model:
-        raise UsageError(f"{where} has both a model and a url. Give one; the server's model is `served`.")
-    if not (source.url or source.model):
-        other = " or url" if source.is_judge else ""
+    if source.endpoint.url and source.model:
         raise UsageError(
-            f"{where} names no model. Give its folder as model{other and ', or the address of a server as url'}."
+            f"both {where}.model and {where}.endpoint.url are given. Give one; the server's model is endpoint.model."
         )
+    if not (source.endpoint.url or source.model):
+        or_served = ", or the address of a server as endpoint.url" if source.is_judge else ""
+        raise UsageError(f"{where} names no model. Give its folder as model{or_served}.")
     if source.compares:
-        refuse(("url", "served"), f"kind is {source.kind}, which is asked here: give its folder as model")
+        refuse(("endpoint",), f"kind is {source.kind}, which is asked here: give its folder as model")
         refuse(("expected_score",), f"kind is {source.kind}, which gives choices and no scores")
     if source.kind == "rubric_judge":
         refuse(("rubrics",), "kind is rubric_judge, which goes by a generator's rubric alone")
@@ -297,15 +288,20 @@ def _check_source(where: str, source: SourceSection) -> None:
             raise UsageError(f"{where}.generator names no model that writes rubrics. Give its folder.")
     if source.rubrics == "generated":
         refuse(("generator",), "rubrics is generated, by which a judge reads none but its own")
-    if source.url and source.expected_score:
+    if source.endpoint.url and source.expected_score:
         raise UsageError(
             f"{where}.expected_score is true, and a server does not say how likely whole scores are. Judge here, by "
             "the model's folder, or leave it out."
         )
-    if source.url:
+    if source.endpoint.max_requests:
+        raise UsageError(
+            f"{where}.endpoint.max_requests is set, and a run asks until its last step. Leave it out, and lower "
+            "run.steps or votes."
+        )
+    if source.endpoint.url:
         refuse(("max_prompt_tokens",), "a server reads what its own context holds")
         refuse(("generator", "max_rubric_tokens"), "a server is asked: a generator writes for judges here")
     else:
-        refuse(_OF_SERVERS, "no url is given: no server is asked")
+        refuse(("endpoint",), "its url is empty: no server is asked")
     if not source.generator:
         refuse(("max_rubric_tokens",), "no generator is given")

@@ -260,20 +260,24 @@ class JudgingSection(Section):
 class EndpointSection(Section):
     """An OpenAI-compatible server, such as vLLM's or SGLang's, that judges instead of a model here."""
 
-    url: str = ""  # http://host:8000/v1; empty: the model judges here
-    model: str = ""  # as the server calls it; empty: the first one it lists
-    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; unset: none is sent
-    concurrency: Positive = 32  # requests under way at a time
-    timeout: AboveZero = 600.0  # seconds for one answer
-    tries: Positive = 6  # how often a request is sent, with growing pauses, before it is recorded as failed
-    busy: AboveZero = 1800.0  # seconds a request waits for a server that answers 429, before it is recorded as failed
+    url: str = field(default="", metadata=FREE)  # http://host:8000/v1; empty: the model judges here
+    model: str = field(default="", metadata=FREE)  # as the server calls it; empty: the first one it lists
+    # The environment variable that holds the key; unset: none is sent.
+    api_key_env: str = field(default="OPENAI_API_KEY", metadata=FREE)
+    concurrency: Positive = field(default=32, metadata=FREE)  # requests under way at a time
+    timeout: AboveZero = field(default=600.0, metadata=FREE)  # seconds for one answer
+    # How often a request is sent, with growing pauses, before it is recorded as failed.
+    tries: Positive = field(default=6, metadata=FREE)
+    # Seconds a request waits for a server that answers 429, before it is recorded as failed.
+    busy: AboveZero = field(default=1800.0, metadata=FREE)
     # chat_template_kwargs.enable_thinking; server: not sent, save to a generator of rubrics and a rubric_judge, which
     # do not think: off.
     thinking: Literal["server", "on", "off"] = "server"
     # Whether the server's chat template writes `<think>` itself, so that answers begin inside the thinking. auto: yes
     # once an answer held `</think>` alone; then a text that was cut off before it has no score.
     opens_thinking: OpensThinking = "auto"
-    max_requests: Natural = 0  # the most that one command may send, those that are tried again included; 0: any number
+    # The most that one command may send, those that are tried again included; 0: any number.
+    max_requests: Natural = field(default=0, metadata=FREE)
 
 
 @dataclass(frozen=True)

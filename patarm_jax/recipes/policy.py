@@ -24,6 +24,7 @@ from patarm_jax.padding import bucket
 from patarm_jax.recipes.programs import grpo_learner, grpo_programs, large, make_rollout_programs
 from patarm_jax.recipes.ready import Ready, make_ready
 from patarm_jax.recipes.reinforce import load_reference, loaded_once, open_reference, reinforce
+from patarm_jax.rollout.engine import abstract_programs
 from patarm_jax.rollout.judging import Judge, make_judge
 from patarm_jax.rollout.responses import Rewarding, Source, make_response_rewards, sample_responses
 from patarm_jax.run.card import card_of
@@ -124,14 +125,19 @@ def dry_run(config: PolicyConfig) -> None:
     ready = policy.ready
     config, mesh, model, length = ready.config, ready.mesh, ready.model, ready.length
     say(kernels_in_use(config.model, model.arch, mesh, "causal", "shared", "written"))
+    width = bucket(max(record.longest_prompt for record in ready.records))
     every = grpo_programs(
         config,
         model.arch,
         grpo_learner(config, model.arch, mesh, updates=length.steps * config.update.updates_per_rollout),
         make_rollout_programs(config, model.arch, mesh),
         _asked(ready).engine,
-        bucket(max(record.longest_prompt for record in ready.records)),
+        width,
     )
+    if (greedy := _greedy(ready)) is not None:
+        _, (weights, *_) = every["decode"]
+        own = abstract_programs(greedy.engine, weights, config.pairs_per_step, width)
+        every |= {f"greedy response: {name}": program for name, program in own.items()}
     for opened in policy.models.values():
         every |= opened.programs(config, mesh)
     describe(to_yaml(config), mesh, every, next(ready.batches()), model.tokenizer, length.steps)

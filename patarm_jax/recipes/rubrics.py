@@ -85,6 +85,8 @@ def _write(config: RubricsConfig, output: Path, dry_run: bool) -> Written | bool
         ]
         with writing(output, "What the generator wrote is kept."):
             write_text(output, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+            if others := sorted({name for row in rows for name, value in row.items() if not _is_json(value)}):
+                say(f"{output}: what JSON does not know, such as dates, stands as text in {', '.join(others)}")
             kept.unlink()
         _tell(rubrics.written, output, len(rows))
     return rubrics.written
@@ -98,6 +100,14 @@ def _without_rubric(preference: Preference, row: Row, values: Mapping[str, objec
             "as they are, with data.given_rubrics."
         )
     return _Record(preference, row)
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _run(identity: Mapping[str, object], questions: Sequence[Question], rows: Sequence[Row]) -> str:

@@ -109,7 +109,7 @@ def _network_as_now(value: object) -> object:
 
 def _before_pairwise_judges(found: dict[str, Any]) -> dict[str, Any]:
     """With settings that runs had without knowing of them: all were of pointwise judges, with one kind of reward."""
-    if found.get("recipe") not in ("sft", "grpo"):
+    if found.get("recipe", "grpo") not in ("sft", "grpo"):  # which was not named while there was nothing else
         return found
     found = {"judge": "pointwise", "pairwise": {"orders": "both"}} | found
     if isinstance(found.get("reward"), dict) and "kind" not in found["reward"]:
