@@ -178,6 +178,7 @@ def test_eight_devices_learn_as_one(world, whole, short):
     assert ours == theirs
 
 
+@pytest.mark.long
 def test_killed_among_rubrics_it_ends_as_if_it_had_not_been(world, whole, short, started):
     """Killed as soon as the rubrics of the round are kept, and again in the generator's phase."""
     config = from_warmup(world, whole, "short_killed")
@@ -295,6 +296,7 @@ def test_killed_between_two_turns_it_ends_as_if_it_had_not_been(world, whole, to
         assert exported(killed / role) == exported(together / role)
 
 
+@pytest.mark.long
 def test_each_learns_from_the_other_as_it_is_by_then(world, whole):
     """Updates that destroy a model are seen at the other one's next turn, and not before."""
     wild = {"optimizer": {"learning_rate": 0.3}}
@@ -385,6 +387,7 @@ def test_a_model_whose_last_checkpoint_is_gone_is_told_of_before_another_is_trai
     assert (again / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.long
 def test_what_was_learnt_in_vain_is_known_after_a_stop(world, whole, started):
     still = {"steps": 1, "optimizer": {"learning_rate": 0.0}}
     config = from_warmup(world, whole, "in_vain", judge=still, generator=still)
