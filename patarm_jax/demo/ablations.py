@@ -327,14 +327,16 @@ def run_program(program: Callable[[], object]) -> None:
         sys.exit(f"ablations: {error}")
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compares the paper's choices in the demo's world.")
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The arguments that every program of ablations takes."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder (default: %(default)s)")
-    parser.add_argument("--part", action="append", choices=PARTS, help="may be given again; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: %(default)s)")
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":
-    given = _arguments()
+    parser = arguments("Compares the paper's choices in the demo's world.")
+    parser.add_argument("--part", action="append", choices=PARTS, help="may be given again; default: all")
+    given = parser.parse_args()
     run_program(lambda: main(given.out, given.part or list(PARTS), given.seeds))

@@ -8,7 +8,6 @@ Everything is kept, run by run: the same command goes on where it was stopped.
     python -m patarm_jax.demo.arm_ablations --out runs/ablations [--seeds 3]
 """
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from patarm_jax.config.load import override
 from patarm_jax.config.rubric_arm import RubricArmConfig
 from patarm_jax.demo.ablations import (
     Measured,
+    arguments,
     keep_row,
     of_training,
     quietly,
@@ -197,13 +197,6 @@ def _run(config: RubricArmConfig, log: Path) -> None:
         to_its_end(rubric_arm.main, config)
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compares who of two models is trained, and in which order.")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: %(default)s)")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    given = _arguments()
+    given = arguments("Compares who of two models is trained, and in which order.").parse_args()
     run_program(lambda: main(given.out, given.seeds))

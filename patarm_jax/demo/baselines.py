@@ -8,7 +8,6 @@ command goes on where it was stopped.
     python -m patarm_jax.demo.baselines --out runs/ablations [--seeds 3]
 """
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from patarm_jax.demo.ablations import (
     STARTS,
     Measured,
     Variant,
+    arguments,
     keep_row,
     of_training,
     quietly,
@@ -142,14 +142,8 @@ def _measured(asked: evaluate.EvalConfig, folder: Path) -> tuple[list[float], fl
     return result.measured.values[:, column].tolist(), result.findings.valid
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compares judges with what they are an alternative to.")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder (default: %(default)s)")
-    parser.add_argument("--system", action="append", choices=SYSTEMS, help="may be given again; default: all")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each system (default: %(default)s)")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    given = _arguments()
+    parser = arguments("Compares judges with what they are an alternative to.")
+    parser.add_argument("--system", action="append", choices=SYSTEMS, help="may be given again; default: all")
+    given = parser.parse_args()
     run_program(lambda: main(given.out, given.system or list(SYSTEMS), given.seeds))

@@ -7,7 +7,6 @@ for each prompt. Each variant has an SFT judge of its own, and takes the steps o
     python -m patarm_jax.demo.given_rubrics --out runs/ablations [--seeds 3]
 """
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from patarm_jax.demo.ablations import (
     STARTS,
     Measured,
     Variant,
+    arguments,
     keep_row,
     make_data,
     quietly,
@@ -79,13 +79,6 @@ def _give_rubrics(folder: Path, generator: Path, start: str, seed: int, sizes: D
                 raise UserError(f"stopped. Start it again to go on in {folder}.")
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compares by whose rubrics a judge judges.")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: %(default)s)")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    given = _arguments()
+    given = arguments("Compares by whose rubrics a judge judges.").parse_args()
     run_program(lambda: main(given.out, given.seeds))

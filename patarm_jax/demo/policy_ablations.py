@@ -7,7 +7,6 @@ the world knows. Everything is kept, run by run: the same command goes on where 
     python -m patarm_jax.demo.policy_ablations --out runs/ablations [--seeds 3]
 """
 
-import argparse
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from patarm_jax.config.recipes import RewardModelConfig
 from patarm_jax.config.sections import DataSection, OptimizerSection, RunSection
 from patarm_jax.demo.ablations import (
     Measured,
+    arguments,
     keep_row,
     of_training,
     quietly,
@@ -171,13 +171,6 @@ def _started(out: Path, seed: int, sizes: PolicySizes) -> Path:
     return folder
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compares what a policy is rewarded by.")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each policy (default: %(default)s)")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    given = _arguments()
+    given = arguments("Compares what a policy is rewarded by.").parse_args()
     run_program(lambda: main(given.out, given.seeds))

@@ -30,12 +30,11 @@ from patarm_jax.evaluate.responses import HeldoutResponses, open_heldout_prompts
 from patarm_jax.files import writing
 from patarm_jax.judge.forms import POLICY_UNTHINKING
 from patarm_jax.model.sharding import TRAIN_RULES, make_mesh
-from patarm_jax.recipes import policy, sft
+from patarm_jax.recipes import grpo, policy, sft
 from patarm_jax.report.main import main as report
 from patarm_jax.rollout.responses import Rewarding, make_response_rewards
 from patarm_jax.run.claim import ROLLOUTS
 from patarm_jax.run.open_model import load_params, open_model
-from patarm_jax.types import LearntNothing
 
 STAGES = {
     "untrained": "random weights",
@@ -68,12 +67,12 @@ def demo(out: Path, seed: int, short: bool) -> Mapping[str, Mapping[str, float]]
         write_untrained_model(out / "policy", out / "data" / "train.jsonl", seed + 1, [POLICY_UNTHINKING])
 
     say("the judge: SFT on judgements, then GRPO with PAR on the pairs alone")
-    finished = sft.main(judge_sft) and reinforced(judge_grpo, short)
+    finished = sft.main(judge_sft) and reinforced(lambda: grpo.main(judge_grpo), short)
     if finished:
         say("the policy: SFT on responses, then GRPO with the judge as the reward")
         finished = sft.main(policy_sft_config(out, seed, sizes))
     config = policy_config(out, seed, sizes, out / "grpo")
-    if not (finished and _reinforced(config, short)):
+    if not (finished and reinforced(lambda: policy.main(config), short)):
         raise stopped(out)
 
     say("measuring the policy's stages on the held-out prompts")
@@ -85,17 +84,6 @@ def demo(out: Path, seed: int, short: bool) -> Mapping[str, Mapping[str, float]]
     report(out / "policy-grpo")
     _show(out, results)
     return results
-
-
-def _reinforced(config: PolicyConfig, short: bool) -> bool:
-    """That a shortened demo learns nothing is no failure."""
-    try:
-        return policy.main(config)
-    except LearntNothing as nothing:
-        if not short:
-            raise
-        say(f"{nothing} A shortened demo ends too early to learn anything.")
-        return True
 
 
 def _measured(config: PolicyConfig, folder: Path) -> dict[str, float]:

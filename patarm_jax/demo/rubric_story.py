@@ -27,6 +27,7 @@ from patarm_jax.demo.story import (
     POSITION,
     accuracy_table,
     choices_of,
+    reinforced,
     right_choices,
     say,
     stopped,
@@ -40,7 +41,6 @@ from patarm_jax.judge.forms import ORDERS, RUBRIC, RUBRIC_JUDGE
 from patarm_jax.recipes import evaluate, rubric_arm
 from patarm_jax.recipes.evaluate import RUBRICS
 from patarm_jax.report.main import main as report
-from patarm_jax.types import LearntNothing
 
 RUN = "rubric-arm"
 STAGES = {
@@ -69,7 +69,7 @@ def demo(out: Path, seed: int, short: bool) -> dict[str, Accuracy]:
         write_untrained_model(out / "model", out / "data" / "train.jsonl", seed, (RUBRIC, RUBRIC_JUDGE))
 
     say("Rubric-ARM: the warm-up of a generator and a judge, then their rounds")
-    if not _trained(out, seed, sizes, short):
+    if not reinforced(lambda: rubric_arm.main(rubric_arm_config(out, seed, sizes)), short):
         raise stopped(out)
 
     say("judging the held-out pairs by one rubric for each prompt, one judgement in each order")
@@ -92,17 +92,6 @@ def make_data(out: Path, seed: int, sizes: ArmSizes) -> None:
     ]
     write_pairs(out / "data" / "train.jsonl", world.train, taught, (RUBRIC_COLUMN, *COMPARISONS))
     write_pairs(out / "data" / "heldout.jsonl", world.heldout)
-
-
-def _trained(out: Path, seed: int, sizes: ArmSizes, short: bool) -> bool:
-    """The run; that a shortened demo learns nothing is no failure."""
-    try:
-        return rubric_arm.main(rubric_arm_config(out, seed, sizes))
-    except LearntNothing as nothing:
-        if not short:
-            raise
-        say(f"{nothing} A shortened demo ends too early to learn anything.")
-        return True
 
 
 def _of_stage(out: Path, stage: str) -> _Stage:

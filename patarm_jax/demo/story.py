@@ -22,7 +22,7 @@ import rich.console
 import rich.panel
 import rich.table
 
-from patarm_jax.config.recipes import GRPOConfig, SFTConfig
+from patarm_jax.config.recipes import SFTConfig
 from patarm_jax.data.preferences import CHOICES, JUDGEMENTS
 from patarm_jax.demo.settings import DemoSizes, System, compare_config, demo_configs, judge_config
 from patarm_jax.demo.tokenizer import write_untrained_model
@@ -98,7 +98,7 @@ def _demo(out: Path, seed: int, short: bool, system: System) -> dict[str, Accura
     finished = sft.main(sft_config)
     if finished:
         say("GRPO: learning from which response is preferred, with no score given")
-        finished = reinforced(grpo_config, short)
+        finished = reinforced(lambda: grpo.main(grpo_config), short)
     if not finished:
         raise stopped(out)
 
@@ -116,10 +116,10 @@ def _demo(out: Path, seed: int, short: bool, system: System) -> dict[str, Accura
     return results
 
 
-def reinforced(config: GRPOConfig, short: bool) -> bool:
-    """GRPO; that a shortened demo learns nothing is no failure."""
+def reinforced(train: Callable[[], bool], short: bool) -> bool:
+    """Reinforcement learning; that a shortened demo learns nothing is no failure."""
     try:
-        return grpo.main(config)
+        return train()
     except LearntNothing as nothing:
         if not short:
             raise
