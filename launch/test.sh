@@ -42,4 +42,6 @@ ruff check .
 ruff format --check .
 mypy
 echo "left out: $left_out"
-exec pytest --numprocesses 2 "${select[@]}" "$@"
+# Each worker has half of the files in a row, and takes from the other's end when it has none left: what a file
+# builds once for all of its tests, such as a trained judge, is then built by one worker and not by both.
+exec pytest --numprocesses 2 --dist worksteal "${select[@]}" "$@"
