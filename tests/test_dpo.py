@@ -1,5 +1,6 @@
 """Direct preference optimisation: TRL's values, torch's gradients, and whole runs; and SFT of policies."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,14 +12,16 @@ import safetensors.numpy
 from patarm_jax.arrays import PreferredPairs
 from patarm_jax.cli import main
 from patarm_jax.config.policy import DPOConfig
-from patarm_jax.config.sections import DataSection, MeshSection, ModelSection
+from patarm_jax.config.sections import DataSection, HeldoutSection, MeshSection, ModelSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.packing import preferred_batch, preferred_shape
 from patarm_jax.data.pipeline import PairBatch, encode_pairs
 from patarm_jax.data.prompts import read_answered_prompts, read_preferred_responses
+from patarm_jax.evaluate.heldout_preferences import open_heldout_preferences
 from patarm_jax.judge.forms import POLICY, POLICY_UNTHINKING
 from patarm_jax.model import weights
 from patarm_jax.model.sharding import MESH_AXES, make_mesh, place_batch
+from patarm_jax.recipes.dpo import sums_of
 from patarm_jax.recipes.programs import dpo_learner, two_streams
 from patarm_jax.run.open_model import open_model
 from patarm_jax.train.pair_losses import dpo
@@ -31,6 +34,7 @@ from tests.runs import (
     config_file,
     exported,
     lines_of,
+    reward_config,
     run_as_two,
     run_whole_and_killed,
     timeless,
@@ -163,6 +167,22 @@ def test_the_whole_gradient_equals_torchs(folder, tmp_path):
         np.testing.assert_allclose(mine, theirs[name], rtol=1e-4, atol=1e-5 * np.abs(theirs[name]).max(), err_msg=name)
 
 
+def test_held_out_pairs_are_measured_as_torch_measures_them(folder):
+    pytest.importorskip("torch", reason="the other side of this equality is torch's")
+    (folder / "heldout.jsonl").write_text("".join(json.dumps({**row, "id": n}) + "\n" for n, row in enumerate(ROWS)))
+    config = of(folder, heldout=HeldoutSection(path=str(folder / "heldout.jsonl"), split="", eval_every=2))
+    config = dataclasses.replace(config, pairs_per_step=2)  # of three pairs one is left over
+    model, pairs = pairs_of(config)
+    alone = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES)
+    heldout = open_heldout_preferences(sums_of, config, model, alone, training=[])
+    heldout.reference.update({record.index: sums for record, sums in zip(heldout.records, REFERENCE, strict=True)})
+    found = heldout(weights.load(folder / "saved", alone)[0], None)
+    expected, _ = torchs(folder, pairs, config, REFERENCE)
+    assert found["eval/loss"] == pytest.approx(expected, rel=1e-5)
+    rewards = found["eval/rewards/chosen/mean"], found["eval/rewards/rejected/mean"]
+    assert rewards[0] - rewards[1] == pytest.approx(found["eval/score_gap"], rel=1e-5)
+
+
 def test_slices_and_devices_change_nothing(folder):
     def updated(mesh, micro_batches):
         config = of(folder, micro_batches=micro_batches, sft_coef=0.5)
@@ -185,10 +205,8 @@ def test_slices_and_devices_change_nothing(folder):
 
 
 def run_config(world, name, **sections):
-    more = {"heldout": {"path": ""}, "thinking": False, "sft_coef": 0.1, **sections}
-    return config_file(
-        world, name, "dpo", data={"path": str(world / "pairs.jsonl"), "missing_judgements": "error"}, **more
-    )
+    """As of a reward model, whose held-out pairs are not sampled either."""
+    return reward_config(world, name, **{"thinking": False, "sft_coef": 0.1, **sections})
 
 
 def test_a_killed_run_ends_like_a_whole_one(world, started):
@@ -198,6 +216,8 @@ def test_a_killed_run_ends_like_a_whole_one(world, started):
     ours, theirs = (timeless(world / f"dpo_{name}") for name in ("killed", "whole"))
     assert ours == theirs and len(ours) == 7
     assert exported(world / "dpo_killed") == exported(world / "dpo_whole")
+    assert [line["step"] for line in ours if "eval/loss" in line] == [3, 6, 7]
+    assert (world / "dpo_killed" / "reference_heldout.json").is_file()
     first, last = ours[0], ours[-1]
     assert first["margin"] == 0 and first["dpo_loss"] == pytest.approx(
         np.log(2), rel=1e-5
@@ -228,7 +248,8 @@ def test_eight_devices_and_two_processes_learn_as_one(world, started):
 @pytest.mark.parametrize(
     "sections, words",
     [
-        ({"heldout": {"path": "p.jsonl"}}, "dpo measures nothing on held-out pairs"),
+        ({"heldout": {"path": "p.jsonl", "votes": 2}}, "heldout.votes is set, and the two responses of a held-out"),
+        ({"heldout": {"path": "p.jsonl", "best": "valid"}}, "Choose accuracy_strict, accuracy_half or score_gap"),
         ({"smoothing": 0.5}, "smoothing is 0.5; allowed is 0 to below 0.5"),
         ({"sft_by": "responses", "sft_coef": 0.0}, "there is no SFT"),
     ],

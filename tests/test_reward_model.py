@@ -285,7 +285,7 @@ def test_trl_takes_the_export_as_a_reward_model(world, folder, tmp_path):
     [
         (["--margins", "true"], "8 × no margin, which margins asks for: name its column under data.columns"),
         (["--heldout.votes", "2"], "heldout.votes is set, and a reward model writes nothing"),
-        (["--heldout.best", "valid"], "heldout.best is valid, and every score of a reward model is"),
+        (["--heldout.best", "valid"], "heldout.best is valid, and all that is measured here is"),
         (["--judge", "pairwise"], "judge"),
         (["--micro_batches", "3"], "pairs_per_step 4 gives 4 rows"),
     ],

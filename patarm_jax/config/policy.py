@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from patarm_jax.config.presets import IN_WORDS
-from patarm_jax.config.recipes import OWN_FUNCTION
+from patarm_jax.config.recipes import OWN_FUNCTION, refuse_drawing_heldout
 from patarm_jax.config.sections import (
     FREE,
     AboveZero,
@@ -228,6 +228,11 @@ class DPOConfig(TrainConfig):
         return "adaptive"
 
     @property
+    def samples_heldout(self) -> bool:
+        """What is measured is how likely their responses are."""
+        return False
+
+    @property
     def units_per_step(self) -> int:
         """Whole pairs."""
         return self.pairs_per_step
@@ -241,11 +246,7 @@ class DPOConfig(TrainConfig):
     def check(self) -> None:
         """Refuses what is not measured, and what a policy does not read."""
         super().check()
-        if self.heldout.path:
-            raise UsageError(
-                "heldout.path is set, and dpo measures nothing on held-out pairs. Leave it out, and measure the policy "
-                "by `patarm policy` with gold, or by a judge."
-            )
+        refuse_drawing_heldout(self.heldout, "the two responses of a held-out pair are there: none is drawn")
         if self.sft_by != "tokens" and not self.sft_coef:
             raise UsageError(f"sft_by is {self.sft_by}, and sft_coef is 0: there is no SFT. Set it, or leave it out.")
         if self.data.given_rubrics:

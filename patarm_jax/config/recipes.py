@@ -243,6 +243,11 @@ class RewardModelConfig(TrainConfig):
         return f"{how} reward modelling on preference pairs"
 
     @property
+    def samples_heldout(self) -> bool:
+        """It writes nothing."""
+        return False
+
+    @property
     def units_per_step(self) -> int:
         """What a batch has along its first axis, which slices and devices share and never cut: whole pairs."""
         return self.pairs_per_step
@@ -258,18 +263,21 @@ class RewardModelConfig(TrainConfig):
                     f"{name} is set, and head is ordinal: its scores lie between 0 and 10, and only their order is "
                     "learnt. Leave it out, or set head to scalar."
                 )
-        unset, heldout = HeldoutSection(), self.heldout
-        for name in ("votes", "sampling"):
-            if getattr(heldout, name) != getattr(unset, name):
-                raise UsageError(
-                    f"heldout.{name} is set, and a reward model writes nothing: its score of a response is always the "
-                    "same. Leave it out."
-                )
-        if heldout.best == "valid":
-            raise UsageError(
-                "heldout.best is valid, and every score of a reward model is. Choose accuracy_strict, accuracy_half or "
-                "score_gap."
-            )
+        same = "a reward model writes nothing: its score of a response is always the same"
+        refuse_drawing_heldout(self.heldout, same)
+
+
+def refuse_drawing_heldout(heldout: HeldoutSection, why: str) -> None:
+    """Refuses settings of how held-out pairs are drawn, where nothing is."""
+    unset = HeldoutSection()
+    for name in ("votes", "sampling"):
+        if getattr(heldout, name) != getattr(unset, name):
+            raise UsageError(f"heldout.{name} is set, and {why}. Leave it out.")
+    if heldout.best == "valid":
+        raise UsageError(
+            f"heldout.best is valid, and all that is measured here is, as {why}. Choose accuracy_strict, accuracy_half "
+            "or score_gap."
+        )
 
 
 def _refuse_unread(rubrics: RubricMode, given: bool, generator: bool = False) -> None:

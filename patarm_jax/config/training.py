@@ -99,6 +99,11 @@ class TrainConfig(RunConfig):
         return f"eval/{self.heldout.best}"
 
     @property
+    def samples_heldout(self) -> bool:
+        """Whether held-out pairs are measured by what the model writes about them."""
+        return True
+
+    @property
     def prompts_per_pair(self) -> int:
         """What the model reads of each pair."""
         return 2

@@ -64,9 +64,14 @@ def read_preferred_responses(section: DataSection, setting: str = "data") -> tup
     """Preferences with both responses, the chosen one first, as a policy learns from them."""
 
     def both(preference: Preference, _row: Row, _values: Mapping[str, object]) -> JudgedPreference:
-        return JudgedPreference(preference, (preference.chosen, preference.rejected))
+        return both_responses(preference)
 
     return collect(replace(section, domain=section.domain or DOMAIN), setting, both)
+
+
+def both_responses(preference: Preference) -> JudgedPreference:
+    """A preference with both of its responses as what is written, the chosen one first."""
+    return JudgedPreference(preference, (preference.chosen, preference.rejected))
 
 
 def _response_of(row: Row, values: Mapping[str, object]) -> str:

@@ -52,10 +52,12 @@ def with_heldout_sampling(config: Training, model: Model) -> Training:
     rollouts = config.rollout_sampling
     if rollouts is None:
         generation = read_generation(model.holding(FILE))
-        also = "the held-out pairs and for " if config.heldout.path else ""
+        also = "the held-out pairs and for " if config.heldout.path and config.samples_heldout else ""
         say(f"{_said(config.heldout.sampling, generation)}, for {also}whoever serves the export")
     elif config.heldout.path and (measured := _drawing(sampling)) != (served := _drawing(rollouts)):
         say(f"held-out pairs are judged at {measured}, and the export will be served at {served}")
+    if not config.samples_heldout:
+        return config
     complete = JudgingSection(**asdict(sampling))
     return replace(config, heldout=replace(config.heldout, sampling=complete))
 
@@ -85,7 +87,7 @@ def heldout_in_words(config: TrainConfig, model: Model) -> str:
     if not section.path:
         return ""
     pairs = f", the first {section.limit:,} pairs" if section.limit else ""
-    if not FORMS[config.judge].writes:
+    if not config.samples_heldout:
         return f"`{section.path}`{pairs}"
     sampling = heldout_sampling(config, model)
     drawn = _drawing(sampling)
