@@ -13,10 +13,10 @@ cd "$(dirname "$0")/.."
 
 slow_files="tests/test_algorithm_goldens.py tests/test_algorithm_runs.py tests/test_algorithms.py tests/test_another_recipe.py
 tests/test_archive.py tests/test_bench.py tests/test_checkpoint.py tests/test_coverage.py
-tests/test_damaged_checkpoints.py tests/test_demo.py tests/test_endpoint.py tests/test_evaluate.py
+tests/test_damaged_checkpoints.py tests/test_demo.py tests/test_dpo.py tests/test_endpoint.py tests/test_evaluate.py
 tests/test_export.py tests/test_kernels.py tests/test_kinds_of_runs.py tests/test_launch.py tests/test_locks.py
-tests/test_lora.py tests/test_lora_runs.py tests/test_optimizer.py tests/test_ordinal.py tests/test_outputs.py
-tests/test_processes.py tests/test_programs.py tests/test_real_inputs.py tests/test_recipes.py
+tests/test_lora.py tests/test_lora_runs.py tests/test_on_policy.py tests/test_optimizer.py tests/test_ordinal.py tests/test_outputs.py
+tests/test_policy_runs.py tests/test_processes.py tests/test_programs.py tests/test_real_inputs.py tests/test_recipes.py
 tests/test_report.py tests/test_reward_model.py tests/test_reward_settings.py tests/test_rewardbench.py tests/test_rubric_arm.py
 tests/test_ruled.py tests/test_same_weights.py
 tests/test_sampler.py tests/test_scalar.py tests/test_steps.py tests/test_thinking.py tests/test_transformer.py

@@ -59,6 +59,7 @@ def test_there_is_a_config_for_every_size():
     found = {path.stem for path in CONFIGS}
     further = {"tiny_dapo_grpo", "tiny_reward_model", "qwen3_8b_reward_model", "tiny_lora_grpo", "qwen3_8b_lora_grpo"}
     further |= {"tiny_policy", "qwen3_8b_policy", "tiny_dpo", "qwen3_8b_dpo"}
+    further |= {"tiny_iterative_dpo", "qwen3_8b_iterative_dpo", "qwen2_7b_rlcf_dpo"}
     further |= {"tiny_rubric_arm", "qwen3_8b_rubric_arm", "qwen3_8b_checklist_rubric_arm"}
     assert found == {f"{kind}_{recipe}" for kind in kinds for recipe in ("sft", "grpo")} | further
 

@@ -35,6 +35,9 @@ def of_messages(prompts, completions, **more):
     assert prompts == [[{"role": "user", "content": "Rice?"}]] * len(prompts)
     return [len(completion[0]["content"]) for completion in completions]
 
+def longest(completions, **more):
+    return [len(text) for text in completions]
+
 def in_words(completions, **more):
     return ["good"] * len(completions)
 

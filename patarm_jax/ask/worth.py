@@ -32,7 +32,7 @@ from patarm_jax.ask.worth_here import (
     open_source_model,
     said_of,
 )
-from patarm_jax.config.policy import PolicyConfig, SourceSection
+from patarm_jax.config.policy import AsksSources, SourceSection
 from patarm_jax.judge.forms import POINTWISE
 from patarm_jax.rollout.numbers import make_numbers
 from patarm_jax.rollout.probabilities import make_logprobs
@@ -236,7 +236,7 @@ async def _result(given: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------------------- all
 
 
-def open_models(config: PolicyConfig) -> dict[int, OpenedModel]:
+def open_models(config: AsksSources) -> dict[int, OpenedModel]:
     """The models here of a run's sources, by their numbers; what else is wrong with sources is found too."""
     found = {}
     for number, section in enumerate(config.every_source):
@@ -252,7 +252,7 @@ def open_models(config: PolicyConfig) -> dict[int, OpenedModel]:
     return found
 
 
-def open_sources(config: PolicyConfig, models: Mapping[int, OpenedModel], mesh: Mesh, folder: Path) -> list[Source]:
+def open_sources(config: AsksSources, models: Mapping[int, OpenedModel], mesh: Mesh, folder: Path) -> list[Source]:
     """All sources of a run, gold ones last, with their weights; `folder` keeps the answers of servers."""
     return [
         _open_source(config, number, section, models, mesh, folder)
@@ -261,7 +261,7 @@ def open_sources(config: PolicyConfig, models: Mapping[int, OpenedModel], mesh: 
 
 
 def _open_source(
-    config: PolicyConfig,
+    config: AsksSources,
     number: int,
     section: SourceSection,
     models: Mapping[int, OpenedModel],

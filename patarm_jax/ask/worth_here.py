@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from patarm_jax.arrays import Params
 from patarm_jax.ask.answers import Answer
-from patarm_jax.config.policy import PolicyConfig, SourceSection
+from patarm_jax.config.policy import AsksSources, SourceSection
 from patarm_jax.config.sections import JudgingSection, ModelSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import encode_question
@@ -35,6 +35,7 @@ from patarm_jax.run.drawing import as_the_model_says
 from patarm_jax.run.learner import rollout_rules
 from patarm_jax.run.open_model import Model, load_params, open_model, other_rubrics, weights_digest
 from patarm_jax.run.process import say
+from patarm_jax.run.programs import GIB, per_device
 from patarm_jax.types import JudgeKind, Judgement, Message
 
 _KIND: dict[str, JudgeKind] = {
@@ -85,7 +86,7 @@ class OpenedModel:
     def _generators(self) -> str:
         return f"{self.section.called}'s generator"
 
-    def resident(self, config: PolicyConfig, mesh: Mesh) -> dict[str, Params]:
+    def resident(self, config: AsksSources, mesh: Mesh) -> dict[str, Params]:
         """The abstract weights that stay on the devices, by what they are."""
         rules, dtype = rollout_rules(config.mesh), jnp.dtype(self.how.dtype)
         every = {self.section.called: self.model, self._generators: self.generator}
@@ -95,14 +96,14 @@ class OpenedModel:
             if model is not None
         }
 
-    def programs(self, config: PolicyConfig, mesh: Mesh) -> dict[str, Program]:
+    def programs(self, config: AsksSources, mesh: Mesh) -> dict[str, Program]:
         """What it runs for the responses of a step, with abstract arguments; none of a model that writes nothing."""
         if not self.form.writes:
             return {}
-        asked = config.pairs_per_step * config.group_size * self.form.responses
+        asked = config.prompts_at_once * config.rollouts_per_prompt * self.form.responses
         writers = {self.section.called: (judge_of(self, mesh), asked)}
         if (writer := writer_of(self, mesh)) is not None:
-            writers[self._generators] = writer, config.pairs_per_step
+            writers[self._generators] = writer, config.prompts_at_once
         weights, width = self.resident(config, mesh), bucket(self.section.max_prompt_tokens)
         return {
             f"{name}: {program}": found
@@ -138,7 +139,15 @@ class OpenedModel:
         return excess and f"with this response its prompt has {longest:,} tokens, {words}"
 
 
-def open_source_model(config: PolicyConfig, number: int) -> OpenedModel:
+def tell_resident(models: Sequence[OpenedModel], config: AsksSources, mesh: Mesh) -> None:
+    """Prints, of a dry run, what the weights of sources take beside its programs."""
+    resident = {name: of for opened in models for name, of in opened.resident(config, mesh).items()}
+    if resident and jax.process_index() == 0:
+        weights = ", ".join(f"{name} {per_device(of) / GIB:.3f} GiB" for name, of in resident.items())
+        print(f"and so do the models of the reward, per device: {weights}")
+
+
+def open_source_model(config: AsksSources, number: int) -> OpenedModel:
     """Opens the folders of a source's models; they compute as the policy does, on the same devices."""
     section, where = config.every_source[number], config.place_of(number)
     how = replace(config.model, path=section.model, adapter="", weights="load")
@@ -157,7 +166,7 @@ def open_source_model(config: PolicyConfig, number: int) -> OpenedModel:
     return opened
 
 
-def load_source_weights(config: PolicyConfig, how: ModelSection, model: Model, mesh: Mesh) -> Params:
+def load_source_weights(config: AsksSources, how: ModelSection, model: Model, mesh: Mesh) -> Params:
     """A model's weights as the sampler takes them, beside the policy's."""
     rules, dtype = rollout_rules(config.mesh), jnp.dtype(how.dtype)
     return load_params(how, model, mesh, config.run.seed, rules, dtype, unstacked=True)
@@ -189,7 +198,7 @@ def writer_of(opened: OpenedModel, mesh: Mesh) -> Judge | None:
     return make_judge(model.arch, model.tokenizer, mesh, opened.how, sampling, 1, RUBRIC)
 
 
-def generator_of(config: PolicyConfig, opened: OpenedModel, mesh: Mesh) -> Generator | None:
+def generator_of(config: AsksSources, opened: OpenedModel, mesh: Mesh) -> Generator | None:
     """The generator of a source, with its weights; None where it has none."""
     model, writer = opened.generator, writer_of(opened, mesh)
     if model is None or writer is None:
@@ -228,6 +237,8 @@ class JudgeHere(Waiting):
     weights: Params = field(kw_only=True)
     generator: Generator | None = field(kw_only=True)
     logprobs: LogProbs | None = field(kw_only=True)  # where scores are the expected ones
+    # So many that are offered one after the other have the same prompt, and one rubric.
+    of_one_prompt: int = field(default=1, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -276,7 +287,7 @@ class JudgeHere(Waiting):
             messages = RUBRIC.ask(prompt, domain="chat", rubrics="generated")
             return encode_question(writer.tokenizer, messages, RUBRIC)
 
-        asked = [question(one.preference.prompt) for one in every]
+        asked = [question(one.preference.prompt) for one in every[:: self.of_one_prompt]]
         fits = [not room.excess(len(tokens), self.opened.section.max_prompt_tokens) for tokens in asked]
         short = question("Hello.")
         requests = [
@@ -284,7 +295,8 @@ class JudgeHere(Waiting):
             for number, (tokens, fit) in enumerate(zip(asked, fits, strict=True))
         ]
         _, written = judge_all(writer, self.generator.weights, requests, key)
-        return [shown_rubric(rubric.text) if fit else None for (rubric,), fit in zip(written, fits, strict=True)]
+        found = [shown_rubric(rubric.text) if fit else None for (rubric,), fit in zip(written, fits, strict=True)]
+        return [rubric for rubric in found for _ in range(self.of_one_prompt)]
 
     def _worth(self, requests: Sequence[Request], judged: Sequence[Judged]) -> Worth:
         if self.judge.form.responses == 2:
@@ -298,13 +310,13 @@ class JudgeHere(Waiting):
 
     def _share_won(self, judged: Sequence[Judged]) -> Worth:
         """½·(share won standing first + share won standing second); None where one of the orders has no choice."""
-        shares = []
+        shares: list[float | None] = []
         for place, of_it in enumerate(judged):
             choices = [one.choice for one in of_it.judgements if one.choice is not None]
             shares.append(float(np.mean([choice == "AB"[place] for choice in choices])) if choices else None)
         said = "\n\n".join(said_of(of_it.judgements) for of_it in judged)
         known = [share for share in shares if share is not None]
-        return Worth(float(np.mean(known)) if len(known) == len(shares) else None, said)
+        return Worth(float(np.mean(known)) if len(known) == len(shares) else None, said, tuple(shares))
 
     def _expected(self, request: Request, judged: Judged) -> list[float | None]:
         assert self.logprobs is not None

@@ -2,8 +2,9 @@
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Protocol
 
 from patarm_jax.config.presets import IN_WORDS
 from patarm_jax.config.recipes import OWN_FUNCTION, refuse_drawing_heldout
@@ -13,16 +14,20 @@ from patarm_jax.config.sections import (
     EndpointSection,
     HeldoutSection,
     JudgingSection,
+    MeshSection,
+    ModelSection,
     NotNegative,
     Number,
     Positive,
     RewardSection,
+    RunSection,
+    SamplingSection,
     Section,
     Share,
     Smoothing,
     Votes,
 )
-from patarm_jax.config.training import ReinforcedConfig, TrainConfig
+from patarm_jax.config.training import ReinforcedConfig, TrainConfig, refuse_equal_samples
 from patarm_jax.types import PolicyKind, RubricMode, UsageError
 
 _NAME = re.compile(r"\w[\w.-]*")
@@ -34,9 +39,9 @@ class SourceSection(Section):
     """One thing that says what a response is worth."""
 
     # judge: a pointwise judge's score from 0 to 10, or the mean of several votes. pairwise, rubric_judge: the share of
-    # comparisons that a response wins, in both orders, against what the policy says when it takes the likeliest words.
-    # scalar, ordinal: a reward model's number. function: a Python function of your own, called as TRL calls its reward
-    # functions.
+    # comparisons that a response wins, in both orders, against what the policy says when it takes the likeliest words
+    # or, where pairs are made, against the other responses to its prompt. scalar, ordinal: a reward model's number.
+    # function: a Python function of your own, called as TRL calls its reward functions.
     kind: SourceKind = "judge"
     name: str = ""  # in metrics and rollouts; empty: the kind, or the function's name
     weight: Number = 1.0  # by which it counts in the reward
@@ -68,6 +73,37 @@ class SourceSection(Section):
     def compares(self) -> bool:
         """Whether it compares with the policy's greedy response."""
         return self.kind in ("pairwise", "rubric_judge")
+
+
+class AsksSources(Protocol):
+    """A config by which sources say what a policy's responses are worth."""
+
+    @property
+    def model(self) -> ModelSection:
+        """The policy, as which the models of sources compute."""
+
+    @property
+    def mesh(self) -> MeshSection:
+        """The devices."""
+
+    @property
+    def run(self) -> RunSection:
+        """The run, with its seed."""
+
+    @property
+    def every_source(self) -> Sequence[SourceSection]:
+        """All of them, in order."""
+
+    @property
+    def prompts_at_once(self) -> int:
+        """Prompts whose responses are sampled and judged together."""
+
+    @property
+    def rollouts_per_prompt(self) -> int:
+        """Responses to each of them."""
+
+    def place_of(self, number: int) -> str:
+        """The settings of one of `every_source`."""
 
 
 _OF_JUDGES = ("endpoint", "generator", "max_rubric_tokens", "rubrics", "votes", "expected_score", "sampling")
@@ -114,6 +150,11 @@ class PolicyConfig(ReinforcedConfig):
     def compares(self) -> bool:
         """Whether a source compares with the policy's greedy response."""
         return any(source.compares for source in self.every_source)
+
+    @property
+    def prompts_at_once(self) -> int:
+        """Those of a step."""
+        return self.pairs_per_step
 
     def place_of(self, number: int) -> str:
         """The settings of one of `every_source`."""
@@ -172,13 +213,7 @@ class PolicyConfig(ReinforcedConfig):
                 "reward.sources is empty: nothing says what a response is worth. Give a list of one or more, such as "
                 "`sources: [{kind: judge, model: runs/judge}]`."
             )
-        for number, source in enumerate(self.every_source):
-            _check_source(self.place_of(number), source)
-        counts = Counter(source.called for source in self.every_source)
-        if twice := [name for name, count in counts.items() if count > 1]:
-            raise UsageError(
-                f"two sources are called {twice[0]}. Give each a name of its own, such as `name: helpful`."
-            )
+        _check_sources(self)
         if self.heldout.best != HeldoutSection().best:
             raise UsageError(
                 f"heldout.best is {self.heldout.best}, which is of judges. A policy's best checkpoint is the one with "
@@ -206,10 +241,30 @@ class PolicyConfig(ReinforcedConfig):
 
 
 @dataclass(frozen=True)
+class OnPolicySection(Section):
+    """Pairs of the policy's own responses, as sources judge them; the data then give the prompts."""
+
+    sources: tuple[SourceSection, ...] = ()  # as of `patarm policy`; none: the pairs are those of the data
+    # Each round makes pairs with the policy that the one before has left, and trains on them in a folder of its own.
+    rounds: Positive = 1
+    prompts: Literal["parts", "all"] = "parts"  # whether each round has a part of the prompts of its own, or all
+    responses: Positive = 4  # to each prompt, 2 or more
+    # By how much the rewards of the two must differ at least. Equal ones never make a pair, nor does a preference of a
+    # judge of two that is another in the other order.
+    min_gap: NotNegative = 0.0
+    sees_thinking: bool = False  # whether sources see the thinking before an answer too
+    sampling: SamplingSection = field(default_factory=SamplingSection)
+    prompts_at_once: Positive = field(default=64, metadata=FREE)  # sampled and judged together, and then kept
+    # The share of those responses that may be without a reward though they have an answer; else the run stops.
+    max_failed: Share = field(default=0.5, metadata=FREE)
+
+
+@dataclass(frozen=True)
 class DPOConfig(TrainConfig):
-    """`patarm dpo`: direct preference optimisation of a policy on preference pairs."""
+    """`patarm dpo`: direct preference optimisation of a policy on preference pairs, given ones or its own."""
 
     recipe: Literal["dpo"] = "dpo"
+    on_policy: OnPolicySection = field(default_factory=OnPolicySection)
     beta: AboveZero = 0.1  # how much likelier than under the reference, which is what training starts from, is a reward
     smoothing: Smoothing = 0.0  # the probability that a preference is the wrong way round (cDPO)
     sft_coef: NotNegative = 0.0  # the weight of the chosen responses' cross entropy beside it
@@ -238,6 +293,25 @@ class DPOConfig(TrainConfig):
         return self.pairs_per_step
 
     @property
+    def every_source(self) -> tuple[SourceSection, ...]:
+        """What judges the policy's own responses; none where pairs are given."""
+        return self.on_policy.sources
+
+    def place_of(self, number: int) -> str:
+        """The settings of one of `every_source`."""
+        return f"on_policy.sources.{number}"
+
+    @property
+    def prompts_at_once(self) -> int:
+        """Prompts whose responses are sampled and judged together."""
+        return self.on_policy.prompts_at_once
+
+    @property
+    def rollouts_per_prompt(self) -> int:
+        """Responses to each of them."""
+        return self.on_policy.responses
+
+    @property
     def stage_in_words(self) -> str:
         """What the recipe is, for the model card."""
         also = f" and {self.sft_coef:g} × SFT on the chosen responses" if self.sft_coef else ""
@@ -247,10 +321,39 @@ class DPOConfig(TrainConfig):
         """Refuses what is not measured, and what a policy does not read."""
         super().check()
         refuse_drawing_heldout(self.heldout, "the two responses of a held-out pair are there: none is drawn")
+        self._check_on_policy()
         if self.sft_by != "tokens" and not self.sft_coef:
             raise UsageError(f"sft_by is {self.sft_by}, and sft_coef is 0: there is no SFT. Set it, or leave it out.")
         if self.data.given_rubrics:
             raise UsageError("data.given_rubrics is true, and a policy reads no rubric. Leave it out.")
+
+    def _check_on_policy(self) -> None:
+        own, unset = self.on_policy, OnPolicySection()
+        if not own.sources:
+            for name in (each.name for each in fields(own)):
+                if getattr(own, name) != getattr(unset, name):
+                    raise UsageError(
+                        f"on_policy.{name} is set, and on_policy.sources is empty: the pairs are those of the data. "
+                        "Give sources, such as `sources: [{kind: judge, model: runs/judge}]`, or leave it out."
+                    )
+            return
+        _check_sources(self)
+        if own.responses < 2:
+            raise UsageError("on_policy.responses is 1; allowed is 2 or more: a pair is made of two. Raise it.")
+        refuse_equal_samples(own.sampling, "on_policy.sampling", self.recipe)
+        if own.rounds > 1 and self.lora.export == "adapter":
+            raise UsageError(
+                f"lora.export is adapter, and on_policy.rounds is {own.rounds}: the next round begins with a whole "
+                "model. Set lora.export to merged."
+            )
+
+
+def _check_sources(config: AsksSources) -> None:
+    for number, source in enumerate(config.every_source):
+        _check_source(config.place_of(number), source)
+    counts = Counter(source.called for source in config.every_source)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise UsageError(f"two sources are called {twice[0]}. Give each a name of its own, such as `name: helpful`.")
 
 
 def _check_source(where: str, source: SourceSection) -> None:

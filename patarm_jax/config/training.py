@@ -265,12 +265,23 @@ class ReinforcedConfig(TrainConfig):
                 f"update.importance_cap is {self.update.importance_cap}, and update.old_logprobs is sampler: the "
                 "sampler's own log-probs make every weight 1. Set update.old_logprobs to trainer, or leave the cap out."
             )
-        for always_the_same, got, allowed in (
-            (self.sampling.temperature == 0, "temperature is 0", "above 0, such as 1"),
-            (self.sampling.top_k == 1, "top_k is 1", "0, for all, or 2 or more"),
-        ):
-            if always_the_same:
-                raise UsageError(
-                    f"sampling.{got}; allowed for {self.recipe} is {allowed}: samples of a prompt that are all the "
-                    "same teach nothing when they are compared."
-                )
+        refuse_equal_samples(self.sampling, "sampling", self.recipe)
+
+
+def refuse_equal_samples(sampling: SamplingSection, where: str, recipe: str) -> None:
+    """Refuses settings by which all samples of a prompt are one.
+
+    Args:
+        sampling: how they are drawn.
+        where: the section of the settings that says so.
+        recipe: what compares them.
+    """
+    for always_the_same, got, allowed in (
+        (sampling.temperature == 0, "temperature is 0", "above 0, such as 1"),
+        (sampling.top_k == 1, "top_k is 1", "0, for all, or 2 or more"),
+    ):
+        if always_the_same:
+            raise UsageError(
+                f"{where}.{got}; allowed for {recipe} is {allowed}: samples of a prompt that are all the same teach "
+                "nothing when they are compared."
+            )

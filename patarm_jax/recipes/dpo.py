@@ -6,14 +6,17 @@ run folder. The prompt of a pair is computed once for both responses. The same c
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from patarm_jax.arrays import Params, PreferredPairs, Tree
 from patarm_jax.config.policy import DPOConfig
+from patarm_jax.config.sections import DataSection
 from patarm_jax.data.packing import preferred_batch, preferred_shape
 from patarm_jax.data.pipeline import EncodedPair, PairBatch, digest_of
 from patarm_jax.data.prompts import read_preferred_responses
@@ -23,6 +26,16 @@ from patarm_jax.files import read_json_object, whole_file, writing
 from patarm_jax.model.kernels import kernels_in_use
 from patarm_jax.model.sharding import TRAIN_RULES, fetch, place_batch
 from patarm_jax.padding import WIDTH_MULTIPLE
+from patarm_jax.recipes.on_policy import (
+    Making,
+    begin,
+    describe_making,
+    finish,
+    is_over,
+    is_trained,
+    make_pairs,
+    open_making,
+)
 from patarm_jax.recipes.programs import dpo_learner, dpo_programs, make_response_logprobs
 from patarm_jax.recipes.ready import Ready, describe_update, make_ready, take_updates
 from patarm_jax.run.card import card_of
@@ -41,11 +54,34 @@ def main(config: DPOConfig) -> bool:
     """Trains until done and exports; False when it was asked to stop before."""
     start_processes(config)
     with claimed(config.run):
-        return _train(_ready(config))
+        return _train_in_rounds(open_making(config)) if config.on_policy.sources else _train(_ready(config))
 
 
-def _ready(config: DPOConfig) -> Ready[DPOConfig]:
-    return make_ready(config, read_preferred_responses, open_evaluation=partial(open_heldout_preferences, sums_of))
+def _ready(config: DPOConfig, heldout: DataSection | None = None) -> Ready[DPOConfig]:
+    """What a run begins with; the held-out pairs are read as its data are unless they are of another form."""
+
+    def open_evaluation(config: DPOConfig, *rest: Any) -> HeldoutPreferences | None:
+        return open_heldout_preferences(sums_of, replace(config, data=heldout or config.data), *rest)
+
+    return make_ready(config, read_preferred_responses, open_evaluation=open_evaluation)
+
+
+def _train_in_rounds(making: Making) -> bool:
+    """Makes pairs of the policy's own responses and learns from them, again and again."""
+    begin(making)
+    if is_over(making):
+        return True
+    rounds = making.config.on_policy.rounds
+    for number in range(1, rounds + 1):
+        if is_trained(making, number):
+            continue
+        if not make_pairs(making, number):
+            return False
+        say(f"round {number} of {rounds}: learning from {making.pairs_of(number)}")
+        if not _train(_ready(making.config_of(number), making.config.data)):
+            return False
+    finish(making)
+    return True
 
 
 def _train(ready: Ready[DPOConfig]) -> bool:
@@ -63,6 +99,9 @@ def _train(ready: Ready[DPOConfig]) -> bool:
 def dry_run(config: DPOConfig) -> None:
     """Shows the config, the first batch, and what the update needs at the largest batch of an epoch."""
     start_processes(config, dry_run=True)
+    if config.on_policy.sources:
+        describe_making(open_making(config))
+        return
     ready = _ready(config)
     learner = dpo_learner(ready.config, ready.model.arch, ready.mesh, ready.length.steps)
     describe_update(ready, partial(preferred_shape, multiple=WIDTH_MULTIPLE), partial(dpo_programs, learner))

@@ -12,7 +12,7 @@ from functools import cache, partial
 import jax
 
 from patarm_jax.ask.worth import open_models, open_sources
-from patarm_jax.ask.worth_here import OpenedModel
+from patarm_jax.ask.worth_here import OpenedModel, tell_resident
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.policy import PolicyConfig
 from patarm_jax.data.prompts import read_prompts
@@ -34,7 +34,7 @@ from patarm_jax.run.health import parted
 from patarm_jax.run.metrics import read_metrics
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
-from patarm_jax.run.programs import GIB, describe, per_device
+from patarm_jax.run.programs import describe
 from patarm_jax.run.progress import Shown, percent
 
 ANSWERS = "answers"  # the folder of a run that keeps what servers have answered
@@ -141,10 +141,7 @@ def dry_run(config: PolicyConfig) -> None:
     for opened in policy.models.values():
         every |= opened.programs(config, mesh)
     describe(to_yaml(config), mesh, every, next(ready.batches()), model.tokenizer, length.steps)
-    resident = {name: of for opened in policy.models.values() for name, of in opened.resident(config, mesh).items()}
-    if resident and jax.process_index() == 0:
-        weights = ", ".join(f"{name} {per_device(of) / GIB:.3f} GiB" for name, of in resident.items())
-        print(f"and so do the models of the reward, per device: {weights}")
+    tell_resident(list(policy.models.values()), config, mesh)
 
 
 def shown(values: Mapping[str, float]) -> Shown:

@@ -28,7 +28,7 @@ from patarm_jax.rollout.schedule import Finished, Group, stacked
 from patarm_jax.types import Judgement, Preference, Status, UserError
 
 NO_ANSWER = "no answer stands behind the thinking"
-NO_BASELINE = "the policy's greedy response, to compare with, has no answer behind its thinking"
+NO_BASELINE = "the response that it is compared with has no answer behind its thinking"
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class Worth:
 
     value: float | None  # None where it says nothing
     said: str = ""  # a judgement, or why there is no value
+    # Of a judge of two: the share of comparisons that it wins standing first and second; None where there is none.
+    orders: tuple[float | None, ...] = ()
+    beats: tuple[int, ...] | None = None  # where all of a group are compared: the members that it beats in both orders
 
 
 class Source(Protocol):
@@ -195,7 +198,7 @@ def sample_responses(
     seen = config.reward.sees_thinking
     said = ask_sources(policy, greedy, rewarding.sources(), seen, step, weights, pairs.records, key, phase)
     with phase("reward"):
-        _refuse_many_failures(config, said, step, mesh)
+        refuse_many_failures(said, mesh, f"step {step}", "reward.max_failed", config.reward.max_failed)
         for source in rewarding.sources():
             source.settle()
         values = np.stack(list(said.worth.values()))
@@ -229,17 +232,28 @@ def _told(worth: Worth) -> str:
     return f"{value}\n{worth.said}" if worth.said else value
 
 
-def _refuse_many_failures(config: PolicyConfig, said: Said, step: int, mesh: jax.sharding.Mesh) -> None:
-    """Refuses to learn from a step of which too little is judged; that a response has no answer is its own fault."""
+def refuse_many_failures(said: Said, mesh: jax.sharding.Mesh, where: str, setting: str, most: float) -> None:
+    """Refuses to learn from responses of which too few are judged; that one has no answer is its own fault.
+
+    Args:
+        said: of the responses.
+        mesh: of all processes.
+        where: what they are the responses of, to begin the sentence with.
+        setting: that says how large a share may be without a reward.
+        most: which is this.
+
+    Raises:
+        UserError: when there are more.
+    """
     by_source = {name: np.isnan(values) & ~said.without for name, values in said.worth.items()}
     failed = np.any(list(by_source.values()), axis=0)
-    if failed.mean() > config.reward.max_failed:
+    if failed.mean() > most:
         name = max(by_source, key=lambda name: int(by_source[name].sum()))  # the worst
         reasons = [one.said for every in said.of_sources[name].values() for one in every if one.value is None]
         reasons = gather_json(mesh, [reason for reason in reasons if reason != NO_ANSWER][:1]) or ["nobody says"]
         raise UserError(
-            f"step {step}: {failed.sum():,} of {failed.size:,} responses have no reward, more than reward.max_failed "
-            f"{config.reward.max_failed:g} allows; {name} says nothing of {by_source[name].sum():,}, first because: "
+            f"{where}: {failed.sum():,} of {failed.size:,} responses have no reward, more than {setting} {most:g} "
+            f"allows; {name} says nothing of {by_source[name].sum():,}, first because: "
             f"{one_line(reasons[0])[:300]}. What was saved before is whole, and answers that came are kept: when that "
             "is put right, run the same command again to go on."
         )

@@ -142,6 +142,14 @@ def _see_one_folder(folder: Path, patience: float = 90.0) -> None:
         (folder / name).unlink()
 
 
+def wait_to_see(path: Path, patience: float = 90.0) -> None:
+    """Waits until a file can be seen that process 0 has written: network file systems show it some seconds later."""
+    until = time.monotonic() + patience
+    while not path.exists() and time.monotonic() < until:
+        os.listdir(path.parent)  # network file systems then ask anew
+        time.sleep(0.2)
+
+
 def _in_folder(folder: Path) -> list[object]:
     """By what a run goes on: its checkpoints, and whether it has an export."""
     return [steps_in(folder / CHECKPOINTS), (folder / EXPORT).is_dir()]
