@@ -13,7 +13,7 @@ from patarm_jax.cli import main
 from patarm_jax.config.recipes import BenchConfig
 from patarm_jax.model.transformer import abstract_params
 
-SMALL = "--rows 8 --length 24 --responses 16 --prompt 16 --group 2 --new 6 --repeats 1".split()
+SMALL = "--rows 8 --length 24 --responses 16 --prompt 16 --group 2 --new 6 --question 8 --judgement 5 --repeats 1".split()
 
 
 @pytest.mark.long
@@ -22,10 +22,11 @@ def test_every_task_runs_and_is_written_down(tmp_path, capsys):
     written = json.loads((tmp_path / "bench.json").read_text())
     assert [
         row["task"] for row in written["results"]
-    ] == "sft sample logprobs grpo attention decode load compile".split()
+    ] == "sft sample logprobs grpo policy attention decode load compile".split()
     assert written["config"]["kl_coef"] == 0.1 and written["devices"] == ["cpu"] * 8
     by_task = {row["task"]: row for row in written["results"]}
     assert set(by_task["grpo"]["phases_s"]) == {"sample", "logprobs", "update"}
+    assert set(by_task["policy"]["phases_s"]) == {"sample", "judge", "logprobs", "update"}
     assert all(row["median_s"] > 0 for row in written["results"])
     printed = capsys.readouterr().out
     assert all(task in printed for task in by_task)

@@ -1,7 +1,7 @@
 """The tasks of `patarm bench`: the very programs that training runs, on made-up tokens and random weights."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -157,13 +157,19 @@ class GRPOStep:
     programs: RolloutPrograms
     state: TrainState
     reference: Params | None
+    judge: "_Judging | None" = None  # reads what was sampled, where a policy is trained
     finished: list[Finished] = field(default_factory=list)
-    phases: dict[str, list[float]] = field(default_factory=lambda: {"sample": [], "logprobs": [], "update": []})
+    judged: list[Finished] = field(default_factory=list)
+    phases: dict[str, list[float]] = field(
+        default_factory=lambda: {"sample": [], "judge": [], "logprobs": [], "update": []}
+    )
 
     def __call__(self) -> object:
         """One step; gives its metrics."""
         policy, number = self.programs.to_rollout(self.state.params, None), len(self.finished)
         self.finished.append(self._timed("sample", lambda: self.run.sample(policy, number)))
+        if (judge := self.judge) is not None:
+            self.judged.append(self._timed("judge", lambda: judge(self.finished[-1], number)))
         batch = _learnt_from(self.bench, self.run.requests, self.finished[-1])
         if self.reference is not None:
             score = partial(self.programs.logprobs, self.reference, None, batch)
@@ -189,6 +195,54 @@ def grpo_step(bench: Bench) -> GRPOStep:
     return GRPOStep(
         bench=bench, run=_rollouts(bench), learner=learner, programs=programs, state=state, reference=reference
     )
+
+
+def policy(bench: Bench) -> Result:
+    """One step of a policy: sampling, a judgement of each response by a judge of the same size, then an update."""
+    c, step = bench.config, policy_step(bench)
+    timing = time_calls(step, c.repeats)
+    medians = {name: float(np.median(each[-c.repeats :])) for name, each in step.phases.items() if each}
+    written, judged = (
+        float(np.mean([one.lengths.sum() for one in each[-c.repeats :]])) for each in (step.finished, step.judged)
+    )
+    responses = c.responses * c.group
+    shape = (
+        f"{c.responses} × {c.prompt}, G {c.group}, {written / responses:.0f} of {c.new}; judge "
+        f"{judged / responses:.0f} of {c.judgement}"
+    )
+    read = c.responses * c.prompt + responses * (c.prompt + c.question) + int(written)
+    return Result("policy", shape, timing, tokens=read + int(written) + int(judged), phases=medians)
+
+
+def policy_step(bench: Bench) -> GRPOStep:
+    """A GRPO step whose samples are judged before it learns from them; the rewards are made up."""
+    return replace(grpo_step(bench), judge=_judging(bench))
+
+
+@dataclass(frozen=True)
+class _Judging:
+    bench: Bench
+    engine: Engine
+    params: Params
+    prompts: Sequence[Request]
+
+    def __call__(self, finished: Finished, number: int) -> Finished:
+        """One judgement of each response, behind its prompt, itself and a question."""
+        question = self.bench.tokens(self.bench.config.question)
+        asked = [
+            np.concatenate([prompt.tokens, written[:length], question])
+            for prompt, group, lengths in zip(self.prompts, finished.tokens, finished.lengths, strict=True)
+            for written, length in zip(group, lengths, strict=True)
+        ]
+        requests = [Request(tokens.astype(np.int32), row) for row, tokens in enumerate(asked)]
+        return complete(self.engine, self.params, requests, jax.random.key(number))
+
+
+def _judging(bench: Bench) -> _Judging:
+    c = bench.config
+    network, params = network_for(bench.section, bench.arch, bench.mesh), SamplingParams(_stops(bench), c.judgement)
+    engine = make_engine(network, bench.mesh, 1, params, c.decode_rows, c.halvings)
+    return _Judging(bench, engine, _sampled_weights(bench, c.seed + 1), _requests(bench))
 
 
 def logprobs(bench: Bench) -> Result:
@@ -217,9 +271,7 @@ def logprobs(bench: Bench) -> Result:
 def sample(bench: Bench) -> Result:
     """G completions of each prompt, of at most `new` tokens and, with `mean_new`, of geometric lengths."""
     c, run = bench.config, _rollouts(bench)
-    rules = ROLLOUT_RULES if c.mesh.rollout == "tensor" else REPLICATED_RULES
-    cast_down = jax.jit(lambda params: unstack_layers(jax.tree.map(lambda x: x.astype(c.dtype), params)))
-    params = cast_down(init_params(bench.arch, jax.random.key(c.seed), bench.mesh, rules))
+    params = _sampled_weights(bench, c.seed)
     finished: list[Finished] = []
 
     def call() -> None:
@@ -249,12 +301,25 @@ class _Rollouts:
 
 
 def _rollouts(bench: Bench) -> _Rollouts:
-    c, vocab = bench.config, bench.arch.vocab_size
-    # Random weights give every token about the same chance: so many stop ids end a completion after mean_new tokens.
-    stops = tuple(range(round(vocab / c.mean_new))) if c.mean_new else (-1,)
-    network, params = network_for(bench.section, bench.arch, bench.mesh), SamplingParams(stops, c.new)
+    c = bench.config
+    network, params = network_for(bench.section, bench.arch, bench.mesh), SamplingParams(_stops(bench), c.new)
     engine = make_engine(network, bench.mesh, c.group, params, c.decode_rows, c.halvings)
     return _Rollouts(engine, _requests(bench), min(c.decode_rows or c.responses * c.group, c.responses * c.group))
+
+
+def _stops(bench: Bench) -> tuple[int, ...]:
+    """Random weights give every token about the same chance: so many ids end a completion after mean_new tokens."""
+    mean = bench.config.mean_new
+    return tuple(range(round(bench.arch.vocab_size / mean))) if mean else (-1,)
+
+
+def _sampled_weights(bench: Bench, seed: int) -> Params:
+    """Random weights as the sampler takes them."""
+    c = bench.config
+    rules = ROLLOUT_RULES if c.mesh.rollout == "tensor" else REPLICATED_RULES
+    cast_down = jax.jit(lambda params: unstack_layers(jax.tree.map(lambda x: x.astype(c.dtype), params)))
+    weights: Params = cast_down(init_params(bench.arch, jax.random.key(seed), bench.mesh, rules))
+    return weights
 
 
 def _requests(bench: Bench) -> list[Request]:
@@ -377,6 +442,7 @@ TASKS: dict[str, Callable[[Bench], Result]] = {
     "sample": sample,
     "logprobs": logprobs,
     "grpo": grpo,
+    "policy": policy,
     "attention": attend,
     "decode": decode,
     "load": load,

@@ -429,11 +429,13 @@ class BenchConfig(Section):
     rows: Positive = 8  # rows of tasks sft and attention
     length: Positive = 512  # tokens of each row
     packing: bool = False  # sft by the program for packed rows, though each row holds one sequence
-    responses: Positive = 4  # prompts of tasks sample, logprobs and grpo, each completed by a group
+    responses: Positive = 4  # prompts of tasks sample, logprobs, grpo and policy, each completed by a group
     prompt: Positive = 1024  # tokens of each prompt
     group: Positive = 8  # G, completions of a prompt
     new: Positive = 256  # tokens of a completion at most
-    mean_new: NotNegative = 0  # mean of their lengths, before the longest are cut off; 0: all of `new`
+    question: Positive = 256  # of task policy: tokens that a judge of the same size reads beside prompt and response
+    judgement: Positive = 256  # and tokens of its judgement at most
+    mean_new: NotNegative = 0  # mean of these lengths, before the longest are cut off; 0: all as long as they may be
     decode_rows: Natural = 0  # completions written at a time; 0: all
     halvings: Natural = 3  # how often those rows may be halved when no completion waits any more
     kl_coef: NotNegative = 0.0  # above 0: the reference's log-probs are computed too

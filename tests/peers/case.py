@@ -18,7 +18,7 @@ PAD, FIRST_WORD = 0, 3
 class Case:
     """One worker's work."""
 
-    task: str  # sft, sample or grpo
+    task: str  # sft, sample, grpo or policy
     folder: str  # of the model
     vocab: int
     rows: int  # of sft: sequences
@@ -27,6 +27,8 @@ class Case:
     prompt: int  # tokens of each
     group: int
     new: int
+    question: int  # of policy: tokens that the judge reads beside prompt and response
+    judgement: int  # and tokens that it writes at most
     micro: int  # prompts of a slice of the peers' updates
     stop_ids: tuple[int, ...]  # empty: nothing ends before `new`
 

@@ -20,7 +20,7 @@ from patarm_jax.model.transformer import init_params
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SCRIPTS = {"hf": ("torch", "torch_peers.py"), "trl": ("torch", "torch_peers.py"), "tunix": ("tunix", "tunix_peer.py")}
-PEERS = {"sft": ("hf", "trl", "tunix"), "sample": ("hf", "tunix"), "grpo": ("trl", "tunix")}
+PEERS = {"sft": ("hf", "trl", "tunix"), "sample": ("hf", "tunix"), "grpo": ("trl", "tunix"), "policy": ("trl",)}
 
 
 def write_model(size: str) -> Path:
@@ -86,6 +86,10 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, help="tokens of a prompt (default: 128 of sample, 64 of grpo)")
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument(
+        "--question", type=int, default=256, help="of policy: tokens of the question to the judge"
+    )
+    parser.add_argument("--judgement", type=int, default=128, help="of policy: tokens of a judgement at most")
     parser.add_argument("--mean", type=float, default=0, help="mean length of uneven completions (default: all --new)")
     parser.add_argument("--micro", type=int, help="prompts of a slice of the peers' updates, where all do not fit")
     parser.add_argument("--repeats", type=int, default=5)
@@ -100,6 +104,8 @@ def main() -> None:
         "group": o.group,
         "new": o.new,
         "micro": o.micro or o.prompts or 4,
+        "question": o.question,
+        "judgement": o.judgement,
     }
     stop_ids = list(range(round(vocab / o.mean))) if o.mean else []
     case = {"task": o.task, "folder": str(write_model(o.size)), "vocab": vocab, "stop_ids": stop_ids, **shape}
@@ -113,7 +119,9 @@ def main() -> None:
     for worker in workers:
         worker.end()
     shown = shape | ({"mean": o.mean} if o.mean else {})
-    mattering = (name for name in shown if (name in ("rows", "length")) == (o.task == "sft"))
+    others = ("rows", "length") if o.task != "sft" else tuple(name for name in shown if name not in ("rows", "length"))
+    others += ("question", "judgement") if o.task != "policy" else ()
+    mattering = (name for name in shown if name not in others)
     about = ", ".join(f"{name} {shown[name]}" for name in mattering)
     print(f"{o.task}, {o.size}, {about}; {datetime.date.today()}")
     ours = statistics.median(workers[0].seconds)

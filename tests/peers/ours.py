@@ -14,13 +14,15 @@ size = case.folder.rsplit("/", 1)[-1]
 mean = case.vocab / len(case.stop_ids) if case.stop_ids else 0.0
 config = BenchConfig(
     model=size, rows=case.rows, length=case.length, responses=case.prompts, prompt=case.prompt, group=case.group,
-    new=case.new, mean_new=mean,
+    new=case.new, mean_new=mean, question=case.question, judgement=case.judgement,
 )  # fmt: skip
 bench = open_bench(config)
 if case.task == "sft":
     step = tasks.sft_update(bench)
 elif case.task == "sample":
     step = tasks.sampling(replace(bench, config=replace(config, group=1)))
+elif case.task == "policy":
+    step = tasks.policy_step(bench)
 else:
     step = tasks.grpo_step(bench)
 while True:

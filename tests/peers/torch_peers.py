@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from collections.abc import Callable
 
 import datasets
 import torch
@@ -71,6 +72,31 @@ def trl_sft(case: Case, turns: Turns) -> None:
     trl.SFTTrainer(load(case), settings, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks).train()
 
 
+def made_up(completions: list[str], **_: object) -> list[float]:
+    return [float(len(text) % 7) for text in completions]
+
+
+def judged_by(case: Case) -> Callable[..., list[float]]:
+    """A judge of the policy's size: it reads prompt, response and a question, and writes a judgement of each."""
+    judge, question = load(case).eval(), torch.tensor(case.tokens(case.question)).long()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(case.folder)
+    limits = dict(max_new_tokens=case.judgement) | ({} if case.stop_ids else dict(min_new_tokens=case.judgement))
+
+    def rewards(prompts: list[str], completion_ids: list[list[int]], **_: object) -> list[float]:
+        read = [
+            torch.cat([torch.tensor(tokenizer(prompt).input_ids + ids).long(), question])
+            for prompt, ids in zip(prompts, completion_ids, strict=True)
+        ]
+        ids = torch.nn.utils.rnn.pad_sequence(read, batch_first=True, padding_value=PAD, padding_side="left")
+        with torch.no_grad():
+            said = judge.generate(
+                input_ids=ids, attention_mask=(ids != PAD).long(), do_sample=True, top_k=0, pad_token_id=PAD, **limits
+            )
+        return [float(row.sum() % 7) for row in said]
+
+    return rewards
+
+
 def trl_grpo(case: Case, turns: Turns) -> None:
     settings = trl.GRPOConfig(
         tempfile.mkdtemp(), per_device_train_batch_size=case.micro * case.group,
@@ -79,7 +105,7 @@ def trl_grpo(case: Case, turns: Turns) -> None:
     )  # fmt: skip
     trainer = trl.GRPOTrainer(
         load(case),
-        reward_funcs=lambda completions, **_: [float(len(text) % 7) for text in completions],
+        reward_funcs=judged_by(case) if case.task == "policy" else made_up,
         args=settings,
         train_dataset=datasets.Dataset.from_dict({"prompt": case.texts(64)}),
         processing_class=transformers.AutoTokenizer.from_pretrained(case.folder),
@@ -91,6 +117,7 @@ def trl_grpo(case: Case, turns: Turns) -> None:
 if __name__ == "__main__":
     work = {
         ("hf", "sft"): bare_training, ("hf", "sample"): generate, ("trl", "sft"): trl_sft, ("trl", "grpo"): trl_grpo,
+        ("trl", "policy"): trl_grpo,
     }  # fmt: skip
     given = read_case()
     work[sys.argv[2], given.task](given, Turns())
