@@ -13,7 +13,9 @@ from patarm_jax.cli import main
 from patarm_jax.config.recipes import BenchConfig
 from patarm_jax.model.transformer import abstract_params
 
-SMALL = "--rows 8 --length 24 --responses 16 --prompt 16 --group 2 --new 6 --question 8 --judgement 5 --repeats 1".split()
+SMALL = (
+    "--rows 8 --length 24 --responses 16 --prompt 16 --group 2 --new 6 --question 8 --judgement 5 --repeats 1".split()
+)
 
 
 @pytest.mark.long

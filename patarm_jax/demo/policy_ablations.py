@@ -39,12 +39,14 @@ from patarm_jax.demo.settings import (
     demo_configs,
     dpo_config,
     model_section,
+    own_pairs_config,
     policy_config,
     policy_sft_config,
 )
 from patarm_jax.demo.story import make_data
 from patarm_jax.demo.tokenizer import write_untrained_model
 from patarm_jax.demo.world import make_world
+from patarm_jax.evaluate.best_of_n import curve_of
 from patarm_jax.evaluate.figures import draw_bars, draw_lines
 from patarm_jax.files import write_text
 from patarm_jax.judge.forms import POLICY_UNTHINKING
@@ -58,7 +60,9 @@ REWARDED: dict[str, Callable[[Path], SourceSection]] = {
     "SFT judge": lambda begun: SourceSection(model=str(begun / "sft")),
     "PaTaRM judge": lambda begun: SourceSection(model=str(begun / "grpo")),
 }
-ARMS = ("untrained", "SFT", "DPO", "DPO and SFT", *REWARDED)
+OWN_PAIRS = "DPO and SFT, own pairs"
+ARMS = ("untrained", "SFT", "DPO", "DPO and SFT", OWN_PAIRS, *REWARDED)
+BEST_OF = (1, 2, 4, 8, 16)
 
 
 def main(out: Path, seeds: int, sizes: PolicySizes = SIZES, arms: Sequence[str] = ARMS) -> list[dict[str, Any]]:
@@ -93,11 +97,65 @@ def _measured(out: Path, name: str, seed: int, sizes: PolicySizes) -> Measured:
             heldout, weights = opened_heldout(every, trained)
             said = heldout.asked(weights, None)
         right = said.worth["right"][: len(heldout.records)].reshape(-1)
-        seconds, tokens = of_training(trained) if trained.parent == folder else (0.0, 0)
+        seconds, tokens = _cost(folder, name)
         numbers = {"outcomes": np.nan_to_num(right).tolist(), "valid": float(1 - np.isnan(right).mean())}
         write_text(result, json.dumps(numbers | {"seconds": seconds, "tokens": tokens}) + "\n")
         jax.clear_caches()
     return Measured(**json.loads(result.read_text(encoding="utf-8")))
+
+
+def _cost(folder: Path, name: str) -> tuple[float, int]:
+    """Seconds of steps, and tokens; of pairs that are made, those that their responses have too, in no time."""
+    run = folder / "run"
+    if name == OWN_PAIRS:
+        rounds = [of_training(round) for round in sorted(run.glob("round-*"))]
+        written = [json.loads(line) for path in run.glob("responses/*/*.jsonl") for line in path.open(encoding="utf-8")]
+        sampled = sum(one["tokens"] for row in written for one in row["responses"])
+        return sum(seconds for seconds, _ in rounds), sampled + sum(tokens for _, tokens in rounds)
+    return of_training(run) if run.is_dir() else (0.0, 0)
+
+
+def best_of_n(out: Path, seeds: int, sizes: PolicySizes = SIZES) -> dict[str, list[tuple[float, float]]]:
+    """How often the best of n responses of the SFT policy is right, as each reward picks it; a figure and the numbers.
+
+    Beside it stand a pick at random and the best that any picker could do.
+    """
+    found: list[dict[str, list[tuple[float, float]]]] = []
+    for seed in range(seeds):
+        result = out / PART / f"best-of-n-{seed}" / "result.json"
+        if not result.is_file():
+            say(f"best of n, seed {seed}")
+            with quietly(result.parent / "log.txt"):
+                worth = _judged_often(out, seed, sizes)
+            right = np.nan_to_num(worth.pop("right"))
+            worth |= {"at random": np.zeros_like(right), "by knowledge": right}
+            curves = {name: curve_of(scores, right, BEST_OF) for name, scores in worth.items()}
+            write_text(result, json.dumps(curves) + "\n")
+            jax.clear_caches()
+        found.append(json.loads(result.read_text(encoding="utf-8")))
+    means = {
+        name: [(float(n), float(np.mean([one[name][place][1] for one in found]))) for place, n in enumerate(BEST_OF)]
+        for name in found[0]
+    }
+    draw_lines(out / f"{PART}-best-of-n", f"right responses (%), best of n, mean of {seeds} seeds", means, "n")
+    for name, curve in means.items():
+        print(f"{name:16}" + "  ".join(f"{n}: {value:.1f} %" for n, value in curve))
+    return means
+
+
+def _judged_often(out: Path, seed: int, sizes: PolicySizes) -> dict[str, np.ndarray]:
+    """Values [N, V] of V responses of the SFT policy to each held-out prompt, by every reward, and which are right."""
+    begun = _started(out, seed, sizes)
+    config = policy_config(begun, seed, sizes, begun / "grpo")
+    (base,) = config.reward.sources
+    made = [replace(make(begun), name=name.replace(" ", "-")) for name, make in REWARDED.items()]
+    sources = tuple(replace(one, sampling=base.sampling) if one.is_judge else one for one in made)
+    reward = replace(config.reward, sources=sources)
+    config = replace(config, reward=reward, heldout=replace(config.heldout, limit=0, votes=max(BEST_OF)))
+    heldout, weights = opened_heldout(config, begun / "policy-sft")
+    said = heldout.asked(weights, None)
+    names = {source.called: name for source, name in zip(sources, REWARDED, strict=True)} | {"right": "right"}
+    return {name: said.worth[called][: len(heldout.records)] for called, name in names.items()}
 
 
 def _folder(out: Path, name: str, seed: int) -> Path:
@@ -132,7 +190,9 @@ def _trained(begun: Path, folder: Path, config: PolicyConfig, name: str, seed: i
         return begun / "policy"
     if name == "SFT":
         return begun / "policy-sft"
-    if name not in REWARDED:
+    if name == OWN_PAIRS:
+        to_its_end(dpo.main, own_pairs_config(begun, folder / "run", seed, sizes))
+    elif name not in REWARDED:
         sft_coef = 0.2 if name == "DPO and SFT" else 0.0
         to_its_end(dpo.main, dpo_config(begun, folder / "run", seed, sizes, sft_coef))
     else:
@@ -148,6 +208,10 @@ def _started(out: Path, seed: int, sizes: PolicySizes) -> Path:
         make_data(folder, seed, sizes.judge)
         world = make_world(seed, sizes.judge.train_pairs, sizes.judge.heldout_pairs)
         write_responses(folder / "data" / "responses.jsonl", world.train, sizes.right, random.Random(seed + 3))
+    if not (folder / "data" / "prompts.jsonl").is_file():
+        # Of which four responses each are as many as those of the policies that take steps of GRPO.
+        lines = (folder / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(folder / "data" / "prompts.jsonl", "".join(lines[: sizes.policy_steps * 16 * 8 // 4]))
     write_untrained_model(folder / "model", folder / "data" / "train.jsonl", seed)
     write_untrained_model(folder / "policy", folder / "data" / "train.jsonl", seed + 1, [POLICY_UNTHINKING])
     scalar = RewardModelConfig(
@@ -173,4 +237,4 @@ def _started(out: Path, seed: int, sizes: PolicySizes) -> Path:
 
 if __name__ == "__main__":
     given = arguments("Compares what a policy is rewarded by.").parse_args()
-    run_program(lambda: main(given.out, given.seeds))
+    run_program(lambda: (main(given.out, given.seeds), best_of_n(given.out, given.seeds)))

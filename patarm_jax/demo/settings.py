@@ -1,10 +1,10 @@
 """Every number of the demo: how much of everything, the network's shape, and the configs of its runs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from patarm_jax.config.policy import DPOConfig, PolicyConfig, ResponseRewardSection, SourceSection
+from patarm_jax.config.policy import DPOConfig, OnPolicySection, PolicyConfig, ResponseRewardSection, SourceSection
 from patarm_jax.config.recipes import EvalConfig, GRPOConfig, JudgeConfig, SFTConfig
 from patarm_jax.config.rubric_arm import (
     GeneratorTrainingSection,
@@ -189,6 +189,16 @@ def dpo_config(folder: Path, run: Path, seed: int, sizes: PolicySizes, sft_coef:
         thinking=False,
         pairs_per_step=32,
     )
+
+
+def own_pairs_config(folder: Path, run: Path, seed: int, sizes: PolicySizes) -> DPOConfig:
+    """The same in two rounds, on pairs that the demo's judge makes of the policy's own responses to the prompts."""
+    source = SourceSection(model=str(folder / "grpo"), sampling=_judging())
+    sampling = SamplingSection(max_new_tokens=48)
+    own = OnPolicySection(sources=(source,), rounds=2, min_gap=1.0, sampling=sampling, max_failed=sizes.max_failed)
+    given = dpo_config(folder, run, seed, sizes, sft_coef=0.2)
+    data = replace(given.data, path=str(folder / "data" / "prompts.jsonl"))
+    return replace(given, on_policy=own, data=data, run=replace(given.run, steps=sizes.dpo_steps // own.rounds))
 
 
 def judge_config(model: Path, pairs: Path, scores: Path, seed: int, config: SFTConfig) -> JudgeConfig:

@@ -41,4 +41,4 @@ def _of_prompt(scores: np.ndarray, right: np.ndarray, n: int) -> float:
 
 def curve_of(scores: np.ndarray, right: np.ndarray, sizes: Sequence[int]) -> list[tuple[float, float]]:
     """`best_of_n` at each of some n, in %."""
-    return [(n, 100 * best_of_n(scores, right, n)) for n in sizes]
+    return [(float(n), 100 * best_of_n(scores, right, n)) for n in sizes]

@@ -86,9 +86,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, help="tokens of a prompt (default: 128 of sample, 64 of grpo)")
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument(
-        "--question", type=int, default=256, help="of policy: tokens of the question to the judge"
-    )
+    parser.add_argument("--question", type=int, default=256, help="of policy: tokens of the question to the judge")
     parser.add_argument("--judgement", type=int, default=128, help="of policy: tokens of a judgement at most")
     parser.add_argument("--mean", type=float, default=0, help="mean length of uneven completions (default: all --new)")
     parser.add_argument("--micro", type=int, help="prompts of a slice of the peers' updates, where all do not fit")
