@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, get_args
 from patarm_jax import __version__
 from patarm_jax.config.help import settings_in_words
 from patarm_jax.config.load import TRAINING, Config, from_mapping, load, override, read_yaml
-from patarm_jax.config.recipes import BenchConfig, EvalConfig, JudgeConfig, RubricsConfig, SFTConfig
+from patarm_jax.config.recipes import BenchConfig, EvalConfig, JudgeConfig, PolicyEvalConfig, RubricsConfig, SFTConfig
 from patarm_jax.config.rubric_arm import ROLES
 from patarm_jax.config.sections import GeneratorSection, ModelSection, Section
 from patarm_jax.files import refuse_address
@@ -23,9 +23,10 @@ from patarm_jax.run.devices import PASS, keep_compiled_programs, prepare_devices
 from patarm_jax.run.joining import tell_why_absent
 from patarm_jax.run.peers import end_all, end_together
 from patarm_jax.run.process import say
-from patarm_jax.types import BenchmarkName, JudgeKind, LearntNothing, UsageError, UserError
+from patarm_jax.types import BenchmarkName, JudgeKind, LearntNothing, PolicyBenchmarkName, UsageError, UserError
 
 _BENCHMARKS, _JUDGES = get_args(BenchmarkName), get_args(JudgeKind)
+_POLICY_BENCHMARKS = get_args(PolicyBenchmarkName)
 
 # Recipes are imported when their verb is called, so that `--help` and a typo answer at once.
 
@@ -212,9 +213,13 @@ def _add_eval(verbs: _Verbs) -> None:
         "patarm eval rewardbench --judge rubric_judge --model judge-8b --generator generator-8b --output … --votes 5",
         "patarm eval pairs --model runs/demo/grpo --data runs/demo/data/heldout.jsonl --output runs/heldout",
         "patarm eval pairs --model runs/demo/sft --data … --output runs/sft --against runs/heldout",
+        "patarm eval ifeval --model runs/policy --output runs/ifeval",
+        "patarm eval ifeval --responses responses.jsonl --output runs/ifeval",
     ]
-    evaluate = _verb(verbs, "eval", _eval, "evaluate a judge on a benchmark", examples)
-    evaluate.add_argument("benchmark", metavar="BENCHMARK", help=", ".join(_BENCHMARKS))
+    evaluate = _verb(verbs, "eval", _eval, "evaluate a judge on a benchmark, or a policy", examples)
+    evaluate.add_argument(
+        "benchmark", metavar="BENCHMARK", help=f"{', '.join(_BENCHMARKS)}; of a policy: {', '.join(_POLICY_BENCHMARKS)}"
+    )
     evaluate.add_argument(
         "--model", type=_place, default="", help="a Hugging Face folder, or the folder of a finished run"
     )
@@ -374,8 +379,11 @@ def _rubrics(options: argparse.Namespace, rest: list[str]) -> int:
 def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     from patarm_jax.recipes.evaluate import main as evaluate
 
+    if options.benchmark in _POLICY_BENCHMARKS:
+        return _eval_policy(options, rest)
     if options.benchmark not in _BENCHMARKS:
-        raise UsageError(f"unknown benchmark {options.benchmark}. Use one of {', '.join(_BENCHMARKS)}.")
+        every = ", ".join((*_BENCHMARKS, *_POLICY_BENCHMARKS))
+        raise UsageError(f"unknown benchmark {options.benchmark}. Use one of {every}.")
     config = EvalConfig(
         benchmark=options.benchmark,
         judge=options.judge,
@@ -394,6 +402,30 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     data = dataclasses.replace(config.data, path=options.data or config.data.path)
     done = evaluate(dataclasses.replace(config, model=model, data=data), options.dry_run)
     return 0 if options.dry_run or (done is not None and done.is_complete) else 1  # the same command goes on
+
+
+def _eval_policy(options: argparse.Namespace, rest: list[str]) -> int:
+    from patarm_jax.recipes.evaluate_policy import main as evaluate
+
+    of_judges = {
+        "--judge": options.judge != "pointwise",
+        "--votes": options.votes != 1,
+        "--expected-score": options.expected_score,
+        "--generator": options.generator,
+        "--against": options.against,
+    }
+    if given := [name for name, is_given in of_judges.items() if is_given]:
+        raise UsageError(
+            f"{given[0]} is for benchmarks of judges, and {options.benchmark} is of policies. Leave it out."
+        )
+    settings = {"benchmark": options.benchmark, "output": options.output, "limit": options.limit, "seed": options.seed}
+    config = _told(partial(override, PolicyEvalConfig(**settings), rest), rest)
+    _refuse_both(rest, {name: getattr(options, name[2:]) and f"{name}.path" for name in ("--model", "--data")})
+    model = dataclasses.replace(config.model, path=options.model or config.model.path)
+    data = dataclasses.replace(config.data, path=options.data or config.data.path)
+    config = dataclasses.replace(config, model=model, data=data)
+    config.check()
+    return 0 if evaluate(config, options.dry_run) or options.dry_run else 1  # the same command goes on
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> int:

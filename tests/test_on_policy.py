@@ -5,13 +5,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from patarm_jax.ask.round_robin import RoundRobin, worth_of_group
+from patarm_jax.ask.worth_here import Waiting
 from patarm_jax.cli import main
-from patarm_jax.rollout.preferring import ALL_EQUAL, ONE_REWARD, SMALL_GAP, UNLIKE_ORDERS, Pair, preferred_pair
+from patarm_jax.recipes.on_policy import pair_of
+from patarm_jax.rollout.preferring import ALL_EQUAL, ONE_REWARD, SMALL_GAP, UNLIKE, Pair, preferred_pair
 from patarm_jax.rollout.responses import NO_ANSWER, NO_BASELINE, Worth
 from tests.chat_server import FORM, completion, served
 from tests.runs import (
@@ -41,8 +44,8 @@ def test_a_pair_is_what_a_plain_loop_finds(rewards, agreed, min_gap):
             if not gap > 0:  # NaN included
                 continue
             spread = max(spread, gap)
-            if reason in (ALL_EQUAL, UNLIKE_ORDERS):
-                reason = SMALL_GAP if agreed[i, j] else UNLIKE_ORDERS
+            if reason in (ALL_EQUAL, UNLIKE):
+                reason = SMALL_GAP if agreed[i, j] else UNLIKE
             if agreed[i, j] and gap >= min_gap and (best is None or gap > rewards[best[0]] - rewards[best[1]]):
                 best = i, j
     found = preferred_pair(rewards, agreed, min_gap)
@@ -70,6 +73,62 @@ def test_comparisons_of_all_with_all_add_up_to_what_a_plain_loop_finds(shares):
         assert worth.value == (pytest.approx(np.mean(won)) if won else None)
         assert list(worth.beats) == beaten
         assert worth.said.count("beside response") == 3
+
+
+class LongerWins(Waiting):
+    """A judge of two that prefers the longer response, and the first of two that are as long."""
+
+    name = "longer"
+    of_one_prompt = 1
+
+    def collect(self, key, step):
+        return {one.index: [self.worth(one.answers[0], one.baseline)] for one in self.taken()}
+
+    def worth(self, response, other):
+        if response is None or other is None:
+            return Worth(None, "no answer")
+        first, second = float(len(response) >= len(other)), float(len(response) > len(other))
+        return Worth((first + second) / 2, "", (first, second))
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([None, "a", "bb", "cc", "ddd"]), min_size=3, max_size=3), min_size=1, max_size=3)
+)
+def test_a_judge_of_two_ranks_all_responses_to_a_prompt(groups):
+    every = [responses_to(*answers, index=index) for index, answers in enumerate(groups)]
+    found = collected(RoundRobin(LongerWins()), *every)
+    for index, answers in enumerate(groups):
+        for worth, mine in zip(found[index], answers, strict=True):
+            others = [other for other in answers if other is not None]
+            if mine is None or len(others) < 2:
+                assert worth.value is None and worth.beats == ()
+                continue
+            shorter = [len(mine) > len(other) for other in others]
+            equal = sum(len(mine) == len(other) for other in others) - 1
+            assert worth.value == pytest.approx((sum(shorter) + equal / 2) / (len(others) - 1))
+            assert list(worth.beats) == [n for n, other in enumerate(answers) if other and len(mine) > len(other)]
+        rows = [
+            {"text": text or "", "reward": worth.value, "sources": {"longer": {"beats": worth.beats}}}
+            for text, worth in zip(answers, found[index], strict=True)
+        ]
+        pair = pair_of(rows, 0.0)
+        there = [len(text) for text in answers if text is not None]
+        if len(there) > 1 and max(there) > min(there):
+            assert (len(answers[pair.chosen]), len(answers[pair.rejected])) == (max(there), min(there))
+        else:
+            assert pair in (ONE_REWARD, ALL_EQUAL)
+        for row in rows:
+            row["sources"]["longer"]["beats"] = ()  # another preference in the other order, whatever the rewards
+        assert isinstance(pair_of(rows, 0.0), str)
+
+
+def test_equal_texts_and_rounding_make_no_pair():
+    def rows(*given):
+        return [{"text": text, "reward": reward, "sources": {}} for text, reward in given]
+
+    assert pair_of(rows(("No", 8.0), ("No ", 3.0), ("Tea.", 5.0)), 0.0) == Pair(chosen=0, rejected=2)
+    assert pair_of(rows(("No", 8.0), ("No", 3.0)), 0.0) == UNLIKE
+    assert pair_of(rows(("No", 8.2), ("Tea.", 8.200000000000001)), 0.0) == ALL_EQUAL
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------
@@ -139,6 +198,12 @@ def test_a_killed_run_of_rounds_ends_like_a_whole_one(folder, started):
         stopped.until(lambda: len(list((folder / "rounds_killed").glob("responses/round-1/*"))) >= 2)
         stopped.process.kill()
         stopped.end(-9)
+        # What is sampled together changes nothing; a signal in the midst of a round's last prompts still stops.
+        stopped = start("dpo", killed, "--on_policy.prompts_at_once", "6")
+        stopped.until(lambda: "5 responses to each of 6 prompts" in stopped.so_far())
+        stopped.process.terminate()
+        said_of_stop = stopped.end()
+        assert "stopped after 6 of 6 prompts of round 1; run the command again to resume" in said_of_stop
         again = start("dpo", killed)
         again.until(lambda: len(lines_of(folder / "rounds_killed" / "round-2")) >= 2)
         again.process.kill()
@@ -156,6 +221,18 @@ def test_a_killed_run_of_rounds_ends_like_a_whole_one(folder, started):
         check_pairs(pairs, responses_of(theirs, number))
     first, second = ({row["id"] for row in responses_of(theirs, number)} for number in (1, 2))
     assert first and second and not first & second  # each round has prompts of its own
+    card = (theirs / "export" / "README.md").read_text()
+    assert card.count("round-2") == 0 and "rounds_whole" in card and "prompts.jsonl" in card
+    assert "on pairs of its own responses, as short, far ranks them, round 2 of 2" in card
+    assert f"base model | `{folder / 'taught' / 'export'}`" in card
+    for verb in (["report", theirs], ["export", theirs, folder / "exported"]):
+        assert f"is a run of 2 rounds, each with a folder. Give one of them, such as {theirs / 'round-2'}" in start(
+            *verb
+        ).end(1)
+    assert (
+        safetensors.numpy.load_file(theirs / "round-1" / "export" / "model.safetensors")["model.norm.weight"].dtype
+        == np.float32
+    )
     assert "is complete, all 2 rounds, and is left as it is" in start("dpo", whole).end()
 
 
@@ -248,7 +325,11 @@ def test_eight_devices_and_two_processes_learn_as_one(folder, started):
         ({"sources": [], "responses": 5}, "on_policy.rounds is set, and on_policy.sources is empty"),
         ({"responses": 1}, "on_policy.responses is 1; allowed is 2 or more"),
         ({"sampling": {"temperature": 0.0}}, "on_policy.sampling.temperature is 0; allowed for dpo is above 0"),
-        ({"rounds": 13}, "12 usable prompts do not give each of on_policy.rounds 13 one of its own"),
+        (
+            {"rounds": 13},
+            "12 usable prompts, 0 in each of on_policy.rounds 13, make no 8 pairs, as many as pairs_per_step",
+        ),
+        ({"sampling": {"max_new_tokens": 2000}}, "on_policy.sampling.max_new_tokens is 2000, and data.max_completion_"),
         ({"sources": [{"kind": "judge"}]}, "on_policy.sources.0 names no model"),
     ],
 )

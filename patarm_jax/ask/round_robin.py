@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from patarm_jax.ask.worth_here import JudgeHere
-from patarm_jax.rollout.responses import Responses, Worth
+from patarm_jax.rollout.responses import Responses, Worth, without_answers
 
 
 @dataclass
@@ -44,10 +44,14 @@ class RoundRobin:
         for one in every:
             for number, (member, other) in enumerate(pairs):
                 self.judge.offer(_compared(one, member, other, len(pairs), number))
-        found = self.judge.collect(key, step)
+        compared = self.judge.collect(key, step)
         first = {one.index: one.index * len(pairs) for one in every}
-        of_pairs = {index: [found[start + n][0] for n in range(len(pairs))] for index, start in first.items()}
-        return {one.index: worth_of_group(len(one.answers), pairs, of_pairs[one.index]) for one in every}
+        of_pairs = {index: [compared[start + n][0] for n in range(len(pairs))] for index, start in first.items()}
+        found = {one.index: worth_of_group(len(one.answers), pairs, of_pairs[one.index]) for one in every}
+        for one in every:
+            for member, nothing in without_answers(one).items():
+                found[one.index][member] = replace(nothing, beats=())
+        return found
 
 
 def _compared(one: Responses, member: int, other: int, pairs: int, number: int) -> Responses:

@@ -221,7 +221,7 @@ def _completion(responses: Responses, answer: str) -> str | list[Message]:
 class TrainerState:
     """What TRL hands a reward function of the run, as far as it is known here."""
 
-    global_step: int
+    global_step: int  # where pairs are made, the batch of prompts in its round
 
 
 PROMPT = "prompt"  # in a row, whatever its column is called

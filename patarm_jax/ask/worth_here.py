@@ -100,7 +100,7 @@ class OpenedModel:
         """What it runs for the responses of a step, with abstract arguments; none of a model that writes nothing."""
         if not self.form.writes:
             return {}
-        asked = config.prompts_at_once * config.rollouts_per_prompt * self.form.responses
+        asked = config.prompts_at_once * config.judged_per_prompt(self.section)
         writers = {self.section.called: (judge_of(self, mesh), asked)}
         if (writer := writer_of(self, mesh)) is not None:
             writers[self._generators] = writer, config.prompts_at_once

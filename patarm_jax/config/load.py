@@ -53,6 +53,14 @@ def load_run(folder: Path) -> RunConfig:
     return from_mapping(TRAINING[recipe], mapping, str(path))
 
 
+def refuse_rounds(folder: Path, config: RunConfig) -> None:
+    """Refuses a run of rounds, each of which is a run of its own, where one run is meant."""
+    if isinstance(config, DPOConfig) and config.on_policy.sources:
+        begun = sorted(folder.glob("round-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        which = f"Give one of them, such as {begun[-1]}" if begun else "Its first one has not begun"
+        raise UserError(f"{folder} is a run of {config.on_policy.rounds} rounds, each with a folder. {which}.")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; a key that stands twice is refused, where YAML's readers take the last."""
     try:

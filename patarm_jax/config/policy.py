@@ -105,6 +105,9 @@ class AsksSources(Protocol):
     def place_of(self, number: int) -> str:
         """The settings of one of `every_source`."""
 
+    def judged_per_prompt(self, source: SourceSection) -> int:
+        """What a source is asked about a prompt: each response or, where it compares, each comparison in an order."""
+
 
 _OF_JUDGES = ("endpoint", "generator", "max_rubric_tokens", "rubrics", "votes", "expected_score", "sampling")
 
@@ -155,6 +158,10 @@ class PolicyConfig(ReinforcedConfig):
     def prompts_at_once(self) -> int:
         """Those of a step."""
         return self.pairs_per_step
+
+    def judged_per_prompt(self, source: SourceSection) -> int:
+        """What a source is asked about a prompt: each response, or in both orders beside the greedy one."""
+        return self.group_size * (2 if source.compares else 1)
 
     def place_of(self, number: int) -> str:
         """The settings of one of `every_source`."""
@@ -311,6 +318,11 @@ class DPOConfig(TrainConfig):
         """Responses to each of them."""
         return self.on_policy.responses
 
+    def judged_per_prompt(self, source: SourceSection) -> int:
+        """What a source is asked about a prompt: each response, or each beside all others in both orders."""
+        responses = self.on_policy.responses
+        return responses * (responses - 1) if source.compares else responses
+
     @property
     def stage_in_words(self) -> str:
         """What the recipe is, for the model card."""
@@ -341,6 +353,12 @@ class DPOConfig(TrainConfig):
         if own.responses < 2:
             raise UsageError("on_policy.responses is 1; allowed is 2 or more: a pair is made of two. Raise it.")
         refuse_equal_samples(own.sampling, "on_policy.sampling", self.recipe)
+        written, learnt = own.sampling.max_new_tokens, self.data.max_completion_tokens
+        if written > learnt:
+            raise UsageError(
+                f"on_policy.sampling.max_new_tokens is {written}, and data.max_completion_tokens {learnt}: longer "
+                "responses would be judged and then left out. Raise the one or lower the other."
+            )
         if own.rounds > 1 and self.lora.export == "adapter":
             raise UsageError(
                 f"lora.export is adapter, and on_policy.rounds is {own.rounds}: the next round begins with a whole "

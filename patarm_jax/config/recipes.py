@@ -33,7 +33,15 @@ from patarm_jax.config.sections import (
     Votes,
 )
 from patarm_jax.config.training import ReinforcedConfig, SupervisedConfig, TrainConfig
-from patarm_jax.types import BY_RUBRICS, BenchmarkName, JudgeKind, RubricMode, UsageError
+from patarm_jax.types import (
+    BY_RUBRICS,
+    BenchmarkName,
+    JudgeKind,
+    PolicyBenchmarkName,
+    PolicyKind,
+    RubricMode,
+    UsageError,
+)
 
 OWN_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:name
 
@@ -387,6 +395,48 @@ class EvalConfig(AskingConfig):
                 "data.given_rubrics is true, and `patarm eval` reads no rubrics from its data. Give --generator, or "
                 "judge the file with `patarm judge`, which does."
             )
+
+
+@dataclass(frozen=True)
+class PolicyEvalConfig(Section):
+    """`patarm eval ifeval`: a policy's responses scored; BENCHMARK, --model, --data and --output come beside these."""
+
+    benchmark: PolicyBenchmarkName = "ifeval"  # the same as BENCHMARK
+    model: ModelSection = field(default_factory=ModelSection)
+    endpoint: EndpointSection = field(default_factory=EndpointSection)
+    mesh: MeshSection = field(default_factory=MeshSection)
+    data: DataSection = field(default_factory=lambda: DataSection(split="", max_prompt_tokens=16384))
+    sampling: JudgingSection = field(default_factory=lambda: JudgingSection(max_new_tokens=2048))
+    thinking: bool = True  # whether the policy may think before it answers, as its chat template has it
+    # A file of responses that are there already, {"prompt": …, "response": …} in each row, in place of a policy.
+    responses: str = field(default="", metadata=PLACE)
+    output: str = field(default="", metadata=PLACE)  # the same as --output
+    name: str = ""  # the policy's name in results; empty: its folder's, the server's, or the file's
+    limit: Natural = 0  # so many prompts, the first ones; 0: all
+    seed: Seed = 0  # random seed for sampling
+
+    @property
+    def policy(self) -> PolicyKind:
+        """How it is asked."""
+        return "policy" if self.thinking else "policy_unthinking"
+
+    @property
+    def has_endpoint(self) -> bool:
+        """Whether the policy is behind an endpoint."""
+        return bool(self.endpoint.url)
+
+    def check(self) -> None:
+        """Refuses more than one thing that answers."""
+        given = {
+            "--model": self.model.path,
+            "--endpoint.url": self.endpoint.url,
+            "--responses": self.responses,
+        }
+        if len(named := [name for name, value in given.items() if value]) > 1:
+            raise UsageError(f"{' and '.join(named)} are given. Give one: the policy, its server, or its responses.")
+        for name in ("columns", "domain", "domains", "source_domains", "drop_sources", "given_rubrics"):
+            if getattr(self.data, name):
+                raise UsageError(f"data.{name} is given, and {self.benchmark} has its own format. Leave it out.")
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ from patarm_jax.recipes import dpo, grpo, policy, reward_model, sft
 
 PART = "policy"
 SIZES = PolicySizes()
-# From the folder of a seed to what rewards the policy; the first four are trained by no such thing.
+# From the folder of a seed to what rewards the policy; the other arms are trained by no such thing.
 REWARDED: dict[str, Callable[[Path], SourceSection]] = {
     "reward model": lambda begun: SourceSection(kind="scalar", model=str(begun / "scalar")),
     "SFT judge": lambda begun: SourceSection(model=str(begun / "sft")),
@@ -105,14 +105,21 @@ def _measured(out: Path, name: str, seed: int, sizes: PolicySizes) -> Measured:
 
 
 def _cost(folder: Path, name: str) -> tuple[float, int]:
-    """Seconds of steps, and tokens; of pairs that are made, those that their responses have too, in no time."""
+    """Seconds of steps without compiling the first, and tokens; where pairs are made, of making them too."""
     run = folder / "run"
     if name == OWN_PAIRS:
         rounds = [of_training(round) for round in sorted(run.glob("round-*"))]
-        written = [json.loads(line) for path in run.glob("responses/*/*.jsonl") for line in path.open(encoding="utf-8")]
-        sampled = sum(one["tokens"] for row in written for one in row["responses"])
-        return sum(seconds for seconds, _ in rounds), sampled + sum(tokens for _, tokens in rounds)
+        made = [_cost_of_making(responses) for responses in sorted(run.glob("responses/round-*"))]
+        return sum(seconds for seconds, _ in rounds + made), sum(tokens for _, tokens in rounds + made)
     return of_training(run) if run.is_dir() else (0.0, 0)
+
+
+def _cost_of_making(responses: Path) -> tuple[float, int]:
+    """Seconds between the files of a round's batches, which leave its first batch out, and the tokens of all."""
+    paths = sorted(responses.iterdir())
+    rows = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").split("\n") if line]
+    tokens = sum(one["tokens"] for row in rows for one in row["responses"])
+    return paths[-1].stat().st_mtime - paths[0].stat().st_mtime, tokens
 
 
 def best_of_n(out: Path, seeds: int, sizes: PolicySizes = SIZES) -> dict[str, list[tuple[float, float]]]:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from patarm_jax.arrays import Params, Tree
-from patarm_jax.config.sections import HeldoutSection
+from patarm_jax.config.sections import DataSection, HeldoutSection
 from patarm_jax.config.training import RunConfig, TrainConfig
 from patarm_jax.data.pairs import shared_between
 from patarm_jax.data.pipeline import EncodedPair, digest_of, encode_pairs
@@ -107,10 +107,18 @@ def open_heldout(
     )
 
 
-def read_heldout(config: RunConfig, training: Sequence[Preference]) -> tuple[list[Preference], str]:
-    """The held-out pairs, none of which is trained on, and a clause on what became of the rows."""
-    section = config.heldout
-    preferences, read = read_preferences(replace(config.data, path=section.path, split=section.split), "heldout")
+def read_heldout(
+    config: RunConfig, training: Sequence[Preference], data: DataSection | None = None
+) -> tuple[list[Preference], str]:
+    """The held-out pairs, none of which is trained on, and a clause on what became of the rows.
+
+    Args:
+        config: of the run.
+        training: what is trained on.
+        data: how the rows are read; None: as those that are trained on.
+    """
+    section, data = config.heldout, data or config.data
+    preferences, read = read_preferences(replace(data, path=section.path, split=section.split), "heldout")
     said = _refuse_shared_pairs(config, training, preferences)
     return preferences[: section.limit or None], f"{read}{said}"
 
@@ -124,7 +132,7 @@ def _refuse_shared_pairs(config: RunConfig, training: Sequence[Preference], held
         raise UserError(
             f"{shared.pairs:,} of the {len(heldout):,} held-out pairs of {config.heldout.path} {stand} in the training "
             f"data too ({where}), with their responses in this order or the other: {here}, for one, which is {there} "
-            "there. A judge that learnt them is measured too high. Remove them from one of the two, or name other "
+            "there. A model that learnt them is measured too high. Remove them from one of the two, or name other "
             "pairs with heldout.path and heldout.split."
         )
     if not shared.prompts:

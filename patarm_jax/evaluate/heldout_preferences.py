@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.policy import DPOConfig
+from patarm_jax.config.sections import DataSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import EncodedPair, digest_of, encode_pairs
 from patarm_jax.data.prompts import DOMAIN, both_responses
@@ -57,13 +58,17 @@ def open_heldout_preferences(
     model: Model,
     mesh: Mesh,
     training: Sequence[Preference],
+    data: DataSection | None = None,
 ) -> HeldoutPreferences | None:
-    """Reads the held-out pairs; None when there are none. Those that are trained on are refused."""
+    """Reads the held-out pairs, `data` as of `read_heldout`; None when there are none.
+
+    Those that are trained on are refused.
+    """
     section = config.heldout
     if not section.path:
         return None
-    data = replace(config.data, domain=config.data.domain or DOMAIN)
-    preferences, read = read_heldout(replace(config, data=data), training)
+    data = data or config.data
+    preferences, read = read_heldout(config, training, replace(data, domain=data.domain or DOMAIN))
     room, form = Room(model.arch.max_position_embeddings), FORMS[config.judge]
     responses = list(map(both_responses, preferences))
     records, encoded = encode_pairs(model.tokenizer, responses, config.rubrics, config.data, room, form)

@@ -169,7 +169,8 @@ class HeldoutResponses(NowAndThen):
         """Has all held-out prompts answered, and all sources say what they think of it."""
         weights, seen = self.to_rollout(params, frozen), self.rewarding.config.reward.sees_thinking
         by = self.policy, self.greedy, self.sources(), seen
-        return ask_sources(*by, 0, weights, self.share, self.key, lambda _: contextlib.nullcontext())
+        phase, number = (lambda _: contextlib.nullcontext()), len(self.records)
+        return ask_sources(*by, 0, weights, self.share, self.key, phase, prompts=number)
 
     def __call__(self, params: Params, frozen: Tree) -> dict[str, float]:
         """The metrics of that."""

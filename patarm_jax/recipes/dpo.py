@@ -6,10 +6,8 @@ run folder. The prompt of a pair is computed once for both responses. The same c
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -38,13 +36,15 @@ from patarm_jax.recipes.on_policy import (
 )
 from patarm_jax.recipes.programs import dpo_learner, dpo_programs, make_response_logprobs
 from patarm_jax.recipes.ready import Ready, describe_update, make_ready, take_updates
-from patarm_jax.run.card import card_of
-from patarm_jax.run.claim import claimed
+from patarm_jax.run.card import ModelCardFacts, card_of
+from patarm_jax.run.claim import claimed, wait_to_see
 from patarm_jax.run.folder import Run, open_run
 from patarm_jax.run.open_model import Model, load_params, weights_digest
 from patarm_jax.run.peers import arrive, start_processes, told
 from patarm_jax.run.process import TO_RESUME, say
 from patarm_jax.run.progress import Shown, percent
+from patarm_jax.run.stopping import stop_after_steps
+from patarm_jax.types import Preference
 
 # Files of a run with what the reference says of all responses, those that are learnt from and those held out.
 REFERENCE, REFERENCE_HELDOUT = "reference.json", "reference_heldout.json"
@@ -54,16 +54,20 @@ def main(config: DPOConfig) -> bool:
     """Trains until done and exports; False when it was asked to stop before."""
     start_processes(config)
     with claimed(config.run):
-        return _train_in_rounds(open_making(config)) if config.on_policy.sources else _train(_ready(config))
+        if config.on_policy.sources:
+            return _train_in_rounds(open_making(config, _open_heldout))
+        return _train(_ready(config))
 
 
 def _ready(config: DPOConfig, heldout: DataSection | None = None) -> Ready[DPOConfig]:
-    """What a run begins with; the held-out pairs are read as its data are unless they are of another form."""
+    """What a run begins with; `heldout` says how the held-out pairs are read where it is not as the others."""
+    return make_ready(config, read_preferred_responses, open_evaluation=partial(_open_heldout, data=heldout))
 
-    def open_evaluation(config: DPOConfig, *rest: Any) -> HeldoutPreferences | None:
-        return open_heldout_preferences(sums_of, replace(config, data=heldout or config.data), *rest)
 
-    return make_ready(config, read_preferred_responses, open_evaluation=open_evaluation)
+def _open_heldout(
+    config: DPOConfig, model: Model, mesh: Mesh, training: Sequence[Preference], data: DataSection | None = None
+) -> HeldoutPreferences | None:
+    return open_heldout_preferences(sums_of, config, model, mesh, training, data)
 
 
 def _train_in_rounds(making: Making) -> bool:
@@ -72,19 +76,30 @@ def _train_in_rounds(making: Making) -> bool:
     if is_over(making):
         return True
     rounds = making.config.on_policy.rounds
-    for number in range(1, rounds + 1):
-        if is_trained(making, number):
-            continue
-        if not make_pairs(making, number):
-            return False
-        say(f"round {number} of {rounds}: learning from {making.pairs_of(number)}")
-        if not _train(_ready(making.config_of(number), making.config.data)):
-            return False
+    with stop_after_steps() as stop_asked:
+        for number in range(1, rounds + 1):
+            if is_trained(making, number):
+                continue
+            if not make_pairs(making, number):
+                return False
+            say(f"round {number} of {rounds}: learning from {making.pairs_of(number)}")
+            ready = _ready(making.config_of(number), making.config.data)
+            # A round begins with all that the one before has learnt, and not with what bfloat16 leaves of it.
+            dtype = making.config.model.dtype if number == rounds else "float32"
+            if not _train(ready, partial(making.told_by, number), dtype):
+                return False
+            wait_to_see(making.export_of(number) / "config.json")
+            if stop_asked() and number < rounds:
+                say(f"stopped after round {number} of {rounds}; run the command again to resume")
+                return False
     finish(making)
     return True
 
 
-def _train(ready: Ready[DPOConfig]) -> bool:
+def _train(
+    ready: Ready[DPOConfig], told_by: Callable[[ModelCardFacts], ModelCardFacts] = lambda card: card, dtype: str = ""
+) -> bool:
+    """Trains on pairs that are there; the card is as `told_by` has it, the weights in `dtype`, else the model's."""
     config, mesh, model, records, length = ready.config, ready.mesh, ready.model, ready.records, ready.length
     learner = dpo_learner(config, model.arch, mesh, updates=length.steps)
     say(kernels_in_use(config.model, model.arch, mesh, "shared"))
@@ -93,14 +108,14 @@ def _train(ready: Ready[DPOConfig]) -> bool:
             return True
         reference = _references(ready, run)
         take_updates(run, partial(_prepare, ready, reference), _shown)
-        return run.finish(card_of(config, model, len(records)))
+        return run.finish(told_by(card_of(config, model, len(records))), dtype)
 
 
 def dry_run(config: DPOConfig) -> None:
     """Shows the config, the first batch, and what the update needs at the largest batch of an epoch."""
     start_processes(config, dry_run=True)
     if config.on_policy.sources:
-        describe_making(open_making(config))
+        describe_making(open_making(config, _open_heldout))
         return
     ready = _ready(config)
     learner = dpo_learner(ready.config, ready.model.arch, ready.mesh, ready.length.steps)

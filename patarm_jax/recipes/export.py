@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from patarm_jax.config.load import load_run, override
+from patarm_jax.config.load import load_run, override, refuse_rounds
 from patarm_jax.config.rubric_arm import Role, RubricArmConfig
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.config.training import TrainConfig
@@ -89,6 +89,7 @@ def _trained(folder: Path, step: int | None, role: Role | None) -> tuple[TrainCo
     """
     config = load_run(folder)
     if isinstance(config, TrainConfig):
+        refuse_rounds(folder, config)
         if role:
             raise UsageError(f"{folder} has trained one model, and no {role} beside it. Leave --role out.")
         return config, ""

@@ -9,7 +9,7 @@ from patarm_jax.ask.endpoint import Remote, ask_endpoint, ask_name
 from patarm_jax.ask.estimate import estimate
 from patarm_jax.ask.local import Local, ask_local, open_local
 from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
-from patarm_jax.config.recipes import AskingConfig, RubricsConfig
+from patarm_jax.config.recipes import AskingConfig, PolicyEvalConfig, RubricsConfig
 from patarm_jax.config.sections import EndpointSection, JudgingSection, SamplingSection
 from patarm_jax.evaluate.rubrics import (
     Prompted,
@@ -135,6 +135,15 @@ def open_judge(config: AskingConfig, answers: Path, dry_run: bool, begun: str = 
     return _open_remote(config.endpoint, config.sampling, form, config.votes, config.seed, answers, dry_run, begun)
 
 
+def open_policy(config: PolicyEvalConfig, answers: Path, dry_run: bool) -> Local | Remote:
+    """The policy whose responses a file keeps; `dry_run` as of `open_judge`."""
+    if not config.endpoint.url:
+        drawn = config.sampling, 1, config.seed, config.data.max_prompt_tokens
+        return open_local(config.model, config.mesh, *drawn, config.policy)
+    form = FORMS[config.policy]
+    return _open_remote(config.endpoint, config.sampling, form, 1, config.seed, answers, dry_run, begun="")
+
+
 def _open_remote(
     section: EndpointSection,
     sampling: JudgingSection,
@@ -163,7 +172,7 @@ def ask(judge: Local | Remote, form: Form, answers: Answers, questions: Sequence
     return ask_local(judge, answers, questions)
 
 
-def refuse_many_processes(config: AskingConfig | RubricsConfig) -> None:
+def refuse_many_processes(config: AskingConfig | RubricsConfig | PolicyEvalConfig) -> None:
     """Refuses several processes where a server is asked."""
     if config.mesh.distributed != "none" and config.has_endpoint:
         raise UsageError("a model behind an endpoint is asked by one process. Set mesh.distributed to none.")

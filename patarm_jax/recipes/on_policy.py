@@ -11,11 +11,12 @@ A stopped run goes on behind the last batch of prompts that was kept.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from patarm_jax.ask.worth_here import JudgeHere, OpenedModel, load_source_weight
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.policy import DPOConfig, OnPolicySection
 from patarm_jax.config.sections import DataSection
+from patarm_jax.data.pairs import laid_out
 from patarm_jax.data.pipeline import EncodedPair, PairBatch, encode_pairs
 from patarm_jax.data.preferences import Report
 from patarm_jax.data.prompts import read_prompts
@@ -41,16 +43,18 @@ from patarm_jax.model.sharding import gather_json, make_mesh
 from patarm_jax.model.transformer import abstract_params
 from patarm_jax.padding import bucket
 from patarm_jax.recipes.programs import programs
+from patarm_jax.recipes.ready import OpenEvaluation
 from patarm_jax.rollout.engine import abstract_programs
 from patarm_jax.rollout.judging import Judge, make_judge
 from patarm_jax.rollout.preferring import Pair, preferred_pair
 from patarm_jax.rollout.responses import Responses, Said, Source, Worth, ask_sources, refuse_many_failures
+from patarm_jax.run.card import ModelCardFacts, card_of
 from patarm_jax.run.claim import MARK, folder_of, wait_to_see, write_mark
 from patarm_jax.run.devices import tell_devices
 from patarm_jax.run.export import refuse_adapters_of_no_model
 from patarm_jax.run.folder import length_of
 from patarm_jax.run.learner import check_batch, rollout_rules
-from patarm_jax.run.open_model import EXPORT, Model, open_model
+from patarm_jax.run.open_model import EXPORT, Model, name_of, open_model
 from patarm_jax.run.peers import agree, arrive, told
 from patarm_jax.run.process import TO_RESUME, say
 from patarm_jax.run.programs import describe
@@ -86,10 +90,10 @@ class Making:
         """What a round leaves."""
         return self.folder / f"round-{number}" / EXPORT
 
-    def batches_of(self, number: int) -> list[Sequence[EncodedPair]]:
-        """The prompts of a round as they are sampled together."""
+    def batches_of(self, number: int, done: int = 0) -> list[Sequence[EncodedPair]]:
+        """The prompts of a round behind the first `done` ones, as they are sampled together."""
         part, size = self.parts[number - 1], self.config.prompts_at_once
-        return [part[first : first + size] for first in range(0, len(part), size)]
+        return [part[first : first + size] for first in range(done, len(part), size)]
 
     def config_of(self, number: int) -> DPOConfig:
         """The run that learns from a round's pairs, which is one of pairs that are given."""
@@ -103,6 +107,15 @@ class Making:
             on_policy=OnPolicySection(),
         )
 
+    def told_by(self, number: int, card: ModelCardFacts) -> ModelCardFacts:
+        """A round's card, as that of all rounds up to it."""
+        config, rounds = self.config, self.config.on_policy.rounds
+        judged = ", ".join(source.called for source in config.every_source)
+        how = f"{card.stage} on pairs of its own responses, as {judged} ranks them, round {number} of {rounds}"
+        last = name_of(self.folder / EXPORT) if number == rounds else ""
+        first = card_of(config, self.model)
+        return replace(card, name=last, stage=how, base_model=first.base_model, data_path=first.data_path)
+
     def _policy(self, number: int) -> Any:
         """The section of the policy that a round begins with."""
         if number == 1:
@@ -111,8 +124,8 @@ class Making:
         return replace(self.config.model, path=str(before), adapter="", weights="load")
 
 
-def open_making(config: DPOConfig) -> Making:
-    """Opens all that is needed, the cheapest to refuse first."""
+def open_making(config: DPOConfig, open_heldout: OpenEvaluation) -> Making:
+    """Opens all that is needed, the cheapest to refuse first; `open_heldout` as of `make_ready`."""
     config, own = config.complete(), config.on_policy
     mesh = make_mesh(config.mesh)
     tell_devices()
@@ -127,18 +140,28 @@ def open_making(config: DPOConfig) -> Making:
     room = room_for(model.arch.max_position_embeddings, model.tokenizer, form, own.sampling.max_new_tokens, setting)
     records, encoded = encode_pairs(model.tokenizer, prompts, config.rubrics, config.data, room, form)
     say(f"{config.data.path}: {read}. Encoded: {encoded}.")
-    return Making(config, mesh, model, models, records, _parts(records, own, config.run.seed))
+    open_heldout(config, model, mesh, prompts)  # each round opens them anew; what is wrong with them is said now
+    making = Making(config, mesh, model, models, records, _parts(records, own, config.run.seed))
+    _refuse_too_few(making)
+    return making
+
+
+def _refuse_too_few(making: Making) -> None:
+    """Refuses prompts that cannot make the pairs of one step in each round."""
+    config, fewest = making.config, min(map(len, making.parts))
+    if fewest < config.pairs_per_step:
+        shared = config.on_policy.prompts == "parts" and config.on_policy.rounds > 1
+        of_each = f", {fewest:,} in each of on_policy.rounds {config.on_policy.rounds}," if shared else ""
+        raise UserError(
+            f"{len(making.records):,} usable prompts{of_each} make no {config.pairs_per_step:,} pairs, as many as "
+            f"pairs_per_step. Give more prompts, {'fewer rounds, ' if shared else ''}or lower pairs_per_step."
+        )
 
 
 def _parts(records: Sequence[EncodedPair], own: OnPolicySection, seed: int) -> list[list[EncodedPair]]:
     """The prompts of each round: all of them, or one part of all, shuffled."""
     if own.prompts == "all":
         return [list(records)] * own.rounds
-    if len(records) < own.rounds:
-        raise UserError(
-            f"{len(records):,} usable prompts do not give each of on_policy.rounds {own.rounds} one of its own. Give "
-            "more prompts, fewer rounds, or set on_policy.prompts to all."
-        )
     order = np.random.default_rng(seed % 2**64).permutation(len(records))
     return [[records[index] for index in sorted(part)] for part in np.array_split(order, own.rounds)]
 
@@ -147,7 +170,10 @@ def begin(making: Making) -> None:
     """Marks the run folder; refuses one that another run has marked."""
     config, folder = making.config, making.folder
     digests = {one.section.called: one.digest for one in making.models.values()}
-    identity = fingerprint(config, making.model, making.records, further={"models of the sources": digests})
+    # The length of a round too: those that are done would not be trained on.
+    length = {name: getattr(config.run, name) for name in ("steps", "epochs")}
+    further = {"models of the sources": digests, "run": length}
+    identity = fingerprint(config, making.model, making.records, further=further)
     noted = read_json_object(folder / MARK)
     whose = with_known_start(identity, noted)
     agree("what they read", {"prompts": whose["data"], "sources": digests, "weights": str(whose[WEIGHTS])})
@@ -217,49 +243,53 @@ def make_pairs(making: Making, number: int) -> bool:
     path = making.pairs_of(number)
     if _is_there(path):
         return True
-    batches = making.batches_of(number)
     folder = making.folder / RESPONSES / f"round-{number}"
-    files = [folder / f"batch-{batch:06}.jsonl" for batch in range(1, len(batches) + 1)]
-    done = int(told("how many batches of responses there are", str(sum(file.is_file() for file in files))))
-    if done < len(files) and not _sample(making, number, files, done):
+    kept = sum(1 for _ in _rows_in(folder)) if jax.process_index() == 0 else 0
+    done = int(told("how many prompts have responses", str(kept)))
+    if done < len(making.parts[number - 1]) and not _sample(making, number, folder, done):
         return False
     if jax.process_index() == 0:
-        _write_pairs(making, number, files)
+        _write_pairs(making, number, folder)
     told("that the pairs are written", "")
     wait_to_see(path)
     return True
 
 
-def _sample(making: Making, number: int, files: Sequence[Path], done: int) -> bool:
-    """Samples and judges the batches of a round that are not done; False when it was asked to stop before the last."""
+def _rows_in(folder: Path) -> Iterator[dict[str, Any]]:
+    """The prompts of a round that have responses, in order."""
+    for path in sorted(folder.glob("batch-*.jsonl")):
+        yield from (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line)
+
+
+def _sample(making: Making, number: int, folder: Path, done: int) -> bool:
+    """Samples and judges the prompts of a round behind the first `done` ones; False when it was asked to stop."""
     config, mesh, own = making.config, making.mesh, making.config.on_policy
-    of_round, batches, rounds = making.config_of(number), making.batches_of(number), own.rounds
-    count = len(making.parts[number - 1])
+    of_round, batches, rounds = making.config_of(number), making.batches_of(number, done), own.rounds
+    count, before = len(making.parts[number - 1]), len(list(folder.glob("batch-*.jsonl")))
     say(f"round {number} of {rounds}: {own.responses} responses to each of {count:,} prompts")
     model = open_model(of_round.model, config.judge)
     policy = policy_of(config, model, mesh)
     weights = load_source_weights(config, of_round.model, model, mesh)
     sources = _sources(making, number)
     key = jax.random.fold_in(jax.random.key(config.run.seed), number)
-    ends = np.cumsum([len(batch) for batch in batches]).tolist()  # how many prompts are done behind each batch
-    with stop_after_steps() as stop_asked, progress(count, ends[done - 1] if done else 0, unit="prompt") as report:
+    with stop_after_steps() as stop_asked, progress(count, done, unit="prompt") as report:
         tokens = 0
-        for place in range(done, len(batches)):
-            share = share_of(mesh, batches[place])
-            asked = policy, None, sources, own.sees_thinking, place + 1, weights, share, key
-            said = ask_sources(*asked, lambda _: contextlib.nullcontext())
-            where = f"round {number}, prompts up to {ends[place]:,}"
+        for place, batch in enumerate(batches, before + 1):
+            done += len(batch)
+            asked = policy, None, sources, own.sees_thinking, place, weights, share_of(mesh, batch), key
+            said = ask_sources(*asked, lambda _: contextlib.nullcontext(), prompts=len(batch))
+            where = f"round {number}, prompts up to {done:,}"
             refuse_many_failures(said, mesh, where, "on_policy.max_failed", own.max_failed)
-            rows = gather_json(mesh, _rows(config, said))[: len(batches[place])]
+            rows = gather_json(mesh, _rows(config, said))[: len(batch)]
             if jax.process_index() == 0:
-                _write_rows(files[place], rows)
+                _write_rows(folder / f"batch-{place:06}.jsonl", rows)
             arrive("keeping responses")
             for source in sources:
                 source.settle()
             tokens += sum(one["tokens"] for row in rows for one in row["responses"])
-            report(ends[place], _shown(rows), tokens)
-            if stop_asked() and place + 1 < len(batches):
-                say(f"stopped after {ends[place]:,} of {count:,} prompts of round {number}; run it again to resume")
+            report(done, _shown(rows), tokens)
+            if stop_asked():
+                say(f"stopped after {done:,} of {count:,} prompts of round {number}; run the command again to resume")
                 return False
     return True
 
@@ -326,12 +356,12 @@ def _shown(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | str]:
     return {**mean, "without a reward": percent(1 - len(known) / len(rewards))}
 
 
-def _write_pairs(making: Making, number: int, files: Sequence[Path]) -> None:
+def _write_pairs(making: Making, number: int, folder: Path) -> None:
     """Makes the pairs of a round's responses, and says what became of the prompts."""
     pairs: list[Mapping[str, Any]] = []
     dropped: Counter[str] = Counter()
-    for row in [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").split("\n") if line]:
-        found = _pair_of(row["responses"], making.config.on_policy.min_gap)
+    for row in _rows_in(folder):
+        found = pair_of(row["responses"], making.config.on_policy.min_gap)
         if isinstance(found, str):
             dropped[found] += 1
         else:
@@ -341,20 +371,30 @@ def _write_pairs(making: Making, number: int, files: Sequence[Path]) -> None:
     if not pairs:
         raise UserError(
             f"round {number}: no pair comes of the responses: {report}. What the sources say of each is kept in "
-            f"{files[0].parent}. Sample more responses to a prompt, hotter, ask judges for more votes, or lower "
+            f"{folder}. Sample more responses to a prompt, hotter, ask judges for more votes, or lower "
             "on_policy.min_gap, in another run folder."
+        )
+    if len(pairs) < making.config.pairs_per_step:
+        raise UserError(
+            f"round {number}: {len(pairs):,} pairs come of the responses, fewer than pairs_per_step "
+            f"{making.config.pairs_per_step:,}: {report}. What the sources say of each is kept in {folder}. Give more "
+            "prompts or lower pairs_per_step, in another run folder."
         )
     _write_rows(path, pairs)
     say(f"round {number}, pairs of prompts: {report}: {path}")
 
 
-def _pair_of(responses: Sequence[Mapping[str, Any]], min_gap: float) -> Pair | str:
+def pair_of(responses: Sequence[Mapping[str, Any]], min_gap: float) -> Pair | str:
+    """The two of a prompt's responses that make a pair, or why none do."""
     rewards = np.array([np.nan if one["reward"] is None else one["reward"] for one in responses])
     agreed = np.ones((len(responses), len(responses)), bool)
     for member, one in enumerate(responses):
         for source in one["sources"].values():
             if "beats" in source:
                 agreed[member] &= np.isin(np.arange(len(responses)), source["beats"])
+    texts = [laid_out(one["text"]) for one in responses]
+    for member, other in itertools.permutations(range(len(texts)), 2):
+        agreed[member, other] &= texts[member] != texts[other]  # which no one could learn to tell apart
     return preferred_pair(rewards, agreed, min_gap)
 
 

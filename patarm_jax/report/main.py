@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from patarm_jax.config.load import load_run, read_yaml
+from patarm_jax.config.load import load_run, read_yaml, refuse_rounds
 from patarm_jax.config.policy import PolicyConfig
 from patarm_jax.config.rubric_arm import RubricArmConfig
 from patarm_jax.config.training import ReinforcedConfig, TrainConfig
@@ -239,6 +239,7 @@ def _config(run: Path) -> TrainConfig:
     if isinstance(config, RubricArmConfig):  # of its two models the judge, which both are rewarded by
         return config.turn_of("judge")
     assert isinstance(config, TrainConfig)
+    refuse_rounds(run, config)
     return config
 
 

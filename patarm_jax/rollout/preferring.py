@@ -6,8 +6,9 @@ import numpy as np
 
 ONE_REWARD = "fewer than two whole responses with a reward"
 ALL_EQUAL = "all rewards are equal"
-UNLIKE_ORDERS = "no preference that is the same in both orders"
+UNLIKE = "no two texts that differ and whose preference is the same in both orders"
 SMALL_GAP = "no gap of on_policy.min_gap"
+ROUNDING = 1e-6  # the mean of the same votes in another order is no other reward
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ def preferred_pair(rewards: np.ndarray, agreed: np.ndarray, min_gap: float) -> P
 
     Args:
         rewards: [G], NaN where there is none or where the response was cut off.
-        agreed: [G, G] bool, whether all judges of two prefer the first index to the second in both orders; all True
-            where there are none.
+        agreed: [G, G] bool, whether the texts differ and all judges of two prefer the first index to the second in
+            both orders.
         min_gap: by which the two must differ at least.
 
     Returns:
@@ -44,12 +45,12 @@ def preferred_pair(rewards: np.ndarray, agreed: np.ndarray, min_gap: float) -> P
     if there.sum() < 2:
         return ONE_REWARD
     gaps = np.where(there[:, None] & there, rewards[:, None] - rewards, -np.inf)
-    if gaps.max() <= 0:
+    if gaps.max() <= ROUNDING:
         return ALL_EQUAL
     of_agreed = np.where(agreed, gaps, -np.inf)
-    if of_agreed.max() <= 0:
-        return UNLIKE_ORDERS
-    if of_agreed.max() < min_gap:
+    if of_agreed.max() <= ROUNDING:
+        return UNLIKE
+    if of_agreed.max() < min_gap - ROUNDING:
         return SMALL_GAP
     chosen, rejected = np.unravel_index(int(of_agreed.argmax()), gaps.shape)
     return Pair(int(chosen), int(rejected))

@@ -19,7 +19,7 @@ from patarm_jax.config.policy import PolicyConfig
 from patarm_jax.data.pipeline import EncodedPair, PairBatch
 from patarm_jax.files import one_line
 from patarm_jax.judge.parse import answer_of
-from patarm_jax.model.sharding import fetch, gather, gather_json
+from patarm_jax.model.sharding import fetch, gather, gather_json, process_in
 from patarm_jax.reward import Rewards, combined_rewards
 from patarm_jax.rollout.judging import Judge, judge, judge_all, requests_of, written_ids
 from patarm_jax.rollout.rewards import lost_for_length
@@ -132,6 +132,7 @@ def ask_sources(
     records: Sequence[EncodedPair],
     key: jax.Array,
     phase: Phase,
+    prompts: int | None = None,
 ) -> Said:
     """Responses to some prompts, and what sources say of them.
 
@@ -145,19 +146,22 @@ def ask_sources(
         records: this process's prompts; all processes have equally many.
         key: of the responses, and of judgements here.
         phase: times a part of the step by its name.
+        prompts: so many of all processes' records are prompts, the first ones; those behind are copies, by which
+            processes share evenly, and which no source is asked about. None: all are.
     """
     every: list[Responses] = []
     groups: list[Group] = []
-    requests = requests_of(records)
+    requests, first = requests_of(records), process_in(policy.engine.mesh)[0] * len(records)
     with phase("sample"):
         baselines: list[str | None] = [None] * len(records)
         if greedy is not None:
             _, found = judge_all(greedy, weights, requests, key)
-            baselines = [one.text or None if sees_thinking else answer_of(one.text) for (one,) in found]
+            baselines = [_seen(one.text, sees_thinking) for (one,) in found]
         for written in judge(policy, weights, requests, key):
             texts = [one.text for one in written.judgements]
-            answers = [text or None for text in texts] if sees_thinking else [answer_of(text) for text in texts]
             index, ids = written.group.index, written_ids(written.group)
+            is_copy = prompts is not None and first + index >= prompts
+            answers = [None if is_copy else _seen(text, sees_thinking) for text in texts]
             every.append(Responses(index, records[index], answers, texts, ids, baselines[index]))
             groups.append(written.group)
             for source in sources:
@@ -221,6 +225,12 @@ def sample_responses(
             for member in range(group)
         ],
     )
+
+
+def _seen(text: str, sees_thinking: bool) -> str | None:
+    """What sources see of a response; None where no answer stands behind its thinking."""
+    answer = answer_of(text)
+    return text if answer and sees_thinking else answer
 
 
 def _number(worth: Worth) -> float:

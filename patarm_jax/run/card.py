@@ -51,6 +51,7 @@ class ModelCardFacts:
     measured_on: str = ""  # the held-out pairs, and how they were judged; empty where there are none
     measured: Mapping[str, float] = field(default_factory=dict)  # the metrics `eval/…` of these weights
     lora: str = ""  # the adapters that were trained, in words; empty where all weights were
+    name: str = ""  # what the model is called; empty: as its run
     adapters: AdapterFacts | None = None  # where the folder holds adapters and no weights of its own
 
 

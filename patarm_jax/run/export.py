@@ -73,6 +73,7 @@ def export_trained(
     card: ModelCardFacts,
     replace: bool = False,
     noted: Mapping[str, object] = MappingProxyType({}),
+    dtype: str = "",
 ) -> None:
     """Exports what a run has trained as its config says: a whole model, or adapters alone, in PEFT's format.
 
@@ -86,13 +87,14 @@ def export_trained(
         card: the facts for README.md.
         replace: whether a folder that is not empty makes room.
         noted: what judge.json of a whole model says besides.
+        dtype: of a whole model's weights; empty: that of the config.
     """
     refuse_adapters_of_no_model(config, model)
     if exports_adapters(config):
         _write_adapter(folder, params, config, model, card, replace)
         return
     whole = whole_weights(config, model.arch, mesh, params, frozen)
-    write_export(folder, whole, model.arch, model.tokenizer, card, config.model.dtype, replace, noted)
+    write_export(folder, whole, model.arch, model.tokenizer, card, dtype or config.model.dtype, replace, noted)
 
 
 def exports_adapters(config: TrainConfig) -> bool:
@@ -134,4 +136,4 @@ def _write_judge(
     rubrics |= {"given_rubrics": True} if card.given_rubrics else {}
     kind = POLICY if card.judge in get_args(PolicyKind) else card.judge
     write_text(part / JUDGE, json.dumps({"judge": kind} | rubrics | dict(further)) + "\n")
-    model_card(card, name, opening).save(part / "README.md")
+    model_card(card, card.name or name, opening).save(part / "README.md")

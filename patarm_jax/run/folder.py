@@ -283,11 +283,12 @@ class Run:
 
     # ---------------------------------------------------------------------------------------------------------- end
 
-    def finish(self, card: ModelCardFacts) -> bool:
+    def finish(self, card: ModelCardFacts, dtype: str = "") -> bool:
         """Exports a run that has done all its steps; False when it was stopped before.
 
         Args:
             card: what its model card says; the number of updates and what was measured are filled in.
+            dtype: of the exported weights; empty: that of the config.
 
         Raises:
             UserError: when the run stopped because too many updates were skipped.
@@ -301,7 +302,7 @@ class Run:
             say(f"best on the held-out pairs: {self._checkpoint(best)}, which `patarm export` takes")
         if not self.came_to_its_end():
             return False
-        self._export(card)
+        self._export(card, dtype)
         return True
 
     def came_to_its_end(self) -> bool:
@@ -321,7 +322,7 @@ class Run:
             return False
         return True
 
-    def _export(self, card: ModelCardFacts) -> None:
+    def _export(self, card: ModelCardFacts, dtype: str) -> None:
         export, trained = self.folder / EXPORT, self.trained
         arrive("writing the export")
         if trained.watch.untouched:
@@ -338,7 +339,7 @@ class Run:
             card = dataclasses.replace(card, steps=updates, measured=metrics_of(self._checkpoint(self.done)))
             # What is there is of this run when it was shorter.
             parts = trained.learner.mesh, trained.state.params, trained.frozen
-            export_trained(export, trained.config, trained.model, *parts, card, replace=True)
+            export_trained(export, trained.config, trained.model, *parts, card, replace=True, dtype=dtype)
         if verdict := trained.watch.verdict:
             raise LearntNothing(f"{self.folder}: {verdict} {export} may be no better than what it began with.")
         more = f" with {self.done} steps, more than the {self.length.steps} asked for"

@@ -27,7 +27,7 @@ import jaxlib
 
 from patarm_jax import __version__
 from patarm_jax.config.load import shared_settings
-from patarm_jax.config.recipes import EvalConfig, JudgeConfig, RubricsConfig
+from patarm_jax.config.recipes import EvalConfig, JudgeConfig, PolicyEvalConfig, RubricsConfig
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.config.training import RunConfig
 from patarm_jax.run.joining import dismiss, find_place, join, listed
@@ -330,7 +330,9 @@ def _exit(code: int, last_words: str = "") -> NoReturn:
 _peers: list[Peers] = []  # a process joins others once in its life
 
 
-def start_processes(config: RunConfig | JudgeConfig | EvalConfig | RubricsConfig, **more: object) -> None:
+def start_processes(
+    config: RunConfig | JudgeConfig | EvalConfig | PolicyEvalConfig | RubricsConfig, **more: object
+) -> None:
     """Joins the other processes, before any device is touched, where the config says that there are any.
 
     Args:

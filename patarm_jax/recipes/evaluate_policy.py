@@ -1,0 +1,166 @@
+"""Scores a policy on a benchmark of instructions: has it respond, has the official checker look, and writes files.
+
+responses.jsonl     every prompt with the policy's response, in the form that the official script reads
+results.json        the four numbers with intervals, by kind of instruction too
+summary.md          the same for people, beside what others have published
+official/           the verdicts in the official form
+
+Responses are kept as they come: a stopped evaluation goes on where it stopped. A folder that holds responses.jsonl
+alone, from wherever, is scored without a policy.
+"""
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import jax
+
+from patarm_jax.ask.answers import KEPT, Kind, Question, missing, read_answers
+from patarm_jax.ask.estimate import estimate
+from patarm_jax.ask.local import Local
+from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
+from patarm_jax.config.load import to_yaml
+from patarm_jax.config.recipes import PolicyEvalConfig
+from patarm_jax.config.sections import JudgingSection
+from patarm_jax.data.rows import read_rows
+from patarm_jax.evaluate.ifeval import Scored, Task, open_checker, read_tasks, score
+from patarm_jax.evaluate.ifeval_files import show, write_files
+from patarm_jax.evaluate.responded import Response
+from patarm_jax.files import check_writable, write_text, writing
+from patarm_jax.judge.forms import FORMS
+from patarm_jax.locks import hold_folder
+from patarm_jax.recipes.judges import ask, open_policy, refuse_lost, refuse_many_processes
+from patarm_jax.run.peers import start_processes
+from patarm_jax.run.process import say
+from patarm_jax.types import UsageError, UserError
+
+ANSWERS, RESPONSES = "answers.jsonl", "responses.jsonl"
+
+
+def main(config: PolicyEvalConfig, dry_run: bool = False) -> Scored | None:
+    """Writes `config.output`; gives what was found, or None when it was asked to stop before the end."""
+    config.check()
+    refuse_many_processes(config)
+    start_processes(config, dry_run=dry_run)
+    if not config.output:
+        raise UsageError("no output is named. Give --output runs/ifeval.")
+    folder = Path(config.output).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"the output {folder} is a file. Name a folder, such as runs/ifeval.")
+    if dry_run:
+        return _evaluate(config, folder, dry_run)
+    check_writable(folder, folder=True)
+    with contextlib.nullcontext() if jax.process_index() else hold_folder(folder, say):
+        return _evaluate(config, folder, dry_run)
+
+
+def _evaluate(config: PolicyEvalConfig, folder: Path, dry_run: bool) -> Scored | None:
+    tasks, read = read_tasks(config.data.path, config.data.split)
+    say(f"{config.data.path or config.benchmark}: {read}")
+    whole, tasks = tasks, tasks[: config.limit or None]
+    given = _given(config, folder)
+    if given is not None:
+        tasks, responses = _of_file(given, tasks)
+        name = config.name or given.stem
+    else:
+        answered = _answered(config, folder, whole, tasks, dry_run)
+        if answered is None:
+            return None
+        name, responses = answered
+    scored = score(open_checker(), config.name or name, tasks, responses)
+    if jax.process_index() == 0:
+        with writing(folder, KEPT):
+            folder.mkdir(parents=True, exist_ok=True)
+            if given is None or given.resolve() != (folder / RESPONSES).resolve():
+                _write_responses(folder / RESPONSES, tasks, responses)
+            write_files(folder, config, scored)
+        show(scored)
+        say(f"done: {folder / 'summary.md'}")
+    return scored
+
+
+# ----------------------------------------------------------------------------------------------------------- responses
+
+
+def _given(config: PolicyEvalConfig, folder: Path) -> Path | None:
+    """The file of responses that are there; None where a policy is to respond."""
+    if config.responses:
+        return Path(config.responses).expanduser()
+    here = folder / RESPONSES
+    if config.model.path or config.endpoint.url:
+        if here.is_file() and not (folder / ANSWERS).is_file():
+            raise UserError(
+                f"{folder} holds {RESPONSES} of someone else. Score them without --model and --endpoint.url, or name "
+                "another folder as --output."
+            )
+        return None
+    if here.is_file():
+        return here
+    raise UsageError(
+        f"nothing says who responds. Give --model with the policy's folder, --endpoint.url, --responses with a file of "
+        f"prompts and responses, or as --output a folder that holds {RESPONSES}."
+    )
+
+
+def _of_file(path: Path, tasks: Sequence[Task]) -> tuple[list[Task], list[Response]]:
+    """The prompts that a file has a response to, with these."""
+    by_prompt: dict[str, Response] = {}
+    for row in read_rows(str(path), None, setting="responses").rows:
+        prompt, response = row.values.get("prompt"), row.values.get("response")
+        if not (isinstance(prompt, str) and isinstance(response, str)):
+            raise UserError(
+                f"{row.where} is no response: it has {', '.join(row.values)}. Needed are prompt and response, as text."
+            )
+        found = Response(response, bool(row.values.get("cut_off")))
+        if by_prompt.setdefault(prompt, found) != found:
+            raise UserError(f"{row.where} is another response to a prompt that has one before. Give one to each.")
+    answered = [task for task in tasks if task.prompt in by_prompt]
+    if not answered:
+        raise UserError(f"{path} has no response to any of the {len(tasks):,} prompts. Give those to this benchmark.")
+    if lacking := len(tasks) - len(answered):
+        say(f"{lacking:,} of {len(tasks):,} prompts have no response in {path} and are left out: compare with care")
+    return answered, [by_prompt[task.prompt] for task in answered]
+
+
+def _answered(
+    config: PolicyEvalConfig, folder: Path, whole: Sequence[Task], tasks: Sequence[Task], dry_run: bool
+) -> tuple[str, list[Response]] | None:
+    """The policy's name and responses; None when it was asked to stop before, and of a dry run."""
+    policy = open_policy(config, folder / ANSWERS, dry_run)
+    if isinstance(policy, Local):
+        config = replace(config, sampling=JudgingSection(**asdict(policy.sampling)))  # complete, for what is written
+    identity = {"benchmark": config.benchmark, "thinking": config.thinking, **policy.identity}
+    every = {task.id: Question(task.id, number, task.messages) for number, task in enumerate(whole)}
+    questions = [every[task.id] for task in tasks]
+    if dry_run:
+        if not jax.process_index():
+            print(to_yaml(config))
+            print(estimate(policy, missing(read_answers(folder / ANSWERS, identity), questions, 1)))
+        return None
+    agree_on_questions(identity, questions)
+    with shared_answers(folder / ANSWERS, identity) as answers:
+        if jax.process_index() == 0:
+            with writing(folder, KEPT):
+                write_text(folder / "config.yaml", to_yaml(config))
+        finished = ask(policy, FORMS[config.policy], answers, questions)
+    if not done_by_all(finished):
+        return None
+    given = [answers.known[question.key, 0] for question in questions]
+    refuse_lost(given, "responses", "scored")
+    without = [one for one in given if one.kind in (Kind.REFUSED, Kind.TOO_LONG)]
+    if without:
+        say(
+            f"{len(without):,} of {len(given):,} prompts have no response, the first one because: {without[0].reason}; "
+            "they follow no instruction"
+        )
+    return policy.name, [Response(one.text, one.cut) for one in given]
+
+
+def _write_responses(path: Path, tasks: Sequence[Task], responses: Sequence[Response]) -> None:
+    rows: list[Mapping[str, object]] = [
+        {"key": task.id, "prompt": task.prompt, "response": one.text, "cut_off": one.cut_off}
+        for task, one in zip(tasks, responses, strict=True)
+    ]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
