@@ -151,9 +151,19 @@ def encode_questions(local: Local, lacking: Sequence[tuple[Question, list[int]]]
     return [Encoded(question, encode(messages=question.messages), min(votes)) for question, votes in shown]
 
 
-def ask_local(local: Local, answers: Answers, questions: Sequence[Question]) -> bool:
-    """Answers what is not answered yet; False when it was asked to stop before the end."""
-    return _ask(local, answers, questions, partial(_judge if local.form.writes else _score, local))
+def ask_local(
+    local: Local, answers: Answers, questions: Sequence[Question], weights: Callable[[], Params] | None = None
+) -> bool:
+    """Answers what is not answered yet; False when it was asked to stop before the end.
+
+    Args:
+        local: that is asked.
+        answers: what it has answered, and will have.
+        questions: all of them.
+        weights: where it is asked several times, what loads them once; None: they are loaded.
+    """
+    answer = partial(_judge if local.form.writes else _score, local)
+    return _ask(local, answers, questions, answer, weights or partial(load_weights, local))
 
 
 def _judge(local: Local, params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:
@@ -227,6 +237,7 @@ def _ask(
     answers: Answers,
     questions: Sequence[Question],
     answer: Callable[[Params, Sequence[Encoded]], Iterator[list[Answer]]],
+    weights: Callable[[], Params],
 ) -> bool:
     lacking = missing(answers.known, questions, local.votes, AGAIN)
     if len(lacking) < len(questions):
@@ -244,7 +255,7 @@ def _ask(
     if not short:
         return True
     get_on(f"{ASKING}: loading and compiling")
-    params = load_weights(local)
+    params = weights()
     tell_devices()
     say(kernels_in_use(local.section, local.model.arch, local.mesh, "causal", "written"))
     written, cut, count = 0, 0, 0

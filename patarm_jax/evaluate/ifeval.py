@@ -14,11 +14,9 @@ from types import ModuleType
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from patarm_jax.data.rows import Row, read_rows
-from patarm_jax.evaluate.proportions import limits
-from patarm_jax.evaluate.responded import Response
+from patarm_jax.evaluate.responded import Response, Share, share_of_units
 from patarm_jax.types import Message, UserError
 
 HUB = "google/IFEval"
@@ -53,16 +51,6 @@ class Verdict:
 
     strict: tuple[bool, ...]
     loose: tuple[bool, ...]
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share and its 95 % interval, whose units are prompts."""
-
-    value: float
-    low: float
-    high: float
-    count: int  # of what it is a share of
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -172,21 +160,6 @@ class Scored:
     numbers: dict[str, Share]  # the four, by NUMBERS
     by_instruction: dict[str, dict[str, Share]]  # strict and loose, by family and by instruction
 
-    @property
-    def lost_in_thought(self) -> int:
-        """Responses that were cut off inside their thinking."""
-        return sum(one.is_lost_in_thought for one in self.responses)
-
-    @property
-    def cut_off(self) -> int:
-        """Responses that were cut off anywhere."""
-        return sum(one.cut_off for one in self.responses)
-
-    @property
-    def empty(self) -> int:
-        """Responses without an answer, those that were lost in thought included."""
-        return sum(not one.answer.strip() for one in self.responses)
-
 
 NUMBERS = {
     "prompt_strict": "prompts, strict",
@@ -207,7 +180,8 @@ def shares(verdicts: Sequence[Verdict]) -> dict[str, Share]:
     found = {}
     for name in NUMBERS:
         level, _, rule = name.partition("_")
-        found[name] = _share([getattr(verdict, rule) for verdict in verdicts], whole=level == "prompt")
+        of_prompts = [getattr(verdict, rule) for verdict in verdicts]
+        found[name] = share_of_units(of_prompts if level == "inst" else [[all(each)] for each in of_prompts])
     return found
 
 
@@ -219,7 +193,7 @@ def shares_by_instruction(tasks: Sequence[Task], verdicts: Sequence[Verdict]) ->
         for rule in ("strict", "loose"):
             each = zip(tasks, verdicts, strict=True)
             of_prompts = [list(_of_kind(name, task, getattr(verdict, rule))) for task, verdict in each]
-            found.setdefault(name, {})[rule] = _share([each for each in of_prompts if each], whole=False)
+            found.setdefault(name, {})[rule] = share_of_units([each for each in of_prompts if each])
     return found
 
 
@@ -227,15 +201,3 @@ def _of_kind(name: str, task: Task, followed: Sequence[bool]) -> Iterator[bool]:
     for instruction, is_followed in zip(task.instructions, followed, strict=True):
         if name in (instruction, instruction.partition(":")[0]):
             yield is_followed
-
-
-def _share(of_prompts: Sequence[Sequence[bool]], whole: bool) -> Share:
-    """The share of prompts whose instructions are all followed, or of all instructions."""
-    if whole:
-        values, size = np.array([float(all(each)) for each in of_prompts]), np.ones(len(of_prompts))
-    else:
-        values = np.array([float(np.mean(each)) for each in of_prompts])
-        size = np.array([float(len(each)) for each in of_prompts])
-    found = limits(values, size)
-    low, high = found.interval
-    return Share(float(found.value), float(low), float(high), int(size.sum()))

@@ -1,8 +1,30 @@
 """A policy's responses to a benchmark's prompts, as those who score them see them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
+
+from patarm_jax.evaluate.proportions import limits
 from patarm_jax.judge.parse import answer_of
+from patarm_jax.types import Message
+
+
+class Task(Protocol):
+    """What a benchmark asks of a policy."""
+
+    @property
+    def id(self) -> str:
+        """Names it."""
+
+    @property
+    def prompt(self) -> str:
+        """The prompt as text, by which files of responses name it."""
+
+    @property
+    def messages(self) -> list[Message]:
+        """The same as a conversation."""
 
 
 @dataclass(frozen=True)
@@ -26,3 +48,27 @@ class Response:
     def is_lost_in_thought(self) -> bool:
         """Whether it was cut off before its thinking ended."""
         return self.cut_off and bool(self.text.strip()) and not self.answer
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share and its 95 % interval, whose units are prompts."""
+
+    value: float
+    low: float
+    high: float
+    count: int  # of what it is a share of
+
+    @property
+    def interval(self) -> str:
+        """In per cent."""
+        return f"{100 * self.low:.1f} … {100 * self.high:.1f}"
+
+
+def share_of_units(units: Sequence[Sequence[bool]]) -> Share:
+    """The share of all that is true, of units that hold several each."""
+    values = np.array([float(np.mean(each)) for each in units])
+    size = np.array([float(len(each)) for each in units])
+    found = limits(values, size)
+    low, high = found.interval
+    return Share(float(found.value), float(low), float(high), int(size.sum()))

@@ -1,7 +1,8 @@
-"""Scores a policy on a benchmark of instructions: has it respond, has the official checker look, and writes files.
+"""Scores a policy on a benchmark of instructions: it responds, the official checker or a judge says what that is worth.
 
 responses.jsonl     every prompt with the policy's response, in the form that the official script reads
-results.json        the four numbers with intervals, by kind of instruction too
+judgements.jsonl    of InFoBench, what the judge has answered
+results.json        the numbers with intervals
 summary.md          the same for people, beside what others have published
 official/           the verdicts in the official form
 
@@ -13,30 +14,37 @@ import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
 import jax
 
 from patarm_jax.ask.answers import KEPT, Kind, Question, missing, read_answers
+from patarm_jax.ask.endpoint import Remote
 from patarm_jax.ask.estimate import estimate
-from patarm_jax.ask.local import Local
+from patarm_jax.ask.local import Local, load_weights
 from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import PolicyEvalConfig
 from patarm_jax.config.sections import JudgingSection
 from patarm_jax.data.rows import read_rows
-from patarm_jax.evaluate.ifeval import Scored, Task, open_checker, read_tasks, score
-from patarm_jax.evaluate.ifeval_files import show, write_files
-from patarm_jax.evaluate.responded import Response
+from patarm_jax.evaluate import ifeval, infobench
+from patarm_jax.evaluate.policy_files import show, write_files
+from patarm_jax.evaluate.responded import Response, Task
 from patarm_jax.files import check_writable, write_text, writing
 from patarm_jax.judge.forms import FORMS
+from patarm_jax.judge.parse import answer_of
 from patarm_jax.locks import hold_folder
-from patarm_jax.recipes.judges import ask, open_policy, refuse_lost, refuse_many_processes
+from patarm_jax.recipes.judges import ask, open_answering, open_policy, refuse_lost, refuse_many_processes
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
-from patarm_jax.types import UsageError, UserError
+from patarm_jax.types import Message, UsageError, UserError
 
-ANSWERS, RESPONSES = "answers.jsonl", "responses.jsonl"
+ANSWERS, RESPONSES, JUDGEMENTS = "answers.jsonl", "responses.jsonl", "judgements.jsonl"
+RECORDED = "recorded"  # the name of a policy or judge whose words stand in a file of results
+Some = TypeVar("Some", bound=Task)
+Scored: TypeAlias = ifeval.Scored | infobench.Scored
 
 
 def main(config: PolicyEvalConfig, dry_run: bool = False) -> Scored | None:
@@ -57,31 +65,93 @@ def main(config: PolicyEvalConfig, dry_run: bool = False) -> Scored | None:
 
 
 def _evaluate(config: PolicyEvalConfig, folder: Path, dry_run: bool) -> Scored | None:
-    tasks, read = read_tasks(config.data.path, config.data.split)
-    say(f"{config.data.path or config.benchmark}: {read}")
-    whole, tasks = tasks, tasks[: config.limit or None]
-    given = _given(config, folder)
-    if given is not None:
-        tasks, responses = _of_file(given, tasks)
-        name = config.name or given.stem
-    else:
-        answered = _answered(config, folder, whole, tasks, dry_run)
-        if answered is None:
-            return None
-        name, responses = answered
-    scored = score(open_checker(), config.name or name, tasks, responses)
+    by = _on_ifeval if config.benchmark == "ifeval" else _on_infobench
+    scored = by(config, folder, dry_run)
+    if scored is None:
+        return None
     if jax.process_index() == 0:
         with writing(folder, KEPT):
             folder.mkdir(parents=True, exist_ok=True)
-            if given is None or given.resolve() != (folder / RESPONSES).resolve():
-                _write_responses(folder / RESPONSES, tasks, responses)
+            _write_responses(folder / RESPONSES, scored.tasks, scored.responses)
             write_files(folder, config, scored)
         show(scored)
         say(f"done: {folder / 'summary.md'}")
     return scored
 
 
+def _on_ifeval(config: PolicyEvalConfig, folder: Path, dry_run: bool) -> ifeval.Scored | None:
+    tasks, said = ifeval.read_tasks(config.data.path, config.data.split)
+    say(f"{config.data.path or ifeval.HUB}: {said}")
+    found = _responses(config, folder, tasks, dry_run)
+    return None if found is None or dry_run else ifeval.score(ifeval.open_checker(), *found)
+
+
+def _on_infobench(config: PolicyEvalConfig, folder: Path, dry_run: bool) -> infobench.Scored | None:
+    tasks, said = infobench.read_tasks(config.data.path, config.data.split)
+    say(f"{config.data.path or infobench.HUB}: {said}")
+    name, limited = config.name or RECORDED, tasks[: config.limit or None]
+    recorded = not (config.has_policy or config.responses or (folder / RESPONSES).is_file())
+    if recorded and all(task.output is not None for task in limited):  # a file of results
+        found = name, limited, [Response(task.output or "") for task in limited]
+    else:
+        recorded, answered = False, _responses(config, folder, tasks, dry_run)
+        if answered is None:
+            return None
+        found = answered
+    name, tasks, responses = found
+    if config.judge.is_named:
+        judge = open_answering(config, folder / JUDGEMENTS, dry_run)
+        judged = None if dry_run else _judged(config, folder, judge, tasks, responses)
+        if judged is None:
+            return None
+        return infobench.score(name, config.judge.name or judge.name, tasks, responses, judged)
+    if not recorded or any(task.verdicts is None for task in tasks):
+        raise UsageError(
+            "infobench is scored by a judge, and none is named. Give --judge.model.path with its folder, or "
+            "--judge.endpoint.url; or as --data a file of results, with output and eval in each row."
+        )
+    return infobench.score(name, RECORDED, tasks, responses, [task.verdicts or () for task in tasks])
+
+
+def _judged(
+    config: PolicyEvalConfig,
+    folder: Path,
+    judge: Local | Remote,
+    tasks: Sequence[infobench.Task],
+    responses: Sequence[Response],
+) -> list[infobench.Verdicts] | None:
+    """What a judge says to every question; None when it was asked to stop before the end."""
+    identity = {"benchmark": config.benchmark, **judge.identity}
+    numbers = {f"{task.id}/{n + 1}": (place, n) for place, task in enumerate(tasks) for n in range(len(task.questions))}
+    most = max(len(task.questions) for task in tasks)
+    weights = None if isinstance(judge, Remote) else cache(partial(load_weights, judge))
+    say(f"{len(numbers):,} questions about {len(responses):,} responses, at most {most} of each, one after the other")
+    with shared_answers(folder / JUDGEMENTS, identity) as answers:
+
+        def say_all(chats: Sequence[tuple[str, list[Message]]]) -> list[str | None] | None:
+            questions = [Question(name, numbers[name][0] * most + numbers[name][1], chat) for name, chat in chats]
+            if not ask(judge, FORMS[config.judge.form], answers, questions, weights):
+                return None
+            given = [answers.known[question.key, 0] for question in questions]
+            refuse_lost(given, "answers of the judge", "scored")
+            return [answer_of(one.text) for one in given]
+
+        return infobench.ask_all(say_all, tasks, responses)
+
+
 # ----------------------------------------------------------------------------------------------------------- responses
+
+
+def _responses(
+    config: PolicyEvalConfig, folder: Path, tasks: Sequence[Some], dry_run: bool
+) -> tuple[str, list[Some], list[Response]] | None:
+    """The policy's name, and prompts with its responses; None when it was asked to stop before, and of a dry run."""
+    asked = list(tasks[: config.limit or None])
+    given = _given(config, folder)
+    if given is not None:
+        return config.name or given.stem, *_of_file(given, asked)
+    answered = _answered(config, folder, tasks, asked, dry_run)
+    return answered and (config.name or answered[0], asked, answered[1])
 
 
 def _given(config: PolicyEvalConfig, folder: Path) -> Path | None:
@@ -89,7 +159,7 @@ def _given(config: PolicyEvalConfig, folder: Path) -> Path | None:
     if config.responses:
         return Path(config.responses).expanduser()
     here = folder / RESPONSES
-    if config.model.path or config.endpoint.url:
+    if config.has_policy:
         if here.is_file() and not (folder / ANSWERS).is_file():
             raise UserError(
                 f"{folder} holds {RESPONSES} of someone else. Score them without --model and --endpoint.url, or name "
@@ -104,7 +174,7 @@ def _given(config: PolicyEvalConfig, folder: Path) -> Path | None:
     )
 
 
-def _of_file(path: Path, tasks: Sequence[Task]) -> tuple[list[Task], list[Response]]:
+def _of_file(path: Path, tasks: Sequence[Some]) -> tuple[list[Some], list[Response]]:
     """The prompts that a file has a response to, with these."""
     by_prompt: dict[str, Response] = {}
     for row in read_rows(str(path), None, setting="responses").rows:
@@ -153,7 +223,7 @@ def _answered(
     if without:
         say(
             f"{len(without):,} of {len(given):,} prompts have no response, the first one because: {without[0].reason}; "
-            "they follow no instruction"
+            "an empty one is scored"
         )
     return policy.name, [Response(one.text, one.cut) for one in given]
 

@@ -1,9 +1,10 @@
 """The models that are asked: a judge, here or behind an endpoint, and the generator of rubrics that it may have."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from patarm_jax.arrays import Params
 from patarm_jax.ask.answers import Answer, Answers, Question, identity_of, missing, read_answers
 from patarm_jax.ask.endpoint import Remote, ask_endpoint, ask_name
 from patarm_jax.ask.estimate import estimate
@@ -144,6 +145,16 @@ def open_policy(config: PolicyEvalConfig, answers: Path, dry_run: bool) -> Local
     return _open_remote(config.endpoint, config.sampling, form, 1, config.seed, answers, dry_run, begun="")
 
 
+def open_answering(config: PolicyEvalConfig, judgements: Path, dry_run: bool) -> Local | Remote:
+    """The judge that answers questions about a policy's responses, whose answers a file keeps."""
+    judge = config.judge
+    if not judge.endpoint.url:
+        drawn = judge.sampling, 1, config.seed, judge.max_prompt_tokens
+        return open_local(judge.model, config.mesh, *drawn, judge.form, called="judge.model.path")
+    form = FORMS[judge.form]
+    return _open_remote(judge.endpoint, judge.sampling, form, 1, config.seed, judgements, dry_run, begun="")
+
+
 def _open_remote(
     section: EndpointSection,
     sampling: JudgingSection,
@@ -165,11 +176,17 @@ def _open_remote(
     return Remote(section=section, name=name, sampling=sampling, votes=votes, seed=seed)
 
 
-def ask(judge: Local | Remote, form: Form, answers: Answers, questions: Sequence[Question]) -> bool:
-    """Answers what is not answered yet; False when it was asked to stop before the end."""
+def ask(
+    judge: Local | Remote,
+    form: Form,
+    answers: Answers,
+    questions: Sequence[Question],
+    weights: Callable[[], Params] | None = None,
+) -> bool:
+    """Answers what is not answered yet; False when it was asked to stop before the end. `weights` as of `ask_local`."""
     if isinstance(judge, Remote):
         return ask_endpoint(judge, answers, questions, form.read)
-    return ask_local(judge, answers, questions)
+    return ask_local(judge, answers, questions, weights)
 
 
 def refuse_many_processes(config: AskingConfig | RubricsConfig | PolicyEvalConfig) -> None:
