@@ -151,6 +151,14 @@ def test_a_policy_behind_a_server_is_asked_once_and_taken_up(tmp_path, capsys):
     assert main([*copied, "--responses", str(tmp_path / "out" / "responses.jsonl"), "--name", "tea"]) == 0
     again = json.loads((tmp_path / "copied" / "results.json").read_text())
     assert again == first
+    own = (tmp_path / "copied" / "responses.jsonl").read_text()
+    assert main([*copied, "--limit", "1"]) == 0 and (tmp_path / "copied" / "responses.jsonl").read_text() == own
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    assert main([*command[:-1], str(tmp_path / "other"), "--endpoint.url", url]) == 1
+    assert "other holds thesis.tex. Name another folder as --output" in capsys.readouterr().err
+    assert main(["eval", "infobench", "--output", str(tmp_path / "out"), "--endpoint.url", url]) == 1
+    assert "out holds an evaluation on ifeval. Name another folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

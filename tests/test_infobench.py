@@ -149,3 +149,20 @@ def test_what_cannot_be_is_refused(tmp_path, capsys, row, arguments, said):
     command = ["eval", "infobench", "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out")]
     assert main([*command, *arguments]) in (1, 2)
     assert said in capsys.readouterr().err
+
+
+def test_a_policy_and_its_judge_here(world, capsys):
+    """What random weights write is neither yes nor no; a second start asks neither of the two again."""
+    (world / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    limits = ["--sampling.max_new_tokens", "6", "--judge.sampling.max_new_tokens", "4", "--thinking", "false"]
+    models = ["--model", str(world / "reference"), "--judge.model.path", str(world / "reference"), *limits]
+    command = ["eval", "infobench", "--data", str(world / "rows.jsonl"), "--output", str(world / "info"), *models]
+    assert main(command) == 0
+    found = json.loads((world / "info" / "results.json").read_text())
+    assert (found["drfr"], found["unread"], found["cut_off"], found["model"]) == (0.0, 5, 2, "reference")
+    kept = {path.name: path.read_bytes() for path in (world / "info").iterdir() if path.is_file()}
+    assert len(kept["judgements.jsonl"].splitlines()) == 1 + 5 and len(kept["answers.jsonl"].splitlines()) == 1 + 2
+    capsys.readouterr()
+    assert main(command) == 0
+    assert kept == {path.name: path.read_bytes() for path in (world / "info").iterdir() if path.is_file()}
+    assert "neither yes nor no, which count as no: 5." in " ".join(capsys.readouterr().out.split())

@@ -457,6 +457,11 @@ class PolicyEvalConfig(Section):
         """Refuses more than one thing that answers, and a judge where none is asked."""
         if self.judge != AnsweringSection() and self.benchmark != "infobench":
             raise UsageError(f"a judge is given, and {self.benchmark} is checked by a program. Leave it out.")
+        if self.benchmark == "infobench" and self.mesh.distributed != "none":
+            raise UsageError(
+                "mesh.distributed is set, and infobench's questions wait for one another: one process asks them. Leave "
+                "it out."
+            )
         if self.judge.model.path and self.judge.endpoint.url:
             raise UsageError("both judge.model.path and judge.endpoint.url are given. Give one.")
         if self.judge != AnsweringSection() and not self.judge.is_named:

@@ -32,7 +32,7 @@ from patarm_jax.data.rows import read_rows
 from patarm_jax.evaluate import ifeval, infobench
 from patarm_jax.evaluate.policy_files import show, write_files
 from patarm_jax.evaluate.responded import Response, Task
-from patarm_jax.files import check_writable, write_text, writing
+from patarm_jax.files import check_writable, read_json_object, write_text, writing
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.judge.parse import answer_of
 from patarm_jax.locks import hold_folder
@@ -41,8 +41,12 @@ from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
 from patarm_jax.types import Message, UsageError, UserError
 
-ANSWERS, RESPONSES, JUDGEMENTS = "answers.jsonl", "responses.jsonl", "judgements.jsonl"
+ANSWERS, RESPONSES, JUDGEMENTS, RESULTS = "answers.jsonl", "responses.jsonl", "judgements.jsonl", "results.json"
 RECORDED = "recorded"  # the name of a policy or judge whose words stand in a file of results
+NO_JUDGE = (
+    "infobench is scored by a judge, and none is named. Give --judge.model.path with its folder, or "
+    "--judge.endpoint.url; or as --data a file of results, with output and eval in each row."
+)
 Some = TypeVar("Some", bound=Task)
 Scored: TypeAlias = ifeval.Scored | infobench.Scored
 
@@ -59,7 +63,7 @@ def main(config: PolicyEvalConfig, dry_run: bool = False) -> Scored | None:
         raise UsageError(f"the output {folder} is a file. Name a folder, such as runs/ifeval.")
     if dry_run:
         return _evaluate(config, folder, dry_run)
-    check_writable(folder, folder=True)
+    _refuse_foreign(config, folder)
     with contextlib.nullcontext() if jax.process_index() else hold_folder(folder, say):
         return _evaluate(config, folder, dry_run)
 
@@ -72,11 +76,22 @@ def _evaluate(config: PolicyEvalConfig, folder: Path, dry_run: bool) -> Scored |
     if jax.process_index() == 0:
         with writing(folder, KEPT):
             folder.mkdir(parents=True, exist_ok=True)
-            _write_responses(folder / RESPONSES, scored.tasks, scored.responses)
+            if (folder / ANSWERS).is_file() or not (folder / RESPONSES).exists():  # or it is the user's
+                _write_responses(folder / RESPONSES, scored.tasks, scored.responses)
             write_files(folder, config, scored)
         show(scored)
         say(f"done: {folder / 'summary.md'}")
     return scored
+
+
+def _refuse_foreign(config: PolicyEvalConfig, folder: Path) -> None:
+    """Refuses a folder that cannot be written, or that holds anything but responses or this evaluation."""
+    check_writable(folder, folder=True)
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
+    before = (read_json_object(folder / RESULTS) or {}).get("benchmark", config.benchmark)
+    if before != config.benchmark or (names and not names & {ANSWERS, RESPONSES, RESULTS}):
+        holds = f"an evaluation on {before}" if before != config.benchmark else f"{', '.join(sorted(names)[:3])}"
+        raise UserError(f"the output {folder} holds {holds}. Name another folder as --output.")
 
 
 def _on_ifeval(config: PolicyEvalConfig, folder: Path, dry_run: bool) -> ifeval.Scored | None:
@@ -87,6 +102,8 @@ def _on_ifeval(config: PolicyEvalConfig, folder: Path, dry_run: bool) -> ifeval.
 
 
 def _on_infobench(config: PolicyEvalConfig, folder: Path, dry_run: bool) -> infobench.Scored | None:
+    if not config.judge.is_named and (config.has_policy or config.responses):
+        raise UsageError(NO_JUDGE)
     tasks, said = infobench.read_tasks(config.data.path, config.data.split)
     say(f"{config.data.path or infobench.HUB}: {said}")
     name, limited = config.name or RECORDED, tasks[: config.limit or None]
@@ -106,10 +123,7 @@ def _on_infobench(config: PolicyEvalConfig, folder: Path, dry_run: bool) -> info
             return None
         return infobench.score(name, config.judge.name or judge.name, tasks, responses, judged)
     if not recorded or any(task.verdicts is None for task in tasks):
-        raise UsageError(
-            "infobench is scored by a judge, and none is named. Give --judge.model.path with its folder, or "
-            "--judge.endpoint.url; or as --data a file of results, with output and eval in each row."
-        )
+        raise UsageError(NO_JUDGE)
     return infobench.score(name, RECORDED, tasks, responses, [task.verdicts or () for task in tasks])
 
 

@@ -30,7 +30,7 @@ from patarm_jax.ask.worth import open_models, open_sources
 from patarm_jax.ask.worth_here import JudgeHere, OpenedModel, load_source_weights, tell_resident
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.policy import DPOConfig, OnPolicySection
-from patarm_jax.config.sections import DataSection
+from patarm_jax.config.sections import DataSection, ModelSection
 from patarm_jax.data.pairs import laid_out
 from patarm_jax.data.pipeline import EncodedPair, PairBatch, encode_pairs
 from patarm_jax.data.preferences import Report
@@ -116,7 +116,7 @@ class Making:
         first = card_of(config, self.model)
         return replace(card, name=last, stage=how, base_model=first.base_model, data_path=first.data_path)
 
-    def _policy(self, number: int) -> Any:
+    def _policy(self, number: int) -> ModelSection:
         """The section of the policy that a round begins with."""
         if number == 1:
             return self.config.model
