@@ -15,8 +15,9 @@ from typing import Any, TypeAlias, get_args
 from patarm_jax import __version__
 from patarm_jax.config.help import settings_in_words
 from patarm_jax.config.load import TRAINING, Config, from_mapping, load, override, read_yaml
-from patarm_jax.config.recipes import BenchConfig, EvalConfig, JudgeConfig, PolicyEvalConfig, RubricsConfig, SFTConfig
+from patarm_jax.config.recipes import BenchConfig, EvalConfig, JudgeConfig, RubricsConfig, SFTConfig
 from patarm_jax.config.rubric_arm import ROLES
+from patarm_jax.config.scoring import PolicyEvalConfig
 from patarm_jax.config.sections import GeneratorSection, ModelSection, Section
 from patarm_jax.files import refuse_address
 from patarm_jax.run.devices import PASS, keep_compiled_programs, prepare_devices
@@ -215,6 +216,7 @@ def _add_eval(verbs: _Verbs) -> None:
         "patarm eval pairs --model runs/demo/sft --data … --output runs/sft --against runs/heldout",
         "patarm eval ifeval --model runs/policy --output runs/ifeval",
         "patarm eval ifeval --responses responses.jsonl --output runs/ifeval",
+        "patarm eval best-of-n --model runs/policy --judge-model runs/judge --n 16 --checker ifeval --output runs/best",
     ]
     evaluate = _verb(verbs, "eval", _eval, "evaluate a judge on a benchmark, or a policy", examples)
     evaluate.add_argument(
@@ -233,6 +235,7 @@ def _add_eval(verbs: _Verbs) -> None:
     evaluate.add_argument(
         "--generator", type=_place, default="", help="the model that writes a rubric for each prompt, to judge by"
     )
+    evaluate.add_argument("--judge-model", type=_place, default="", help="of a policy's responses: who judges them")
     evaluate.add_argument("--votes", type=int, default=1, help="answers to each question (default: %(default)s)")
     evaluate.add_argument("--expected-score", action="store_true", help="the expectation instead of the number drawn")
     evaluate.add_argument("--limit", type=int, default=0, help="about so many items, for a quick look")
@@ -405,7 +408,7 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _eval_policy(options: argparse.Namespace, rest: list[str]) -> int:
-    from patarm_jax.recipes.evaluate_policy import main as evaluate
+    from patarm_jax.recipes import best_of_n, evaluate_policy
 
     of_judges = {
         "--judge": options.judge != "pointwise",
@@ -420,11 +423,17 @@ def _eval_policy(options: argparse.Namespace, rest: list[str]) -> int:
         )
     settings = {"benchmark": options.benchmark, "output": options.output, "limit": options.limit, "seed": options.seed}
     config = _told(partial(override, PolicyEvalConfig(**settings), rest), rest)
-    _refuse_both(rest, {name: getattr(options, name[2:]) and f"{name}.path" for name in ("--model", "--data")})
+    both = {"--model": "--model.path", "--data": "--data.path"}
+    named = {name: getattr(options, name[2:]) and setting for name, setting in both.items()}
+    _refuse_both(rest, named | {"--judge-model": options.judge_model and "--judge.model.path"})
     model = dataclasses.replace(config.model, path=options.model or config.model.path)
     data = dataclasses.replace(config.data, path=options.data or config.data.path)
-    config = dataclasses.replace(config, model=model, data=data)
+    of_judge = dataclasses.replace(config.judge.model, path=options.judge_model or config.judge.model.path)
+    config = dataclasses.replace(
+        config, model=model, data=data, judge=dataclasses.replace(config.judge, model=of_judge)
+    )
     config.check()
+    evaluate = best_of_n.main if options.benchmark == "best-of-n" else evaluate_policy.main
     return 0 if evaluate(config, options.dry_run) or options.dry_run else 1  # the same command goes on
 
 

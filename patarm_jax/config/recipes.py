@@ -37,8 +37,6 @@ from patarm_jax.types import (
     BY_RUBRICS,
     BenchmarkName,
     JudgeKind,
-    PolicyBenchmarkName,
-    PolicyKind,
     RubricMode,
     UsageError,
 )
@@ -395,90 +393,6 @@ class EvalConfig(AskingConfig):
                 "data.given_rubrics is true, and `patarm eval` reads no rubrics from its data. Give --generator, or "
                 "judge the file with `patarm judge`, which does."
             )
-
-
-@dataclass(frozen=True)
-class AnsweringSection(Section):
-    """A judge that answers questions about a response with yes or no, here or behind an endpoint."""
-
-    model: ModelSection = field(default_factory=ModelSection)
-    endpoint: EndpointSection = field(default_factory=EndpointSection)
-    sampling: JudgingSection = field(default_factory=lambda: JudgingSection(temperature=0.0, max_new_tokens=256))
-    thinking: bool = False  # whether it may think before it answers
-    max_prompt_tokens: Positive = 16384  # of a chat; a longer one is not answered
-    name: str = ""  # in results; empty: its folder's, or the server's
-
-    @property
-    def is_named(self) -> bool:
-        """Whether there is one."""
-        return bool(self.model.path or self.endpoint.url)
-
-    @property
-    def form(self) -> PolicyKind:
-        """How it is asked: as any model that answers."""
-        return "policy" if self.thinking else "policy_unthinking"
-
-
-@dataclass(frozen=True)
-class PolicyEvalConfig(Section):
-    """`patarm eval ifeval`: a policy's responses scored; BENCHMARK, --model, --data and --output come beside these."""
-
-    benchmark: PolicyBenchmarkName = "ifeval"  # the same as BENCHMARK
-    model: ModelSection = field(default_factory=ModelSection)
-    endpoint: EndpointSection = field(default_factory=EndpointSection)
-    mesh: MeshSection = field(default_factory=MeshSection)
-    data: DataSection = field(default_factory=lambda: DataSection(split="", max_prompt_tokens=16384))
-    sampling: JudgingSection = field(default_factory=lambda: JudgingSection(max_new_tokens=2048))
-    thinking: bool = True  # whether the policy may think before it answers, as its chat template has it
-    judge: AnsweringSection = field(default_factory=AnsweringSection)  # of infobench, which a judge scores
-    # A file of responses that are there already, {"prompt": …, "response": …} in each row, in place of a policy.
-    responses: str = field(default="", metadata=PLACE)
-    output: str = field(default="", metadata=PLACE)  # the same as --output
-    name: str = ""  # the policy's name in results; empty: its folder's, the server's, or the file's
-    limit: Natural = 0  # so many prompts, the first ones; 0: all
-    seed: Seed = 0  # random seed for sampling
-
-    @property
-    def has_policy(self) -> bool:
-        """Whether a policy responds, here or behind an endpoint."""
-        return bool(self.model.path or self.endpoint.url)
-
-    @property
-    def policy(self) -> PolicyKind:
-        """How it is asked."""
-        return "policy" if self.thinking else "policy_unthinking"
-
-    @property
-    def has_endpoint(self) -> bool:
-        """Whether the policy is behind an endpoint."""
-        return bool(self.endpoint.url or self.judge.endpoint.url)
-
-    def check(self) -> None:
-        """Refuses more than one thing that answers, and a judge where none is asked."""
-        if self.judge != AnsweringSection() and self.benchmark != "infobench":
-            raise UsageError(f"a judge is given, and {self.benchmark} is checked by a program. Leave it out.")
-        if self.benchmark == "infobench" and self.mesh.distributed != "none":
-            raise UsageError(
-                "mesh.distributed is set, and infobench's questions wait for one another: one process asks them. Leave "
-                "it out."
-            )
-        if self.judge.model.path and self.judge.endpoint.url:
-            raise UsageError("both judge.model.path and judge.endpoint.url are given. Give one.")
-        if self.judge != AnsweringSection() and not self.judge.is_named:
-            raise UsageError(
-                "settings of a judge are given, and no judge. Give --judge.model.path with its folder, or "
-                "judge.endpoint.url, or leave them out."
-            )
-        given = {
-            "--model": self.model.path,
-            "--endpoint.url": self.endpoint.url,
-            "--responses": self.responses,
-        }
-        if len(named := [name for name, value in given.items() if value]) > 1:
-            raise UsageError(f"{' and '.join(named)} are given. Give one: the policy, its server, or its responses.")
-        for name in ("columns", "domain", "domains", "source_domains", "drop_sources", "given_rubrics"):
-            if getattr(self.data, name):
-                raise UsageError(f"data.{name} is given, and {self.benchmark} has its own format. Leave it out.")
 
 
 @dataclass(frozen=True)

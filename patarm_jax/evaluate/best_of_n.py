@@ -1,6 +1,7 @@
 """Best of n: how often the response to a prompt that someone picks from n is right, over all ways to draw n of V."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -42,3 +43,21 @@ def _of_prompt(scores: np.ndarray, right: np.ndarray, n: int) -> float:
 def curve_of(scores: np.ndarray, right: np.ndarray, sizes: Sequence[int]) -> list[tuple[float, float]]:
     """`best_of_n` at each of some n, in %."""
     return [(float(n), 100 * best_of_n(scores, right, n)) for n in sizes]
+
+
+def majority_of_n(answers: Sequence[Sequence[str]], right: np.ndarray, n: int) -> float:
+    """The share of prompts on which the answer that most of the first n responses give is right.
+
+    Answers are the same where their words are; of several that are given as often, the first one counts, and an empty
+    one only where all are.
+
+    >>> majority_of_n([["4", "5", " 4"]], np.array([[1.0, 0.0, 1.0]]), 3)
+    1.0
+    """
+    found = []
+    for given, is_right in zip(answers, right, strict=True):
+        words = [" ".join(answer.split()) for answer in given[:n]]
+        counts = Counter(word for word in words if word)
+        most = counts.most_common(1)[0][0] if counts else ""
+        found.append(is_right[words.index(most)])
+    return float(np.mean(found))

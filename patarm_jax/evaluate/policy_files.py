@@ -11,7 +11,7 @@ import rich.table
 import rich.text
 
 from patarm_jax import __version__
-from patarm_jax.config.recipes import PolicyEvalConfig
+from patarm_jax.config.scoring import PolicyEvalConfig
 from patarm_jax.evaluate import ifeval, infobench
 from patarm_jax.evaluate.responded import Response, Share
 from patarm_jax.files import write_json, write_text

@@ -12,7 +12,7 @@ alone, from wherever, is scored without a policy.
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from patarm_jax.ask.estimate import estimate
 from patarm_jax.ask.local import Local, load_weights
 from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
 from patarm_jax.config.load import to_yaml
-from patarm_jax.config.recipes import PolicyEvalConfig
+from patarm_jax.config.scoring import PolicyEvalConfig
 from patarm_jax.config.sections import JudgingSection
 from patarm_jax.data.rows import read_rows
 from patarm_jax.evaluate import ifeval, infobench
@@ -53,19 +53,25 @@ Scored: TypeAlias = ifeval.Scored | infobench.Scored
 
 def main(config: PolicyEvalConfig, dry_run: bool = False) -> Scored | None:
     """Writes `config.output`; gives what was found, or None when it was asked to stop before the end."""
+    with opened(config, dry_run) as folder:
+        return _evaluate(config, folder, dry_run)
+
+
+@contextlib.contextmanager
+def opened(config: PolicyEvalConfig, dry_run: bool) -> Iterator[Path]:
+    """Joins the other processes and holds the output, which must be this evaluation's or empty."""
     config.check()
     refuse_many_processes(config)
     start_processes(config, dry_run=dry_run)
     if not config.output:
-        raise UsageError("no output is named. Give --output runs/ifeval.")
+        raise UsageError(f"no output is named. Give --output runs/{config.benchmark}.")
     folder = Path(config.output).expanduser()
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"the output {folder} is a file. Name a folder, such as runs/ifeval.")
-    if dry_run:
-        return _evaluate(config, folder, dry_run)
-    _refuse_foreign(config, folder)
-    with contextlib.nullcontext() if jax.process_index() else hold_folder(folder, say):
-        return _evaluate(config, folder, dry_run)
+        raise UsageError(f"the output {folder} is a file. Name a folder, such as runs/{config.benchmark}.")
+    if not dry_run:
+        _refuse_foreign(config, folder)
+    with contextlib.nullcontext() if dry_run or jax.process_index() else hold_folder(folder, say):
+        yield folder
 
 
 def _evaluate(config: PolicyEvalConfig, folder: Path, dry_run: bool) -> Scored | None:
@@ -164,8 +170,8 @@ def _responses(
     given = _given(config, folder)
     if given is not None:
         return config.name or given.stem, *_of_file(given, asked)
-    answered = _answered(config, folder, tasks, asked, dry_run)
-    return answered and (config.name or answered[0], asked, answered[1])
+    answered = responded(config, folder, tasks, asked, dry_run)
+    return answered and (answered[0], asked, [one for (one,) in answered[1]])
 
 
 def _given(config: PolicyEvalConfig, folder: Path) -> Path | None:
@@ -208,10 +214,10 @@ def _of_file(path: Path, tasks: Sequence[Some]) -> tuple[list[Some], list[Respon
     return answered, [by_prompt[task.prompt] for task in answered]
 
 
-def _answered(
+def responded(
     config: PolicyEvalConfig, folder: Path, whole: Sequence[Task], tasks: Sequence[Task], dry_run: bool
-) -> tuple[str, list[Response]] | None:
-    """The policy's name and responses; None when it was asked to stop before, and of a dry run."""
+) -> tuple[str, list[list[Response]]] | None:
+    """The policy's name, and n responses to each prompt; None when it was asked to stop before, and of a dry run."""
     policy = open_policy(config, folder / ANSWERS, dry_run)
     if isinstance(policy, Local):
         config = replace(config, sampling=JudgingSection(**asdict(policy.sampling)))  # complete, for what is written
@@ -221,7 +227,7 @@ def _answered(
     if dry_run:
         if not jax.process_index():
             print(to_yaml(config))
-            print(estimate(policy, missing(read_answers(folder / ANSWERS, identity), questions, 1)))
+            print(estimate(policy, missing(read_answers(folder / ANSWERS, identity), questions, config.n)))
         return None
     agree_on_questions(identity, questions)
     with shared_answers(folder / ANSWERS, identity) as answers:
@@ -231,15 +237,15 @@ def _answered(
         finished = ask(policy, FORMS[config.policy], answers, questions)
     if not done_by_all(finished):
         return None
-    given = [answers.known[question.key, 0] for question in questions]
-    refuse_lost(given, "responses", "scored")
-    without = [one for one in given if one.kind in (Kind.REFUSED, Kind.TOO_LONG)]
-    if without:
+    given = [answers.of(question, config.n) for question in questions]
+    every_one = [one for each in given for one in each]
+    refuse_lost(every_one, "responses", "scored")
+    if without := [one for one in every_one if one.kind in (Kind.REFUSED, Kind.TOO_LONG)]:
         say(
-            f"{len(without):,} of {len(given):,} prompts have no response, the first one because: {without[0].reason}; "
-            "an empty one is scored"
+            f"{len(without):,} of {len(every_one):,} responses did not come and count as empty, the first one because: "
+            f"{without[0].reason}"
         )
-    return policy.name, [Response(one.text, one.cut) for one in given]
+    return config.name or policy.name, [[Response(one.text, one.cut) for one in each] for each in given]
 
 
 def _write_responses(path: Path, tasks: Sequence[Task], responses: Sequence[Response]) -> None:

@@ -10,7 +10,8 @@ from patarm_jax.ask.endpoint import Remote, ask_endpoint, ask_name
 from patarm_jax.ask.estimate import estimate
 from patarm_jax.ask.local import Local, ask_local, open_local
 from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
-from patarm_jax.config.recipes import AskingConfig, PolicyEvalConfig, RubricsConfig
+from patarm_jax.config.recipes import AskingConfig, RubricsConfig
+from patarm_jax.config.scoring import PolicyEvalConfig
 from patarm_jax.config.sections import EndpointSection, JudgingSection, SamplingSection
 from patarm_jax.evaluate.rubrics import (
     Prompted,
@@ -139,20 +140,25 @@ def open_judge(config: AskingConfig, answers: Path, dry_run: bool, begun: str = 
 def open_policy(config: PolicyEvalConfig, answers: Path, dry_run: bool) -> Local | Remote:
     """The policy whose responses a file keeps; `dry_run` as of `open_judge`."""
     if not config.endpoint.url:
-        drawn = config.sampling, 1, config.seed, config.data.max_prompt_tokens
+        drawn = config.sampling, config.n, config.seed, config.data.max_prompt_tokens
         return open_local(config.model, config.mesh, *drawn, config.policy)
     form = FORMS[config.policy]
-    return _open_remote(config.endpoint, config.sampling, form, 1, config.seed, answers, dry_run, begun="")
+    return _open_remote(config.endpoint, config.sampling, form, config.n, config.seed, answers, dry_run, begun="")
 
 
 def open_answering(config: PolicyEvalConfig, judgements: Path, dry_run: bool) -> Local | Remote:
     """The judge that answers questions about a policy's responses, whose answers a file keeps."""
     judge = config.judge
+    sampling = judge.sampling
+    if sampling.temperature is None:
+        sampling = replace(sampling, temperature=0.0)
+    if sampling.max_new_tokens is None:
+        sampling = replace(sampling, max_new_tokens=256)
     if not judge.endpoint.url:
-        drawn = judge.sampling, 1, config.seed, judge.max_prompt_tokens
+        drawn = sampling, 1, config.seed, judge.max_prompt_tokens
         return open_local(judge.model, config.mesh, *drawn, judge.form, called="judge.model.path")
     form = FORMS[judge.form]
-    return _open_remote(judge.endpoint, judge.sampling, form, 1, config.seed, judgements, dry_run, begun="")
+    return _open_remote(judge.endpoint, sampling, form, 1, config.seed, judgements, dry_run, begun="")
 
 
 def _open_remote(

@@ -27,7 +27,8 @@ import jaxlib
 
 from patarm_jax import __version__
 from patarm_jax.config.load import shared_settings
-from patarm_jax.config.recipes import EvalConfig, JudgeConfig, PolicyEvalConfig, RubricsConfig
+from patarm_jax.config.recipes import EvalConfig, JudgeConfig, RubricsConfig
+from patarm_jax.config.scoring import PolicyEvalConfig
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.config.training import RunConfig
 from patarm_jax.run.joining import dismiss, find_place, join, listed
