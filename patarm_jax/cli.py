@@ -17,7 +17,7 @@ from patarm_jax.config.help import settings_in_words
 from patarm_jax.config.load import TRAINING, Config, from_mapping, load, override, read_yaml
 from patarm_jax.config.recipes import BenchConfig, EvalConfig, JudgeConfig, RubricsConfig, SFTConfig
 from patarm_jax.config.rubric_arm import ROLES
-from patarm_jax.config.scoring import PolicyEvalConfig
+from patarm_jax.config.scoring import PolicyEvalConfig, PolicysJudgeSection
 from patarm_jax.config.sections import GeneratorSection, ModelSection, Section
 from patarm_jax.files import refuse_address
 from patarm_jax.run.devices import PASS, keep_compiled_programs, prepare_devices
@@ -387,6 +387,10 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     if options.benchmark not in _BENCHMARKS:
         every = ", ".join((*_BENCHMARKS, *_POLICY_BENCHMARKS))
         raise UsageError(f"unknown benchmark {options.benchmark}. Use one of {every}.")
+    if options.judge_model:
+        raise UsageError(
+            f"--judge-model is of a policy's benchmarks, and {options.benchmark} is of judges. Give --model."
+        )
     config = EvalConfig(
         benchmark=options.benchmark,
         judge=options.judge,
@@ -418,20 +422,16 @@ def _eval_policy(options: argparse.Namespace, rest: list[str]) -> int:
         "--against": options.against,
     }
     if given := [name for name, is_given in of_judges.items() if is_given]:
-        raise UsageError(
-            f"{given[0]} is for benchmarks of judges, and {options.benchmark} is of policies. Leave it out."
-        )
-    settings = {"benchmark": options.benchmark, "output": options.output, "limit": options.limit, "seed": options.seed}
-    config = _told(partial(override, PolicyEvalConfig(**settings), rest), rest)
+        raise UsageError(f"{given[0]} is of judges' benchmarks, and {options.benchmark} is of policies. Leave it out.")
+    begun = {name: getattr(options, name) for name in ("benchmark", "output", "limit", "seed")}
+    begun["judge"] = PolicysJudgeSection(model=ModelSection(path=options.judge_model))
+    config = _told(partial(override, PolicyEvalConfig(**begun), rest), rest)
     both = {"--model": "--model.path", "--data": "--data.path"}
     named = {name: getattr(options, name[2:]) and setting for name, setting in both.items()}
     _refuse_both(rest, named | {"--judge-model": options.judge_model and "--judge.model.path"})
     model = dataclasses.replace(config.model, path=options.model or config.model.path)
     data = dataclasses.replace(config.data, path=options.data or config.data.path)
-    of_judge = dataclasses.replace(config.judge.model, path=options.judge_model or config.judge.model.path)
-    config = dataclasses.replace(
-        config, model=model, data=data, judge=dataclasses.replace(config.judge, model=of_judge)
-    )
+    config = dataclasses.replace(config, model=model, data=data)
     config.check()
     evaluate = best_of_n.main if options.benchmark == "best-of-n" else evaluate_policy.main
     return 0 if evaluate(config, options.dry_run) or options.dry_run else 1  # the same command goes on

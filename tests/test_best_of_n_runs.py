@@ -64,6 +64,7 @@ def test_what_the_judge_picks_is_counted_over_n(world, capsys):
         assert found["best possible"][str(n)] == pytest.approx(np.mean(best))
         assert found["at random"][str(n)] == pytest.approx(np.mean(drawn))
     assert first["without_score"] == 1 and found["majority"]["4"] == 0.5  # 4 twice, and 7 twice
+    assert found["majority"]["1"] == found["at random"]["1"] == (2 / 4 + 1 / 4) / 2
     assert "| picked by long |" in capsys.readouterr().out
     assert (world / "out" / "figures" / "best-of-n.svg").is_file()
 
@@ -77,6 +78,21 @@ def test_what_the_judge_picks_is_counted_over_n(world, capsys):
         (
             ["--n", "2", "--checker", "sums:gone", "--judge.endpoint.url", "http://x/v1"],
             "module 'sums' has no attribute 'gone'",
+        ),
+        (
+            [
+                "--n",
+                "2",
+                "--checker",
+                "sums:is_right",
+                "--model",
+                "gone",
+                "--judge-model",
+                "away",
+                "--judge.votes",
+                "2",
+            ],
+            "model.path gone is not a folder",
         ),
         (["--n", "2", "--checker", "sums:is_right", "--responses", "r.jsonl"], "Give --model"),
     ],

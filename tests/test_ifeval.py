@@ -172,7 +172,7 @@ def test_a_policy_behind_a_server_is_asked_once_and_taken_up(tmp_path, capsys):
         ),
         ({"instruction_id_list": "no_comma"}, [], "is no row of ifeval"),
         ({}, [], "nothing says who responds"),
-        ({}, ["--votes", "2"], "--votes is for benchmarks of judges"),
+        ({}, ["--votes", "2"], "--votes is of judges' benchmarks"),
         ({}, ["--model", "a", "--responses", "b"], "--model and --responses are given. Give one"),
         ({}, ["--data.domain", "math"], "data.domain is given, and ifeval has its own format"),
         ({}, ["--responses", "RESPONSES"], "is no response: it has prompt, answer. Needed are prompt and response"),

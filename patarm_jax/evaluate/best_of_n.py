@@ -1,10 +1,13 @@
 """Best of n: how often the response to a prompt that someone picks from n is right, over all ways to draw n of V."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+
+_DRAWS = 200
 
 
 def best_of_n(scores: np.ndarray, right: np.ndarray, n: int) -> float:
@@ -46,18 +49,27 @@ def curve_of(scores: np.ndarray, right: np.ndarray, sizes: Sequence[int]) -> lis
 
 
 def majority_of_n(answers: Sequence[Sequence[str]], right: np.ndarray, n: int) -> float:
-    """The share of prompts on which the answer that most of the first n responses give is right.
+    """The share of prompts on which the answer that most of n responses give is right, in expectation.
 
-    Answers are the same where their words are; of several that are given as often, the first one counts, and an empty
-    one only where all are.
+    Answers are the same where their words are. Of several that are given as often one is picked at random, and an empty
+    one only where all are. The mean is over all ways to draw n of V; where these are many, over 200 of them.
 
-    >>> majority_of_n([["4", "5", " 4"]], np.array([[1.0, 0.0, 1.0]]), 3)
-    1.0
+    >>> right = np.array([[1.0, 0.0, 1.0]])
+    >>> [round(majority_of_n([["4", "5", " 4"]], right, n), 3) for n in (1, 2, 3)]
+    [0.667, 0.667, 1.0]
     """
-    found = []
+    rng, found = np.random.default_rng(0), []
     for given, is_right in zip(answers, right, strict=True):
-        words = [" ".join(answer.split()) for answer in given[:n]]
-        counts = Counter(word for word in words if word)
-        most = counts.most_common(1)[0][0] if counts else ""
-        found.append(is_right[words.index(most)])
+        words = np.array([" ".join(answer.split()) for answer in given])
+        if math.comb(len(words), n) <= _DRAWS:
+            draws = [list(drawn) for drawn in itertools.combinations(range(len(words)), n)]
+        else:
+            draws = [rng.choice(len(words), n, replace=False).tolist() for _ in range(_DRAWS)]
+        found.append(np.mean([_of_majority(words[drawn], is_right[drawn]) for drawn in draws]))
     return float(np.mean(found))
+
+
+def _of_majority(words: np.ndarray, right: np.ndarray) -> float:
+    counts = Counter(word for word in words.tolist() if word) or Counter(words.tolist())
+    most = [word for word, count in counts.items() if count == max(counts.values())]
+    return float(np.mean([right[words == word].mean() for word in most]))

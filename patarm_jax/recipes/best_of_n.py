@@ -230,7 +230,7 @@ def _write(
     table = [f"| right responses, % |{''.join(f' {n} |' for n in sizes)}", "|---" * (len(sizes) + 1) + "|"]
     table += [f"| {who} |{''.join(f' {value:.1f} |' for _, value in curve)}" for who, curve in curves.items()]
     said = (
-        "Each is the mean over all ways to draw n of the responses; the majority is that of the first n. "
+        "Each is the mean over the ways to draw n of the responses; the majority is of answers in the same words. "
         f"{int(np.isnan(scores).sum()):,} of {scores.size:,} responses have no score."
     )
     text = "\n\n".join([head, "\n".join(table), said, "![best of n](figures/best-of-n.svg)"]) + "\n"
