@@ -297,10 +297,14 @@ def test_a_comparison_is_won_in_both_orders(folder):
     def worth(*votes):
         """Of the choices of two votes in each order."""
         judgements = [[Judgement("", Status.OK, "", choice=choice) for choice in of_it] for of_it in votes]
-        return source._share_won([SimpleNamespace(judgements=of_it) for of_it in judgements]).value
+        return source._share_won([SimpleNamespace(judgements=of_it) for of_it in judgements])
 
-    assert worth("AA", "BB") == 1.0 and worth("BB", "AA") == 0.0 and worth("AA", "AA") == 0.5
-    assert worth("AB", "BB") == 0.75 and worth("AA", [None, "B"]) == 1.0 and worth("AA", [None, None]) is None
+    def value(*votes):
+        return worth(*votes).value
+
+    assert worth("AA", "AB").orders == (1.0, 0.5) and worth("AB", [None, None]).orders == (0.5, None)
+    assert value("AA", "BB") == 1.0 and value("BB", "AA") == 0.0 and value("AA", "AA") == 0.5
+    assert value("AB", "BB") == 0.75 and value("AA", [None, "B"]) == 1.0 and value("AA", [None, None]) is None
     assert collected(source, responses_to("yes"))[0][0].said == NO_BASELINE
 
 
