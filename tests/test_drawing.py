@@ -202,7 +202,7 @@ def test_judging_draws_as_the_model_says(tmp_path, capsys):
     assert "answers to be asked for: 0, to 0 questions" in judge("--dry-run")[1].out
     # The same in flags is the same; another file is another judge.
     explicit = ["--sampling.temperature", 0.6, "--sampling.top_k", 20, "--sampling.top_p", 0.95]
-    assert "these scores were there already" in judge(*explicit)[1].err
+    assert "these judgements were there already" in judge(*explicit)[1].err
     shutil.copytree(model, tmp_path / "kept")
     folder_with(model, QWEN3 | {"do_sample": False})
     code, printed = judge()

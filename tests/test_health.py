@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from patarm_jax.config.recipes import SFTConfig
-from patarm_jax.run.health import Health, Told, after, reason_to_stop, symptoms, verdict, warnings
+from patarm_jax.run.health import Health, Told, after, parted, reason_to_stop, symptoms, verdict, warnings
 from patarm_jax.run.watch import open_watch
 
 TOLD = Told("runs/x", 1e30, "bfloat16", max_new_tokens=64, heldout_new_tokens=32)
@@ -152,3 +152,21 @@ def test_the_settings_of_one_of_two_models_are_named_as_its_own():
     its = replace(TOLD, settings="generator.")
     assert "raise generator.sampling.max_new_tokens, which is 64" in verdict(run([CUT])[-1], its)
     assert "Raise generator.sampling.temperature or generator.group_size" in verdict(run([EQUAL])[-1], its)
+
+
+def test_a_reward_that_rises_while_gold_falls_is_told():
+    """By more than twice the standard error of the difference; a measure that says nothing is passed over."""
+
+    def lines(*gold, error=0.01):
+        return [
+            {"step": float(step), "eval/reward": float(step), "gold/right/mean": value, "gold/right/error": error,
+             "gold/mute/mean": None}
+            for step, value in enumerate(gold, 1)
+        ]  # fmt: skip
+
+    said = parted(lines(0.4, 0.6, None, 0.5))
+    assert said.startswith("from step 2 to 4 the reward on the held-out prompts rose by 2 while gold/right fell by 0.1")
+    assert parted(lines(0.4, 0.6, 0.5, error=0.05)) == ""  # within what chance does
+    assert parted(lines(0.4, 0.5, 0.6)) == parted(lines(None, None)) == parted([{"step": 1.0}]) == ""
+    falling = [line | {"eval/reward": -line["step"]} for line in lines(0.6, 0.4)]
+    assert parted(falling) == ""  # both fall: nobody is fooled

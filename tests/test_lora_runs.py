@@ -140,7 +140,7 @@ def test_the_reference_is_the_weights_without_adapters(world, monkeypatch):
     )
     assert main(["grpo", str(once[1])]) == VAIN["grpo"]
     calls = itertools.count()  # no two weights are the same, so that the reference is loaded once more
-    monkeypatch.setattr("patarm_jax.recipes.grpo.weights_digest", lambda model: next(calls))
+    monkeypatch.setattr("patarm_jax.recipes.reinforce.weights_digest", lambda model: next(calls))
     assert main(["grpo", str(again)]) == VAIN["grpo"]
     assert next(calls) == 2
     assert timeless(once[2]) == timeless(loaded)

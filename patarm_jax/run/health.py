@@ -176,6 +176,8 @@ def parted(lines: Sequence[Mapping[str, float | None]]) -> str:
             continue
         name = metric.removesuffix("/mean")
         known = [line for line in measured if line.get(metric) is not None]
+        if not known:  # it says nothing of anything
+            continue
         best, last = max(known, key=lambda line: line[metric] or 0.0), known[-1]
         fell = (best[metric] or 0.0) - (last[metric] or 0.0)
         rose = (last["eval/reward"] or 0.0) - (best["eval/reward"] or 0.0)
