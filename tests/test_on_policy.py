@@ -271,6 +271,7 @@ def test_all_are_compared_with_all_as_two_at_a_time(folder, kind):
         assert [worth.value for worth in found[index]] == [None] * 3  # nothing that random weights write can be read
 
 
+@pytest.mark.long
 def test_a_round_is_a_run_on_pairs_that_are_given(folder, started):
     """And held-out pairs are read as the data say, whose columns may have other names than the pairs that are made."""
     rows = rows_of(folder / "prompts.jsonl")

@@ -226,6 +226,7 @@ def test_a_run_against_the_policys_own_greedy_response_resumes(folder, started):
     assert "models of the reward.pairwise is" in said
 
 
+@pytest.mark.long
 def test_a_dry_run_names_every_program_and_weight(folder, capsys):
     """Of the policy, of its greedy response, of a judge and of the generator of the judge's rubrics."""
     reference, few = str(folder / "reference"), {"sampling": {"max_new_tokens": 4}, "max_rubric_tokens": 6}
