@@ -9,7 +9,6 @@ import contextlib
 import glob
 import hashlib
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -18,8 +17,7 @@ import jax
 
 from patarm_jax.ask.answers import KEPT, Answers, Question, open_answers, read_answers
 from patarm_jax.files import writing
-from patarm_jax.run.peers import agree, gather
-from patarm_jax.types import UserError
+from patarm_jax.run.peers import agree, gather, wait_to_see
 
 Work = TypeVar("Work")
 
@@ -40,12 +38,12 @@ def shared_answers(path: Path, identity: Mapping[str, object]) -> Iterator[Answe
             yield answers
             _meet("all is asked")
             for process in range(1, jax.process_count()):
-                _wait_for(_own(path, process))
+                wait_to_see(_own(path, process), "--output")
             _take_in(answers, identity)
             _meet("answers are put together")
     else:
         _meet("answers are there")
-        _wait_for(path)
+        wait_to_see(path, "--output")
         known = read_answers(path, identity)
         _meet("answers are read")
         with open_answers(_own(path, jax.process_index()), identity) as own:
@@ -76,18 +74,6 @@ def done_by_all(done: bool) -> bool:
 
 def _own(path: Path, process: int) -> Path:
     return path.with_name(f".{path.name.lstrip('.')}.process-{process}")
-
-
-def _wait_for(path: Path, patience: float = 90.0) -> None:
-    """Until a file is seen that another machine has written: network file systems show it late."""
-    until = time.monotonic() + patience
-    while not path.exists():
-        if time.monotonic() > until:
-            raise UserError(
-                f"{path} of another process is not to be seen here after {patience:.0f} s. Give all processes one "
-                "--output, on storage that they share; run the same command again to go on."
-            )
-        time.sleep(0.2)
 
 
 def _take_in(answers: Answers, identity: Mapping[str, object]) -> None:

@@ -141,9 +141,7 @@ def markdown(scored: Scored) -> str:
     if isinstance(scored, ifeval.Scored):
         parts += ["By kind of instruction, their families first:", _kinds(scored)]
     else:
-        parts.append(
-            "Numbers of other judges do not compare with these; those of papers are by GPT-4 or its successors."
-        )
+        parts.append("Numbers by other judges do not compare with these; the papers' are by judges of their own.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

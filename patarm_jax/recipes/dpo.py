@@ -37,10 +37,10 @@ from patarm_jax.recipes.on_policy import (
 from patarm_jax.recipes.programs import dpo_learner, dpo_programs, make_response_logprobs
 from patarm_jax.recipes.ready import Ready, describe_update, make_ready, take_updates
 from patarm_jax.run.card import ModelCardFacts, card_of
-from patarm_jax.run.claim import claimed, wait_to_see
+from patarm_jax.run.claim import claimed
 from patarm_jax.run.folder import Run, open_run
 from patarm_jax.run.open_model import Model, load_params, weights_digest
-from patarm_jax.run.peers import arrive, start_processes, told
+from patarm_jax.run.peers import arrive, start_processes, told, wait_to_see
 from patarm_jax.run.process import TO_RESUME, say
 from patarm_jax.run.progress import Shown, percent
 from patarm_jax.run.stopping import stop_after_steps
@@ -88,7 +88,7 @@ def _train_in_rounds(making: Making) -> bool:
             dtype = making.config.model.dtype if number == rounds else "float32"
             if not _train(ready, partial(making.told_by, number), dtype):
                 return False
-            wait_to_see(making.export_of(number) / "config.json")
+            wait_to_see(making.export_of(number) / "config.json", "run.folder")
             if stop_asked() and number < rounds:
                 say(f"stopped after round {number} of {rounds}; run the command again to resume")
                 return False

@@ -49,13 +49,13 @@ from patarm_jax.rollout.judging import Judge, make_judge
 from patarm_jax.rollout.preferring import Pair, preferred_pair
 from patarm_jax.rollout.responses import Responses, Said, Source, Worth, ask_sources, refuse_many_failures
 from patarm_jax.run.card import ModelCardFacts, card_of
-from patarm_jax.run.claim import MARK, folder_of, wait_to_see, write_mark
+from patarm_jax.run.claim import MARK, folder_of, write_mark
 from patarm_jax.run.devices import tell_devices
 from patarm_jax.run.export import refuse_adapters_of_no_model
 from patarm_jax.run.folder import length_of
 from patarm_jax.run.learner import check_batch, rollout_rules
 from patarm_jax.run.open_model import EXPORT, Model, name_of, open_model
-from patarm_jax.run.peers import agree, arrive, told
+from patarm_jax.run.peers import agree, arrive, told, wait_to_see
 from patarm_jax.run.process import TO_RESUME, say
 from patarm_jax.run.programs import describe
 from patarm_jax.run.progress import percent, progress
@@ -251,7 +251,7 @@ def make_pairs(making: Making, number: int) -> bool:
     if jax.process_index() == 0:
         _write_pairs(making, number, folder)
     told("that the pairs are written", "")
-    wait_to_see(path)
+    wait_to_see(path, "run.folder")
     return True
 
 

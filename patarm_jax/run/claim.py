@@ -142,22 +142,6 @@ def _see_one_folder(folder: Path, patience: float = 90.0) -> None:
         (folder / name).unlink()
 
 
-def wait_to_see(path: Path, patience: float = 90.0) -> None:
-    """Waits until a file can be seen that process 0 has written: network file systems show it some seconds later."""
-    until = time.monotonic() + patience
-    while not path.exists():
-        if time.monotonic() > until:
-            raise UserError(
-                f"{path}, which process 0 has written, is not to be seen by process {jax.process_index()} after "
-                f"{patience:.0f} s. Give all processes one folder, on storage that they share, and run the command "
-                "again to go on."
-            )
-        for folder in (path.parent.parent, path.parent):
-            with contextlib.suppress(OSError):
-                os.listdir(folder)  # network file systems then ask anew
-        time.sleep(0.2)
-
-
 def _in_folder(folder: Path) -> list[object]:
     """By what a run goes on: its checkpoints, and whether it has an export."""
     return [steps_in(folder / CHECKPOINTS), (folder / EXPORT).is_dir()]

@@ -425,6 +425,30 @@ def stop_asked_of_any(asked: bool) -> bool:
     return asked
 
 
+def wait_to_see(path: Path, setting: str, patience: float = 90.0) -> None:
+    """Waits until a file is seen that another process has written: network file systems show it some seconds later.
+
+    Args:
+        path: of the file.
+        setting: that names the place which all processes must share.
+        patience: seconds.
+
+    Raises:
+        UserError: when it does not come.
+    """
+    until = time.monotonic() + patience
+    while not path.exists():
+        if time.monotonic() > until:
+            raise UserError(
+                f"{path} of another process is not to be seen here after {patience:.0f} s. Give all processes one "
+                f"{setting}, on storage that they share; run the same command again to go on."
+            )
+        for folder in (path.parent.parent, path.parent):
+            with contextlib.suppress(OSError):
+                os.listdir(folder)  # network file systems then ask anew
+        time.sleep(0.2)
+
+
 def arrive(where: str) -> None:
     """`Peers.arrive`; of a process that is alone, nothing."""
     for peers in _peers:
