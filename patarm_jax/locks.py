@@ -192,9 +192,13 @@ def release(path: Path, handle: int) -> None:
     os.close(handle)
 
 
-def held(about: Path, who: dict[str, object] | None = None) -> UserError:
+class Held(UserError):
+    """Another process writes there."""
+
+
+def held(about: Path, who: dict[str, object] | None = None) -> Held:
     """What is said of a file or folder that another process is writing."""
-    return UserError(
+    return Held(
         f"{about} is being written by another process{_named(who or {})}. Wait until it has ended, stop it, or name "
         "another place."
     )

@@ -21,7 +21,7 @@ FLOORS = [
     ["run"],
     ["report"],
     ["ask"],
-    ["evaluate"],
+    ["adapters", "evaluate"],
     ["recipes"],
     ["demo", "bench"],
     ["cli"],

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from patarm_jax.ask.answers import Question
-from patarm_jax.ask.endpoint import Remote
 from patarm_jax.ask.local import Local, encode_questions
+from patarm_jax.ask.remote import Remote
 from patarm_jax.model.transformer import abstract_params
 
 

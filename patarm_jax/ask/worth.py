@@ -7,10 +7,9 @@ when the policy has ended sampling; a server is asked while it still samples.
 import asyncio
 import contextlib
 import inspect
-import queue
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from patarm_jax.ask.answers import Answers, Kind, Question, open_answers, read_answers
-from patarm_jax.ask.endpoint import Remote, ask_name, ask_while_they_come
+from patarm_jax.ask.answers import Answer, Answers, Kind, Question, open_answers, read_answers
+from patarm_jax.ask.remote import Remote, ask_name
+from patarm_jax.ask.standing import Standing
 from patarm_jax.ask.worth_here import (
     JudgeHere,
     NumberHere,
@@ -47,26 +47,25 @@ Reward = Callable[..., Sequence[float | None]]  # as TRL calls it
 
 
 class JudgeServed:
-    """A pointwise judge behind an OpenAI-compatible server, asked by a thread of its own while the policy samples.
+    """A pointwise judge behind an OpenAI-compatible server, asked while the policy samples.
 
     Its answers are kept in a file: what a run that was stopped has asked already is not asked again.
     """
 
     def __init__(self, section: SourceSection, remote: Remote, kept: Path) -> None:
         self.name = section.called
-        self._section, self._remote = section, remote
+        self._section = section
         self._open = contextlib.ExitStack()
         identity = remote.identity | {"rubrics": section.rubrics}
         self._answers: Answers = self._open.enter_context(open_answers(kept, identity))
         for other in sorted(kept.parent.glob("*.jsonl")):  # of other processes, or of another number of them
             if other != kept and _OF_PROCESS.sub("", other.name) == f"{section.called}.jsonl":
                 self._answers.known = read_answers(other, identity) | self._answers.known
-        self._asked: dict[tuple[int, int], Question] = {}
+        self._standing = Standing(remote, self._answers, POINTWISE.read)
+        self._votes = remote.votes
+        self._given: dict[tuple[int, int], Future[list[Answer]]] = {}
         self._queued: set[tuple[str, int]] = set()  # what is asked for since the last time
         self._offered: list[Responses] = []
-        self._waiting: queue.SimpleQueue[tuple[Question, int] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._failed: list[BaseException] = []
 
     def offer(self, responses: Responses) -> None:
         """Has them asked for at once."""
@@ -78,51 +77,23 @@ class JudgeServed:
             messages = POINTWISE.ask(prompt.prompt, answer, domain=prompt.domain, rubrics=self._section.rubrics)
             sample = responses.record.index * len(responses.answers) + member
             question = Question(prompt.id, sample, messages)
-            self._asked[responses.index, member] = question
-            for vote in range(self._remote.votes):
-                known = self._answers.known.get((question.key, vote))
-                if (known is None or not known.came) and (question.key, vote) not in self._queued:
-                    self._queued.add((question.key, vote))
-                    self._waiting.put((question, vote))
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._ask, name=f"asking {self.name}", daemon=True)
-            self._thread.start()
-
-    def _ask(self) -> None:
-        try:
-            asyncio.run(ask_while_they_come(self._remote, self._answers, self._next, POINTWISE.read))
-        except BaseException as error:  # raised where they are collected
-            self._failed.append(error)
-
-    def _next(self) -> Iterator[tuple[Question, int] | None]:
-        """What is to be asked; None while there is nothing yet."""
-        while True:
-            try:
-                work = self._waiting.get_nowait()
-            except queue.Empty:
-                yield None
-                continue
-            if work is None:
-                return
-            yield work
+            every = [(question.key, vote) for vote in range(self._votes)]
+            self._queued.update(
+                one for one in every if (found := self._answers.known.get(one)) is None or not found.came
+            )
+            self._given[responses.index, member] = self._standing.ask(question)
 
     def collect(self, key: jax.Array, step: int) -> Mapping[int, list[Worth]]:
         """Waits for all answers; those of a response in the mean over its votes."""
-        if self._thread is not None:
-            self._waiting.put(None)
-            self._thread.join()
-            self._thread, self._waiting = None, queue.SimpleQueue()
-        if self._failed:
-            raise self._failed.pop()
         found: dict[int, list[Worth]] = {}
         for one in self._offered:
             lost = without_answers(one)
             found[one.index] = [
-                lost[member] if member in lost else self._worth(self._asked[one.index, member])
+                lost[member] if member in lost else _worth(self._given[one.index, member].result())
                 for member in range(len(one.answers))
             ]
         self._offered.clear()
-        self._asked.clear()
+        self._given.clear()
         return found
 
     def settle(self) -> None:
@@ -133,10 +104,10 @@ class JudgeServed:
         self._answers.add(replace(one, kind=final, status=final, reason=f"given up: {one.reason}") for one in given_up)
         self._queued.clear()
 
-    def _worth(self, question: Question) -> Worth:
-        given = self._answers.of(question, self._remote.votes)
-        known = [one.score for one in given if one.score is not None]
-        return Worth(float(np.mean(known)) if known else None, said_of(given))
+
+def _worth(given: Sequence[Answer]) -> Worth:
+    known = [one.score for one in given if one.score is not None]
+    return Worth(float(np.mean(known)) if known else None, said_of(given))
 
 
 # ---------------------------------------------------------------------------------------------------------- a function

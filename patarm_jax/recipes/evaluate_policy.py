@@ -21,9 +21,9 @@ from typing import TypeAlias, TypeVar
 import jax
 
 from patarm_jax.ask.answers import KEPT, Kind, Question, missing, read_answers
-from patarm_jax.ask.endpoint import Remote
 from patarm_jax.ask.estimate import estimate
 from patarm_jax.ask.local import Local, load_weights
+from patarm_jax.ask.remote import Remote
 from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.scoring import PolicyEvalConfig

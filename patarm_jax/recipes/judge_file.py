@@ -20,9 +20,9 @@ import jax
 import numpy as np
 
 from patarm_jax.ask.answers import Answer, Question, missing, read_answers
-from patarm_jax.ask.endpoint import Remote
 from patarm_jax.ask.estimate import estimate
 from patarm_jax.ask.local import AGAIN, Local
+from patarm_jax.ask.remote import Remote
 from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import JudgeConfig

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from patarm_jax.arrays import Params
 from patarm_jax.ask.answers import Answer, Answers, Question, identity_of, missing, read_answers
-from patarm_jax.ask.endpoint import Remote, ask_endpoint, ask_name
+from patarm_jax.ask.endpoint import ask_endpoint
 from patarm_jax.ask.estimate import estimate
 from patarm_jax.ask.local import Local, ask_local, open_local
+from patarm_jax.ask.remote import Remote, ask_name
 from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
 from patarm_jax.config.recipes import AskingConfig, RubricsConfig
 from patarm_jax.config.scoring import PolicyEvalConfig

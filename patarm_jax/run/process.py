@@ -8,15 +8,19 @@ import threading
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-import jax
-
 # What is said besides when a run cannot write.
 TO_RESUME = "Then run the command again to resume from the last checkpoint."
 
 
+def is_first() -> bool:
+    """Whether this is the first of the processes that share a run; one that has not loaded JAX shares none."""
+    jax = sys.modules.get("jax")  # whoever only asks a server need not have it
+    return jax is None or jax.process_index() == 0
+
+
 def say(message: str) -> None:
     """One line for the person who watches, if anybody does, from the first process only."""
-    if jax.process_index() == 0:
+    if is_first():
         with contextlib.suppress(BrokenPipeError):
             print(message, file=sys.stderr, flush=True)
 

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Never, Protocol, TextIO
 
-import jax
 from tqdm import tqdm
+
+from patarm_jax.run.process import is_first
 
 Shown = Mapping[str, float | str]
 
@@ -57,7 +58,7 @@ def progress(
         clock: seconds.
     """
     stream = stream or sys.stderr
-    if jax.process_index() != 0:
+    if not is_first():
         yield lambda step, values, tokens=0: None
         return
     begun, last = clock(), (done, 0)

@@ -1,0 +1,84 @@
+"""What other trainers hand over, as a judge reads it: a prompt, and the answer to it.
+
+A prompt is text, text with a chat template's marks, or messages; a completion is text, or the messages that were added.
+"""
+
+import re
+from dataclasses import dataclass
+
+from patarm_jax.data.cells import text_or_messages
+from patarm_jax.data.dialogues import read_open_prompt
+from patarm_jax.data.reasons import Dropped
+from patarm_jax.judge.parse import answer_of
+from patarm_jax.types import Conversation
+
+NO_ANSWER = "no answer stands behind the thinking"
+# How a chat template begins the assistant's turn of a model that is not to think, and of one that is to.
+_UNTHINKING, _THINKING = re.compile(r"<think>\s*</think>\s*\Z"), re.compile(r"<think>\s*\Z")
+_ENDS = re.compile(
+    r"(?:\s|<\|(?:im_end|eot_id|end|return|endoftext)\|>|<end_of_turn>|<｜[^｜]{1,30}｜>|</?s>|<eos>|<pad>)+\Z"
+)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a judge is shown, or why nothing can be."""
+
+    prompt: str | Conversation = ""
+    response: str = ""
+    reason: str = ""  # why it cannot be judged; empty: it can
+
+
+def shown(prompt: object, completion: object, sees_thinking: bool = False) -> Shown:
+    r"""One prompt and completion of a trainer, as a judge is shown them; never raises.
+
+    >>> prompt = "<|im_start|>user\nRice?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    >>> shown(prompt, "Hm.</think>18 minutes.<|im_end|>")
+    Shown(prompt=({'role': 'user', 'content': 'Rice?'},), response='18 minutes.', reason='')
+    >>> shown([{"role": "user", "content": "Rice?"}], [{"role": "assistant", "content": "<think>Rice, or"}]).reason
+    'no answer stands behind the thinking'
+
+    Args:
+        prompt: as the trainer has it.
+        completion: to it.
+        sees_thinking: whether the judge sees the thinking before an answer too.
+    """
+    try:
+        asked, opens = _prompt(prompt)
+        text = _completion(completion)
+    except Dropped as dropped:
+        return Shown(reason=str(dropped))
+    text = _ENDS.sub("", text)
+    answer = answer_of(f"<think>{text}" if opens else text)
+    if answer is None:
+        return Shown(reason=NO_ANSWER)
+    return Shown(asked, text.strip() if sees_thinking else answer)
+
+
+def _plain(value: object) -> object:
+    """Lists, where a table's array stands for them."""
+    return value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
+
+
+def _prompt(prompt: object) -> tuple[str | Conversation, bool]:
+    """The prompt, and whether it has opened the thinking of its answer."""
+    prompt = _plain(prompt)
+    if isinstance(prompt, str):
+        opens = not _UNTHINKING.search(prompt) and _THINKING.search(prompt) is not None
+        read = read_open_prompt(_THINKING.sub("", _UNTHINKING.sub("", prompt)))
+        return (read[0], opens) if read else (prompt, False)
+    messages = text_or_messages("the prompt", prompt)
+    if not messages or isinstance(messages, str):
+        raise Dropped("the prompt is empty")
+    return messages, False
+
+
+def _completion(completion: object) -> str:
+    """The text of a completion; of messages the last one's, which is the assistant's."""
+    completion = _plain(completion)
+    if isinstance(completion, str):
+        return completion
+    messages = text_or_messages("the completion", completion)
+    if not messages or isinstance(messages, str) or messages[-1]["role"] != "assistant":
+        raise Dropped("the completion does not end with what the assistant says")
+    return messages[-1]["content"]

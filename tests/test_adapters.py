@@ -1,0 +1,374 @@
+"""A judge as the reward of other trainers: what they hand over, what they get, and what is asked only once."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from patarm_jax.adapters import openrlhf, trl, tunix, verl
+from patarm_jax.adapters.judge import judge_of
+from patarm_jax.adapters.texts import shown
+from patarm_jax.cli import main
+from patarm_jax.demo.tokenizer import write_untrained_model
+from patarm_jax.demo.world import make_world, write_pairs
+from patarm_jax.judge.prompts import pointwise
+from patarm_jax.types import UsageError, UserError
+from tests.chat_server import BAD, GOOD, answer_to, served
+from tests.test_imports import ARRAYS, PACKAGE
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PATARM_JUDGE", raising=False)
+
+
+def messages(text, role="user"):
+    return [{"role": role, "content": text}]
+
+
+def chat(prompt, completion=None):
+    text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    return text if completion is None else f"{text}{completion}<|im_end|>"
+
+
+# ------------------------------------------------------------------------------------------------------ what is shown
+
+
+@pytest.mark.parametrize(
+    "prompt, completion",
+    [
+        ("Rice?", "18 minutes."),
+        (messages("Rice?"), messages("18 minutes.", "assistant")),
+        (np.array(messages("Rice?"), dtype=object), "<think>Hm.</think>18 minutes."),
+        (chat("Rice?"), "18 minutes.<|im_end|>"),
+        (chat("Rice?") + "<think>\n\n</think>\n\n", "18 minutes.<|im_end|><|endoftext|>"),
+        (chat("Rice?") + "<think>\n", "Hm.</think>\n18 minutes."),
+        (
+            [*messages("Rice?"), *messages("How much?", "assistant"), *messages("100 g")],
+            [*messages("I look it up.", "assistant"), *messages("18", "tool"), *messages("18 minutes.", "assistant")],
+        ),
+    ],
+)
+def test_forms_of_prompts_and_completions(prompt, completion):
+    found = shown(prompt, completion)
+    assert found.response == "18 minutes." and not found.reason
+    turns = [{"role": "user", "content": found.prompt}] if isinstance(found.prompt, str) else found.prompt
+    assert turns[0] == {"role": "user", "content": "Rice?"}
+
+
+@pytest.mark.parametrize(
+    "prompt, completion, reason",
+    [
+        ("Rice?", "", "no answer stands behind the thinking"),
+        (chat("Rice?") + "<think>\n", "Rice takes", "no answer stands behind the thinking"),
+        ([], "18", "the prompt is empty"),
+        ("Rice?", messages("18", "tool"), "the completion does not end with what the assistant says"),
+        ("Rice?", [{"role": "assistant", "content": None}], "message without text in the completion"),
+        (messages([{"type": "image", "url": "x"}]), "18", "message in the prompt that holds something else than text"),
+        ("Rice?", 0.5, "the completion that is a number"),
+    ],
+)
+def test_what_cannot_be_shown_is_said(prompt, completion, reason):
+    assert shown(prompt, completion).reason.startswith(reason)
+
+
+def test_a_response_that_is_json_stays_text():
+    text = json.dumps(messages("Rice?"))
+    assert shown("Write JSON.", text).response == text
+
+
+def test_thinking_is_seen_where_it_is_to_be():
+    assert shown("Rice?", "<think>Hm.</think>18.", sees_thinking=True).response == "<think>Hm.</think>18."
+
+
+# ---------------------------------------------------------------------------------------------------------------- trl
+
+
+def test_trl_in_both_forms_and_its_logs():
+    logged = {}
+    with served() as (url, handler):
+        reward = trl.make_reward(url, votes=2)
+        texts = reward(
+            prompts=["Topic"] * 3,
+            completions=[GOOD, BAD, "<think>hm"],
+            completion_ids=[[1]] * 3,
+            domain=["math", "chat", None],
+            log_metric=lambda name, value: logged.update({name: value}),
+            log_extra=lambda name, values: logged.update({name: values}),
+            trainer_state=None,
+        )
+        asked = len(handler.asked)
+        conversational = reward(
+            prompts=[messages("Topic")] * 2, completions=[messages(GOOD, "assistant"), messages(BAD, "assistant")]
+        )
+        shown_first = {json.dumps(request["messages"]) for request in handler.asked[:4]}
+    assert texts == [9.0, 2.0, None] and conversational == [9.0, 2.0]
+    assert asked == 4  # two votes of two responses
+    by_domain = [("math", GOOD), ("chat", BAD)]
+    assert shown_first == {json.dumps(list(pointwise("Topic", text, domain=name))) for name, text in by_domain}
+    assert logged["judge/without_reward"] == pytest.approx(1 / 3)
+    assert logged["without_reward"][2] == "no answer stands behind the thinking"
+    assert logged["judgement"][0].count("<answer>9</answer>") == 2
+
+
+def test_the_environment_names_the_judge(tmp_path, monkeypatch):
+    with served() as (url, _):
+        (tmp_path / "judge.yaml").write_text(f"endpoint: {{url: {url}, concurrency: 2}}\nkept: ''\n")
+        monkeypatch.setenv("PATARM_JUDGE", str(tmp_path / "judge.yaml"))
+        assert trl.reward(prompts=["Topic"], completions=[GOOD]) == [9.0]
+        assert judge_of(None, {}).config.endpoint.timeout == 120  # what the file leaves out keeps its default
+    assert not (tmp_path / "judge-answers").exists()
+
+
+def test_a_judge_that_cannot_be_read_has_no_score():
+    with served("unread", always="") as (url, _):
+        given = trl.make_reward(url, votes=1)(prompts=["Topic"], completions=[GOOD])
+        with_number = trl.make_reward(url, votes=1, missing=1.5, kept="other")
+    assert given == [None]
+    assert with_number.__name__ == "patarm_judge"
+
+
+def test_what_is_missing_may_be_a_number():
+    with served(always="unread") as (url, _):
+        assert trl.make_reward(url, missing=1.5)(prompts=["Topic"], completions=[GOOD]) == [1.5]
+
+
+def test_an_answer_is_paid_once(tmp_path):
+    """Neither twice in a batch, nor in a later one, nor by another process; the same response, the same score."""
+    with served() as (url, handler):
+        reward = trl.make_reward(url)
+        assert reward(prompts=["Topic"] * 4, completions=[GOOD] * 4) == [9.0] * 4
+        assert reward(prompts=["Topic"], completions=[GOOD]) == [9.0]
+        assert len(handler.asked) == 1
+        code = (
+            "from patarm_jax.adapters.trl import make_reward\n"
+            f"print(make_reward({url!r})(prompts=['Topic', 'Topic'], completions=[{GOOD!r}, {BAD!r}]))"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert done.stdout == "[9.0, 2.0]\n", done.stderr
+        assert len(handler.asked) == 2
+    files = list((tmp_path / "judge-answers").rglob("*.jsonl"))
+    assert len(files) == 2  # one for each process that was there at a time
+
+
+def test_other_settings_are_another_judge():
+    with served() as (url, handler):
+        assert trl.make_reward(url)(prompts=["Topic"], completions=[GOOD]) == [9.0]
+        assert trl.make_reward(url, sampling={"temperature": 0.5})(prompts=["Topic"], completions=[GOOD]) == [9.0]
+        assert [request.get("temperature") for request in handler.asked] == [None, 0.5]
+
+
+def test_what_comes_too_late_has_no_reward_and_is_kept():
+    with served("slow") as (url, handler):
+        reward = trl.make_reward(url, time_limit=0.3)
+        assert reward(prompts=["Topic"], completions=[GOOD]) == [None]
+        given = judge_of(url, {"time_limit": 0.3})
+        question = given._question(shown("Topic", GOOD), None)
+        assert given._asked.ask([question])[0].result(10)[0].score == 9.0
+        assert reward(prompts=["Topic"], completions=[GOOD]) == [9.0]
+        assert len(handler.asked) == 1
+
+
+def test_a_server_that_is_gone_ends_the_training_with_the_cause():
+    with served("404", "404", "404", always="404") as (url, _):
+        reward = trl.make_reward(url, endpoint={"model": "judge", "tries": 1})
+        with pytest.raises(UserError, match=r"has not answered a single question yet.*check endpoint\.url"):
+            reward(prompts=[f"Topic {n}" for n in range(8)], completions=[GOOD] * 8)
+    with pytest.raises(UserError, match="does not list its models"):
+        trl.make_reward("http://127.0.0.1:9/v1", endpoint={"tries": 1})
+
+
+def test_one_refusal_among_answers_is_its_own():
+    def refuse(request):
+        return 400, {"error": {"message": "This model's maximum context length is 8 tokens."}}
+
+    with served(always=lambda request: refuse(request) if "LONG" in str(request) else answer(request)) as (url, _):
+        given = trl.make_reward(url)(prompts=["Topic", "LONG", "Topic 2"], completions=[GOOD, GOOD, BAD])
+    assert given == [9.0, None, 2.0]
+
+
+def answer(request):
+    return 200, answer_to(request)
+
+
+def test_many_threads_ask_one_judge():
+    """As verl's reward workers do: each response by itself, while others are under way."""
+    with served() as (url, handler):
+        results, asked = {}, {"judge": url, "endpoint": {"concurrency": 4}}
+
+        def ask(number):
+            text = GOOD if number % 2 else BAD
+            info = {"question": f"Topic {number % 8}"}
+            results[number] = verl.compute_score("data", text, "", info, **asked)["score"]
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(32)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results == {number: 9.0 if number % 2 else 2.0 for number in range(32)}
+        assert len(handler.asked) == 8
+
+
+# ------------------------------------------------------------------------------------------------------------- the rest
+
+
+def test_verl_by_sample_in_both_ways():
+    with served() as (url, _):
+        info = {"question": np.array(messages("Topic"), dtype=object), "domain": "math"}
+
+        async def all_at_once():
+            texts = [GOOD, BAD, "<think>hm"]
+            return await asyncio.gather(*(verl.compute_score_async("data", t, "", info, judge=url) for t in texts))
+
+        later = asyncio.run(all_at_once())
+        now = verl.compute_score("data", GOOD, "", info, judge=url, reward_model_tokenizer=object())
+        routed = verl.compute_score("data", BAD, "", info, reward_router_address=url.split("/")[2])
+    assert now == {"score": 9.0, "judged": 1.0, "without_reward": ""} and routed["score"] == 2.0
+    assert [one["score"] for one in later] == [9.0, 2.0, None]
+    assert later[2]["without_reward"] == "no answer stands behind the thinking"
+    assert [{name: type(value) for name, value in one.items() if name != "score"} for one in later] == [
+        {"judged": float, "without_reward": str}
+    ] * 3
+
+
+def test_verl_without_the_prompt_is_told_where_to_put_it():
+    with served() as (url, _), pytest.raises(UserError, match="extra_info holds index, and no question"):
+        verl.compute_score("data", GOOD, "", {"index": 3}, judge=url)
+
+
+def test_tunix_gets_no_zero_for_a_failed_judgement():
+    with served() as (url, _):
+        reward = tunix.make_reward(url)
+        given = reward(prompts=["a", "a", "a", "b"], completions=[GOOD, BAD, "<think>hm", BAD], mode="train")
+        with pytest.raises(UserError, match="none of 2 responses could be judged"):
+            reward(prompts=["a", "a"], completions=["<think>hm", ""], mode="train")
+    assert given == [9.0, 2.0, 5.5, 2.0]
+
+
+def test_openrlhf_as_it_was_recorded():
+    """The request and the response of the contract, by a real HTTP server, and the function of a file."""
+    keys = json.loads((Path(__file__).parent / "goldens" / "openrlhf" / "get_reward.json").read_text())
+    prompts = [chat("Topic"), chat("Topic")]
+    queries = [chat("Topic", GOOD), chat("Topic", "<think>hm")]
+    with served() as (url, _):
+        environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+        port = free_port()
+        command = [sys.executable, "-m", "patarm_jax.adapters.openrlhf", "--judge", url, "--port", str(port)]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as server:
+            try:
+                request = {"query": queries, "prompts": prompts, "labels": ["", ""]}
+                assert request.keys() == keys["request"].keys()
+                given = post(f"http://127.0.0.1:{port}/get_reward", request)
+                wrong = post(f"http://127.0.0.1:{port}/get_reward", {"texts": []}, status=400)
+            finally:
+                server.terminate()
+    assert given.keys() == keys["response"].keys()
+    assert given == {"rewards": [9.0, None], "scores": [0.9, None], "extra_logs": {"judged": [1.0, 0.0]}}
+    assert "not a request of OpenRLHF" in wrong["error"]
+
+
+def test_openrlhf_by_a_function(monkeypatch):
+    torch = pytest.importorskip("torch")
+    with served() as (url, _):
+        monkeypatch.setenv("PATARM_JUDGE", url)
+        given = openrlhf.reward_func([chat("Topic", GOOD)], [chat("Topic")], [""])
+        failed = openrlhf.reward_func([chat("Topic", "<think>hm")], [chat("Topic")], [""])
+        cut = openrlhf.reward_func(["opic" + GOOD], [chat("Topic")], [""])
+    assert torch.equal(given["rewards"], torch.tensor([9.0])) and torch.equal(given["scores"], torch.tensor([0.9]))
+    assert failed["rewards"] is None and cut["rewards"] is None
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def post(url, content, status=200):
+    import time
+    import urllib.error
+
+    data = json.dumps(content).encode()
+    for _ in range(200):
+        try:
+            request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request) as response:
+                assert response.status == status
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            assert error.code == status
+            return json.loads(error.read())
+        except urllib.error.URLError:
+            time.sleep(0.1)
+    raise AssertionError("the server does not answer")
+
+
+@pytest.mark.parametrize("adapter", ["trl", "verl", "tunix", "openrlhf"])
+def test_an_adapter_needs_neither_jax_nor_a_model(adapter):
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({ARRAYS!r}))  # whoever imports one of them gets an ImportError
+from patarm_jax.adapters import {adapter}
+from patarm_jax.adapters.judge import judge_of
+from patarm_jax.adapters.texts import shown
+judge = judge_of(sys.argv[1], {{}})
+print(judge.opinions([shown("Topic", {GOOD!r})], [None])[0].score)
+"""
+    with served() as (url, _):
+        environment = {"PYTHONPATH": str(PACKAGE.parent), "PATH": os.environ["PATH"]}
+        command = [sys.executable, "-c", code, url]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout == "9.0\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({}, "no judge is named"),
+        ({"endpoint": {"url": "http://x/v1"}, "model": {"path": "judge"}}, "both endpoint.url and model.path"),
+        ({"endpoint": {"url": "http://x/v1"}, "vote": 2}, "unknown key vote"),
+        ({"endpoint": {"url": "http://x/v1"}, "votes": 0}, "votes is 0"),
+        ("missing.yaml", "cannot read the config missing.yaml"),
+    ],
+)
+def test_settings_that_cannot_be_meant(settings, said):
+    with pytest.raises((UsageError, UserError), match=said):
+        trl.make_reward(settings)
+
+
+def test_a_judge_in_this_process_says_what_patarm_judge_says(tmp_path):
+    world = make_world(1, 10, 10)
+    write_pairs(tmp_path / "pairs.jsonl", world.train)
+    write_untrained_model(tmp_path / "model", tmp_path / "pairs.jsonl", 1)
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    model = {"path": str(tmp_path / "model"), "dtype": "float32"}
+    prompts = [pair["prompt"] for pair in pairs for _ in "ab"]
+    completions = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
+    logged = {}
+    settings = {"model": model, "sampling": {"max_new_tokens": 16, "temperature": 0.0}}
+    given = trl.make_reward(settings)(
+        prompts=prompts,
+        completions=completions,
+        domain=[pair["domain"] for pair in pairs for _ in "ab"],
+        log_extra=lambda name, values: logged.update({name: values}),
+    )
+    command = ["judge", tmp_path / "model", "--input", tmp_path / "pairs.jsonl", "--output", tmp_path / "scores.jsonl"]
+    drawn = ["--sampling.temperature", "0", "--sampling.max_new_tokens", "16", "--model.dtype", "float32"]
+    main([str(word) for word in [*command, *drawn]])
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    said = [one["text"] for row in rows for side in row["judgements"].values() for one in side]
+    assert logged["judgement"] == said and len(set(said)) > 1
+    assert given == [None] * 20  # random weights write no judgement that could be read
+    with pytest.raises(UsageError, match="vllm serve"):
+        verl.compute_score("data", "text", "", {"question": "Topic"}, judge=settings)
