@@ -15,7 +15,9 @@ SCORES = tuple(range(11))  # whole ones that a judge may give
 Domain = Literal["chat", "math", "code", "safety", "instruction_following"]
 RubricMode = Literal["adaptive", "primary", "generated"]
 BenchmarkName = Literal["rewardbench", "rewardbench2", "rm-bench", "judgebench", "llmbar", "rmb", "ppe", "pairs"]
-PolicyBenchmarkName = Literal["ifeval", "infobench", "best-of-n"]  # of a policy's responses; the others are of judges
+PolicyBenchmarkName = Literal[
+    "ifeval", "infobench", "win-rate", "best-of-n"
+]  # of a policy's responses; the others are of judges
 # How a judge is asked: for a score of each response, which of two is better, for a score without rubrics (what a
 # general model is asked as a baseline). Two write nothing. scalar: a Bradley-Terry head gives the score; ordinal: it is
 # the expectation of a score from 0 to 10 that is asked for at once, by the model's own probabilities. rubric_judge:

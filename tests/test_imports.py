@@ -24,6 +24,7 @@ FLOORS = [
     ["adapters", "evaluate"],
     ["recipes"],
     ["demo", "bench"],
+    ["verbs"],
     ["cli"],
     ["__main__"],
 ]

@@ -8,7 +8,7 @@ import numpy as np
 
 from patarm_jax.evaluate.proportions import limits
 from patarm_jax.judge.parse import answer_of
-from patarm_jax.types import Message
+from patarm_jax.types import Message, Preference
 
 
 class Task(Protocol):
@@ -25,6 +25,28 @@ class Task(Protocol):
     @property
     def messages(self) -> list[Message]:
         """The same as a conversation."""
+
+
+@dataclass(frozen=True)
+class PromptTask:
+    """A prompt of any file of prompts."""
+
+    preference: Preference  # with the row that it stands in
+
+    @property
+    def id(self) -> str:
+        """Names it."""
+        return self.preference.id
+
+    @property
+    def prompt(self) -> str:
+        """The user's last words."""
+        return self.preference.prompt[-1]["content"]
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation."""
+        return list(self.preference.prompt)
 
 
 @dataclass(frozen=True)
@@ -67,8 +89,12 @@ class Share:
 
 def share_of_units(units: Sequence[Sequence[bool]]) -> Share:
     """The share of all that is true, of units that hold several each."""
-    values = np.array([float(np.mean(each)) for each in units])
-    size = np.array([float(len(each)) for each in units])
-    found = limits(values, size)
+    return share_of_values([float(np.mean(each)) for each in units], [float(len(each)) for each in units])
+
+
+def share_of_values(values: Sequence[float], sizes: Sequence[float] = ()) -> Share:
+    """The same of units whose shares are known; they hold one each where no sizes are given."""
+    size = np.array(sizes or [1.0] * len(values))
+    found = limits(np.array(values), size)
     low, high = found.interval
     return Share(float(found.value), float(low), float(high), int(size.sum()))

@@ -7,7 +7,7 @@ results.json, summary.md, figures/best-of-n.svg   accuracy over n, beside a pick
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -18,48 +18,29 @@ from patarm_jax.ask.answers import KEPT, Question
 from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
 from patarm_jax.ask.worth import FunctionOf
 from patarm_jax.config.policy import SourceSection
-from patarm_jax.config.recipes import AskingConfig
 from patarm_jax.config.scoring import PolicyEvalConfig
-from patarm_jax.config.sections import DataSection
 from patarm_jax.data.pipeline import EncodedPair
 from patarm_jax.data.prompts import DOMAIN, read_prompts
 from patarm_jax.evaluate import ifeval
 from patarm_jax.evaluate.best_of_n import curve_of, majority_of_n
 from patarm_jax.evaluate.figures import draw_lines
-from patarm_jax.evaluate.responded import Response
+from patarm_jax.evaluate.responded import PromptTask, Response
 from patarm_jax.files import write_json, write_text, writing
-from patarm_jax.judge.forms import FORMS
-from patarm_jax.recipes.evaluate_policy import JUDGEMENTS, RESPONSES, RESULTS, opened, responded
-from patarm_jax.recipes.judges import ask, open_judge, refuse_lost
+from patarm_jax.recipes.judges import ask, open_responses_judge, refuse_lost
+from patarm_jax.recipes.policy_responses import JUDGEMENTS, RESPONSES, RESULTS, opened, responded
 from patarm_jax.rollout.responses import Responses
 from patarm_jax.run.margin import imported
 from patarm_jax.run.process import say
-from patarm_jax.types import Message, Preference, UsageError
+from patarm_jax.types import Preference, UsageError
 
 Curve = list[tuple[float, float]]  # (n, per cent)
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(PromptTask):
     """A prompt, and what knows whether a response to it is right."""
 
-    preference: Preference  # with the row that it stands in
     of_ifeval: ifeval.Task | None = None
-
-    @property
-    def id(self) -> str:
-        """Names it."""
-        return self.preference.id
-
-    @property
-    def prompt(self) -> str:
-        """The user's last words."""
-        return self.preference.prompt[-1]["content"]
-
-    @property
-    def messages(self) -> list[Message]:
-        """The conversation."""
-        return list(self.preference.prompt)
 
 
 def main(config: PolicyEvalConfig, dry_run: bool = False) -> dict[str, Curve] | None:
@@ -122,23 +103,7 @@ def _scores(
 ) -> tuple[str, np.ndarray] | None:
     """The judge's name and its scores [N, n], NaN where there is none; None when it was asked to stop before."""
     section = config.judge
-    sampling = section.sampling
-    if sampling.max_new_tokens is None:
-        sampling = replace(sampling, max_new_tokens=1024)
-    asking = AskingConfig(
-        judge=section.kind,
-        model=section.model,
-        endpoint=section.endpoint,
-        mesh=config.mesh,
-        data=DataSection(max_prompt_tokens=section.max_prompt_tokens),
-        sampling=sampling,
-        rubrics=section.rubrics,
-        votes=section.votes,
-        expected_score=section.expected_score,
-        seed=config.seed,
-    )
-    asking.check()
-    judge, form = open_judge(asking, folder / JUDGEMENTS, dry_run=False), FORMS[section.kind]
+    judge, form = open_responses_judge(config, folder / JUDGEMENTS)
     questions: dict[tuple[int, int], Question] = {}
     for place, (task, each) in enumerate(zip(tasks, responses, strict=True)):
         for member, one in enumerate(each):

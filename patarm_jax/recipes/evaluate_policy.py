@@ -10,44 +10,34 @@ Responses are kept as they come: a stopped evaluation goes on where it stopped. 
 alone, from wherever, is scored without a policy.
 """
 
-import contextlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import jax
 
-from patarm_jax.ask.answers import KEPT, Kind, Question, missing, read_answers
-from patarm_jax.ask.estimate import estimate
+from patarm_jax.ask.answers import KEPT, Question
 from patarm_jax.ask.local import Local, load_weights
 from patarm_jax.ask.remote import Remote
-from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
-from patarm_jax.config.load import to_yaml
+from patarm_jax.ask.shared import shared_answers
 from patarm_jax.config.scoring import PolicyEvalConfig
-from patarm_jax.config.sections import JudgingSection
-from patarm_jax.data.rows import read_rows
 from patarm_jax.evaluate import ifeval, infobench
 from patarm_jax.evaluate.policy_files import show, write_files
-from patarm_jax.evaluate.responded import Response, Task
-from patarm_jax.files import check_writable, read_json_object, write_text, writing
+from patarm_jax.evaluate.responded import Response
+from patarm_jax.files import writing
 from patarm_jax.judge.forms import FORMS
 from patarm_jax.judge.parse import answer_of
-from patarm_jax.locks import hold_folder
-from patarm_jax.recipes.judges import ask, open_answering, open_policy, refuse_lost, refuse_many_processes
-from patarm_jax.run.peers import start_processes
+from patarm_jax.recipes.judges import ask, open_answering, refuse_lost
+from patarm_jax.recipes.policy_responses import ANSWERS, JUDGEMENTS, RESPONSES, opened, responses_of, write_responses
 from patarm_jax.run.process import say
-from patarm_jax.types import Message, UsageError, UserError
+from patarm_jax.types import Message, UsageError
 
-ANSWERS, RESPONSES, JUDGEMENTS, RESULTS = "answers.jsonl", "responses.jsonl", "judgements.jsonl", "results.json"
 RECORDED = "recorded"  # the name of a policy or judge whose words stand in a file of results
 NO_JUDGE = (
     "infobench is scored by a judge, and none is named. Give --judge.model.path with its folder, or "
     "--judge.endpoint.url; or as --data a file of results, with output and eval in each row."
 )
-Some = TypeVar("Some", bound=Task)
 Scored: TypeAlias = ifeval.Scored | infobench.Scored
 
 
@@ -55,23 +45,6 @@ def main(config: PolicyEvalConfig, dry_run: bool = False) -> Scored | None:
     """Writes `config.output`; gives what was found, or None when it was asked to stop before the end."""
     with opened(config, dry_run) as folder:
         return _evaluate(config, folder, dry_run)
-
-
-@contextlib.contextmanager
-def opened(config: PolicyEvalConfig, dry_run: bool) -> Iterator[Path]:
-    """Joins the other processes and holds the output, which must be this evaluation's or empty."""
-    config.check()
-    refuse_many_processes(config)
-    start_processes(config, dry_run=dry_run)
-    if not config.output:
-        raise UsageError(f"no output is named. Give --output runs/{config.benchmark}.")
-    folder = Path(config.output).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"the output {folder} is a file. Name a folder, such as runs/{config.benchmark}.")
-    if not dry_run:
-        _refuse_foreign(config, folder)
-    with contextlib.nullcontext() if dry_run or jax.process_index() else hold_folder(folder, say):
-        yield folder
 
 
 def _evaluate(config: PolicyEvalConfig, folder: Path, dry_run: bool) -> Scored | None:
@@ -83,27 +56,17 @@ def _evaluate(config: PolicyEvalConfig, folder: Path, dry_run: bool) -> Scored |
         with writing(folder, KEPT):
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / ANSWERS).is_file() or not (folder / RESPONSES).exists():  # or it is the user's
-                _write_responses(folder / RESPONSES, scored.tasks, scored.responses)
+                write_responses(folder / RESPONSES, scored.tasks, scored.responses)
             write_files(folder, config, scored)
         show(scored)
         say(f"done: {folder / 'summary.md'}")
     return scored
 
 
-def _refuse_foreign(config: PolicyEvalConfig, folder: Path) -> None:
-    """Refuses a folder that cannot be written, or that holds anything but responses or this evaluation."""
-    check_writable(folder, folder=True)
-    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
-    before = (read_json_object(folder / RESULTS) or {}).get("benchmark", config.benchmark)
-    if before != config.benchmark or (names and not names & {ANSWERS, RESPONSES, RESULTS}):
-        holds = f"an evaluation on {before}" if before != config.benchmark else f"{', '.join(sorted(names)[:3])}"
-        raise UserError(f"the output {folder} holds {holds}. Name another folder as --output.")
-
-
 def _on_ifeval(config: PolicyEvalConfig, folder: Path, dry_run: bool) -> ifeval.Scored | None:
     tasks, said = ifeval.read_tasks(config.data.path, config.data.split)
     say(f"{config.data.path or ifeval.HUB}: {said}")
-    found = _responses(config, folder, tasks, dry_run)
+    found = responses_of(config, folder, tasks, dry_run)
     return None if found is None or dry_run else ifeval.score(ifeval.open_checker(), *found)
 
 
@@ -117,7 +80,7 @@ def _on_infobench(config: PolicyEvalConfig, folder: Path, dry_run: bool) -> info
     if recorded and all(task.output is not None for task in limited):  # a file of results
         found = name, limited, [Response(task.output or "") for task in limited]
     else:
-        recorded, answered = False, _responses(config, folder, tasks, dry_run)
+        recorded, answered = False, responses_of(config, folder, tasks, dry_run)
         if answered is None:
             return None
         found = answered
@@ -157,100 +120,3 @@ def _judged(
             return [answer_of(one.text) for one in given]
 
         return infobench.ask_all(say_all, tasks, responses)
-
-
-# ----------------------------------------------------------------------------------------------------------- responses
-
-
-def _responses(
-    config: PolicyEvalConfig, folder: Path, tasks: Sequence[Some], dry_run: bool
-) -> tuple[str, list[Some], list[Response]] | None:
-    """The policy's name, and prompts with its responses; None when it was asked to stop before, and of a dry run."""
-    asked = list(tasks[: config.limit or None])
-    given = _given(config, folder)
-    if given is not None:
-        return config.name or given.stem, *_of_file(given, asked)
-    answered = responded(config, folder, tasks, asked, dry_run)
-    return answered and (answered[0], asked, [one for (one,) in answered[1]])
-
-
-def _given(config: PolicyEvalConfig, folder: Path) -> Path | None:
-    """The file of responses that are there; None where a policy is to respond."""
-    if config.responses:
-        return Path(config.responses).expanduser()
-    here = folder / RESPONSES
-    if config.has_policy:
-        if here.is_file() and not (folder / ANSWERS).is_file():
-            raise UserError(
-                f"{folder} holds {RESPONSES} of someone else. Score them without --model and --endpoint.url, or name "
-                "another folder as --output."
-            )
-        return None
-    if here.is_file():
-        return here
-    raise UsageError(
-        f"nothing says who responds. Give --model with the policy's folder, --endpoint.url, --responses with a file of "
-        f"prompts and responses, or as --output a folder that holds {RESPONSES}."
-    )
-
-
-def _of_file(path: Path, tasks: Sequence[Some]) -> tuple[list[Some], list[Response]]:
-    """The prompts that a file has a response to, with these."""
-    by_prompt: dict[str, Response] = {}
-    for row in read_rows(str(path), None, setting="responses").rows:
-        prompt, response = row.values.get("prompt"), row.values.get("response")
-        if not (isinstance(prompt, str) and isinstance(response, str)):
-            raise UserError(
-                f"{row.where} is no response: it has {', '.join(row.values)}. Needed are prompt and response, as text."
-            )
-        found = Response(response, bool(row.values.get("cut_off")))
-        if by_prompt.setdefault(prompt, found) != found:
-            raise UserError(f"{row.where} is another response to a prompt that has one before. Give one to each.")
-    answered = [task for task in tasks if task.prompt in by_prompt]
-    if not answered:
-        raise UserError(f"{path} has no response to any of the {len(tasks):,} prompts. Give those to this benchmark.")
-    if lacking := len(tasks) - len(answered):
-        say(f"{lacking:,} of {len(tasks):,} prompts have no response in {path} and are left out: compare with care")
-    return answered, [by_prompt[task.prompt] for task in answered]
-
-
-def responded(
-    config: PolicyEvalConfig, folder: Path, whole: Sequence[Task], tasks: Sequence[Task], dry_run: bool
-) -> tuple[str, list[list[Response]]] | None:
-    """The policy's name, and n responses to each prompt; None when it was asked to stop before, and of a dry run."""
-    policy = open_policy(config, folder / ANSWERS, dry_run)
-    if isinstance(policy, Local):
-        config = replace(config, sampling=JudgingSection(**asdict(policy.sampling)))  # complete, for what is written
-    identity = {"benchmark": config.benchmark, "thinking": config.thinking, **policy.identity}
-    every = {task.id: Question(task.id, number, task.messages) for number, task in enumerate(whole)}
-    questions = [every[task.id] for task in tasks]
-    if dry_run:
-        if not jax.process_index():
-            print(to_yaml(config))
-            print(estimate(policy, missing(read_answers(folder / ANSWERS, identity), questions, config.n)))
-        return None
-    agree_on_questions(identity, questions)
-    with shared_answers(folder / ANSWERS, identity) as answers:
-        if jax.process_index() == 0:
-            with writing(folder, KEPT):
-                write_text(folder / "config.yaml", to_yaml(config))
-        finished = ask(policy, FORMS[config.policy], answers, questions)
-    if not done_by_all(finished):
-        return None
-    given = [answers.of(question, config.n) for question in questions]
-    every_one = [one for each in given for one in each]
-    refuse_lost(every_one, "responses", "scored")
-    if without := [one for one in every_one if one.kind in (Kind.REFUSED, Kind.TOO_LONG)]:
-        say(
-            f"{len(without):,} of {len(every_one):,} responses did not come and count as empty, the first one because: "
-            f"{without[0].reason}"
-        )
-    return config.name or policy.name, [[Response(one.text, one.cut) for one in each] for each in given]
-
-
-def _write_responses(path: Path, tasks: Sequence[Task], responses: Sequence[Response]) -> None:
-    rows: list[Mapping[str, object]] = [
-        {"key": task.id, "prompt": task.prompt, "response": one.text, "cut_off": one.cut_off}
-        for task, one in zip(tasks, responses, strict=True)
-    ]
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -13,7 +13,7 @@ from patarm_jax.ask.remote import Remote, ask_name
 from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
 from patarm_jax.config.recipes import AskingConfig, RubricsConfig
 from patarm_jax.config.scoring import PolicyEvalConfig
-from patarm_jax.config.sections import EndpointSection, JudgingSection, SamplingSection
+from patarm_jax.config.sections import DataSection, EndpointSection, JudgingSection, SamplingSection
 from patarm_jax.evaluate.rubrics import (
     Prompted,
     Written,
@@ -145,6 +145,28 @@ def open_policy(config: PolicyEvalConfig, answers: Path, dry_run: bool) -> Local
         return open_local(config.model, config.mesh, *drawn, config.policy)
     form = FORMS[config.policy]
     return _open_remote(config.endpoint, config.sampling, form, config.n, config.seed, answers, dry_run, begun="")
+
+
+def open_responses_judge(config: PolicyEvalConfig, judgements: Path) -> tuple[Local | Remote, Form]:
+    """The judge of a policy's responses, whose answers a file keeps, and how it is asked."""
+    section = config.judge
+    sampling = section.sampling
+    if sampling.max_new_tokens is None:
+        sampling = replace(sampling, max_new_tokens=1024)
+    asking = AskingConfig(
+        judge=section.kind,
+        model=section.model,
+        endpoint=section.endpoint,
+        mesh=config.mesh,
+        data=DataSection(max_prompt_tokens=section.max_prompt_tokens),
+        sampling=sampling,
+        rubrics=section.rubrics,
+        votes=section.votes,
+        expected_score=section.expected_score,
+        seed=config.seed,
+    )
+    asking.check()
+    return open_judge(asking, judgements, dry_run=False), FORMS[section.kind]
 
 
 def open_answering(config: PolicyEvalConfig, judgements: Path, dry_run: bool) -> Local | Remote:
