@@ -33,7 +33,10 @@ INFOBENCH: Published = {
     "the same, DPO by Rubric-ARM": ((83.7, None, None), _RUBRIC_ARM),
     "the same, iterative DPO by Rubric-ARM": ((85.0, None, None), _RUBRIC_ARM),
 }
-_PATARM = "PaTaRM (arXiv 2510.24235) says of its policies that IFEval and InFoBench rise by 13.6 % of their values in the mean."
+_PATARM = (
+    "PaTaRM (arXiv 2510.24235) says of its policies that IFEval and InFoBench rise by 13.6 % of the base policies' "
+    "values, in the mean over both."
+)
 WORDS = {**ifeval.NUMBERS, "drfr": "all questions (DRFR)", "easy": "of the easy set", "hard": "of the hard set"}
 Scored = ifeval.Scored | infobench.Scored
 
