@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 from patarm_jax import __version__, verbs
+from patarm_jax.config.building import BuildConfig
 from patarm_jax.config.help import settings_in_words
 from patarm_jax.config.load import TRAINING
 from patarm_jax.config.recipes import BenchConfig, EvalConfig, JudgeConfig, RubricsConfig
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_judge(table)
     _add_rubrics(table)
     _add_eval(table)
+    _add_data(table)
     _add_report(table)
     _add_bench(table)
     _add_export(table)
@@ -240,6 +242,20 @@ def _add_eval(table: _Verbs) -> None:
     )
     evaluate.add_argument("--dry-run", action="store_true", help="say what it will cost, ask nothing")
     evaluate.settings = {" a benchmark of judges": EvalConfig, f" {of_policies}": PolicyEvalConfig}
+
+
+def _add_data(table: _Verbs) -> None:
+    examples = ["patarm data build configs/data_paper.yaml", "patarm data build configs/tiny_data.yaml --dry-run"]
+    examples.append("patarm data show runs/data/05-write/train.parquet --rows 3")
+    data = _verb(table, "data", verbs.data, "make a set of preferences of public sources, or look at one", examples)
+    data.usage = (
+        "patarm data build CONFIG.yaml [--dry-run] [--setting value …]\n       patarm data show FILE [--rows N]"
+    )
+    data.add_argument("what", choices=("build", "show"), help="make a set in stages, or print rows of a file of pairs")
+    data.add_argument("path", type=_path, metavar="CONFIG.yaml or FILE")
+    data.add_argument("--dry-run", action="store_true", help="say which stages are there, make none")
+    data.add_argument("--rows", type=int, default=3, help="of show, spread over the file (default: %(default)s)")
+    data.settings = {"": BuildConfig}
 
 
 def _add_report(table: _Verbs) -> None:

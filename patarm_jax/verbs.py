@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from patarm_jax.config.building import BuildConfig
 from patarm_jax.config.load import TRAINING, Config, from_mapping, load, override, read_yaml
 from patarm_jax.config.recipes import BenchConfig, EvalConfig, JudgeConfig, RubricsConfig, SFTConfig
 from patarm_jax.config.scoring import PolicyEvalConfig, PolicysJudgeSection
@@ -147,6 +148,18 @@ def _eval_policy(options: argparse.Namespace, rest: list[str]) -> int:
     config.check()
     evaluate = {"best-of-n": best_of_n.main, "win-rate": win_rate.main}.get(options.benchmark, evaluate_policy.main)
     return 0 if evaluate(config, options.dry_run) or options.dry_run else 1  # the same command goes on
+
+
+def data(options: argparse.Namespace, rest: list[str]) -> int:
+    """A set of preferences, made or shown."""
+    from patarm_jax.recipes.data import main, show
+
+    if options.what == "show":
+        _refuse(rest)
+        show(options.path, options.rows)
+        return 0
+    main(load(BuildConfig, options.path, rest), options.dry_run)
+    return 0
 
 
 def report(options: argparse.Namespace, rest: list[str]) -> int:

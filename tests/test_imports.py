@@ -22,6 +22,7 @@ FLOORS = [
     ["report"],
     ["ask"],
     ["adapters", "evaluate"],
+    ["corpus"],
     ["recipes"],
     ["demo", "bench"],
     ["verbs"],

@@ -5,6 +5,7 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from patarm_jax.types import Conversation, Preference
 
@@ -37,12 +38,28 @@ def prompt_key(prompt: Conversation) -> bytes:
     return _hash([[message["role"], plain(message["content"])] for message in prompt])
 
 
-def pair_key(preference: Preference) -> bytes:
+class Sided(Protocol):
+    """A preference, with whatever else is known of it."""
+
+    @property
+    def prompt(self) -> Conversation:
+        """All turns before the response."""
+
+    @property
+    def chosen(self) -> str:
+        """One response."""
+
+    @property
+    def rejected(self) -> str:
+        """The other one."""
+
+
+def pair_key(preference: Sided) -> bytes:
     """Equal for equal pairs, white space and the order of the responses apart."""
     return pair_key_and_order(preference)[0]
 
 
-def pair_key_and_order(preference: Preference) -> tuple[bytes, bool]:
+def pair_key_and_order(preference: Sided) -> tuple[bytes, bool]:
     """The key of the pair, and whether the chosen response comes first by its text: of equal pairs, which is chosen."""
     chosen, rejected = plain(preference.chosen), plain(preference.rejected)
     return _hash([prompt_key(preference.prompt).hex(), *sorted((chosen, rejected))]), chosen < rejected

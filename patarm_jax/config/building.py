@@ -1,0 +1,139 @@
+"""The config of `patarm data build`: sources, and the stages that make one set of preferences of them."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+from patarm_jax.config.sections import (
+    FREE,
+    PLACE,
+    DataSection,
+    Natural,
+    Positive,
+    Range,
+    Section,
+    Share,
+)
+from patarm_jax.types import UsageError
+
+StageKind = Literal["read", "clean", "deduplicate", "decontaminate", "write"]
+Overlap = Annotated[float, Range(0.0, 1.0, open_low=True)]
+_NAME = re.compile(r"\w[\w.-]*")
+
+
+@dataclass(frozen=True)
+class CorpusSection(Section):
+    """Preferences that go into the set."""
+
+    name: str = ""  # its source in the set, where its rows name none; empty: the path's last part
+    data: DataSection = field(default_factory=DataSection)
+    licence: str = ""  # as the Hub names licences, such as cc-by-nc-4.0; empty: not known
+
+    @property
+    def called(self) -> str:
+        """Its source in the set."""
+        return self.name or self.data.path.rstrip("/").rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class StageSection(Section):
+    """One stage: what it does with the rows of the one before."""
+
+    # read: the sources, in order. clean: by language and length. deduplicate: rows that repeat an earlier one.
+    # decontaminate: rows whose prompt stands in a benchmark. write: training and held-out pairs, with a card.
+    kind: StageKind = "read"
+
+    # Of clean, the language that a row's last prompt and chosen response must be in, such as en; empty: any.
+    language: str = ""
+    max_prompt_chars: Natural = 0  # of clean, of the whole prompt; 0: any number
+    max_response_chars: Natural = 0  # of clean, of each response; 0: any number
+    min_response_chars: Natural = 0  # of clean, of each response
+
+    # Of deduplicate and decontaminate: texts are near-duplicates whose shingles, all runs of so many words, overlap by
+    # this share at least (Jaccard's); 1: only those with the same words are.
+    near: Overlap = 0.8
+    shingle: Positive = 5  # words
+
+    # Of decontaminate, name → path of the official files, or {name: ""} for the Hub's; the name as of `patarm eval`, or
+    # any other of a file of prompts.
+    benchmarks: dict[str, str] = field(default_factory=dict)
+    ngram: Natural = 13  # of decontaminate: a run of so many words in both prompts is an overlap; 0: it is none
+
+    heldout: Share = 0.05  # of write, the share of prompts whose rows are held out
+    # Of write, whether rows may stand in one set though their licences forbid it. The card says so.
+    mix_licences: bool = False
+
+    def check(self) -> None:
+        """Refuses settings that its kind does not use."""
+        unset = StageSection()
+        for name, kinds in _USED_BY.items():
+            if getattr(self, name) != getattr(unset, name) and self.kind not in kinds:
+                raise UsageError(f"{name} is set, and a stage of kind {self.kind} does not use it. Leave it out.")
+        if self.kind == "decontaminate" and not self.benchmarks:
+            raise UsageError(
+                "a stage decontaminate names no benchmarks. Give them as `benchmarks: {rewardbench: path}`, or leave "
+                "the stage out."
+            )
+
+
+_USED_BY = {
+    "language": ("clean",),
+    "max_prompt_chars": ("clean",),
+    "max_response_chars": ("clean",),
+    "min_response_chars": ("clean",),
+    "near": ("deduplicate", "decontaminate"),
+    "shingle": ("deduplicate", "decontaminate"),
+    "benchmarks": ("decontaminate",),
+    "ngram": ("decontaminate",),
+    "heldout": ("write",),
+    "mix_licences": ("write",),
+}
+
+
+@dataclass(frozen=True)
+class BuildConfig(Section):
+    """`patarm data build`: a set of preferences from public sources, made in stages that are files."""
+
+    folder: str = field(default="", metadata=PLACE)  # that is written; the same command goes on
+    sources: tuple[CorpusSection, ...] = ()  # a list; of rows that repeat one another the earlier source's stays
+    stages: tuple[StageSection, ...] = (
+        StageSection("read"),
+        StageSection("clean"),
+        StageSection("deduplicate"),
+        StageSection("write"),
+    )
+    show: Natural = field(default=2, metadata=FREE)  # so many rows are printed at the end
+
+    def check(self) -> None:
+        """Refuses stages in an order that makes no sense, and sources that cannot be told apart."""
+        if not self.sources:
+            raise UsageError("sources is empty. Give a list of one or more, such as `sources: [{data: {path: …}}]`.")
+        names = [source.called for source in self.sources]
+        for source, name in zip(self.sources, names, strict=True):
+            if not source.data.path:
+                raise UsageError("a source names no data.path. Give a file, a folder or a Hub id.")
+            if not _NAME.fullmatch(name) or names.count(name) > 1:
+                raise UsageError(
+                    f"a source is called {name!r}, which is no name of its own. Give each a `name` of letters, digits, "
+                    "dots and hyphens."
+                )
+        kinds = [stage.kind for stage in self.stages]
+        if not kinds or kinds[0] != "read" or kinds.count("read") > 1:
+            raise UsageError(f"stages are {', '.join(kinds) or 'none'}; the first, and no other, must be read.")
+        if "write" in kinds[:-1]:
+            raise UsageError("write is the end: no stage can follow it. Move it behind the others.")
+        for stage in self.stages:
+            stage.check()
+
+    def settings_of(self, number: int) -> dict[str, Any]:
+        """What the rows of a stage depend on, beside the rows of the one before; the first is 0."""
+        stage = self.stages[number]
+        used = {name: getattr(stage, name) for name, kinds in _USED_BY.items() if stage.kind in kinds}
+        if stage.kind == "decontaminate":
+            used["benchmarks"] = sorted(stage.benchmarks)  # files may move; what they hold is told by their hash
+        if stage.kind != "read":
+            return used
+        every = [asdict(source) | {"name": source.called} for source in self.sources]
+        for source in every:
+            del source["data"]["path"]
+        return {"sources": every}

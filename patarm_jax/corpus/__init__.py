@@ -1,0 +1,1 @@
+"""Sets of preferences made from public sources: what each stage keeps, and why."""

@@ -1,0 +1,122 @@
+"""The set that is made, split by prompt, in the forms that training takes, with a card that says where it is from."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from patarm_jax.config.building import StageSection
+from patarm_jax.corpus.rows import Pair, values_of, write_pairs
+from patarm_jax.data.pairs import prompt_key
+from patarm_jax.files import write_text
+from patarm_jax.types import UserError
+
+Report = Mapping[str, object]
+
+
+def is_held_out(pair: Pair, share: float) -> bool:
+    """Whether a pair's prompt is among the share that is held out, which hangs on the prompt alone."""
+    return int.from_bytes(prompt_key(pair.prompt)[:8]) < share * 2**64
+
+
+def write_set(
+    folder: Path, section: StageSection, pairs: Sequence[Pair], reports: Sequence[tuple[str, Report]]
+) -> None:
+    """Writes train and heldout, as JSON lines and parquet, and README.md.
+
+    Raises:
+        UserError: licences forbid that these rows stand in one set, and the section does not say that they may.
+        OSError: as writing files does.
+    """
+    conflict = conflict_of({pair.licence for pair in pairs})
+    if conflict and not section.mix_licences:
+        raise UserError(
+            f"{conflict} Leave a source out, make a set of each, or set mix_licences to true if you have the right to."
+        )
+    parts = {
+        "train": [pair for pair in pairs if not is_held_out(pair, section.heldout)],
+        "heldout": [pair for pair in pairs if is_held_out(pair, section.heldout)],
+    }
+    for name, part in parts.items():
+        lines = [json.dumps(values_of(pair), ensure_ascii=False) for pair in part]
+        write_text(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
+        write_pairs(folder / f"{name}.parquet", part)
+    write_text(folder / "README.md", card_of(parts, reports, conflict))
+
+
+def conflict_of(licences: set[str]) -> str:
+    """Why rows of these licences may not stand in one set, a sentence; empty where they may, as far as is known.
+
+    >>> conflict_of({"mit", "apache-2.0", ""}), conflict_of({"cc-by-nc-4.0"})
+    ('', '')
+    >>> conflict_of({"cc-by-nc-4.0", "mit"})
+    'cc-by-nc-4.0 forbids commercial use, and mit does not: the whole set would be bound by it.'
+    >>> conflict_of({"cc-by-nd-4.0", "mit"})
+    'cc-by-nd-4.0 forbids derivatives, which a set of several sources is.'
+    """
+    known = sorted(one for one in licences if one)
+    for one in known:
+        if _has(one, "nd") and len(licences) > 1:
+            return f"{one} forbids derivatives, which a set of several sources is."
+    bound = [one for one in known if _has(one, "nc")]
+    free = [one for one in known if not _has(one, "nc")]
+    if bound and free:
+        others = f"{', '.join(free)} {'do' if len(free) > 1 else 'does'}"
+        return f"{', '.join(bound)} forbids commercial use, and {others} not: the whole set would be bound by it."
+    return ""
+
+
+def _has(licence: str, clause: str) -> bool:
+    return clause in licence.lower().split("-")
+
+
+def card_of(parts: Mapping[str, Sequence[Pair]], reports: Sequence[tuple[str, Report]], conflict: str) -> str:
+    """The README of a data set, as the Hub reads it."""
+    every = [pair for part in parts.values() for pair in part]
+    licences = {pair.corpus: pair.licence for pair in every}
+    of_all = {licence for licence in licences.values()}
+    known = of_all.pop() if len(of_all) == 1 else "other"
+    head = [
+        "---",
+        f"license: {known or 'unknown'}",
+        "task_categories: [text-ranking]",
+        "configs:",
+        "- config_name: default",
+    ]
+    head += [
+        "  data_files:",
+        "  - {split: train, path: train.parquet}",
+        "  - {split: test, path: heldout.parquet}",
+        "---",
+    ]
+    said = [
+        f"# Preferences from {len(licences)} source{'s' if len(licences) != 1 else ''}",
+        f"Train: {len(parts['train']):,} pairs; held out: {len(parts['heldout']):,}. No prompt stands in both. Each "
+        "row says where it is from: `corpus`, `source`, `licence`, `origin`.",
+    ]
+    if conflict:
+        said.append(f"**Licences are mixed.** {conflict}")
+    table = ["| source | licence | rows |", "|---|---|---|"]
+    for corpus, licence in licences.items():
+        table.append(f"| {corpus} | {licence or 'not known'} | {sum(pair.corpus == corpus for pair in every):,} |")
+    names = [name for name, _ in reports]
+    stages = [f"| source | domain |{''.join(f' {name} |' for name in names)}", "|---" * (len(names) + 2) + "|"]
+    stages += ["| " + " | ".join(cells) + " |" for cells in table_of(reports)]
+    dropped = ["| stage | rows left out | why |", "|---|---|---|"]
+    for name, report in reports:
+        for reason, count in dict(report["dropped"]).items():  # type: ignore[call-overload]  # a mapping
+            dropped.append(f"| {name} | {count:,} | {reason} |")
+    parts_of = ["\n".join(head), *said, "\n".join(table), "What each stage has kept:", "\n".join(stages)]
+    if len(dropped) > 2:
+        parts_of += ["What was left out:", "\n".join(dropped)]
+    return "\n\n".join(parts_of) + "\n"
+
+
+def table_of(reports: Sequence[tuple[str, Report]]) -> list[list[str]]:
+    """Rows kept by each stage, per source and domain, and all."""
+    kept = [report["kept_of"] for _, report in reports]
+    places = dict.fromkeys((source, domain) for one in kept for source, of in one.items() for domain in of)  # type: ignore[attr-defined]
+    rows = [
+        [source, domain, *(f"{one.get(source, {}).get(domain, 0):,}" for one in kept)]  # type: ignore[attr-defined]
+        for source, domain in places
+    ]
+    return [*rows, ["all", "", *(f"{report['kept']:,}" for _, report in reports)]]
