@@ -3,9 +3,11 @@
 import asyncio
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 
 from patarm_jax.adapters import openrlhf, trl, tunix, verl
 from patarm_jax.adapters.judge import judge_of
-from patarm_jax.adapters.texts import shown
+from patarm_jax.adapters.texts import shown, split_query
 from patarm_jax.cli import main
 from patarm_jax.demo.tokenizer import write_untrained_model
 from patarm_jax.demo.world import make_world, write_pairs
@@ -82,6 +84,43 @@ def test_what_cannot_be_shown_is_said(prompt, completion, reason):
 def test_a_response_that_is_json_stays_text():
     text = json.dumps(messages("Rice?"))
     assert shown("Write JSON.", text).response == text
+
+
+def test_the_policys_template_may_open_its_thinking():
+    """A prompt of messages does not show it; one response that closes it tells, or the setting."""
+    with served() as (url, _):
+        prompts, half = [messages("Topic")] * 2, messages("I look for an answer", "assistant")
+        reward = trl.make_reward(url)
+        assert reward(prompts=prompts[:1], completions=[half]) == [2.0]  # nothing tells yet
+        both = [half, messages(f"Hm.</think>{GOOD}", "assistant")]
+        assert reward(prompts=prompts, completions=both) == [None, 9.0]
+        assert reward(prompts=prompts[:1], completions=[half]) == [None]
+        assert trl.make_reward(url, opens_thinking="yes")(prompts=prompts[:1], completions=[half]) == [None]
+        assert trl.make_reward(url, opens_thinking="no")(prompts=prompts, completions=both)[0] == 2.0
+
+
+def test_tools_that_were_called_are_shown():
+    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}
+    prompt = [*messages("Rice?"), called, *messages("noon", "tool"), *messages("And now?")]
+    found = shown(prompt, [called, *messages("noon", "tool"), *messages("18 minutes.", "assistant")])
+    assert found.response == "18 minutes." and "clock" in found.prompt[1]["content"]
+
+
+@pytest.mark.parametrize(
+    "prompt, query, expected",
+    [
+        ("Rice?", "Rice? 18.", " 18."),
+        (chat("Où est le café ?"), chat("Où est le café ?", "Là."), "Là.<|im_end|>"),
+        (chat("Two  spaces"), chat("Two spaces", "Yes."), "Yes.<|im_end|>"),
+        (chat("Rice?") + "<think>\n", chat("Rice?", "<think>\nHm.</think>18."), "Hm.</think>18.<|im_end|>"),
+        (chat("A long prompt that was cut"), chat("prompt that was cut", "18."), None),
+        ("Rice?", "Beans? No.", None),
+    ],
+)
+def test_prompt_and_response_in_one_text(prompt, query, expected):
+    import unicodedata
+
+    assert split_query(query, unicodedata.normalize("NFD", prompt)) == expected
 
 
 def test_thinking_is_seen_where_it_is_to_be():
@@ -178,12 +217,105 @@ def test_what_comes_too_late_has_no_reward_and_is_kept():
 
 
 def test_a_server_that_is_gone_ends_the_training_with_the_cause():
-    with served("404", "404", "404", always="404") as (url, _):
+    with served(always="404") as (url, _):
         reward = trl.make_reward(url, endpoint={"model": "judge", "tries": 1})
-        with pytest.raises(UserError, match=r"has not answered a single question yet.*check endpoint\.url"):
+        with pytest.raises(UserError, match=r"has not answered the last 8 questions.*check endpoint\.url"):
             reward(prompts=[f"Topic {n}" for n in range(8)], completions=[GOOD] * 8)
     with pytest.raises(UserError, match="does not list its models"):
         trl.make_reward("http://127.0.0.1:9/v1", endpoint={"tries": 1})
+
+
+def test_a_judge_that_dies_in_the_middle_ends_the_training_after_a_few_steps():
+    dead = threading.Event()
+    failing = (500, {"error": "gone"})
+    with served(always=lambda request: failing if dead.is_set() else answer(request)) as (url, _):
+        reward = trl.make_reward(url, endpoint={"tries": 1})
+
+        def step(number):
+            return reward(prompts=[f"Topic {number} {n}" for n in range(6)], completions=[GOOD] * 6)
+
+        assert step(0) == [9.0] * 6
+        dead.set()
+        assert step(1) == step(2) == [None] * 6  # the failed ones are no zeros, and might be an accident
+        with pytest.raises(UserError, match="has not answered the last 18 questions"):
+            step(3)
+        dead.clear()
+        assert step(3) == [9.0] * 6  # what failed is asked again
+
+
+def test_a_first_failure_among_answers_is_no_dead_judge():
+    def judge(request):
+        if "Topic 0" in str(request):
+            return 500, {"error": "no"}
+        time.sleep(0.2)
+        return answer(request)
+
+    with served(always=judge) as (url, _):
+        reward = trl.make_reward(url, endpoint={"tries": 1})
+        given = reward(prompts=[f"Topic {n}" for n in range(4)], completions=[GOOD] * 4)
+        alone = [
+            verl.compute_score("data", GOOD, "", {"question": f"Topic 0{n}"}, judge=url, endpoint={"tries": 1})
+            for n in "ab"
+        ]
+    assert given == [None, 9.0, 9.0, 9.0] and [one["score"] for one in alone] == [None, None]
+
+
+def test_what_nobody_waits_for_any_more_is_not_asked():
+    """Else one slow step would keep the judge from the next ones."""
+
+    def judge(request):
+        time.sleep(0.25)
+        return answer(request)
+
+    with served(always=judge) as (url, handler):
+        reward = trl.make_reward(url, endpoint={"concurrency": 2}, time_limit=1.5)
+        steps = [reward(prompts=[f"Topic {step} {n}" for n in range(24)], completions=[GOOD] * 24) for step in range(3)]
+        judged = [sum(score == 9.0 for score in step) for step in steps]
+        assert max(judged) < 24 and min(judged) >= 3
+        time.sleep(1)
+        assert len(handler.asked) <= sum(judged) + 2 * 3  # and those that were under way at the end of a step
+
+
+def test_a_reward_function_goes_to_other_processes(tmp_path):
+    """Pickled, as to a worker, and forked, where no thread is left of the parent's."""
+    with served() as (url, _):
+        reward = pickle.loads(pickle.dumps(trl.make_reward(url)))
+        assert reward(prompts=["Topic"], completions=[GOOD]) == [9.0] and reward.__name__ == "patarm_judge"
+        code = (
+            "import os\n"
+            "from patarm_jax.adapters.trl import make_reward\n"
+            f"reward = make_reward({url!r})\n"
+            f"reward(prompts=['First'], completions=[{GOOD!r}])\n"
+            "child = os.fork()\n"
+            f"print(reward(prompts=['Then'], completions=[{BAD!r}]), flush=True)\n"
+            "os._exit(0) if child == 0 else os.waitpid(child, 0)\n"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+        assert done.stdout == "[2.0]\n[2.0]\n", done.stderr
+
+
+def test_what_failed_elsewhere_does_not_hide_what_came(tmp_path):
+    with served("500", always="") as (url, handler):
+        first = judge_of(url, {"endpoint": {"tries": 1}, "seed": 1})
+        assert first.opinions([shown("Topic", GOOD)], [None])[0].score is None
+        folder = next((tmp_path / "judge-answers").iterdir())
+        lines = (folder / "answers-0.jsonl").read_text().splitlines()
+        came = json.loads(lines[1]) | {"kind": "ANSWER", "status": "OK", "score": 7.0, "reason": ""}
+        (folder / "answers-1.jsonl").write_text("\n".join([lines[0], json.dumps(came)]) + "\n")
+        again = judge_of(url, {"endpoint": {"tries": 1, "timeout": 50}, "seed": 1})
+        assert again.opinions([shown("Topic", GOOD)], [None])[0].score == 7.0
+        assert len(handler.asked) == 1
+
+
+def test_texts_do_not_pile_up_in_memory(tmp_path):
+    with served() as (url, _):
+        judge = judge_of(url, {})
+        assert "<answer>9" in judge.opinions([shown("Topic", GOOD)], [None])[0].judgements[0]
+        assert all(not one.text for one in judge._answers.known.values())
+        assert "<answer>9" in next((tmp_path / "judge-answers").rglob("*.jsonl")).read_text()
+        nowhere = judge_of(url, {"kept": ""})
+        assert nowhere.opinions([shown("Topic", GOOD)], [None])[0].score == 9.0
 
 
 def test_one_refusal_among_answers_is_its_own():
@@ -249,9 +381,9 @@ def test_tunix_gets_no_zero_for_a_failed_judgement():
     with served() as (url, _):
         reward = tunix.make_reward(url)
         given = reward(prompts=["a", "a", "a", "b"], completions=[GOOD, BAD, "<think>hm", BAD], mode="train")
-        with pytest.raises(UserError, match="none of 2 responses could be judged"):
-            reward(prompts=["a", "a"], completions=["<think>hm", ""], mode="train")
-    assert given == [9.0, 2.0, 5.5, 2.0]
+        nothing = reward(prompts=["a", "a"], completions=["<think>hm", ""], mode="train")
+        with_number = tunix.make_reward(url, missing=1.0)(prompts=["a", "a"], completions=["<think>hm", BAD])
+    assert given == [9.0, 2.0, 5.5, 2.0] and nothing == [5.0, 5.0] and with_number == [1.0, 2.0]
 
 
 def test_openrlhf_as_it_was_recorded():
@@ -296,7 +428,6 @@ def free_port():
 
 
 def post(url, content, status=200):
-    import time
     import urllib.error
 
     data = json.dumps(content).encode()
@@ -321,7 +452,7 @@ import sys
 sys.modules.update(dict.fromkeys({ARRAYS!r}))  # whoever imports one of them gets an ImportError
 from patarm_jax.adapters import {adapter}
 from patarm_jax.adapters.judge import judge_of
-from patarm_jax.adapters.texts import shown
+from patarm_jax.adapters.texts import shown, split_query
 judge = judge_of(sys.argv[1], {{}})
 print(judge.opinions([shown("Topic", {GOOD!r})], [None])[0].score)
 """

@@ -10,6 +10,7 @@ from patarm_jax.cli import main
 from patarm_jax.evaluate.proportions import limits
 from patarm_jax.evaluate.responded import PromptTask, Response
 from patarm_jax.evaluate.win_rate import Comparison, Scored
+from patarm_jax.recipes.policy_responses import write_responses
 from patarm_jax.types import Preference
 from tests.chat_server import FORM, completion, served
 from tests.test_ifeval import lines
@@ -25,9 +26,10 @@ def test_outcomes_are_a_plain_loop():
         for second in itertools.product(votes, repeat=2):
             chosen = [*first, *second]
             wins, losses = chosen.count(True), chosen.count(False)
-            expected = 1.0 if wins > losses else 0.0 if losses > wins else 0.5
+            unread = first == (None, None) or second == (None, None)  # one order alone may only like the place
+            expected = 0.5 if unread or wins == losses else float(wins > losses)
             assert Comparison(first, second).outcome == expected
-            assert Comparison(first, second).is_unread == (wins + losses == 0)
+            assert Comparison(first, second).is_unread == unread
 
 
 def test_numbers_are_those_of_the_outcomes():
@@ -106,6 +108,32 @@ def test_a_folder_of_responses_beside_the_folder_of_an_evaluation(world):
         assert main([*command, "--responses", str(world / "ours.jsonl"), "--judge.endpoint.url", judge_url]) == 0
     found = json.loads((world / "out" / "results.json").read_text())
     assert (found["items"], found["baseline"], found["model"]) == (4, "base", "ours")
+
+
+def test_conversations_that_end_alike_are_told_apart(world):
+    """The baseline's file names the prompts, and is one that an evaluation has written."""
+
+    def conversation(number):
+        said = [("user", f"{number}?"), ("assistant", "Yes."), ("user", "Why?")]
+        return [{"role": role, "content": text} for role, text in said]
+
+    write_responses(
+        world / "baseline.jsonl",
+        [PromptTask(Preference(str(n), tuple(conversation(n)), "", "", "chat", "")) for n in range(2)],
+        [Response("because 0"), Response("because 1, and more")],
+    )
+    asked = []
+
+    def policy(request):
+        asked.append(request["messages"])
+        return 200, completion("because of that")
+
+    with served(always=policy) as (url, _), served(always=longer) as (judge_url, _):
+        assert run(world, url, judge_url) == 0
+    assert sorted(map(str, asked)) == sorted(str(conversation(n)) for n in range(2))
+    rows = lines(world / "out" / "comparisons.jsonl")
+    assert [(row["baseline"], row["outcome"]) for row in rows] == [("because 0", 1.0), ("because 1, and more", 0.0)]
+    assert lines(world / "out" / "responses.jsonl")[1]["prompt"] == conversation(1)
 
 
 def test_a_judge_that_cannot_be_read_makes_ties(world):

@@ -11,19 +11,18 @@ import hashlib
 import itertools
 import json
 import os
-import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as TooLate
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol, get_args
 
 from patarm_jax import locks
-from patarm_jax.adapters.texts import Shown, shown
+from patarm_jax.adapters.texts import Shown, ends_thinking_of_its_template, shown
 from patarm_jax.ask.answers import Answer, Answers, Question, open_answers, read_answers
 from patarm_jax.ask.remote import Remote, ask_name
 from patarm_jax.ask.standing import Standing
@@ -50,6 +49,10 @@ class Opinion:
 class Asked(Protocol):
     """Who answers questions, here or behind an endpoint."""
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether it has ever answered."""
+
     def ask(self, questions: Sequence[Question]) -> Sequence["Future[list[Answer]]"]:
         """Their answers, one for each vote."""
 
@@ -58,10 +61,19 @@ class _Served:
     """A judge behind an endpoint."""
 
     def __init__(self, remote: Remote, answers: Answers) -> None:
-        self._standing = Standing(remote, answers, POINTWISE.read)
+        self._standing = Standing(remote, answers, POINTWISE.read, to_go_on="")
+
+    @property
+    def has_answered(self) -> bool:
+        return self._standing.has_answered
 
     def ask(self, questions: Sequence[Question]) -> "Sequence[Future[list[Answer]]]":
         return [self._standing.ask(question) for question in questions]
+
+
+# So many responses in a row whose judgements failed end the training: of a judge that has answered, and of one that
+# never has. Else it would go on for hours, with nothing to learn from.
+_MOST_FAILED, _MOST_FAILED_AT_FIRST = 16, 4
 
 
 class Judge:
@@ -81,16 +93,24 @@ class Judge:
             here = Here(config)
             self._answers = here.answers = _kept(config, here.identity)
             self._asked, self._name = here, config.model.path
+        self._failed = 0  # responses in a row
+        self._opens_thinking = config.opens_thinking == "yes"
         say(f"rewards by {self._name}, answers kept in {config.kept or 'memory'}")
 
     def of_batch(
         self, prompts: Sequence[object], completions: Sequence[object], columns: Mapping[str, Any]
     ) -> list[Opinion]:
         """What it says of the completions of a batch, whose columns may name their domains."""
-        seen = self.config.sees_thinking
-        every = [shown(prompt, completion, seen) for prompt, completion in zip(prompts, completions, strict=True)]
         domains = columns.get(self.config.domain_column)
+        every = self.shown(list(zip(prompts, completions, strict=True)))
         return self.opinions(every, [None] * len(every) if domains is None else list(domains))
+
+    def shown(self, pairs: Sequence[tuple[object, object]]) -> list[Shown]:
+        """What it is shown of prompts with their completions."""
+        if self.config.opens_thinking == "auto" and not self._opens_thinking:
+            self._opens_thinking = any(ends_thinking_of_its_template(completion) for _, completion in pairs)
+        seen, opens = self.config.sees_thinking, self._opens_thinking
+        return [shown(prompt, completion, seen, opens) for prompt, completion in pairs]
 
     def opinions(self, every: Sequence[Shown], domains: Sequence[object]) -> list[Opinion]:
         """What each is worth, when all have been judged or `time_limit` is over; of their domains those that are known.
@@ -99,22 +119,21 @@ class Judge:
             UserError: nobody is answered: the server is gone, or refuses everything.
         """
         end = time.monotonic() + self.config.time_limit
-        return [
-            self._opinion(one, None if given is None else _until(given, end))
-            for one, given in zip(every, self._begin(every, domains), strict=True)
-        ]
+        begun = self._begin(every, domains)
+        given = [None if one is None else _until(one, end) for one in begun]
+        return self._read(every, given)
 
     async def opinion(self, one: Shown, domain: object) -> Opinion:
         """The same of one, while others are waited for."""
-        (given,) = self._begin([one], [domain])
-        if given is None:
-            return self._opinion(one, None)
-        try:
-            # Shielded: another may wait for the same answer.
-            waiting = asyncio.shield(asyncio.wrap_future(given))
-            return self._opinion(one, await asyncio.wait_for(waiting, self.config.time_limit))
-        except TimeoutError:
-            return self._opinion(one, ())
+        (begun,) = self._begin([one], [domain])
+        given: Sequence[Answer] | None = None
+        if begun is not None:
+            try:
+                given = await asyncio.wait_for(asyncio.wrap_future(begun), self.config.time_limit)
+            except TimeoutError:
+                given = ()
+        (found,) = self._read([one], [given])
+        return found
 
     def _begin(self, every: Sequence[Shown], domains: Sequence[object]) -> "list[Future[list[Answer]] | None]":
         questions = [self._question(one, domain) for one, domain in zip(every, domains, strict=True) if not one.reason]
@@ -127,8 +146,26 @@ class Judge:
         number = hashlib.sha256(json.dumps(list(messages)).encode()).digest()
         return Question("", int.from_bytes(number[:4]) % (1 << 20), messages)  # the same words, the same answer
 
+    def _read(self, every: Sequence[Shown], given: Sequence[Sequence[Answer] | None]) -> list[Opinion]:
+        """What answers say: None where nothing was asked, none where it was too late."""
+        opinions = [self._opinion(one, answers) for one, answers in zip(every, given, strict=True)]
+        for answers in given:
+            if answers is not None:
+                self._failed = 0 if any(one.came for one in answers) else self._failed + 1
+        most = _MOST_FAILED if self._asked.has_answered else _MOST_FAILED_AT_FIRST
+        if self._failed >= most or (self._failed == len(every) > 1 and not self._asked.has_answered):
+            why = next(one.reason for one in reversed(opinions) if one.score is None)
+            raise UserError(
+                f"{self._name} has not answered the last {self._failed} questions, the last one because: {why}. See "
+                "whether the server is up, and check endpoint.url, endpoint.model, the key and time_limit."
+            )
+        for answers in given:
+            for one in answers or ():  # texts are on disk, where they are kept; in memory they would pile up
+                if one.came and one.text:
+                    self._answers.known[one.question, one.vote] = replace(one, text="")
+        return opinions
+
     def _opinion(self, one: Shown, given: Sequence[Answer] | None) -> Opinion:
-        """What the answers say, of which there are none where it was too late, and None where nothing was asked."""
         if given is None:
             return Opinion(None, one.reason)
         if not given:
@@ -137,11 +174,6 @@ class Judge:
         texts = tuple(answer.text for answer in given)
         if scores:
             return Opinion(fmean(scores), judgements=texts)
-        if not any(answer.came for answer in given) and not self._answers.any_came:
-            raise UserError(
-                f"{self._name} has not answered a single question yet, this one {given[0].reason}. See whether the "
-                "server is up, and check endpoint.url, endpoint.model and the key."
-            )
         return Opinion(None, given[0].reason or given[0].status, texts)
 
 
@@ -150,39 +182,66 @@ def _until(given: "Future[list[Answer]]", end: float) -> Sequence[Answer]:
     try:
         return given.result(max(0.0, end - time.monotonic()))
     except TooLate:
+        given.cancel()  # what is not sent yet need not be
         return ()
 
 
 # ------------------------------------------------------------------------------------------------------------- opening
 
 _opening = threading.Lock()
-_judges: dict[tuple[int, str], Judge] = {}  # by process, since a forked one has no threads, and settings
+_judges: dict[str, Judge] = {}  # of this process, by settings
 
 
-def judge_of(
-    judge: str | os.PathLike[str] | Mapping[str, Any] | None, settings: Mapping[str, Any], served: bool = False
-) -> Judge:
+def _begin_anew() -> None:
+    """In a forked process, which has none of the threads."""
+    global _opening
+    _opening = threading.Lock()
+    _judges.clear()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
+Named = str | os.PathLike[str] | Mapping[str, Any] | None  # as `judge_of` takes a judge
+
+
+def judge_of(judge: Named, settings: Mapping[str, Any], of_many: Mapping[str, Any] | None = None) -> Judge:
     """The judge of this process with these settings, opened where it is not open.
 
     Args:
         judge: a URL, a YAML file, settings, or None: what the environment names.
         settings: laid over those, as nested mappings.
-        served: whether it must be behind an endpoint, since many processes and threads ask it.
+        of_many: of a trainer that asks from many processes and threads, and so needs a judge behind an endpoint,
+            settings that stand where no others are given.
     """
-    config = _config(judge, settings)
-    if served and not config.endpoint.url:
+    config = _config(judge, settings, of_many or {})
+    if of_many is not None and not config.endpoint.url:
         raise UsageError(
             f"the judge is {config.model.path}, in this process; this trainer asks from many. Serve it, as with `vllm "
             "serve`, and give endpoint.url."
         )
-    key = os.getpid(), repr(config)
     with _opening:
-        if key not in _judges:
+        if (key := repr(config)) not in _judges:
             _judges[key] = Judge(config)
         return _judges[key]
 
 
-def _config(judge: str | os.PathLike[str] | Mapping[str, Any] | None, settings: Mapping[str, Any]) -> AdapterConfig:
+@dataclass(frozen=True)
+class RewardFunction:
+    """A reward function of a judge, which may be copied to other processes: each opens the judge for itself."""
+
+    rewards: Callable[[Judge, Sequence[Any], Sequence[Any], Mapping[str, Any]], Any]
+    judge: Named
+    settings: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "__name__", "patarm_judge")  # by which trainers log it
+        judge_of(self.judge, self.settings)  # so that what is wrong is said before training begins
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Any:
+        """The rewards of completions."""
+        return self.rewards(judge_of(self.judge, self.settings), prompts, completions, columns)
+
+
+def _config(judge: Named, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> AdapterConfig:
     judge = judge if judge is not None else os.environ.get(NAMED_BY) or {}
     where = ""
     if isinstance(judge, Mapping):
@@ -191,7 +250,10 @@ def _config(judge: str | os.PathLike[str] | Mapping[str, Any] | None, settings: 
         given = {"endpoint": {"url": str(judge)}}
     else:
         given, where = read_yaml(Path(judge)), str(judge)
-    return from_mapping(AdapterConfig, merged(merged(asdict(AdapterConfig()), given), _plain(settings)), where)
+    complete = asdict(AdapterConfig())
+    for over in (_plain(defaults), given, _plain(settings)):
+        complete = merged(complete, over)
+    return from_mapping(AdapterConfig, complete, where)
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,13 +268,12 @@ _FILE = "answers-{}.jsonl"
 def _kept(config: AdapterConfig, identity: Mapping[str, object]) -> Answers:
     """Where answers are kept, with all that are there: of other processes, and of other days."""
     identity = {**identity, "rubrics": config.rubrics}
+    if not config.kept:
+        return Answers(Path(os.devnull), open(os.devnull, "ab", buffering=0), {})  # until the end
     open_until_exit = contextlib.ExitStack()
     atexit.register(open_until_exit.close)
-    if not config.kept:
-        folder = Path(open_until_exit.enter_context(tempfile.TemporaryDirectory()))
-    else:
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-        folder = Path(config.kept).expanduser() / digest
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    folder = Path(config.kept).expanduser() / digest
     for number in itertools.count():
         path = folder / _FILE.format(number)
         with contextlib.suppress(locks.Held):  # by another process
@@ -220,5 +281,9 @@ def _kept(config: AdapterConfig, identity: Mapping[str, object]) -> Answers:
             break
     for other in sorted(folder.glob(_FILE.format("*"))):
         if other != path:
-            answers.known = read_answers(other, identity) | answers.known
+            for place, answer in read_answers(other, identity).items():
+                if answer.came:  # what failed elsewhere is asked here
+                    answers.known[place] = answer
+    for place, answer in answers.known.items():
+        answers.known[place] = replace(answer, text="")
     return answers

@@ -10,24 +10,15 @@ or on the command line, where the environment names the judge:
 A response that could not be judged has the reward None, which TRL leaves out of its group's baseline.
 """
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from patarm_jax.adapters.judge import Judge, judge_of
-
-Reward = Callable[..., list[float | None]]
+from patarm_jax.adapters.judge import Judge, Named, RewardFunction, judge_of
 
 
-def make_reward(judge: str | os.PathLike[str] | Mapping[str, Any] | None = None, **settings: Any) -> Reward:
+def make_reward(judge: Named = None, **settings: Any) -> RewardFunction:
     """A reward function; `judge` and settings as `patarm_jax.adapters.judge` has them."""
-    asked = judge_of(judge, settings)  # now, so that what is wrong is said before training begins
-
-    def patarm_judge(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        return _rewards(asked, prompts, completions, columns)
-
-    return patarm_judge
+    return RewardFunction(_rewards, judge, settings)
 
 
 def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -37,7 +28,7 @@ def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -
         prompts: text or messages, one for each completion.
         completions: text or messages.
         columns: of the dataset, of which the domain's is read, and what else TRL hands over; `log_metric` is told the
-            share without a reward, `log_extra` the judgements.
+            share without a reward, `log_extra` the judgements, empty where they were there before.
     """
     return _rewards(judge_of(None, {}), prompts, completions, columns)
 
@@ -46,8 +37,8 @@ def _rewards(
     judge: Judge, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
 ) -> list[float | None]:
     opinions = judge.of_batch(prompts, completions, columns)
-    if log_metric := columns.get("log_metric"):
-        log_metric("judge/without_reward", fmean(one.score is None for one in opinions))
+    if opinions and (log_metric := columns.get("log_metric")):
+        log_metric("judge/without_reward", sum(one.score is None for one in opinions) / len(opinions))
     if log_extra := columns.get("log_extra"):
         log_extra("judgement", ["\n\n".join(one.judgements) for one in opinions])
         log_extra("without_reward", [one.reason for one in opinions])

@@ -7,31 +7,25 @@ or in its YAML, with PATARM_JUDGE in the environment: `reward_functions: [patarm
 `reward_functions_path=…/patarm_jax/adapters/tunix.py reward_functions=reward`.
 
 Tunix takes None for 0. So a response that could not be judged gets the mean of its prompt's others, with which it
-learns nothing from it; where no response to a prompt could be judged, they all get the mean of the batch.
+learns nothing from it; where no response to a prompt could be judged, they all get the mean of the batch, or the middle
+of the scale; or `missing`, where that is set.
 """
 
-import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from patarm_jax.adapters.judge import Judge, judge_of
+from patarm_jax.adapters.judge import Judge, Named, RewardFunction, judge_of
 from patarm_jax.run.process import say
-from patarm_jax.types import UserError
 
 __all__ = ["reward"]
-Reward = Callable[..., list[float]]
+_MIDDLE = 5.0
 
 
-def make_reward(judge: str | os.PathLike[str] | Mapping[str, Any] | None = None, **settings: Any) -> Reward:
+def make_reward(judge: Named = None, **settings: Any) -> RewardFunction:
     """A reward function; `judge` and settings as `patarm_jax.adapters.judge` has them."""
-    asked = judge_of(judge, settings)
-
-    def patarm_judge(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        return _rewards(asked, prompts, completions, columns)
-
-    return patarm_judge
+    return RewardFunction(_rewards, judge, settings)
 
 
 def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -43,10 +37,7 @@ def _rewards(
     judge: Judge, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
 ) -> list[float]:
     opinions = judge.of_batch(prompts, completions, columns)
-    without = [one for one in opinions if one.score is None]
-    if len(without) == len(opinions):
-        raise UserError(f"none of {len(opinions)} responses could be judged: {without[0].reason}.")
-    if without:
+    if without := [one for one in opinions if one.score is None]:
         say(f"{len(without)} of {len(opinions)} responses without a reward, the first one: {without[0].reason}")
     return filled(list(map(str, prompts)), [one.score for one in opinions], judge.config.missing)
 
@@ -54,8 +45,8 @@ def _rewards(
 def filled(prompts: Sequence[str], scores: Sequence[float | None], missing: float | None = None) -> list[float]:
     """Scores, with a number where there is none: `missing` or, where that is None, what teaches nothing.
 
-    >>> filled("aabb", [9.0, None, None, None])
-    [9.0, 9.0, 9.0, 9.0]
+    >>> filled("aabb", [9.0, None, None, None]), filled("aa", [None, None])
+    ([9.0, 9.0, 9.0, 9.0], [5.0, 5.0])
     >>> filled("aaab", [9.0, 2.0, None, 4.0])
     [9.0, 2.0, 5.5, 4.0]
     """
@@ -63,8 +54,8 @@ def filled(prompts: Sequence[str], scores: Sequence[float | None], missing: floa
     for prompt, score in zip(prompts, scores, strict=True):
         if score is not None:
             known[prompt].append(score)
-    every = fmean(score for scores in known.values() for score in scores)
-    means = {prompt: fmean(known[prompt]) if known[prompt] else every for prompt in prompts}
+    every = [score for scores in known.values() for score in scores] or [_MIDDLE]
+    means = {prompt: fmean(known[prompt] or every) for prompt in prompts}
     return [
         score if score is not None else means[prompt] if missing is None else missing
         for prompt, score in zip(prompts, scores, strict=True)

@@ -3,24 +3,27 @@
     reward.custom_reward_function.path=pkg://patarm_jax.adapters.verl
     reward.custom_reward_function.name=compute_score_async
     +reward.custom_reward_function.reward_kwargs.judge=http://host:8000/v1
+    +reward.custom_reward_function.reward_kwargs.missing=5
 
 Older versions have the keys `custom_reward_function.path`, `.name` (`compute_score`) and `.reward_kwargs`. verl does
 not tell a reward function the prompt: put it into the dataset's `extra_info` as `question`, text or messages. Where
 verl itself serves the judge (`reward.reward_model.enable=True` and its `model_path`), `judge` may be left out.
 
-A response that could not be judged has the score None, at which verl stops; `reward_kwargs.missing` is a number in its
-place.
+A response that could not be judged, such as one that is cut off in its thinking, has the score None, at which verl
+stops; `missing` is a number in its place, such as the middle of the scale.
 """
 
+import asyncio
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from patarm_jax.adapters.judge import NAMED_BY, Judge, Opinion, judge_of
-from patarm_jax.adapters.texts import Shown, shown
+from patarm_jax.adapters.judge import NAMED_BY, Judge, Named, Opinion, judge_of
+from patarm_jax.adapters.texts import Shown
 from patarm_jax.run.process import say
 from patarm_jax.types import UserError
 
+_STOPS = ". verl stops at it: reward_kwargs.missing is a number in its place"
 _QUESTION = ("question", "prompt")  # in extra_info
 
 
@@ -31,7 +34,7 @@ def compute_score(
     extra_info: Mapping[str, Any] | None = None,
     reward_router_address: str | None = None,
     reward_model_tokenizer: Any = None,
-    judge: str | Mapping[str, Any] | None = None,
+    judge: Named = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """The score of one response, with what else verl is to log.
@@ -46,8 +49,8 @@ def compute_score(
         judge: as `patarm_jax.adapters.judge` has it.
         settings: likewise.
     """
-    asked, one = _asked(judge, settings, reward_router_address, solution_str, extra_info)
-    (opinion,) = asked.opinions([one], [_domain(asked, extra_info)])
+    asked = _judge(judge, settings, reward_router_address)
+    (opinion,) = asked.opinions([_shown(asked, solution_str, extra_info)], [_domain(asked, extra_info)])
     return _score(asked, opinion)
 
 
@@ -58,31 +61,31 @@ async def compute_score_async(
     extra_info: Mapping[str, Any] | None = None,
     reward_router_address: str | None = None,
     reward_model_tokenizer: Any = None,
-    judge: str | Mapping[str, Any] | None = None,
+    judge: Named = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """`compute_score` for verl's reward loop, in which thousands of responses may wait at a time."""
-    asked, one = _asked(judge, settings, reward_router_address, solution_str, extra_info)
-    return _score(asked, await asked.opinion(one, _domain(asked, extra_info)))
+    # Opening it asks the server for its model, which must not keep others waiting.
+    asked = await asyncio.to_thread(_judge, judge, settings, reward_router_address)
+    opinion = await asked.opinion(_shown(asked, solution_str, extra_info), _domain(asked, extra_info))
+    return _score(asked, opinion)
 
 
-def _asked(
-    judge: str | Mapping[str, Any] | None,
-    settings: Mapping[str, Any],
-    served: str | None,
-    response: str,
-    extra_info: Mapping[str, Any] | None,
-) -> tuple[Judge, Shown]:
+def _judge(judge: Named, settings: Mapping[str, Any], served: str | None) -> Judge:
     if judge is None and served and not os.environ.get(NAMED_BY):
         judge = f"http://{served}/v1"
-    asked = judge_of(judge, settings, served=True)
+    return judge_of(judge, settings, of_many={})
+
+
+def _shown(judge: Judge, response: str, extra_info: Mapping[str, Any] | None) -> Shown:
     prompt = next((found for name in _QUESTION if (found := (extra_info or {}).get(name)) is not None), None)
     if prompt is None:
         raise UserError(
             f"extra_info holds {', '.join(extra_info or {}) or 'nothing'}, and no question: a judge must see the "
             "prompt, which verl does not hand over. Put it into the dataset's extra_info as question, text or messages."
         )
-    return asked, shown(prompt, response, asked.config.sees_thinking)
+    (found,) = judge.shown([(prompt, response)])
+    return found
 
 
 def _domain(judge: Judge, extra_info: Mapping[str, Any] | None) -> object:
@@ -92,6 +95,6 @@ def _domain(judge: Judge, extra_info: Mapping[str, Any] | None) -> object:
 def _score(judge: Judge, opinion: Opinion) -> dict[str, Any]:
     score = judge.config.missing if opinion.score is None else opinion.score
     if opinion.score is None:
-        say(f"a response without a reward: {opinion.reason}")
+        say(f"a response without a reward: {opinion.reason}{'' if score is not None else _STOPS}")
     # verl puts each of these into an array over all samples: they must be there for each, of one type.
     return {"score": score, "judged": float(opinion.score is not None), "without_reward": opinion.reason}

@@ -7,7 +7,7 @@ import asyncio
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -81,10 +81,12 @@ class Asking:
     remote: Remote
     answers: Answers
     parse: Parse
-    work: Iterator[tuple[Question, int] | None]  # None while nothing is to be asked yet
+    work: Iterator[tuple[Question, int] | None]  # None while nothing is to be asked yet, which only `resting` allows
     stopping: Callable[[], bool]
     came: Callable[[Answer], None]  # told of each answer when it is kept, and of what failed
     answered: bool  # whether any question ever was
+    resting: Callable[[], Awaitable[None]] | None = None  # awaited while nothing is to be asked yet
+    to_go_on: str = "; run the same command again to resume"  # behind what is to be done about trouble
     dialect: Dialect = field(default_factory=Dialect)
     requests: int = 0  # how many were sent, those that were tried again included
     lost: int = 0  # failures in a row that say that it is not the question's fault
@@ -126,7 +128,10 @@ class Asking:
     async def _one_after_another(self, client: httpx.AsyncClient) -> None:
         for one in self.work:
             if one is None:
-                await asyncio.sleep(LOOK)
+                assert self.resting is not None
+                if not self.under_way:
+                    self._release_held()  # nothing that is under way can tell more of it
+                await self.resting()
                 if self._ending():
                     return
                 continue
@@ -170,7 +175,7 @@ class Asking:
         if self.lost > self._too_many and not self.trouble:
             self.trouble = (
                 f"{remote.section.url} did not answer the last {self.lost} questions, the last one {self.last_reason}. "
-                "See whether the server is up and takes such requests; run the same command again to resume."
+                f"See whether the server is up and takes such requests{self.to_go_on}."
             )
 
     def _answered(self, question: Question, vote: int, sent: Mapping[str, object], reply: Reply) -> None:
@@ -237,7 +242,7 @@ class Asking:
         section = self.remote.section
         self.trouble = self.trouble or (
             f"{section.url} answers {refusal}. Check endpoint.url, endpoint.model, the sampling settings and the key "
-            f"in {section.api_key_env}; run the same command again to resume."
+            f"in {section.api_key_env}{self.to_go_on}."
         )
 
     def _tell(self, trouble: Unavailable) -> None:
@@ -247,7 +252,7 @@ class Asking:
             if self.foreign[str(trouble)] >= max(_ENOUGH_REFUSED, self.under_way):
                 self.trouble = self.trouble or (
                     f"{self.remote.section.url} does not answer as OpenAI's chat protocol has it: {trouble}. Check "
-                    "endpoint.url, which ends in /v1 as a rule; run the same command again to resume."
+                    f"endpoint.url, which ends in /v1 as a rule{self.to_go_on}."
                 )
         now = asyncio.get_running_loop().time()
         if now - self.told >= _SECONDS_BETWEEN:
@@ -260,7 +265,7 @@ class Asking:
         if most and self.requests >= most:
             self.trouble = self.trouble or (
                 f"endpoint.max_requests {most} have been sent, those that were tried again included, and answers are "
-                "missing. Raise it and run the same command again to resume."
+                f"missing. Raise it{self.to_go_on.replace(';', ', and')}."
             )
             raise Stopped
         self.requests += 1

@@ -61,7 +61,7 @@ class JudgeServed:
         for other in sorted(kept.parent.glob("*.jsonl")):  # of other processes, or of another number of them
             if other != kept and _OF_PROCESS.sub("", other.name) == f"{section.called}.jsonl":
                 self._answers.known = read_answers(other, identity) | self._answers.known
-        self._standing = Standing(remote, self._answers, POINTWISE.read)
+        self._standing = Standing(remote, self._answers, POINTWISE.read, "; run the same command again to resume")
         self._votes = remote.votes
         self._given: dict[tuple[int, int], Future[list[Answer]]] = {}
         self._queued: set[tuple[str, int]] = set()  # what is asked for since the last time

@@ -16,7 +16,7 @@ from patarm_jax.config.sections import (
     Seed,
     Votes,
 )
-from patarm_jax.types import Domain, RubricMode, UsageError
+from patarm_jax.types import Domain, OpensThinking, RubricMode, UsageError
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,11 @@ class AdapterConfig(Section):
     sampling: JudgingSection = field(default_factory=lambda: JudgingSection(max_new_tokens=1024))
     max_prompt_tokens: Positive = 16384  # of a judge in this process; a longer prompt has no reward
     sees_thinking: bool = False  # whether it sees the thinking before an answer too
-    # Seconds that a call of the reward function waits. What has no answer by then has no reward; it is kept when it
-    # comes.
+    # Whether the policy's chat template writes `<think>` itself, so that responses begin inside the thinking. auto: yes
+    # once one held `</think>` alone; then one that was cut off before it has no answer.
+    opens_thinking: OpensThinking = "auto"
+    # Seconds that a call of the reward function waits. What has no answer by then has no reward; what is under way is
+    # kept when it comes, and what is not sent yet is not sent. OpenRLHF, which waits for 180 s: 150.
     time_limit: AboveZero = field(default=1800.0, metadata=FREE)
     # What a response that could not be judged is given; null: None, which TRL leaves out of its group's baseline. verl
     # and OpenRLHF stop or fail at it.

@@ -22,18 +22,20 @@ class Comparison:
     def outcome(self) -> float:
         """1 where most judgements of both orders choose the policy's response, 0 where most do not, else ½.
 
+        It is ½ too where none of one order could be read: the other alone may only like the place.
+
         >>> Comparison([True, True], [True, False]).outcome, Comparison([True], [False]).outcome
         (1.0, 0.5)
-        >>> Comparison([None], [False]).outcome, Comparison([None], [None]).outcome
+        >>> Comparison([None, False], [False, None]).outcome, Comparison([True], [None]).outcome
         (0.0, 0.5)
         """
         chosen = [vote for vote in (*self.first, *self.second) if vote is not None]
-        return 0.5 * (1.0 + np.sign(2 * sum(chosen) - len(chosen)))
+        return 0.5 if self.is_unread else 0.5 * (1.0 + float(np.sign(2 * sum(chosen) - len(chosen))))
 
     @property
     def is_unread(self) -> bool:
-        """Whether no judgement of it could be read."""
-        return all(vote is None for vote in (*self.first, *self.second))
+        """Whether no judgement of one of the orders could be read."""
+        return any(all(vote is None for vote in votes) for votes in (self.first, self.second))
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Scored:
 
     @property
     def unread(self) -> int:
-        """Prompts of which no judgement could be read, which are ties."""
+        """Prompts of which no judgement of one of the orders could be read, which are ties."""
         return sum(one is not None and one.is_unread for one in self.comparisons)
 
     @property

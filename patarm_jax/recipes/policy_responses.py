@@ -16,6 +16,8 @@ from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answer
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.scoring import PolicyEvalConfig
 from patarm_jax.config.sections import JudgingSection
+from patarm_jax.data.cells import text_or_messages
+from patarm_jax.data.reasons import Dropped
 from patarm_jax.data.rows import read_rows
 from patarm_jax.evaluate.responded import Response, Task
 from patarm_jax.files import check_writable, read_json_object, write_text, writing
@@ -24,7 +26,7 @@ from patarm_jax.locks import hold_folder
 from patarm_jax.recipes.judges import ask, open_policy, refuse_lost, refuse_many_processes
 from patarm_jax.run.peers import start_processes
 from patarm_jax.run.process import say
-from patarm_jax.types import UsageError, UserError
+from patarm_jax.types import Message, UsageError, UserError
 
 ANSWERS, RESPONSES, JUDGEMENTS, RESULTS = "answers.jsonl", "responses.jsonl", "judgements.jsonl", "results.json"
 Some = TypeVar("Some", bound=Task)
@@ -93,20 +95,39 @@ def of_file(path: Path, tasks: Sequence[Some]) -> tuple[list[Some], list[Respons
     """The prompts that a file has a response to, with these."""
     by_prompt: dict[str, Response] = {}
     for row in read_rows(str(path), None, setting="responses").rows:
-        prompt, response = row.values.get("prompt"), row.values.get("response")
-        if not (isinstance(prompt, str) and isinstance(response, str)):
+        response, prompt = row.values.get("response"), _prompt_of(row.values.get("prompt"))
+        if not prompt or not isinstance(response, str):
             raise UserError(
-                f"{row.where} is no response: it has {', '.join(row.values)}. Needed are prompt and response, as text."
+                f"{row.where} is no response: it has {', '.join(row.values)}. Needed are prompt, as text or messages, "
+                "and response, as text."
             )
         found = Response(response, bool(row.values.get("cut_off")))
-        if by_prompt.setdefault(prompt, found) != found:
+        if by_prompt.setdefault(_key_of(prompt), found) != found:
             raise UserError(f"{row.where} is another response to a prompt that has one before. Give one to each.")
-    answered = [task for task in tasks if task.prompt in by_prompt]
+    answered = [task for task in tasks if _key_of(task.messages) in by_prompt]
     if not answered:
         raise UserError(f"{path} has no response to any of the {len(tasks):,} prompts. Give those to this benchmark.")
     if lacking := len(tasks) - len(answered):
         say(f"{lacking:,} of {len(tasks):,} prompts have no response in {path} and are left out: compare with care")
-    return answered, [by_prompt[task.prompt] for task in answered]
+    return answered, [by_prompt[_key_of(task.messages)] for task in answered]
+
+
+def _prompt_of(value: object) -> str | Sequence[Message] | None:
+    """Text or messages; None where it is neither."""
+    if isinstance(value, str):
+        return value
+    with contextlib.suppress(Dropped):
+        return text_or_messages("prompt", value)
+    return None
+
+
+def _key_of(prompt: str | Sequence[Message]) -> str:
+    """The text of a prompt of one turn; of a conversation all turns, as JSON."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and prompt[0]["role"] == "user":
+        return prompt[0]["content"]
+    return json.dumps([[turn["role"], turn["content"]] for turn in prompt])
 
 
 def responded(
@@ -143,10 +164,15 @@ def responded(
     return config.name or policy.name, [[Response(one.text, one.cut) for one in each] for each in given]
 
 
+def shown_prompt(task: Task) -> str | list[Message]:
+    """A prompt of one turn as text, as the official files have it; a conversation as messages."""
+    return task.messages if _key_of(task.messages) != task.prompt else task.prompt
+
+
 def write_responses(path: Path, tasks: Sequence[Task], responses: Sequence[Response]) -> None:
     """Writes the file that a later evaluation takes up."""
     rows: list[Mapping[str, object]] = [
-        {"key": task.id, "prompt": task.prompt, "response": one.text, "cut_off": one.cut_off}
+        {"key": task.id, "prompt": shown_prompt(task), "response": one.text, "cut_off": one.cut_off}
         for task, one in zip(tasks, responses, strict=True)
     ]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -187,5 +187,5 @@ def _reading(scored: Scored) -> str:
     if lacking or lacked:
         said.append(f"Without an answer, which loses: {lacking:,} of the policy, {lacked:,} of the baseline.")
     if scored.unread:
-        said.append(f"Prompts of which no judgement could be read, which are ties: {scored.unread:,}.")
+        said.append(f"Prompts without a readable judgement in one of the orders, which are ties: {scored.unread:,}.")
     return " ".join(said)
