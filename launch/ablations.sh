@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compares the paper's choices in the demo's world, on this machine: margins, opponents, rewards, rubrics, group sizes,
-# algorithms, pointwise and pairwise judges. Each variant has three seeds; all of them take about three hours on two cores.
+# algorithms, pointwise and pairwise judges. Each variant has three seeds; all of them take at most 2 h 45 min on two cores.
 #
 #   launch/ablations.sh                   everything, in runs/ablations: table.json and a figure for each part
 #   launch/ablations.sh --part margins    one part of margins, opponents, loser, reward, rubrics, start, group, algorithms,
