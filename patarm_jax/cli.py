@@ -254,6 +254,7 @@ def _add_data(table: _Verbs) -> None:
     data.add_argument("what", choices=("build", "show"), help="make a set in stages, or print rows of a file of pairs")
     data.add_argument("path", type=_path, metavar="CONFIG.yaml or FILE")
     data.add_argument("--dry-run", action="store_true", help="say which stages are there, make none")
+    data.add_argument("--shard", default="1/1", help="of build, ask the i-th of n parts of a stage's questions, as 2/4")
     data.add_argument("--rows", type=int, default=3, help="of show, spread over the file (default: %(default)s)")
     data.settings = {"": BuildConfig}
 

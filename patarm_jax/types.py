@@ -28,9 +28,14 @@ JudgeByRubrics = Literal["rubric_judge", "checklist"]  # kinds of judge that go 
 BY_RUBRICS: tuple[JudgeByRubrics, ...] = get_args(JudgeByRubrics)
 # policy: a model that answers, and may think before it does; policy_unthinking: one whose turn is begun unthought.
 PolicyKind = Literal["policy", "policy_unthinking"]
-ModelKind = JudgeKind | Literal["rubric"] | PolicyKind
+ModelKind = JudgeKind | Literal["rubric", "classify"] | PolicyKind
 # Whether the chat template of a server that is not seen writes `<think>` itself; auto: as its answers show.
 OpensThinking = Literal["auto", "yes", "no"]
+
+
+def get_domain(name: str) -> Domain:
+    """The domain of a name that is one."""
+    return {domain: domain for domain in get_args(Domain)}[name]
 
 
 class UserError(Exception):

@@ -158,8 +158,11 @@ def data(options: argparse.Namespace, rest: list[str]) -> int:
         _refuse(rest)
         show(options.path, options.rows)
         return 0
-    main(load(BuildConfig, options.path, rest), options.dry_run)
-    return 0
+    number, _, shards = options.shard.partition("/")
+    if not (number.isdecimal() and shards.isdecimal() and 1 <= int(number) <= int(shards)):
+        raise UsageError(f"--shard is {options.shard}; allowed is i/n with i from 1 to n, such as 2/4.")
+    done = main(load(BuildConfig, options.path, rest), options.dry_run, (int(number), int(shards)))
+    return 0 if done is not None or options.dry_run or int(shards) > 1 else 1  # the same command goes on
 
 
 def report(options: argparse.Namespace, rest: list[str]) -> int:

@@ -26,6 +26,17 @@ class Pair:
     corpus: str  # the source section that it was read by
     licence: str  # empty: not known
     origin: str  # where it was read: the file and its line or row
+    # What a judge makes of it: the scores of each response, None where one could not be read, and in which share of
+    # comparisons the chosen one's is higher.
+    chosen_scores: tuple[float | None, ...] | None = None
+    rejected_scores: tuple[float | None, ...] | None = None
+    accuracy: float | None = None
+    part: str = ""  # rl or sft, once rows are selected
+    # What a teacher says of it, as training reads it.
+    chosen_judgement: str | None = None
+    rejected_judgement: str | None = None
+    pairwise_judgement: str | None = None
+    pairwise_judgement_swapped: str | None = None
 
     @property
     def asked(self) -> str:
@@ -44,6 +55,14 @@ SCHEMA = pa.schema(
         ("corpus", pa.string()),
         ("licence", pa.string()),
         ("origin", pa.string()),
+        ("chosen_scores", pa.list_(pa.float64())),
+        ("rejected_scores", pa.list_(pa.float64())),
+        ("accuracy", pa.float64()),
+        ("part", pa.string()),
+        ("chosen_judgement", pa.string()),
+        ("rejected_judgement", pa.string()),
+        ("pairwise_judgement", pa.string()),
+        ("pairwise_judgement_swapped", pa.string()),
     ]
 )
 
@@ -57,7 +76,7 @@ def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:
 
 def values_of(pair: Pair) -> dict[str, Any]:
     """As a row of a table."""
-    return asdict(pair) | {"prompt": list(pair.prompt)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(pair).items()}
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -66,7 +85,8 @@ def read_pairs(path: Path) -> list[Pair]:
         rows = pyarrow.parquet.read_table(path, schema=SCHEMA).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}. Remove its folder to make it again.") from error
-    return [Pair(**row | {"prompt": tuple(row["prompt"])}) for row in rows]
+    tuples = ("prompt", "chosen_scores", "rejected_scores")
+    return [Pair(**row | {name: row[name] and tuple(row[name]) for name in tuples}) for row in rows]
 
 
 def digest_of(path: Path) -> str:

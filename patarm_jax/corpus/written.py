@@ -21,7 +21,9 @@ def is_held_out(pair: Pair, share: float) -> bool:
 def write_set(
     folder: Path, section: StageSection, pairs: Sequence[Pair], reports: Sequence[tuple[str, Report]]
 ) -> None:
-    """Writes train and heldout, as JSON lines and parquet, and README.md.
+    """Writes train and heldout, of rows that were selected rl_train, sft_train and so on, and README.md.
+
+    Each is there as JSON lines and as parquet.
 
     Raises:
         UserError: licences forbid that these rows stand in one set, and the section does not say that they may.
@@ -32,10 +34,12 @@ def write_set(
         raise UserError(
             f"{conflict} Leave a source out, make a set of each, or set mix_licences to true if you have the right to."
         )
-    parts = {
-        "train": [pair for pair in pairs if not is_held_out(pair, section.heldout)],
-        "heldout": [pair for pair in pairs if is_held_out(pair, section.heldout)],
-    }
+    parts: dict[str, list[Pair]] = {}
+    for label in sorted({pair.part for pair in pairs} or {""}):
+        of_part = [pair for pair in pairs if pair.part == label]
+        prefix = f"{label}_" if label else ""
+        parts[f"{prefix}train"] = [pair for pair in of_part if not is_held_out(pair, section.heldout)]
+        parts[f"{prefix}heldout"] = [pair for pair in of_part if is_held_out(pair, section.heldout)]
     for name, part in parts.items():
         lines = [json.dumps(values_of(pair), ensure_ascii=False) for pair in part]
         write_text(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
@@ -75,23 +79,19 @@ def card_of(parts: Mapping[str, Sequence[Pair]], reports: Sequence[tuple[str, Re
     licences = {pair.corpus: pair.licence for pair in every}
     of_all = {licence for licence in licences.values()}
     known = of_all.pop() if len(of_all) == 1 else "other"
-    head = [
-        "---",
-        f"license: {known or 'unknown'}",
-        "task_categories: [text-ranking]",
-        "configs:",
-        "- config_name: default",
-    ]
-    head += [
-        "  data_files:",
-        "  - {split: train, path: train.parquet}",
-        "  - {split: test, path: heldout.parquet}",
-        "---",
-    ]
+    head = ["---", f"license: {known or 'unknown'}", "task_categories: [text-ranking]", "configs:"]
+    for name in parts:
+        prefix = name.rpartition("_")[0]
+        split = "test" if name.endswith("heldout") else "train"
+        if split == "train":
+            head += [f"- config_name: {prefix or 'default'}", "  data_files:"]
+        head.append(f"  - {{split: {split}, path: {name}.parquet}}")
+    head.append("---")
+    sizes = "; ".join(f"{name}: {len(part):,} pairs" for name, part in parts.items())
     said = [
         f"# Preferences from {len(licences)} source{'s' if len(licences) != 1 else ''}",
-        f"Train: {len(parts['train']):,} pairs; held out: {len(parts['heldout']):,}. No prompt stands in both. Each "
-        "row says where it is from: `corpus`, `source`, `licence`, `origin`.",
+        f"{sizes}. No prompt stands in a training and a held-out part. Each row says where it is from: `corpus`, "
+        "`source`, `licence`, `origin`.",
     ]
     if conflict:
         said.append(f"**Licences are mixed.** {conflict}")

@@ -9,10 +9,11 @@ from typing import Protocol
 
 from patarm_jax.judge.checklist import parse_checklist
 from patarm_jax.judge.criteria import criteria_of, parse_rubric, parse_rubric_judge
+from patarm_jax.judge.domains import parse_domain
 from patarm_jax.judge.parse import parse_baseline, parse_pairwise, parse_pointwise
-from patarm_jax.judge.prompts import baseline, checklist, ordinal, pairwise, pointwise, rubric_judge
+from patarm_jax.judge.prompts import baseline, checklist, classify, ordinal, pairwise, pointwise, rubric_judge
 from patarm_jax.judge.prompts import rubric as ask_for_rubric
-from patarm_jax.types import Judgement, Message, Preference, RubricMode, Status
+from patarm_jax.types import Judgement, Message, ModelKind, Preference, RubricMode, Status
 
 
 class Ask(Protocol):
@@ -35,7 +36,7 @@ class Read(Protocol):
 class Form:
     """How to ask, and how to read."""
 
-    name: str
+    name: ModelKind
     responses: int  # how many one question shows
     ask: Ask
     read: Read
@@ -102,6 +103,12 @@ def _rubric(
     prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode, rubric: str = ""
 ) -> list[Message]:
     return ask_for_rubric(prompt)
+
+
+def _classify(
+    prompt: str | Sequence[Message], *responses: str, domain: str, rubrics: RubricMode, rubric: str = ""
+) -> list[Message]:
+    return classify(prompt)
 
 
 def _rubric_judge(
@@ -201,6 +208,9 @@ CHECKLIST = Form(
     weighs_words=True,
 )
 
+# The domain of a request, before there are responses.
+CLASSIFY = Form("classify", 0, _classify, _regardless(parse_domain), _no_number, SIDES, reads_rubrics=False)
+
 # A response to a conversation; what it is worth, others say.
 POLICY = Form(
     "policy",
@@ -215,7 +225,7 @@ POLICY = Form(
 POLICY_UNTHINKING = replace(POLICY, name="policy_unthinking", thinks=False)
 
 _EVERY = (
-    *(POINTWISE, PAIRWISE, BASELINE, SCALAR, ORDINAL, RUBRIC, RUBRIC_JUDGE, CHECKLIST),
+    *(POINTWISE, PAIRWISE, BASELINE, SCALAR, ORDINAL, RUBRIC, RUBRIC_JUDGE, CHECKLIST, CLASSIFY),
     *(POLICY, POLICY_UNTHINKING),
 )
 FORMS: dict[str, Form] = {form.name: form for form in _EVERY}

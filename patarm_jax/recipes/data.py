@@ -7,6 +7,7 @@ The same command goes on with the first stage that is not there. A stage that is
 same settings from the same rows, which their hashes tell; else it is refused, and its folder has to be removed.
 """
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +21,10 @@ import rich.table
 import rich.text
 
 from patarm_jax import __version__
-from patarm_jax.config.building import BuildConfig, StageSection
+from patarm_jax.config.building import ASKING, BuildConfig, StageSection
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.sections import DataSection
+from patarm_jax.corpus.judged import selected
 from patarm_jax.corpus.languages import open_languages
 from patarm_jax.corpus.rows import Pair, digest_of, read_pairs, write_pairs
 from patarm_jax.corpus.stages import Sifted, clean, decontaminate, deduplicate
@@ -32,6 +34,8 @@ from patarm_jax.data.prompts import read_prompts
 from patarm_jax.evaluate.catalogue import BENCHMARKS, read_benchmark
 from patarm_jax.files import check_writable, read_json_object, write_json, write_text, writing
 from patarm_jax.locks import hold_folder
+from patarm_jax.recipes.data_asking import Shard, classify, judge, teach
+from patarm_jax.run.open_model import name_of
 from patarm_jax.run.process import say
 from patarm_jax.types import Preference, UsageError, UserError
 
@@ -39,8 +43,14 @@ ROWS, REPORT, DROPPED = "rows.parquet", "report.json", "dropped.jsonl"
 KEPT = "The stages that are whole are kept."
 
 
-def main(config: BuildConfig, dry_run: bool = False) -> list[Pair] | None:
-    """Writes `config.folder`; gives the rows of the last stage, None of a dry run."""
+def main(config: BuildConfig, dry_run: bool = False, shard: Shard = (1, 1)) -> list[Pair] | None:
+    """Writes `config.folder`; gives the rows of the last stage, or None when it was asked to stop before.
+
+    Args:
+        config: sources and stages.
+        dry_run: whether nothing is made, and only said what is there; it gives None.
+        shard: of a stage that asks a model, the part that is asked here; then it stops until all parts are there.
+    """
     config.check()
     if not config.folder:
         raise UsageError("no folder is named. Give `folder` in the config, or --folder runs/data.")
@@ -52,7 +62,7 @@ def main(config: BuildConfig, dry_run: bool = False) -> list[Pair] | None:
             print(f"{folder_of(folder, number, stage).name}: {'is there' if there else 'is to be made'}")
         return None
     check_writable(folder, folder=True)
-    with hold_folder(folder, say):
+    with contextlib.nullcontext() if shard[1] > 1 else hold_folder(folder, say):  # shards write files of their own
         with writing(folder, KEPT):
             write_text(folder / "config.yaml", to_yaml(config))
         pairs: list[Pair] | None = None
@@ -63,7 +73,10 @@ def main(config: BuildConfig, dry_run: bool = False) -> list[Pair] | None:
             if _is_there(config, number, here, inputs):
                 pairs = None  # read when the next one needs them
             else:
-                pairs = _make(config, number, here, inputs, before, pairs)
+                made = _make(config, number, here, inputs, before, pairs, shard)
+                if made is None:
+                    return None
+                pairs = made
             before = here
         _tell(config, folder)
         assert before is not None
@@ -88,7 +101,13 @@ def _is_there(config: BuildConfig, number: int, here: Path, inputs: Mapping[str,
     report = read_json_object(here / REPORT)
     if report is None:
         return False
-    settings = json.loads(json.dumps(config.settings_of(number)))
+    settings, stage = json.loads(json.dumps(config.settings_of(number))), config.stages[number]
+    asked = stage.endpoint.model or (stage.model.path and name_of(Path(stage.model.path)))
+    if stage.kind in ASKING and asked and asked != report["model"]:
+        raise UserError(
+            f"{here} was made by {report['model']}, and here the model is {asked}. Remove {here} and the stages behind "
+            "it to make them again, or name another folder."
+        )
     remedy = f"Remove {here} and the stages behind it to make them again, or name another folder."
     for name, value in settings.items():
         if report["settings"].get(name) != value:
@@ -111,25 +130,38 @@ def _make(
     inputs: Mapping[str, str],
     before: Path | None,
     pairs: list[Pair] | None,
-) -> list[Pair]:
-    """Makes a stage, and gives its rows."""
+    shard: Shard,
+) -> list[Pair] | None:
+    """Makes a stage, and gives its rows; None where it was asked to stop, or has asked for its shard alone."""
     stage = config.stages[number]
     if before is not None and pairs is None:
         pairs = read_pairs(before / ROWS)
     say(f"{here.name}: {'reading' if before is None else f'{len(pairs or []):,} rows'}")
     with writing(here, KEPT):
         here.mkdir(parents=True, exist_ok=True)
+    unread: Mapping[str, int] = {}
+    more: dict[str, object] = {}
     if before is None:
         sifted, unread = _read(config)
+    elif stage.kind in ASKING:
+        asked = _ask(config, stage, here, pairs or [], shard)
+        if asked is None:
+            return None
+        sifted, more = asked
+    elif shard[1] > 1:
+        raise UserError(
+            f"{here} is to be made, and --shard {shard[0]}/{shard[1]} is of stages that ask a model. Run the command "
+            "without --shard, which makes it."
+        )
     else:
-        sifted, unread = _sift(stage, pairs or []), {}
+        sifted = _sift(stage, pairs or [])
     with writing(here, KEPT):
         if stage.kind == "write":
             write_set(here, stage, sifted.kept, _reports(config, here.parent))
         lines = [{"id": one.pair.id, "reason": one.reason, "about": one.about} for one in sifted.dropped]
         write_text(here / DROPPED, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         write_pairs(here / ROWS, sifted.kept)
-        write_json(here / REPORT, _report(config, number, here, inputs, sifted, unread))
+        write_json(here / REPORT, _report(config, number, here, inputs, sifted, unread) | more)
     return sifted.kept
 
 
@@ -198,11 +230,23 @@ def _read(config: BuildConfig) -> tuple[Sifted, dict[str, int]]:
     return Sifted(pairs, []), dict(unread)
 
 
+def _ask(
+    config: BuildConfig, stage: StageSection, here: Path, pairs: Sequence[Pair], shard: Shard
+) -> tuple[Sifted, dict[str, object]] | None:
+    """What a stage that asks a model makes of rows, and what its report says besides."""
+    if stage.kind == "classify":
+        found = classify(config, stage, here, pairs, shard)
+        return None if found is None else (found[0], {"classified": found[1], "model": found[2]})
+    asked = {"judge": judge, "teach": teach}[stage.kind](config, stage, here, pairs, shard)
+    return None if asked is None else (asked[0], {"model": asked[1]})
+
+
 def _sift(stage: StageSection, pairs: Sequence[Pair]) -> Sifted:
     sifts: Mapping[str, Callable[[], Sifted]] = {
         "clean": lambda: clean(pairs, stage, open_languages() if stage.language else None),
         "deduplicate": lambda: deduplicate(pairs, stage),
         "decontaminate": lambda: decontaminate(pairs, stage, _benchmarks(stage)),
+        "select": lambda: selected(pairs, stage),
         "write": lambda: Sifted(list(pairs), []),
     }
     return sifts[stage.kind]()

@@ -13,7 +13,14 @@ from patarm_jax.ask.remote import Remote, ask_name
 from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
 from patarm_jax.config.recipes import AskingConfig, RubricsConfig
 from patarm_jax.config.scoring import PolicyEvalConfig
-from patarm_jax.config.sections import DataSection, EndpointSection, JudgingSection, SamplingSection
+from patarm_jax.config.sections import (
+    DataSection,
+    EndpointSection,
+    JudgingSection,
+    MeshSection,
+    ModelSection,
+    SamplingSection,
+)
 from patarm_jax.evaluate.rubrics import (
     Prompted,
     Written,
@@ -145,6 +152,23 @@ def open_policy(config: PolicyEvalConfig, answers: Path, dry_run: bool) -> Local
         return open_local(config.model, config.mesh, *drawn, config.policy)
     form = FORMS[config.policy]
     return _open_remote(config.endpoint, config.sampling, form, config.n, config.seed, answers, dry_run, begun="")
+
+
+def open_any(
+    model: ModelSection,
+    endpoint: EndpointSection,
+    mesh: MeshSection,
+    sampling: JudgingSection,
+    form: Form,
+    votes: int,
+    seed: int,
+    longest: int,
+    answers: Path,
+) -> Local | Remote:
+    """A model here or, where an endpoint is named, behind it, whose answers a file keeps."""
+    if not endpoint.url:
+        return open_local(model, mesh, sampling, votes, seed, longest, form.name)
+    return _open_remote(endpoint, sampling, form, votes, seed, answers, dry_run=False, begun="")
 
 
 def open_responses_judge(config: PolicyEvalConfig, judgements: Path) -> tuple[Local | Remote, Form]:

@@ -232,7 +232,9 @@ def _refuse_another_kind(model: Model, judge: ModelKind | None) -> None:
     was, wanted = model.judge, POLICY if judge in get_args(PolicyKind) else judge
     if wanted in (None, was) or was not in _KINDS:
         return
-    if wanted == "scalar" or (was in ("pointwise", "pairwise", POLICY) and wanted in ("baseline", "ordinal")):
+    if wanted == "scalar" or (
+        was in ("pointwise", "pairwise", POLICY) and wanted in ("baseline", "ordinal", "classify")
+    ):
         return
     named = model.folder if model.adapter is None else model.adapter.folder
     does, takes, train = _KINDS[was]
