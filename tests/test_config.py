@@ -7,6 +7,7 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
+from patarm_jax.config.building import BuildConfig
 from patarm_jax.config.flags import dotted_keys
 from patarm_jax.config.help import comments_of, settings_in_words
 from patarm_jax.config.load import TRAINING, from_mapping, load, load_run, override, read_yaml, to_yaml
@@ -19,7 +20,9 @@ from patarm_jax.recipes.programs import algorithm_of
 from patarm_jax.train.penalties import KLPenalty
 from patarm_jax.types import UsageError, UserError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+EVERY = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+SETS = [path for path in EVERY if path.stem in ("data_paper", "tiny_data")]  # of `patarm data build`
+CONFIGS = [path for path in EVERY if path not in SETS]
 
 
 @pytest.mark.parametrize("cls", [SFTConfig, GRPOConfig, RewardModelConfig, RubricArmConfig, DPOConfig, JudgeConfig])
@@ -40,6 +43,21 @@ def test_every_config_of_the_repository_loads_and_says_what_it_is(path):
     head = path.read_text().split("\n\n")[0]
     for word in ("command", "hardware", "time", "out", f"patarm {config.recipe.replace('_', '-')} configs/{path.name}"):
         assert word in head
+
+
+@pytest.mark.parametrize("path", SETS, ids=lambda path: path.stem)
+def test_every_config_of_a_set_loads_and_says_what_it_is(path):
+    config = load(BuildConfig, path)
+    head, last = path.read_text().split("\n\n")[0], len(config.stages)
+    for word in (
+        "command",
+        "hardware",
+        "time",
+        f"patarm data build configs/{path.name}",
+        f"{config.folder}/{last:02}-write",
+    ):
+        assert word in head
+    assert from_mapping(BuildConfig, yaml.safe_load(to_yaml(config)), "there") == config
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
