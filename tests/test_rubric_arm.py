@@ -8,6 +8,8 @@ import re
 import shutil
 import signal
 
+import jax
+import numpy as np
 import pytest
 
 from patarm_jax.cli import main
@@ -15,6 +17,10 @@ from patarm_jax.config.load import load
 from patarm_jax.config.rubric_arm import RubricArmConfig
 from patarm_jax.data.ruled import place_of
 from patarm_jax.judge.criteria import parse_rubric, parse_rubric_judge
+from patarm_jax.recipes.arms import open_arms
+from patarm_jax.recipes.programs import grpo_learner
+from patarm_jax.recipes.rubric_arm import _load_reference
+from patarm_jax.run.open_model import load_parts
 from patarm_jax.types import Status
 from tests.arms import arms_config, write_arms_world
 from tests.runs import (
@@ -232,6 +238,22 @@ def test_the_generator_first_and_optimizers_that_are_kept(world, whole, started)
     assert kept[4:] != fresh[4:]
     for role in ("generator", "judge"):
         assert exported(world / "kept_killed" / role) == exported(world / "kept" / role)
+
+
+def test_under_adapters_the_reference_is_there_already(world):
+    """Without a warm-up it is the weights that they stand beside; with one, or without adapters, it is loaded."""
+    eight = {"generator": {"pairs_per_step": 8}, "judge": {"pairs_per_step": 8}}  # devices
+    given = {"lora": {"rank": 4}, "warmup": {"epochs": 0, "steps": 0}, **eight}
+    arms = open_arms(load(RubricArmConfig, arms_config(world, "lora", **given)))
+    arm = arms.arms["judge"]
+    learner = grpo_learner(arm.turn, arm.model.arch, arms.mesh)
+    _, weights = load_parts(arm.turn, arm.model, arms.mesh, learner.shape.params)
+    found, beside = _load_reference(arms, arm, weights)
+    assert found == {} and beside is weights
+    loaded, beside = _load_reference(arms, arm, None)
+    assert beside is None
+    for ours, theirs in zip(jax.tree.leaves(weights), jax.tree.leaves(loaded), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_one_of_the_two_may_stay_as_it_is(world, whole, started):

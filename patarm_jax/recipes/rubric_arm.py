@@ -142,7 +142,7 @@ def _take_turns(arms: Arms, opened: Phases, phase: Phase) -> Run | None:
             lessons[role] = (judges_lesson_by_new_rubrics if together else judges_lesson)(turn, other)
     pupils = {role: _pupil(turn, lessons[role]) for role, turn in turns.items()}
     run = opened.run(phase, list(pupils.values()), next(iter(lessons.values())).records)
-    references = {role: _load_reference(arms, arms.arms[role]) for role in turns}
+    references = {_role(one.name): _load_reference(arms, arms.arms[_role(one.name)], one.frozen) for one in run.models}
     ahead = list(turns)[-1]  # what a judge reads in its turn is not written yet
 
     def programs(width: int) -> dict[str, Program]:
@@ -183,12 +183,17 @@ def _updates_before(turn: Turn) -> int:
 # ---------------------------------------------------------------------------------------------------------- what else
 
 
-def _load_reference(arms: Arms, arm: Arm) -> tuple[Params, Tree] | None:
-    """What the KL is measured from: the model as it was when the rounds began; None where there is no KL."""
+def _load_reference(arms: Arms, arm: Arm, frozen: Tree) -> tuple[Params, Tree] | None:
+    """What the KL is measured from, as of `reinforce`: the model as it was when the rounds began; None without a KL.
+
+    Under adapters that had no warm-up it is the weights that they stand beside, which are there already.
+    """
     config = arm.turn
     if not config.charges_kl:
         return None
     model, section = arm.model, config.model
+    if frozen is not None and not arms.config.is_warmed_up:
+        return {}, frozen
     if arms.config.is_warmed_up:
         section = replace(section, path=str(arm.warmed_up), adapter="", weights="load")
         model = open_model(section, config.judge)
