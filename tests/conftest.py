@@ -31,6 +31,15 @@ def pytest_addoption(parser):
     parser.addoption("--update-goldens", action="store_true", help="rewrite tests/goldens from what the code says now")
 
 
+# Files whose fixtures train for minutes come first: a worker that is through with its own tests takes over the last of
+# another's, and would make such fixtures again.
+FIRST = ("test_rubric_arm.py",)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_module():
     """Compiled programs are memory maps, and those of an hour of tests would be more than a process may have."""
