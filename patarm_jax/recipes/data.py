@@ -294,11 +294,13 @@ def _tell(config: BuildConfig, folder: Path) -> None:
     """Prints what each stage has kept, per source and domain."""
     reports = _reports(config, folder)
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title="rows kept by each stage", title_justify="left")
-    for heading in ("source", "domain"):
-        table.add_column(heading)
-    for name, _ in reports:
-        table.add_column(name.partition("-")[2], justify="right", no_wrap=True)
-    for cells in table_of(reports):
+    rows = table_of(reports)
+    headings = ["source", "domain", *(name.partition("-")[2] for name, _ in reports)]
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if place > 1 else "left", no_wrap=True)
+    for cells in rows:
         table.add_row(*map(rich.text.Text, cells))
-    rich.console.Console().print(table)
+    console = rich.console.Console()
+    needed = sum(max(map(len, cells)) + 3 for cells in zip(headings, *rows, strict=True))
+    console.print(table, width=max(console.width, needed), crop=False)  # a narrow terminal breaks lines and cuts none
     say(f"done: {folder_of(folder, len(config.stages) - 1, config.stages[-1])}")
