@@ -300,7 +300,7 @@ def _tell(config: BuildConfig, folder: Path) -> None:
         table.add_column(heading, justify="right" if place > 1 else "left", no_wrap=True)
     for cells in rows:
         table.add_row(*map(rich.text.Text, cells))
-    needed = sum(max(map(len, cells)) + 3 for cells in zip(headings, *rows, strict=True))
+    needed = sum(max(map(len, cells)) + 3 for cells in zip(headings, *rows, strict=True)) + 3
     # A terminal that is narrower breaks lines and cuts none.
     rich.console.Console(width=max(rich.console.Console().width, needed)).print(table)
     say(f"done: {folder_of(folder, len(config.stages) - 1, config.stages[-1])}")
