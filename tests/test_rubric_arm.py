@@ -341,8 +341,13 @@ def test_a_checkpoint_of_both_is_exported_as_either(together, started, tmp_path)
 
 @pytest.mark.long
 def test_eight_devices_train_both_as_one(world, whole, started):
-    """With optimizers that begin anew in each round."""
-    settings = TOGETHER | {"optimizer_per_phase": "fresh"}
+    """With optimizers that begin anew in each round.
+
+    Adam's first update is nearly the sign of the gradient: with its own epsilon a gradient of almost 0 goes either way
+    by rounding, by the whole learning rate, and now and then a draw of the second round goes with it.
+    """
+    smooth = {"optimizer": {"learning_rate": 3e-4, "beta2": 0.95, "epsilon": 1e-4}}
+    settings = TOGETHER | {"optimizer_per_phase": "fresh", "generator": smooth, "judge": smooth}
     started("rubric-arm", from_warmup(world, whole, "anew", **settings)).end()
     assert main(["rubric-arm", str(from_warmup(world, whole, "anew_eight", mesh=CUBE, **settings))]) == 0
     assert_nearly_equal(world / "anew_eight", world / "anew")
