@@ -13,6 +13,7 @@ CHOSEN, REJECTED = 0, 1
 SCORES = tuple(range(11))  # whole ones that a judge may give
 
 Domain = Literal["chat", "math", "code", "safety", "instruction_following"]
+DOMAINS: dict[str, Domain] = {domain: domain for domain in get_args(Domain)}  # by name
 RubricMode = Literal["adaptive", "primary", "generated"]
 BenchmarkName = Literal["rewardbench", "rewardbench2", "rm-bench", "judgebench", "llmbar", "rmb", "ppe", "pairs"]
 PolicyBenchmarkName = Literal[
@@ -31,11 +32,6 @@ PolicyKind = Literal["policy", "policy_unthinking"]
 ModelKind = JudgeKind | Literal["rubric", "classify"] | PolicyKind
 # Whether the chat template of a server that is not seen writes `<think>` itself; auto: as its answers show.
 OpensThinking = Literal["auto", "yes", "no"]
-
-
-def get_domain(name: str) -> Domain:
-    """The domain of a name that is one."""
-    return {domain: domain for domain in get_args(Domain)}[name]
 
 
 class UserError(Exception):

@@ -91,7 +91,7 @@ def test_verl_asks_by_new_and_old_keys(model, tmp_path):
 def test_tunix_takes_a_step(model, tmp_path):
     with served(always=judges) as (url, _):
         found = run("tunix", model, url, tmp_path)
-    assert found["steps"] == 1
+    assert found["steps"] == 1 and found["functions"] == ["reward"]
     (step,) = found["given"]
     assert len(step) == 8
     for text, score in step:

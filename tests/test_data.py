@@ -117,6 +117,11 @@ def test_near_duplicates_are_those_of_a_plain_loop(seed):
     assert missed <= 1
 
 
+def test_texts_without_words_are_no_duplicates_of_one_another():
+    rows = [pair(mark, "!", "?", name=mark) for mark in ("…", "—")]
+    assert deduplicate(rows, StageSection("deduplicate", near=1.0)).kept == rows
+
+
 def test_a_paraphrase_is_no_duplicate_unless_the_threshold_is_low():
     pytest.importorskip("datasketch")
     paraphrase = (

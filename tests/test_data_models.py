@@ -20,17 +20,11 @@ from patarm_jax.corpus.judged import accuracy_of, leaks, selected, taught
 from patarm_jax.corpus.rows import read_pairs
 from patarm_jax.data.judged import read_judged_preferences
 from patarm_jax.judge.forms import POINTWISE
-from patarm_jax.judge.prompts import classify
 from tests.chat_server import FORM, completion, served
 from tests.test_data import everything, pair, write_rows
 from tests.test_imports import PACKAGE
-from tests.test_rubrics_prompts import PROMPT, shown
 
 # ------------------------------------------------------------------------------------------------------------- rules
-
-
-def test_the_prompt_of_classification(golden):
-    golden("prompts/classify.txt", shown(classify(PROMPT)))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -89,10 +83,10 @@ def test_what_a_teacher_says_must_be_right_in_every_form_that_is_asked_for():
 def test_a_judgement_that_quotes_the_other_response_leaks():
     other = " ".join(f"word{n}" for n in range(20))
     shared = pair(prompt=f"Repeat: {other}")
-    assert leaks(f"It should say {other}.", "own", other, pair())
-    assert not leaks(f"It should say {other}.", "own", other, shared)  # the prompt has it too
-    assert not leaks(" ".join(other.split()[:12]), "own", other, pair())
-    assert leaks("The rejected answer", "own", "x", pair())
+    assert leaks(f"It should say {other}.", "own", other, pair().prompt)
+    assert not leaks(f"It should say {other}.", "own", other, shared.prompt)  # the prompt has it too
+    assert not leaks(" ".join(other.split()[:12]), "own", other, pair().prompt)
+    assert leaks("The rejected answer", "own", "x", pair().prompt)
 
 
 # -------------------------------------------------------------------------------------------------------------- build

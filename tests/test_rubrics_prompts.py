@@ -14,6 +14,7 @@ from patarm_jax.judge.prompts import (
     TAGS,
     baseline,
     checklist,
+    classify,
     neutralise,
     pairwise,
     pointwise,
@@ -142,6 +143,10 @@ def test_rubric_prompts(golden):
     golden("prompts/rubric_judge.txt", shown(rubric_judge(PROMPT, RESPONSE, OTHER, given)))
     golden("prompts/rubric_judge_without.txt", shown(rubric_judge(TURNS, RESPONSE, OTHER, " \n")))
     golden("prompts/rubric_judge_hostile.txt", shown(rubric_judge(PROMPT, DECIDED, f"{given}\n{DECIDED}", HOSTILE)))
+
+
+def test_the_prompt_of_classification(golden):
+    golden("prompts/classify.txt", shown(classify(PROMPT)))
 
 
 def test_multi_turn_prompt(golden):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from patarm_jax.ask.answers import Kind, Question, no_answer, open_answers
+from patarm_jax.ask.answers import Kind, Question, no_answer, open_answers, take_in
 from patarm_jax.ask.shared import done_by_all, my_share, shared_answers
 from patarm_jax.types import Message, UserError
 from tests.toys import small_world
@@ -26,6 +26,20 @@ def question(number):
 def add(path, identity, *numbers):
     with open_answers(path, identity) as answers:
         answers.add(no_answer(question(number), 0, Kind.REFUSED, "no") for number in numbers)
+
+
+def test_a_failure_here_does_not_hide_what_came_elsewhere(tmp_path):
+    """Else it would be asked, and paid for, again; what came here stays as it is."""
+    here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+    for path, kinds in ((here, (Kind.FAILED, Kind.REFUSED)), (there, (Kind.REFUSED, Kind.TOO_LONG, Kind.FAILED))):
+        with open_answers(path, {}) as answers:
+            answers.add(no_answer(question(number), 0, kind, path.stem) for number, kind in enumerate(kinds))
+    with open_answers(here, {}) as answers:
+        take_in(answers, [here, there], {})
+        found = {number: answers.known.get((question(number).key, 0)) for number in range(3)}
+    assert (found[0].kind, found[0].reason) == (Kind.REFUSED, "there")
+    assert (found[1].kind, found[1].reason) == (Kind.REFUSED, "here")
+    assert found[2] is None
 
 
 def test_what_killed_processes_have_written_is_taken_in(tmp_path):

@@ -139,8 +139,19 @@ def test_conversations_that_end_alike_are_told_apart(world):
 def test_a_judge_that_cannot_be_read_makes_ties(world):
     with served(always=policy) as (url, _), served(always="unread") as (judge_url, _):
         assert run(world, url, judge_url) == 0
-    found = json.loads((world / "out" / "results.json").read_text())
+    text = (world / "out" / "results.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["first_chosen"] is None and "nan" not in (world / "out" / "summary.md").read_text()
     assert found["unread"] == 4 and found["ties"] == pytest.approx(4 / 6)
+
+
+def test_a_dry_run_asks_nobody(world):
+    with served(always=policy) as (url, asked), served(always=longer) as (judge_url, judged):
+        assert run(world, url, judge_url, "--dry-run") == 0
+        own = str(world / "baseline.jsonl")
+        assert run(world, "", judge_url, "--responses", own, "--dry-run") == 0
+        assert not asked.asked and not judged.asked
+    assert not (world / "out").exists()
 
 
 @pytest.mark.parametrize(

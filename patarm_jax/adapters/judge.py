@@ -19,11 +19,11 @@ from concurrent.futures import TimeoutError as TooLate
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 from patarm_jax import locks
 from patarm_jax.adapters.texts import Shown, ends_thinking_of_its_template, shown
-from patarm_jax.ask.answers import Answer, Answers, Question, open_answers, read_answers
+from patarm_jax.ask.answers import Answer, Answers, Question, open_answers, take_in
 from patarm_jax.ask.remote import Remote, ask_name
 from patarm_jax.ask.standing import Standing
 from patarm_jax.config.adapters import AdapterConfig
@@ -31,10 +31,9 @@ from patarm_jax.config.flags import merged
 from patarm_jax.config.load import from_mapping, read_yaml
 from patarm_jax.judge.forms import POINTWISE
 from patarm_jax.run.process import say
-from patarm_jax.types import Domain, UsageError, UserError
+from patarm_jax.types import DOMAINS, UsageError, UserError
 
 NAMED_BY = "PATARM_JUDGE"
-_DOMAINS: dict[object, Domain] = {domain: domain for domain in get_args(Domain)}
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Judge:
         return [None if one.reason else next(given) for one in every]
 
     def _question(self, one: Shown, domain: object) -> Question:
-        known = _DOMAINS.get(domain, self.config.domain) if isinstance(domain, str) else self.config.domain
+        known = DOMAINS.get(domain, self.config.domain) if isinstance(domain, str) else self.config.domain
         messages = POINTWISE.ask(one.prompt, one.response, domain=known, rubrics=self.config.rubrics)
         number = hashlib.sha256(json.dumps(list(messages)).encode()).digest()
         return Question("", int.from_bytes(number[:4]) % (1 << 20), messages)  # the same words, the same answer
@@ -149,12 +148,15 @@ class Judge:
     def _read(self, every: Sequence[Shown], given: Sequence[Sequence[Answer] | None]) -> list[Opinion]:
         """What answers say: None where nothing was asked, none where it was too late."""
         opinions = [self._opinion(one, answers) for one, answers in zip(every, given, strict=True)]
-        for answers in given:
-            if answers is not None:
-                self._failed = 0 if any(one.came for one in answers) else self._failed + 1
+        came = [answers and any(one.came for one in answers) for answers in given]
+        why = ""
+        for answers, has_come, opinion in zip(given, came, opinions, strict=True):
+            if has_come:
+                self._failed = 0
+            elif answers or (answers is not None and not any(came)):  # where others came, late ones are only late
+                self._failed, why = self._failed + 1, opinion.reason
         most = _MOST_FAILED if self._asked.has_answered else _MOST_FAILED_AT_FIRST
-        if self._failed >= most or (self._failed == len(every) > 1 and not self._asked.has_answered):
-            why = next(one.reason for one in reversed(opinions) if one.score is None)
+        if why and (self._failed >= most or (self._failed == len(every) > 1 and not self._asked.has_answered)):
             raise UserError(
                 f"{self._name} has not answered the last {self._failed} questions, the last one because: {why}. See "
                 "whether the server is up, and check endpoint.url, endpoint.model, the key and time_limit."
@@ -224,11 +226,14 @@ def judge_of(judge: Named, settings: Mapping[str, Any], of_many: Mapping[str, An
         return _judges[key]
 
 
+Rewards = Callable[[Judge, Sequence[Any], Sequence[Any], Mapping[str, Any]], Any]  # as `_rewards` of the adapters
+
+
 @dataclass(frozen=True)
 class RewardFunction:
     """A reward function of a judge, which may be copied to other processes: each opens the judge for itself."""
 
-    rewards: Callable[[Judge, Sequence[Any], Sequence[Any], Mapping[str, Any]], Any]
+    rewards: Rewards
     judge: Named
     settings: Mapping[str, Any]
 
@@ -239,6 +244,17 @@ class RewardFunction:
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Any:
         """The rewards of completions."""
         return self.rewards(judge_of(self.judge, self.settings), prompts, completions, columns)
+
+
+def maker_of(rewards: Rewards) -> Callable[..., RewardFunction]:
+    """What makes the reward functions of an adapter."""
+
+    # Not a function of the adapter's module: Tunix takes every public one that it finds there for a reward function.
+    def make_reward(judge: Named = None, **settings: Any) -> RewardFunction:
+        """A reward function; `judge` and settings as `patarm_jax.adapters.judge` has them."""
+        return RewardFunction(rewards, judge, settings)
+
+    return make_reward
 
 
 def _config(judge: Named, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> AdapterConfig:
@@ -279,11 +295,7 @@ def _kept(config: AdapterConfig, identity: Mapping[str, object]) -> Answers:
         with contextlib.suppress(locks.Held):  # by another process
             answers = open_until_exit.enter_context(open_answers(path, identity))
             break
-    for other in sorted(folder.glob(_FILE.format("*"))):
-        if other != path:
-            for place, answer in read_answers(other, identity).items():
-                if answer.came:  # what failed elsewhere is asked here
-                    answers.known[place] = answer
+    take_in(answers, sorted(folder.glob(_FILE.format("*"))), identity)
     for place, answer in answers.known.items():
         answers.known[place] = replace(answer, text="")
     return answers

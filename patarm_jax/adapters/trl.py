@@ -13,12 +13,7 @@ A response that could not be judged has the reward None, which TRL leaves out of
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from patarm_jax.adapters.judge import Judge, Named, RewardFunction, judge_of
-
-
-def make_reward(judge: Named = None, **settings: Any) -> RewardFunction:
-    """A reward function; `judge` and settings as `patarm_jax.adapters.judge` has them."""
-    return RewardFunction(_rewards, judge, settings)
+from patarm_jax.adapters.judge import Judge, judge_of, maker_of
 
 
 def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -43,3 +38,6 @@ def _rewards(
         log_extra("judgement", ["\n\n".join(one.judgements) for one in opinions])
         log_extra("without_reward", [one.reason for one in opinions])
     return [judge.config.missing if one.score is None else one.score for one in opinions]
+
+
+make_reward = maker_of(_rewards)

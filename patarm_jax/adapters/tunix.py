@@ -16,16 +16,10 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from patarm_jax.adapters.judge import Judge, Named, RewardFunction, judge_of
+from patarm_jax.adapters.judge import Judge, judge_of, maker_of
 from patarm_jax.run.process import say
 
-__all__ = ["reward"]
 _MIDDLE = 5.0
-
-
-def make_reward(judge: Named = None, **settings: Any) -> RewardFunction:
-    """A reward function; `judge` and settings as `patarm_jax.adapters.judge` has them."""
-    return RewardFunction(_rewards, judge, settings)
 
 
 def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -39,15 +33,18 @@ def _rewards(
     opinions = judge.of_batch(prompts, completions, columns)
     if without := [one for one in opinions if one.score is None]:
         say(f"{len(without)} of {len(opinions)} responses without a reward, the first one: {without[0].reason}")
-    return filled(list(map(str, prompts)), [one.score for one in opinions], judge.config.missing)
+    return _filled(list(map(str, prompts)), [one.score for one in opinions], judge.config.missing)
 
 
-def filled(prompts: Sequence[str], scores: Sequence[float | None], missing: float | None = None) -> list[float]:
+make_reward = maker_of(_rewards)
+
+
+def _filled(prompts: Sequence[str], scores: Sequence[float | None], missing: float | None = None) -> list[float]:
     """Scores, with a number where there is none: `missing` or, where that is None, what teaches nothing.
 
-    >>> filled("aabb", [9.0, None, None, None]), filled("aa", [None, None])
+    >>> _filled("aabb", [9.0, None, None, None]), _filled("aa", [None, None])
     ([9.0, 9.0, 9.0, 9.0], [5.0, 5.0])
-    >>> filled("aaab", [9.0, 2.0, None, 4.0])
+    >>> _filled("aaab", [9.0, 2.0, None, 4.0])
     [9.0, 2.0, 5.5, 4.0]
     """
     known: dict[str, list[float]] = defaultdict(list)

@@ -169,6 +169,16 @@ def read_answers(path: Path, identity: Mapping[str, object]) -> Known:
     return _parsed(path, lines)
 
 
+def take_in(answers: Answers, files: Iterable[Path], identity: Mapping[str, object]) -> None:
+    """Adds, in memory, what came into other files; what failed there tells nothing, and what came here stays."""
+    for file in files:
+        if file != answers.path:
+            for place, answer in read_answers(file, identity).items():
+                known = answers.known.get(place)
+                if answer.came and (known is None or not known.came):
+                    answers.known[place] = answer
+
+
 @contextlib.contextmanager
 def open_answers(path: Path, identity: Mapping[str, object]) -> Iterator[Answers]:
     """The answers in a file, which is made when it is missing; UserError when they are another judge's.

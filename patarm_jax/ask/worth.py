@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from patarm_jax.ask.answers import Answer, Answers, Kind, Question, open_answers, read_answers
+from patarm_jax.ask.answers import Answer, Answers, Kind, Question, open_answers, take_in
 from patarm_jax.ask.remote import Remote, ask_name
 from patarm_jax.ask.standing import Standing
 from patarm_jax.ask.worth_here import (
@@ -58,9 +58,9 @@ class JudgeServed:
         self._open = contextlib.ExitStack()
         identity = remote.identity | {"rubrics": section.rubrics}
         self._answers: Answers = self._open.enter_context(open_answers(kept, identity))
-        for other in sorted(kept.parent.glob("*.jsonl")):  # of other processes, or of another number of them
-            if other != kept and _OF_PROCESS.sub("", other.name) == f"{section.called}.jsonl":
-                self._answers.known = read_answers(other, identity) | self._answers.known
+        every, name = kept.parent.glob("*.jsonl"), f"{section.called}.jsonl"
+        own = sorted(one for one in every if _OF_PROCESS.sub("", one.name) == name)
+        take_in(self._answers, own, identity)  # of other processes, or of another number of them
         self._standing = Standing(remote, self._answers, POINTWISE.read, "; run the same command again to resume")
         self._votes = remote.votes
         self._given: dict[tuple[int, int], Future[list[Answer]]] = {}

@@ -11,7 +11,7 @@ from patarm_jax.corpus.rows import Pair
 from patarm_jax.corpus.stages import Dropped, Sifted
 from patarm_jax.corpus.texts import runs_of, words_of
 from patarm_jax.judge.domains import domain_in
-from patarm_jax.types import Domain, get_domain
+from patarm_jax.types import DOMAINS, Conversation, Domain
 
 Scores = Sequence[float | None]
 UNREAD = "a judgement of it could not be read"
@@ -21,7 +21,7 @@ _LABEL = re.compile(r"\b(?:chosen|rejected|preferred|dispreferred)[ _-](?:respon
 
 def by_rules(pair: Pair, rules: Mapping[str, str]) -> Domain | None:
     """The domain of the first rule that a request's last words hold to; None where none does."""
-    return next((get_domain(name) for name, rule in rules.items() if re.search(rule, pair.asked)), None)
+    return next((DOMAINS[name] for name, rule in rules.items() if re.search(rule, pair.asked)), None)
 
 
 def classified(
@@ -147,7 +147,7 @@ def _why_not_taught(
         if chosen - rejected <= section.min_gap:
             return f"its scores lie not more than {section.min_gap:g} apart on the right side"
         for answer, own, other in zip(answers, (pair.chosen, pair.rejected), (pair.rejected, pair.chosen), strict=True):
-            if leaks(answer.text, own, other, pair):
+            if leaks(answer.text, own, other, pair.prompt):
                 return "a judgement quotes the label or the other response"
     if "pairwise" in section.forms:
         answers = [both[pair.id, place] for place in (0, 1)]
@@ -160,12 +160,12 @@ def _why_not_taught(
     return ""
 
 
-def leaks(judgement: str, own: str, other: str, pair: Pair) -> bool:
+def leaks(judgement: str, own: str, other: str, prompt: Conversation) -> bool:
     """Whether a judgement of one response speaks of the label, or in a long run of words of the other response.
 
-    >>> leaks("The chosen response is right.", "4", "5", None)
+    >>> leaks("The chosen response is right.", "4", "5", ())
     True
-    >>> leaks("It is right.", "4", "5", None)
+    >>> leaks("It is right.", "4", "5", ())
     False
     """
     if _LABEL.search(judgement):
@@ -173,6 +173,6 @@ def leaks(judgement: str, own: str, other: str, pair: Pair) -> bool:
     elsewhere = words_of(other)
     if len(elsewhere) < _QUOTED:
         return False
-    known = " ".join([own, *(turn["content"] for turn in pair.prompt)])
+    known = " ".join([own, *(turn["content"] for turn in prompt)])
     said = set(runs_of(words_of(judgement), _QUOTED)) & set(runs_of(elsewhere, _QUOTED))
     return bool(said - set(runs_of(words_of(known), _QUOTED)))

@@ -31,9 +31,11 @@ class NearDuplicates:
     def find(self, text: str) -> int | None:
         """The number of the first text that it nearly repeats; None where there is none."""
         words = words_of(text)
+        if not words:
+            return None  # without words nothing tells it from another that has none
         if (same := self._same.get(_hash(" ".join(words)))) is not None:
             return same
-        if self._index is None or not words:
+        if self._index is None:
             return None
         runs = self._hashes(words)
         candidates = sorted(self._index.query(_sketch(runs)))
@@ -42,7 +44,8 @@ class NearDuplicates:
     def add(self, text: str) -> None:
         """Takes a text, under the next number."""
         words, number = words_of(text), len(self._runs)
-        self._same.setdefault(_hash(" ".join(words)), number)
+        if words:
+            self._same.setdefault(_hash(" ".join(words)), number)
         runs = self._hashes(words) if self._index is not None else np.empty(0, np.uint64)
         self._runs.append(runs)
         if self._index is not None and words:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from patarm_jax.config.building import StageSection
 from patarm_jax.corpus.rows import Pair, values_of, write_pairs
@@ -10,7 +11,7 @@ from patarm_jax.data.pairs import prompt_key
 from patarm_jax.files import write_text
 from patarm_jax.types import UserError
 
-Report = Mapping[str, object]
+Report = Mapping[str, Any]
 
 
 def is_held_out(pair: Pair, share: float) -> bool:
@@ -77,8 +78,7 @@ def card_of(parts: Mapping[str, Sequence[Pair]], reports: Sequence[tuple[str, Re
     """The README of a data set, as the Hub reads it."""
     every = [pair for part in parts.values() for pair in part]
     licences = {pair.corpus: pair.licence for pair in every}
-    of_all = {licence for licence in licences.values()}
-    known = of_all.pop() if len(of_all) == 1 else "other"
+    known = next(iter(licences.values())) if len(set(licences.values())) == 1 else "other"
     head = ["---", f"license: {known or 'unknown'}", "task_categories: [text-ranking]", "configs:"]
     for name in parts:
         prefix = name.rpartition("_")[0]
@@ -103,7 +103,7 @@ def card_of(parts: Mapping[str, Sequence[Pair]], reports: Sequence[tuple[str, Re
     stages += ["| " + " | ".join(cells) + " |" for cells in table_of(reports)]
     dropped = ["| stage | rows left out | why |", "|---|---|---|"]
     for name, report in reports:
-        for reason, count in dict(report["dropped"]).items():  # type: ignore[call-overload]  # a mapping
+        for reason, count in report["dropped"].items():
             dropped.append(f"| {name} | {count:,} | {reason} |")
     parts_of = ["\n".join(head), *said, "\n".join(table), "What each stage has kept:", "\n".join(stages)]
     if len(dropped) > 2:
@@ -114,9 +114,6 @@ def card_of(parts: Mapping[str, Sequence[Pair]], reports: Sequence[tuple[str, Re
 def table_of(reports: Sequence[tuple[str, Report]]) -> list[list[str]]:
     """Rows kept by each stage, per source and domain, and all."""
     kept = [report["kept_of"] for _, report in reports]
-    places = dict.fromkeys((source, domain) for one in kept for source, of in one.items() for domain in of)  # type: ignore[attr-defined]
-    rows = [
-        [source, domain, *(f"{one.get(source, {}).get(domain, 0):,}" for one in kept)]  # type: ignore[attr-defined]
-        for source, domain in places
-    ]
+    places = dict.fromkeys((source, domain) for one in kept for source, of in one.items() for domain in of)
+    rows = [[source, domain, *(f"{one.get(source, {}).get(domain, 0):,}" for one in kept)] for source, domain in places]
     return [*rows, ["all", "", *(f"{report['kept']:,}" for _, report in reports)]]

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from patarm_jax.config.sections import DataSection
 from patarm_jax.data import reasons
@@ -19,7 +19,7 @@ from patarm_jax.data.reasons import Dropped
 from patarm_jax.data.rows import Row, read_rows
 from patarm_jax.data.sides import Sides, sides_of
 from patarm_jax.judge.criteria import shown_rubric
-from patarm_jax.types import Conversation, Domain, Preference, UsageError, UserError
+from patarm_jax.types import DOMAINS, Conversation, Domain, Preference, UsageError, UserError
 
 Record = TypeVar("Record")
 
@@ -43,7 +43,6 @@ COLUMNS = (
     RESPONSE,
 )
 _NEEDED = ("chosen", "rejected")
-_DOMAINS: dict[str, Domain] = {domain: domain for domain in get_args(Domain)}
 _AHEAD = 100  # rows of a file that say which columns it has
 
 
@@ -336,7 +335,7 @@ def known_domain(name: str) -> Domain | None:
     >>> known_domain("Instruction-Following")
     'instruction_following'
     """
-    return _DOMAINS.get(_spelled(name))
+    return DOMAINS.get(_spelled(name))
 
 
 def _spelled(name: str) -> str:
@@ -409,7 +408,7 @@ def _refuse_unknown_names(section: DataSection) -> None:
     named |= {f"data.domains.{said}": domain for said, domain in section.domains.items()}
     for where, domain in named.items():
         if known_domain(domain) is None:
-            raise UsageError(f"{where} is {domain!r}. Use one of {', '.join(_DOMAINS)}.")
+            raise UsageError(f"{where} is {domain!r}. Use one of {', '.join(DOMAINS)}.")
     spelled: dict[str, str] = {}
     for said, domain in section.domains.items():
         if known_domain(spelled.setdefault(_spelled(said), domain)) != known_domain(domain):

@@ -120,15 +120,21 @@ def _counts(responses: Sequence[Response]) -> dict[str, int]:
 
 def show(scored: Scored) -> None:
     """Prints the numbers with intervals."""
-    title = rich.text.Text(f"{_title(scored)}, in %")
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
-    for heading in ("followed", "", "95 % interval"):
-        table.add_column(heading, justify="left" if heading == "followed" else "right", no_wrap=True)
-    for name, share in scored.numbers.items():
-        table.add_row(WORDS[name], f"{100 * share.value:.2f}", share.interval)
+    numbers = {WORDS[name]: (f"{100 * share.value:.2f}", share.interval) for name, share in scored.numbers.items()}
+    show_numbers(_title(scored), "followed", numbers, _reading(scored))
+
+
+def show_numbers(title: str, what: str, numbers: Mapping[str, tuple[str, str]], reading: str) -> None:
+    """Prints numbers in per cent, each with its interval, and what else there is to know of them."""
+    words = rich.text.Text(f"{title}, in %")  # names may hold what rich takes for markup
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=words, title_justify="left")
+    for heading in (what, "", "95 % interval"):
+        table.add_column(heading, justify="left" if heading == what else "right", no_wrap=True)
+    for name, (value, interval) in numbers.items():
+        table.add_row(name, value, interval)
     console = rich.console.Console()
     console.print(table)
-    if reading := _reading(scored):
+    if reading:
         console.print(reading, highlight=False)
 
 

@@ -82,12 +82,15 @@ class Scored:
         return ours, theirs
 
     @property
-    def first_chosen(self) -> float:
-        """The share of readable judgements that choose the response that stands first; ½ without a bias of position."""
+    def first_chosen(self) -> float | None:
+        """The share of readable judgements that choose the response that stands first; ½ without a bias of position.
+
+        None where none could be read.
+        """
         compared = [one for one in self.comparisons if one is not None]
         first = [vote for one in compared for vote in one.first if vote is not None]
         second = [not vote for one in compared for vote in one.second if vote is not None]
-        return float(np.mean([*first, *second])) if first or second else float("nan")
+        return float(np.mean([*first, *second])) if first or second else None
 
     @property
     def lengths(self) -> tuple[float, float]:

@@ -1,13 +1,11 @@
 """Reads the domain that a model has sorted a request into; `prompts.classify` asks for it."""
 
 import re
-from typing import get_args
 
 from patarm_jax.judge.parse import answer_of, holds
-from patarm_jax.types import Domain, Judgement, Status
+from patarm_jax.types import DOMAINS, Domain, Judgement, Status
 
 _DOMAIN = re.compile(r"<domain>(.*?)</domain>", re.DOTALL)
-_DOMAINS: dict[str, Domain] = {domain: domain for domain in get_args(Domain)}
 
 
 def parse_domain(text: str) -> Judgement:
@@ -20,7 +18,7 @@ def parse_domain(text: str) -> Judgement:
     if len(found) != 1:
         return Judgement(text, Status.BAD_TAGS, f"<domain> {'stands more than once' if found else 'is missing'}")
     if domain_in(text) is None:
-        reason = f"<domain> {holds(found[0].strip())}; it must hold one of {', '.join(_DOMAINS)}"
+        reason = f"<domain> {holds(found[0].strip())}; it must hold one of {', '.join(DOMAINS)}"
         return Judgement(text, Status.BAD_SCORE, reason)
     return Judgement(text, Status.OK, "")
 
@@ -32,4 +30,4 @@ def domain_in(text: str) -> Domain | None:
     ('math', None)
     """
     found = _DOMAIN.findall(answer_of(text) or "")
-    return _DOMAINS.get(found[0].strip().lower().replace(" ", "_")) if len(found) == 1 else None
+    return DOMAINS.get(found[0].strip().lower().replace(" ", "_")) if len(found) == 1 else None

@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import rich.box
@@ -21,7 +22,7 @@ import rich.table
 import rich.text
 
 from patarm_jax import __version__
-from patarm_jax.config.building import ASKING, BuildConfig, StageSection
+from patarm_jax.config.building import ASKING, BuildConfig, CorpusSection, StageSection
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.sections import DataSection
 from patarm_jax.corpus.judged import selected
@@ -31,6 +32,7 @@ from patarm_jax.corpus.stages import Sifted, clean, decontaminate, deduplicate
 from patarm_jax.corpus.written import table_of, write_set
 from patarm_jax.data.preferences import collect, free_id, read_preferences
 from patarm_jax.data.prompts import read_prompts
+from patarm_jax.data.rows import Row
 from patarm_jax.evaluate.catalogue import BENCHMARKS, read_benchmark
 from patarm_jax.files import check_writable, read_json_object, write_json, write_text, writing
 from patarm_jax.locks import hold_folder
@@ -206,28 +208,29 @@ def _read(config: BuildConfig) -> tuple[Sifted, dict[str, int]]:
     numbers: dict[str, int] = {}
     unread: Counter[str] = Counter()
     for number, source in enumerate(config.sources):
-        corpus, licence = source.called, source.licence
-
-        def pair_of(
-            preference: Preference, row: object, _: object, corpus: str = corpus, licence: str = licence
-        ) -> Pair:
-            return Pair(
-                id=free_id(f"{corpus}/{preference.id}", numbers),
-                prompt=preference.prompt,
-                chosen=preference.chosen,
-                rejected=preference.rejected,
-                domain=preference.domain,
-                source=preference.source or corpus,
-                corpus=corpus,
-                licence=licence,
-                origin=row.name,  # type: ignore[attr-defined]
-            )
-
-        read, report = collect(source.data, f"sources.{number}.data", pair_of)
+        corpus = source.called
+        read, report = collect(source.data, f"sources.{number}.data", partial(_pair, source, numbers))
         say(f"{corpus}: {report}")
         pairs += read
         unread.update(report.dropped)
     return Sifted(pairs, []), dict(unread)
+
+
+def _pair(
+    source: CorpusSection, numbers: dict[str, int], preference: Preference, row: Row, _: Mapping[str, object]
+) -> Pair:
+    """A preference with where it is from, under an id of its own."""
+    return Pair(
+        id=free_id(f"{source.called}/{preference.id}", numbers),
+        prompt=preference.prompt,
+        chosen=preference.chosen,
+        rejected=preference.rejected,
+        domain=preference.domain,
+        source=preference.source or source.called,
+        corpus=source.called,
+        licence=source.licence,
+        origin=row.name,
+    )
 
 
 def _ask(

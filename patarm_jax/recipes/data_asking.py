@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from patarm_jax.ask.answers import Answer, Kind, Question, open_answers, read_answers
+from patarm_jax.ask.answers import Answer, Kind, Question, open_answers, take_in
 from patarm_jax.ask.local import Local
 from patarm_jax.ask.remote import Remote
 from patarm_jax.config.building import BuildConfig, StageSection
@@ -110,10 +110,7 @@ def _answers(
     every = list(questions.values())
     mine = every[number - 1 :: shards]
     with open_answers(own, identity) as answers:
-        for other in sorted(path.parent.glob(f"{path.stem}*.jsonl")):  # of shards
-            if other != own:
-                came = {place: one for place, one in read_answers(other, identity).items() if one.came}
-                answers.known = came | answers.known
+        take_in(answers, sorted(path.parent.glob(f"{path.stem}*.jsonl")), identity)  # of shards
         say(f"{len(mine):,} questions to {model.name}" + (f", shard {number} of {shards}" if shards > 1 else ""))
         if not ask(model, form, answers, mine):
             return None

@@ -164,7 +164,7 @@ def responded(
     return config.name or policy.name, [[Response(one.text, one.cut) for one in each] for each in given]
 
 
-def shown_prompt(task: Task) -> str | list[Message]:
+def _shown_prompt(task: Task) -> str | list[Message]:
     """A prompt of one turn as text, as the official files have it; a conversation as messages."""
     return task.messages if _key_of(task.messages) != task.prompt else task.prompt
 
@@ -172,7 +172,7 @@ def shown_prompt(task: Task) -> str | list[Message]:
 def write_responses(path: Path, tasks: Sequence[Task], responses: Sequence[Response]) -> None:
     """Writes the file that a later evaluation takes up."""
     rows: list[Mapping[str, object]] = [
-        {"key": task.id, "prompt": shown_prompt(task), "response": one.text, "cut_off": one.cut_off}
+        {"key": task.id, "prompt": _shown_prompt(task), "response": one.text, "cut_off": one.cut_off}
         for task, one in zip(tasks, responses, strict=True)
     ]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -12,16 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-import rich.box
-import rich.console
-import rich.table
-import rich.text
 
 from patarm_jax import __version__
 from patarm_jax.ask.answers import KEPT, Answer, Question
 from patarm_jax.ask.shared import agree_on_questions, done_by_all, shared_answers
 from patarm_jax.config.scoring import PolicyEvalConfig
 from patarm_jax.data.prompts import read_prompts
+from patarm_jax.evaluate.policy_files import show_numbers
 from patarm_jax.evaluate.responded import PromptTask, Response
 from patarm_jax.evaluate.win_rate import Comparison, Scored
 from patarm_jax.files import write_json, write_text, writing
@@ -58,7 +55,7 @@ def main(config: PolicyEvalConfig, dry_run: bool = False) -> Scored | None:
         say(f"{data.path}: {said}")
         tasks, theirs = of_file(baseline, [PromptTask(one) for one in prompts][: config.limit or None])
         found = responses_of(config, folder, tasks, dry_run)
-        if found is None:
+        if found is None or dry_run:
             return None
         name, answered, ours = found
         against = dict(zip([task.id for task in tasks], theirs, strict=True))
@@ -165,25 +162,20 @@ def _write(config: PolicyEvalConfig, folder: Path, scored: Scored) -> None:
     table = ["| of the prompts | % | 95 % interval |", "|---|---|---|"]
     table += [f"| {_WORDS[name]} | {100 * one.value:.1f} | {one.interval} |" for name, one in scored.numbers.items()]
     write_text(folder / "summary.md", "\n\n".join([f"# {title}", "\n".join(table), _reading(scored)]) + "\n")
-    words = rich.text.Text(f"{title}, in %")  # names may hold what rich takes for markup
-    shown = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=words, title_justify="left")
-    for heading in ("of the prompts", "", "95 % interval"):
-        shown.add_column(heading, justify="left" if heading == "of the prompts" else "right", no_wrap=True)
-    for name, one in scored.numbers.items():
-        shown.add_row(_WORDS[name], f"{100 * one.value:.1f}", one.interval)
-    console = rich.console.Console()
-    console.print(shown)
-    console.print(_reading(scored), highlight=False)
+    numbers = {_WORDS[name]: (f"{100 * one.value:.1f}", one.interval) for name, one in scored.numbers.items()}
+    show_numbers(title, "of the prompts", numbers, _reading(scored))
 
 
 def _reading(scored: Scored) -> str:
     """What else there is to know of these numbers."""
     (ours, theirs), (lacking, lacked) = scored.lengths, scored.without_answer
-    said = [
-        "A prompt is won where most judgements of both orders choose the policy's response. The response that stands "
-        f"first is chosen in {100 * scored.first_chosen:.1f} % of the judgements. An answer has {ours:,.0f} characters "
-        f"in the mean, one of the baseline {theirs:,.0f}: judges tend to prefer the longer."
-    ]
+    said = ["A prompt is won where most judgements of both orders choose the policy's response."]
+    if scored.first_chosen is not None:
+        said.append(f"The response that stands first is chosen in {100 * scored.first_chosen:.1f} % of the judgements.")
+    said.append(
+        f"An answer has {ours:,.0f} characters in the mean, one of the baseline {theirs:,.0f}: judges tend to prefer "
+        "the longer."
+    )
     if lacking or lacked:
         said.append(f"Without an answer, which loses: {lacking:,} of the policy, {lacked:,} of the baseline.")
     if scored.unread:

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import transformers
+from tunix.cli.config import HyperParameters
 from tunix.models.qwen3 import model as qwen3
 from tunix.models.qwen3 import params
 from tunix.rl import rl_cluster as rl
@@ -55,4 +57,7 @@ learner = grpo_learner.GRPOLearner(
 )
 with mesh:
     learner.train([{"prompts": np.array(["Write of rice.", "Write of rain."]), "domain": np.array(["chat", "chat"])}])
-print(json.dumps({"given": given, "steps": int(cluster.global_steps)}))
+# What its command line makes of `reward_functions: [patarm_jax.adapters.tunix]`.
+named = SimpleNamespace(config={"reward_functions": ["patarm_jax.adapters.tunix"], "verl_compatible": False})
+functions = [function.__name__ for function in HyperParameters.obtain_reward_fn(named)]
+print(json.dumps({"given": given, "steps": int(cluster.global_steps), "functions": functions}))

@@ -41,7 +41,9 @@ def by_keys(keys: str, name: str, *more: str) -> list[dict]:
     settings = [
         f"{keys}.path=pkg://patarm_jax.adapters.verl",
         f"{keys}.name={name}",
-        f'+{keys}.reward_kwargs={{judge:"{url}",kept:"{folder}/{name}",endpoint:{{concurrency:2}}}}',
+        f"+{keys}.reward_kwargs.judge={url}",
+        f"+{keys}.reward_kwargs.kept={folder}/{name}",
+        f"+{keys}.reward_kwargs.endpoint.concurrency=2",
         *more,
     ]
     with initialize_config_module("verl.trainer.config", version_base=None):
