@@ -261,10 +261,10 @@ def _add_data(table: _Verbs) -> None:
 
 def _add_report(table: _Verbs) -> None:
     examples = ["patarm report runs/grpo", "patarm report runs/grpo --out report.html --megabytes 100"]
-    report = _verb(table, "report", verbs.report, "a run's curves and rollouts as one page", examples)
-    report.add_argument("folder", type=_path, metavar="RUN", help="the folder of a run, finished or not")
+    report = _verb(table, "report", verbs.report, "a run, or a set that was built, as one page", examples)
+    report.add_argument("folder", type=_path, metavar="RUN", help="the folder of a run or of a set, whole or not")
     report.add_argument("--out", type=_path, help="the file that is written (default: RUN/report.html)")
-    report.add_argument("--megabytes", type=int, default=25, help="of rollouts it may hold (default: %(default)s)")
+    report.add_argument("--megabytes", type=int, default=25, help="of rows it may hold (default: %(default)s)")
 
 
 def _add_bench(table: _Verbs) -> None:

@@ -166,11 +166,12 @@ def data(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def report(options: argparse.Namespace, rest: list[str]) -> int:
-    """A run as one page."""
+    """A run, or a set that was built, as one page."""
     _refuse(rest)
-    from patarm_jax.report.main import main
+    from patarm_jax.report import built
+    from patarm_jax.report import main as run
 
-    path, what = main(options.folder, options.out, options.megabytes)
+    path, what = (built if built.is_built(options.folder) else run).main(options.folder, options.out, options.megabytes)
     print(f"{path}: {what}")
     return 0
 

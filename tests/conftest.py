@@ -1,6 +1,7 @@
 """Eight CPU devices before JAX starts; where the real inputs lie; golden files; what Hypothesis tries."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,16 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small tmpfs is not permitted here")
     yield disk, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, to open pages with; while it is there, this thread takes no other event loop."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the page is checked through playwright")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome to open the page with")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()

@@ -15,7 +15,7 @@ from patarm_jax.cli import main
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.recipes import EvalConfig, GRPOConfig
 from patarm_jax.config.sections import DataSection, HeldoutSection, ModelSection, RunSection
-from patarm_jax.report.main import within
+from patarm_jax.report.page import within
 from patarm_jax.run.metrics import open_metrics
 from patarm_jax.run.rollouts import RolloutRow, write_rollouts
 from patarm_jax.types import Status
@@ -63,18 +63,6 @@ def judged(step):
                 status = Status.BAD_TAGS if score is None else Status.OK
                 text = f"step {step}, {name}, {side}, {vote} {HOSTILE}"
                 yield RolloutRow(name, side, text, status, score, reward=1.2 if vote else -1.5, advantage=-0.25)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the page is checked through playwright")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome to open the page with")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -19,6 +19,11 @@ def is_held_out(pair: Pair, share: float) -> bool:
     return int.from_bytes(prompt_key(pair.prompt)[:8]) < share * 2**64
 
 
+def part_of(pair: Pair, heldout: float) -> str:
+    """The part of the set that a pair belongs to, such as rl_train."""
+    return f"{pair.part}_" * bool(pair.part) + ("heldout" if is_held_out(pair, heldout) else "train")
+
+
 def write_set(
     folder: Path, section: StageSection, pairs: Sequence[Pair], reports: Sequence[tuple[str, Report]]
 ) -> None:
@@ -35,12 +40,12 @@ def write_set(
         raise UserError(
             f"{conflict} Leave a source out, make a set of each, or set mix_licences to true if you have the right to."
         )
-    parts: dict[str, list[Pair]] = {}
-    for label in sorted({pair.part for pair in pairs} or {""}):
-        of_part = [pair for pair in pairs if pair.part == label]
-        prefix = f"{label}_" if label else ""
-        parts[f"{prefix}train"] = [pair for pair in of_part if not is_held_out(pair, section.heldout)]
-        parts[f"{prefix}heldout"] = [pair for pair in of_part if is_held_out(pair, section.heldout)]
+    labels = sorted({pair.part for pair in pairs} or {""})
+    parts: dict[str, list[Pair]] = {
+        f"{label}_" * bool(label) + half: [] for label in labels for half in ("train", "heldout")
+    }
+    for pair in pairs:
+        parts[part_of(pair, section.heldout)].append(pair)
     for name, part in parts.items():
         lines = [json.dumps(values_of(pair), ensure_ascii=False) for pair in part]
         write_text(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))

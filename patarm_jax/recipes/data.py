@@ -1,8 +1,5 @@
 """Makes a set of preferences of public sources, in stages; each is a folder, and is made once.
 
-RUN/01-read/rows.parquet, report.json, dropped.jsonl    what a stage passes on, what became of its rows, what it dropped
-RUN/NN-write/train.jsonl, heldout.jsonl, README.md …    the set, and its card
-
 The same command goes on with the first stage that is not there. A stage that is there must have been made with the
 same settings from the same rows, which their hashes tell; else it is refused, and its folder has to be removed.
 """
@@ -25,6 +22,7 @@ from patarm_jax import __version__
 from patarm_jax.config.building import ASKING, BuildConfig, CorpusSection, StageSection
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.sections import DataSection
+from patarm_jax.corpus.folders import DROPPED, REPORT, ROWS, folder_of, reports_of
 from patarm_jax.corpus.judged import selected
 from patarm_jax.corpus.languages import open_languages
 from patarm_jax.corpus.rows import Pair, digest_of, read_pairs, write_pairs
@@ -41,7 +39,6 @@ from patarm_jax.run.open_model import name_of
 from patarm_jax.run.process import say
 from patarm_jax.types import Preference, UsageError, UserError
 
-ROWS, REPORT, DROPPED = "rows.parquet", "report.json", "dropped.jsonl"
 KEPT = "The stages that are whole are kept."
 
 
@@ -83,11 +80,6 @@ def main(config: BuildConfig, dry_run: bool = False, shard: Shard = (1, 1)) -> l
         _tell(config, folder)
         assert before is not None
         return pairs if pairs is not None else read_pairs(before / ROWS)
-
-
-def folder_of(folder: Path, number: int, stage: StageSection) -> Path:
-    """Where a stage stands; the first is 0."""
-    return folder / f"{number + 1:02}-{stage.kind}"
 
 
 def _inputs(config: BuildConfig, stage: StageSection, before: Path | None) -> dict[str, str]:
@@ -159,7 +151,7 @@ def _make(
         sifted = _sift(stage, pairs or [])
     with writing(here, KEPT):
         if stage.kind == "write":
-            write_set(here, stage, sifted.kept, _reports(config, here.parent))
+            write_set(here, stage, sifted.kept, reports_of(config, here.parent))
         lines = [{"id": one.pair.id, "reason": one.reason, "about": one.about} for one in sifted.dropped]
         write_text(here / DROPPED, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         write_pairs(here / ROWS, sifted.kept)
@@ -274,13 +266,6 @@ def _benchmarks(stage: StageSection) -> dict[str, list[str]]:
 # -------------------------------------------------------------------------------------------------------- for people
 
 
-def _reports(config: BuildConfig, folder: Path) -> list[tuple[str, dict[str, object]]]:
-    """The stages that are there, in order."""
-    every = [folder_of(folder, number, stage) for number, stage in enumerate(config.stages)]
-    found = [(one.name, read_json_object(one / REPORT)) for one in every]
-    return [(name, report) for name, report in found if report is not None]
-
-
 def show(path: Path, rows: int) -> None:
     """Prints some rows of a file of pairs, spread over it, as a person reads them."""
     pairs, said = read_preferences(DataSection(path=str(path), split="", domain="chat"))
@@ -295,7 +280,7 @@ def show(path: Path, rows: int) -> None:
 
 def _tell(config: BuildConfig, folder: Path) -> None:
     """Prints what each stage has kept, per source and domain."""
-    reports = _reports(config, folder)
+    reports = reports_of(config, folder)
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title="rows kept by each stage", title_justify="left")
     rows = table_of(reports)
     headings = ["source", "domain", *(name.partition("-")[2] for name, _ in reports)]

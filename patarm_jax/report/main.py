@@ -1,26 +1,15 @@
-"""`patarm report RUN`: one HTML file that opens without a network, with a run's curves and its rollouts to read.
+"""`patarm report RUN` of what trains: its curves, and its rollouts to read, each step's in a bundle."""
 
-The data travel inside the page, compressed, each step's rollouts by themselves: only those that are looked at are
-unpacked. What a judge wrote reaches the page as text and never as markup.
-"""
-
-import base64
 import functools
-import gzip
-import hashlib
 import itertools
 import json
 import math
-import random
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 
@@ -30,16 +19,14 @@ from patarm_jax.config.rubric_arm import RubricArmConfig
 from patarm_jax.config.training import ReinforcedConfig, TrainConfig
 from patarm_jax.data.preferences import read_preferences
 from patarm_jax.data.prompts import read_prompts
-from patarm_jax.files import check_writable, write_text, writing
 from patarm_jax.judge.forms import FORMS
-from patarm_jax.locks import hold_output
+from patarm_jax.report.page import Bundle, Content, beginning, make_page, packed, within
 from patarm_jax.run.health import Health, after, parted, verdict
 from patarm_jax.run.rubrics import RUBRICS
 from patarm_jax.run.watch import told_of
-from patarm_jax.types import UsageError, UserError
+from patarm_jax.types import UserError
 
 PHASE = "phase"  # what a line of metrics says in words: whose steps these are
-_PROMPTS = 4000  # characters of a prompt or response that are shown
 
 
 @dataclass(frozen=True)
@@ -133,95 +120,31 @@ BY_SOURCE = {
 
 
 def main(run: Path, out: Path | None = None, megabytes: int = 25) -> tuple[Path, str]:
-    """Writes the page of a run.
-
-    Args:
-        run: the folder of a run, finished or not.
-        out: the file; None: `report.html` in the folder.
-        megabytes: of rollouts the page may hold; of larger runs, evenly spaced steps are taken.
-
-    Returns:
-        the file, and a clause on what is in it.
-    """
-    if megabytes < 1:
-        raise UsageError(f"--megabytes is {megabytes}. Give 1 or more.")
-    inside, out = out is None, out or run / "report.html"
-    try:
-        mark = _check(run, out)
-    except UserError as error:
-        if inside:
-            raise UserError(f"{error} For the page, that is --out FILE.") from error
-        raise
-    config = _config(run)
-    with hold_output(out, lambda message: print(message, file=sys.stderr)):
-        return _write(run, config, out, megabytes, mark)
+    """Writes the page of a run, finished or not; see `make_page`."""
+    return make_page(run, out, megabytes, lambda limit: _content(run, _config(run), limit))
 
 
-def _write(run: Path, config: TrainConfig, out: Path, megabytes: int, mark: str) -> tuple[Path, str]:
+def _content(run: Path, config: TrainConfig, limit: int) -> Content:
     metrics = _metrics(run / "metrics.jsonl")
     steps = sorted(p for p in (run / "rollouts").glob("step_*") if re.fullmatch(r"step_\d+\.parquet", p.name))
-    packed = functools.cache(functools.partial(_step, _rubrics(run)))
-    taken = within(steps, lambda path: len(packed(path).data), megabytes * 1_000_000)
-    rollouts = [packed(path) for path in taken]
-    preferences, missing = _preferences(config, {pair for step in rollouts for pair in step.pairs})
+    read = functools.cache(functools.partial(_step, _rubrics(run)))
+    taken = within(steps, lambda path: len(read(path)[0].data), limit)
+    preferences, missing = _preferences(config, {pair for path in taken for pair in read(path)[1]})
+    rest = f"The page holds {len(taken)} of {len(steps)} steps, evenly spaced; the others are in rollouts/."
     payload = {
-        "name": run.resolve().name,
         "facts": [*_facts(config, metrics), *_troubles(config, metrics, run)],
         "panels": [panel for panel in map(_drawn(metrics), _panels(config, metrics)) if panel["series"]],
         "steps": [line["step"] for line in metrics],
-        "rollouts": [step.number for step in rollouts],
-        "rollout_steps": len(steps),
+        "rows": "Rollouts",
+        "bundle": "step",
+        "extent": rest if len(taken) < len(steps) else "",
         "preferences": preferences,
         "missing": missing,
         "pairwise": FORMS[config.judge].responses == 2,
         "policy": FORMS[config.judge].converses,
     }
-    with writing(out):
-        write_text(out, _page(payload, rollouts, mark))
     part = f", rollouts of {len(taken)} of {len(steps)} steps" if steps else ", no rollouts"
-    return out, f"{len(metrics)} steps{part}"
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The rollouts of a step, as they travel."""
-
-    number: int
-    pairs: tuple[str, ...]  # ids
-    data: str
-
-
-def _check(run: Path, out: Path) -> str:
-    """Refuses a file that is there and is not the page of this run; gives what the page is known by.
-
-    Inside the run's own folder report.html is always its page.
-    """
-    mark = f"patarm report {hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]}"
-    if not run.is_dir():
-        return mark  # what is wrong is said where the config is read
-    check_writable(out, folder=False)
-    if out.is_file() and out.resolve() != (run / "report.html").resolve() and out.stat().st_size:
-        with out.open("rb") as page:
-            if mark.encode() not in page.read(2000):
-                raise UserError(f"{out} is there and is not the page of {run}. Name another file as --out.")
-    return mark
-
-
-def _page(payload: Mapping[str, object], rollouts: Sequence[_Step], mark: str) -> str:
-    page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    script = page.partition("<script>")[2].partition("</script>")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    kind = 'type="application/octet-stream"'
-    steps = [f'<script {kind} data-step="{step.number}">{step.data}</script>' for step in rollouts]
-    # The browser runs this script and no other.
-    page = page.replace("__MARK__", mark, 1).replace("__SCRIPT__", f"sha256-{digest}", 1)
-    return page.replace("__PAYLOAD__", _packed(payload), 1).replace("__STEPS__", "\n".join(steps), 1)
-
-
-def _packed(value: object) -> str:
-    """JSON, gzipped, as base64: no letter of it means anything to HTML."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+    return Content(payload, [read(path)[0] for path in taken], f"{len(metrics)} steps{part}")
 
 
 # ---- What a run folder holds ----------------------------------------------------------------------------------------
@@ -263,29 +186,6 @@ def _metrics(path: Path) -> list[dict[str, object]]:
     return [found[step] for step in sorted(found)]
 
 
-def within(steps: Sequence[Path], size: Callable[[Path], int], limit: int) -> list[Path]:
-    """As many evenly spaced steps as the limit holds; the first and the last always.
-
-    Not all of a long run is measured to learn that it is too much: steps are measured in random order, so that those
-    that filled the limit tell fairly how many will fit.
-    """
-    count = len(steps)
-    sizes: dict[int, int] = {}
-    while True:
-        taken = [round(i) for i in np.linspace(0, len(steps) - 1, count)]
-        total, fit = 0, 0
-        for index in random.Random(0).sample(taken, len(taken)):
-            if index not in sizes:
-                sizes[index] = size(steps[index])
-            total += sizes[index]
-            fit += total <= limit
-            if total > limit:
-                break
-        if fit == count or count <= 2:
-            return [steps[index] for index in taken]
-        count = max(2, fit)
-
-
 def _rubrics(run: Path) -> dict[str, str]:
     """The rubrics that pairs were judged by, by their SHA-256; none of a run without."""
     found: dict[str, str] = {}
@@ -300,8 +200,8 @@ def _rubrics(run: Path) -> dict[str, str]:
     return found
 
 
-def _step(rubrics: Mapping[str, str], path: Path) -> _Step:
-    """The pairs of a step: judgements of the chosen and of the rejected response, or with either of them first.
+def _step(rubrics: Mapping[str, str], path: Path) -> tuple[Bundle, tuple[str, ...]]:
+    """The pairs of a step, with judgements of either response, or with either of them first; and their ids.
 
     Of pairs that were judged by a rubric, with it; of rubrics that were rewarded, with what was judged by each.
     """
@@ -320,7 +220,8 @@ def _step(rubrics: Mapping[str, str], path: Path) -> _Step:
         raise UserError(
             f"{path} holds no rollouts: {error}. Remove the file; the report is made without it."
         ) from error
-    return _Step(int(path.stem.removeprefix("step_")), tuple(pairs), _packed({"pairs": list(pairs.values())}))
+    number = int(path.stem.removeprefix("step_"))
+    return Bundle(str(number), packed({"pairs": list(pairs.values())})), tuple(pairs)
 
 
 def _finite(value: float | None) -> float | None:
@@ -340,19 +241,14 @@ def _preferences(config: TrainConfig, ids: Iterable[str]) -> tuple[dict[str, Any
     found = {
         one.id: {
             "domain": one.domain,
-            "prompt": [[turn["role"], _beginning(turn["content"])] for turn in one.prompt],
-            "chosen": _beginning(one.chosen),
-            "rejected": _beginning(one.rejected),
+            "prompt": [[turn["role"], beginning(turn["content"])] for turn in one.prompt],
+            "chosen": beginning(one.chosen),
+            "rejected": beginning(one.rejected),
         }
         for one in preferences
         if one.id in wanted
     }
     return found, ""
-
-
-def _beginning(text: str) -> str:
-    left = len(text) - _PROMPTS
-    return text if left <= 0 else f"{text[:_PROMPTS]} … ({left:,} more characters)"
 
 
 # ---- What is shown of it --------------------------------------------------------------------------------------------
