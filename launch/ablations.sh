@@ -14,6 +14,9 @@
 #
 #   launch/ablations.sh --part policy     what rewards a policy: judges, a reward model, or the pairs themselves by DPO
 #
+#   launch/ablations.sh --part data       whether it helps to select what is learnt: pairs by a judge's accuracy, judgements by
+#                                         their gap
+#
 #   launch/ablations.sh baselines         reward models, judges and LoRA, with one vote, eight and expected scores; after or
 #                                         before the others, with which it shares its runs
 #
@@ -28,6 +31,9 @@ if [ "${1:-}" = baselines ]; then
 fi
 if [ "${1:-} ${2:-}" = "--part given-rubrics" ]; then
   exec python -m patarm_jax.demo.given_rubrics "${@:3}"
+fi
+if [ "${1:-} ${2:-}" = "--part data" ]; then
+  exec python -m patarm_jax.demo.data_ablations "${@:3}"
 fi
 if [ "${1:-} ${2:-}" = "--part policy" ]; then
   exec python -m patarm_jax.demo.policy_ablations "${@:3}"

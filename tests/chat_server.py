@@ -90,7 +90,8 @@ class Chat(BaseHTTPRequestHandler):
         for name, value in (headers | {"Content-Length": len(data)}).items():
             self.send_header(name, str(value))
         self.end_headers()
-        self.wfile.write(data)
+        with suppress(BrokenPipeError):  # whoever asked is gone
+            self.wfile.write(data)
 
     def log_message(self, *arguments):
         pass

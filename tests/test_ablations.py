@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from patarm_jax.config.load import override
-from patarm_jax.demo import arm_ablations, baselines, given_rubrics, policy_ablations
+from patarm_jax.data.preferences import JUDGEMENTS
+from patarm_jax.demo import arm_ablations, baselines, data_ablations, given_rubrics, policy_ablations
 from patarm_jax.demo.ablations import PARTS, SIZES, STARTS, Variant, main
 from patarm_jax.demo.settings import ArmSizes, DemoSizes, PolicySizes, demo_configs
+from patarm_jax.judge.parse import parse_pointwise
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,3 +107,21 @@ def test_policies_are_compared_by_what_rewards_them(tmp_path):
     changed = {path: path.stat().st_mtime_ns for path in (tmp_path / "policy").rglob("*") if path.is_file()}
     assert policy_ablations.main(tmp_path, 1, sizes, arms) == rows
     assert changed == {path: path.stat().st_mtime_ns for path in (tmp_path / "policy").rglob("*") if path.is_file()}
+
+
+@pytest.mark.long
+def test_what_is_selected_is_what_is_learnt_from(tmp_path):
+    """With a judge that has just learnt the form."""
+    sizes = DemoSizes(train_pairs=1600, heldout_pairs=40, teacher_accuracy=0.6, sft_steps=250, grpo_steps=2)
+    rows = data_ablations.main(tmp_path, 1, sizes, pairs=100)
+    assert [row["variant"] for row in rows] == list(data_ablations.VARIANTS)
+    folder = tmp_path / "data" / "built-0" / "set" / "04-write"
+    parts = {name: (folder / f"{name}_train.jsonl").read_text().splitlines() for name in ("rl", "sft")}
+    for name, lines in parts.items():
+        assert lines and all((1 / 8 <= json.loads(line)["accuracy"] <= 6 / 8) == (name == "rl") for line in lines)
+    learnt = (tmp_path / "data" / "SFT-gap-above-2-0" / "train.jsonl").read_text().splitlines()
+    scores = [[parse_pointwise(json.loads(line)[name]).score for name in JUDGEMENTS] for line in learnt]
+    assert 0 < len(learnt) < 1600 and all(chosen - rejected > 2 for chosen, rejected in scores)
+    changed = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    assert data_ablations.main(tmp_path, 1, sizes, pairs=100) == rows
+    assert changed == {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*") if path.is_file()}

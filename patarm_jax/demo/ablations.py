@@ -203,7 +203,7 @@ def trained(out: Path, variant: Variant, seed: int, sizes: DemoSizes) -> Measure
     say(f"{variant.name}, seed {seed}")
     with quietly(folder / "log.txt"):
         to_its_end(grpo.main, config)
-        outcomes, valid = _measured(start, begun, folder, config, sft_config)
+        outcomes, valid = measured(start, begun, folder, config, sft_config)
     seconds, tokens = of_training(folder / "grpo")
     write_text(result, json.dumps({"outcomes": outcomes, "valid": valid, "seconds": seconds, "tokens": tokens}) + "\n")
     jax.clear_caches()  # no later run has these programs
@@ -283,11 +283,20 @@ def _label(pair: Preference, side: int, accuracy: float, rng: random.Random) -> 
     return float(parse_pointwise(teacher_judgement(pair, side, accuracy, rng)).score or 0.0)
 
 
-def _measured(
-    start: Start, begun: Path, folder: Path, config: GRPOConfig, sft_config: SFTConfig
+def measured(
+    start: Start, begun: Path, folder: Path, config: GRPOConfig, sft_config: SFTConfig, model: Path | None = None
 ) -> tuple[list[float], float]:
-    """The outcome of each held-out pair, and the share of judgements that could be read."""
-    heldout, model, seed = begun / "data" / "heldout.jsonl", folder / "grpo", config.run.seed
+    """The outcome of each held-out pair, and the share of judgements that could be read.
+
+    Args:
+        start: that the judge began with.
+        begun: its folder, with the pairs.
+        folder: that what is written goes to.
+        config: the run, which says how judgements are drawn.
+        sft_config: of the start.
+        model: the judge; None: that of the run in `folder`.
+    """
+    heldout, model, seed = begun / "data" / "heldout.jsonl", model or folder / "grpo", config.run.seed
     if start.system == "pairwise":
         choices = folder / "choices"
         evaluate.main(compare_config(model, heldout, choices, seed, sft_config))

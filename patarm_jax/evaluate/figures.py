@@ -1,6 +1,7 @@
 """The figures of an evaluation, each as PNG and SVG."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def draw_bars(path: Path, title: str, bars: Mapping[str, tuple[float, float, flo
         value, low, high = (100 * each for each in found)
         axes.errorbar(index, value, [[value - low], [high - value]], fmt="o", color=ACCENT, ecolor=INK, capsize=4)
         axes.annotate(f"{value:.1f}", (index, value), (7, -3), textcoords="offset points", color=INK, fontsize=9)
-    axes.set_xticks(range(len(bars)), [label.replace("_", "_\n") for label in bars])
+    broken = (textwrap.fill(label, 12, break_long_words=False).replace("_", "_\n") for label in bars)
+    axes.set_xticks(range(len(bars)), list(broken))
     axes.set_xlim(-0.6, len(bars) - 0.3)
     _save(path, figure)
 
