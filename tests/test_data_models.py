@@ -272,6 +272,32 @@ def test_a_server_that_fails_stops_the_stage_with_everything_kept(world, capsys)
     assert len(models.asked) == len(set(models.asked))
 
 
+def test_a_full_disk_stops_a_stage_with_everything_kept(world, small_disk, capsys):
+    disk, resize = small_disk
+    models = Models()
+    noise = random.Random(0)
+    rows = [
+        row(n) | {"chosen": "good " + "".join(chr(noise.randrange(0x4E00, 0x9000)) for _ in range(900))}
+        for n in range(24)
+    ]
+    write_rows(world / "pairs.jsonl", rows)
+    with served(always=models) as (url, _):
+        stages = yaml.safe_load(config(world, url).read_text())["stages"]
+        stages[2]["votes"] = 4
+        where = {"folder": str(disk / "run"), "stages": stages}
+        resize("160k")
+        assert build(world, url, **where) == 1
+        said = capsys.readouterr().err
+        assert "cannot write" in said and "No space left on device" in said and "Traceback" not in said
+        whole = sorted(path.parent.name for path in (disk / "run").glob("*/report.json"))
+        assert whole and whole[0] == "01-read" and "06-write" not in whole
+        asked = len(models.asked)
+        resize("8m")
+        assert build(world, url, **where) == 0
+        assert asked and len(models.asked) - len(set(models.asked)) <= 1  # what found no room was lost
+    assert json.loads((disk / "run" / "06-write" / "report.json").read_text())["rows"] == 24
+
+
 def test_another_model_is_refused(world, capsys):
     with served(always=Models()) as (url, _):
         stages = yaml.safe_load(config(world, url).read_text())["stages"][:3]
