@@ -337,7 +337,7 @@ def test_long_prompts_are_narrowed_away():
 def fake_network(group, logits_of):
     """A network that only counts: `logits_of(count, rows)` gives [rows, V]."""
     return Network(
-        init=lambda prompts, width, rows, most: jnp.int32(0),
+        init=lambda shards, sizes: jnp.int32(0),
         prefill=lambda params, tokens, lengths: (logits_of(0, tokens.shape[0]), None),
         place=lambda cache, prompts, place: cache,
         decode=lambda params, tokens, cache, seats: (logits_of(cache + 1, tokens.shape[0]), cache + 1),

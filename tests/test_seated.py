@@ -6,111 +6,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from patarm_jax.arrays import Seats
 from patarm_jax.config.sections import MeshSection, ModelSection
 from patarm_jax.model import flash_decode, kernels
 from patarm_jax.model.architecture import Architecture
-from patarm_jax.model.attention import Ring
-from patarm_jax.model.cache import init_cache
-from patarm_jax.model.kernels import PORTABLE, Kernel, kernel_for, ring_places
+from patarm_jax.model.cache import CacheSizes, init_cache
+from patarm_jax.model.kernels import PORTABLE, Kernel, kernel_for
+from patarm_jax.model.pages import PAGE, Held, first_pages
 from patarm_jax.model.seated import seated_attention
 from patarm_jax.model.sharding import MESH_AXES, make_mesh
 from patarm_jax.model.transformer import abstract_params, decode, init_params, unstack_layers
-from patarm_jax.padding import WIDTH_MULTIPLE
 from patarm_jax.rollout.draw import SamplingParams
 from patarm_jax.rollout.engine import make_engine, network_of
 from patarm_jax.rollout.sampler import Network
 from patarm_jax.rollout.schedule import Request, complete
 from patarm_jax.types import UserError
 from tests.lowering import triton_kernels
+from tests.test_pages import mesh_of, plain, scattered
 from tests.toys import TINY
 
 PALLAS = Kernel("pallas", interpret=True)
 ROOMY = Architecture(**TINY | {"head_dim": 16})
-ALONE = jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
-
-
-def plain(q, keys, values):
-    """One query [H] over keys [S, H] and values [S, H], in float64."""
-    scores = keys.astype(np.float64) @ q.astype(np.float64) / np.sqrt(q.size)
-    weights = np.exp(scores - scores.max(initial=-np.inf))
-    return weights @ values.astype(np.float64) / weights.sum() if len(keys) else np.zeros(q.size)
-
-
-def drawn(seed, rows, heads, queries, width, places):
-    """Queries, keys and values of so many rings, and where their keys lie."""
-    rng = np.random.default_rng(seed)
-    shapes = (rows, heads, queries, width), (rows, heads, width, places), (rows, heads, places, width)
-    arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-    return *arrays, rng.integers(0, places, rows, np.int32), rng.integers(-1, places, rows, np.int32)
-
-
-def assert_reads(kernel, q, k, v, newest, age, atol=2e-6):
-    out, lse = jax.jit(kernels.read_ring, static_argnums=4)(q, k, v, Ring(newest, age), kernel)
-    assert bool(jnp.isfinite(out).all() & jnp.isfinite(lse).all())
-    for row in range(len(q)):
-        places = [(newest[row] - passed) % v.shape[2] for passed in range(age[row] + 1)]
-        for head in range(q.shape[1]):
-            for query in range(q.shape[2]):
-                expected = plain(q[row, head, query], k[row, head][:, places].T, v[row, head][places])
-                np.testing.assert_allclose(out[row, head, query], expected, atol=atol)
-        if not places:
-            assert float(lse[row].max()) < -1e29
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    seed=st.integers(0, 1 << 20),
-    queries=st.integers(1, 20),
-    places=st.sampled_from([64, 128, 640]),
-    pallas=st.booleans(),
-)
-@example(seed=0, queries=5, places=64, pallas=True)
-def test_a_ring_is_read_as_a_plain_softmax_reads_it(seed, queries, places, pallas):
-    assert_reads(PALLAS if pallas else PORTABLE, *drawn(seed, 3, 2, queries, 16, places))
-
-
-@pytest.mark.parametrize("kernel", [PORTABLE, PALLAS], ids=lambda kernel: kernel.name)
-@pytest.mark.parametrize(
-    ("newest", "age"),
-    [
-        (0, -1),
-        (0, 0),
-        (63, 0),
-        (64, 64),
-        (127, 127),
-        (0, 1),
-        (0, 63),
-        (0, 64),
-        (0, 127),
-        (70, 127),
-        (63, 64),
-        (126, 126),
-    ],
-)
-def test_one_key_all_keys_and_rings_that_have_come_round(kernel, newest, age):
-    q, k, v, *_ = drawn(age + 1 + 200 * newest, 1, 1, 2, 16, 128)
-    assert_reads(kernel, q, k, v, np.array([newest], np.int32), np.array([age], np.int32))
-
-
-def test_many_queries_are_cut_and_long_rings_are_shared_out():
-    """More queries than a program takes, and a ring that four programs share, most of which have nothing to do."""
-    assert flash_decode.MOST_QUERIES < 80
-    q, k, v, _, _ = drawn(3, 2, 1, 80, 16, 2048)
-    assert_reads(PALLAS, q, k, v, np.array([2000, 5], np.int32), np.array([3, 2047], np.int32))
-
-
-def test_a_ring_without_whole_blocks_is_refused_and_the_cache_has_none():
-    q, k, v, newest, age = drawn(0, 1, 1, 1, 16, 65)
-    with pytest.raises(ValueError, match=r"65 places.*blocks of 64"):
-        kernels.read_ring(q, k, v, Ring(newest, age), PALLAS)
-    assert [ring_places(n, PALLAS) for n in (1, 64, 65)] == [64, 64, 128]
-    assert ring_places(65, PORTABLE) == 65
-    assert WIDTH_MULTIPLE % flash_decode.KEYS == 0  # prompts lie in whole blocks too
+ALONE = mesh_of(1)
 
 
 # ------------------------------------------------------------------------------------------------------------- seats
@@ -134,23 +53,22 @@ def seated(seed, shards=1, prompts=3, group=4, rows=7, kv_heads=2, queries=2, wi
         row[shard, seat[shard][sitting]] = np.arange(rows)[sitting]
     total, heads = shards * rows, kv_heads * queries
     prompt = normal(shards * prompts, kv_heads, width, longest), normal(shards * prompts, kv_heads, longest, width)
-    own = normal(total, kv_heads, width, places), normal(total, kv_heads, places, width)
-    newest = np.int32(rng.integers(0, places))
-    return normal(total, heads, width), prompt, lengths, own, newest, Seats(seat, row, age)
+    own = (normal(total, kv_heads, width, places),), (normal(total, kv_heads, places, width),)
+    return normal(total, heads, width), prompt, lengths, own, Held(age.reshape(-1) + 1), Seats(seat, row, age)
 
 
-def plainly_seated(q, prompt, lengths, own, newest, seats):
+def plainly_seated(q, prompt, lengths, own, held, seats):
     (shards, rows), prompts = seats.seat.shape, len(lengths) // len(seats.seat)
-    group, kv_heads = seats.row.shape[1] // prompts, own[0].shape[1]
+    group, kv_heads = seats.row.shape[1] // prompts, own[0][0].shape[1]
     out = np.zeros(q.shape)
     for index in range(shards * rows):
         shard, row = divmod(index, rows)
         mine = shard * prompts + seats.seat[shard, row] // group
-        places = [(newest - passed) % own[1].shape[2] for passed in range(seats.age[shard, row] + 1)]
+        places = range(held.count[index])
         for head in range(q.shape[1]):
             k = head // (q.shape[1] // kv_heads)
-            keys = np.concatenate([prompt[0][mine, k][:, : lengths[mine]].T, own[0][index, k][:, places].T])
-            values = np.concatenate([prompt[1][mine, k][: lengths[mine]], own[1][index, k][places]])
+            keys = np.concatenate([prompt[0][mine, k][:, : lengths[mine]].T, own[0][0][index, k][:, places].T])
+            values = np.concatenate([prompt[1][mine, k][: lengths[mine]], own[1][0][index, k][places]])
             out[index, head] = plain(q[index, head], keys, values)
     return out
 
@@ -161,7 +79,8 @@ def plainly_seated(q, prompt, lengths, own, newest, seats):
 )
 def test_a_token_reads_its_prompt_and_its_own_past(kernel, case):
     arguments = seated(**case)
-    found = np.asarray(jax.jit(seated_attention, static_argnums=6)(*arguments, kernel))
+    with jax.set_mesh(mesh_of(case.get("shards", 1))):
+        found = np.asarray(jax.jit(seated_attention, static_argnums=6)(*arguments, kernel))
     writing = arguments[-1].age.reshape(-1) >= 0
     np.testing.assert_allclose(found[writing], plainly_seated(*arguments)[writing], atol=2e-6)
     assert np.isfinite(found).all()
@@ -171,10 +90,11 @@ def test_a_token_reads_its_prompt_and_its_own_past(kernel, case):
 @pytest.mark.parametrize("section", [MeshSection(data=2, fsdp=2, tensor=2), MeshSection(fsdp=8)], ids=str)
 def test_on_many_devices_each_does_its_rows_and_heads(kernel, section):
     arguments = seated(4, shards=section.data * abs(section.fsdp))
-    alone = jax.jit(seated_attention, static_argnums=6)(*arguments, kernel)
+    alone = plainly_seated(*arguments)
     with jax.set_mesh(make_mesh(section)):
         together = jax.jit(seated_attention, static_argnums=6)(*arguments, kernel)
-    np.testing.assert_allclose(alone, together, atol=2e-6)
+    writing = arguments[-1].age.reshape(-1) >= 0
+    np.testing.assert_allclose(alone[writing], np.asarray(together)[writing], atol=2e-6)
 
 
 def test_rows_that_are_done_read_nothing_any_more():
@@ -187,7 +107,7 @@ def test_rows_that_are_done_read_nothing_any_more():
 
     first = jnp.log(jnp.array([1e-30, 0.5, 0.5, 1e-30]))  # 1 ends, 2 does not
     network = Network(
-        init=lambda *sizes: jnp.int32(0),
+        init=lambda shards, sizes: jnp.int32(0),
         prefill=lambda params, tokens, lengths: (jnp.broadcast_to(first, (tokens.shape[0], 4)), None),
         place=lambda cache, prompts, place: cache,
         decode=decode_step,
@@ -202,7 +122,7 @@ def test_rows_that_are_done_read_nothing_any_more():
 
 
 def test_a_kernel_draws_what_plain_jax_draws():
-    """Rows that are taken over and halved, a ring that is no whole number of blocks, prompts that are narrowed."""
+    """Rows that are taken over and halved, a page that is no whole number of blocks, prompts that are narrowed."""
     rng, stops = np.random.default_rng(0), tuple(range(6))
     requests = [Request(rng.integers(6, 96, n, np.int32), row) for row, n in enumerate((5, 70, 9, 3, 12))]
     params = unstack_layers(jax.tree.map(lambda x: x * 4, init_params(ROOMY, jax.random.key(1))))
@@ -222,23 +142,26 @@ def test_a_kernel_draws_what_plain_jax_draws():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize(("queries", "places"), [(4, 64), (5, 1024), (20, 192), (20, 768), (32, 2048), (80, 4096)])
+@pytest.mark.parametrize(("queries", "pages"), [(4, 1), (5, 8), (20, 2), (20, 6), (32, 16), (80, 32)])
 @pytest.mark.parametrize("width", [64, 128])
-def test_on_the_hardware_itself(queries, places, width):
-    *arrays, newest, age = drawn(queries, 8, 2, queries, width, places)
-    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in arrays)
-    whole = [np.asarray(x.astype(jnp.float32)) for x in (q, k, v)]
-    read = jax.jit(kernels.read_ring, static_argnums=4)
-    expected, found = read(*whole, Ring(newest, age), PORTABLE), read(q, k, v, Ring(newest, age), Kernel("pallas"))
+def test_on_the_hardware_itself(queries, pages, width):
+    (q, (k,), (v,), held), _ = scattered(queries, 8, 2, queries, width, PAGE, pages)
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    read = jax.jit(kernels.read_pages, static_argnums=4)
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    expected = read(wide[0], (wide[1],), (wide[2],), held, PORTABLE)
+    found = read(q, (k,), (v,), held, Kernel("pallas"))
     np.testing.assert_allclose(found[0], expected[0], atol=0.02)
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("most", [64, 1024])
 @pytest.mark.parametrize("group", [1, 8, 20])
-def test_a_step_is_a_program_for_a_gpu_that_is_not_here(group):
+def test_a_step_is_a_program_for_a_gpu_that_is_not_here(group, most):
     """Two kernels in a layer: one for what rows have written, one for their prompts."""
     arch, kernel, rows, prompts = replace(ROOMY, head_dim=128), Kernel("pallas"), 8 * group, 8
-    cache = jax.eval_shape(lambda: init_cache(arch, prompts, 128, rows, 64, jnp.bfloat16))
+    sizes = CacheSizes(4, prompts // 4, 128, rows // 4, most, (rows // 4 * first_pages(most),))
+    cache = jax.eval_shape(lambda: init_cache(arch, sizes, 64, jnp.bfloat16))
     seats = Seats(*(jax.ShapeDtypeStruct((4, n // 4), jnp.int32) for n in (rows, prompts * group, rows)))
     device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     mesh = AbstractMesh((2, 2, 2), MESH_AXES, (AxisType.Auto,) * 3, abstract_device=device)
@@ -254,12 +177,12 @@ def test_a_step_is_a_program_for_a_gpu_that_is_not_here(group):
 
 def test_weakly_typed_places_are_places():
     """`jnp.full(2, 5)`, whose numbers would be of two types within the kernel."""
-    q, k, v, _, _ = drawn(0, 2, 1, 4, 64, 128)
+    (q, (k,), (v,), _), _ = scattered(0, 2, 1, 4, 64, 128, 2)
     device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     mesh = AbstractMesh((1,), ("rows",), (AxisType.Auto,), abstract_device=device)
 
     def read(q, k, v):
-        return flash_decode.read_ring(q, k, v, Ring(jnp.full(2, 5), jnp.full(2, 5)))
+        return flash_decode.read_pool(q, (k,), (v,), Held(jnp.full(2, 5), jnp.zeros((2, 2), int)))
 
     with jax.sharding.use_abstract_mesh(mesh):
         assert len(triton_kernels(jax.jit(read).trace(q, k, v).lower(lowering_platforms=("cuda",)))) == 1

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from patarm_jax.arrays import Seats
-from patarm_jax.model import weights
+from patarm_jax.model import pages, weights
 from patarm_jax.model.architecture import Architecture
-from patarm_jax.model.cache import init_cache, place_prompts
+from patarm_jax.model.cache import CacheSizes, init_cache, place_prompts
+from patarm_jax.model.pages import most_pages
 from patarm_jax.model.transformer import decode, forward, init_params, logits, prefill, unstack_layers
+from tests.test_pages import mesh_of
 from tests.toys import TINY, hf_model
 
 VARIANTS = {
@@ -110,25 +112,38 @@ def test_shared_prompt_equals_unshared(seed, rows, prompt, group, completion, re
         assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("clock", [0, 3])
+@pytest.mark.parametrize("page", [2, 128])
 @pytest.mark.parametrize("shards", [1, 2])
-def test_decoding_over_a_cache_equals_two_streams(clock, shards):
-    """Prompts come in one by one and lie anywhere, rows sit anywhere, and the ring of their past begins anywhere."""
+def test_decoding_over_a_cache_equals_two_streams(page, shards, monkeypatch):
+    """Prompts come in one by one and lie anywhere, rows sit anywhere, and their past lies on one page or several."""
+    monkeypatch.setattr(pages, "PAGE", page)
     config = Architecture(**TINY)
     prompts, group, width = 4, 3, 6
     params, tokens, lengths, completions, _ = shared_case(4, config, prompts, 9, group, width)
     expected = np.asarray(two_streams(params, config, tokens, lengths, completions)).reshape(12, width, -1)
     apart = unstack_layers(params)
-    cache = replace(init_cache(config, prompts + shards, 11, 12, width, jnp.float32), clock=jnp.int32(clock))
+    with jax.set_mesh(mesh_of(shards)):
+        read, decoded = decoding(config, apart, tokens, lengths, completions, shards)
+    for mine, last in read:
+        plain = forward(params, config, tokens[mine]).prompt[jnp.arange(shards), lengths[mine] - 1]
+        np.testing.assert_allclose(last, plain, atol=1e-5)
+    for t, (who, hidden) in enumerate(decoded):
+        np.testing.assert_allclose(logits(params, config, hidden), expected[who, t], rtol=1e-5, atol=1e-5)
+
+
+def decoding(config, apart, tokens, lengths, completions, shards):
+    """Of prompts which they are, and their last states; of each token of the completions whose it is, and its state."""
+    (prompts, group, width), read, decoded = completions.shape, [], []
+    each = prompts // shards + 1, 11, 12 // shards, width, (12 // shards,) * most_pages(width)
+    cache = init_cache(config, CacheSizes(shards, *each), 1, jnp.float32)
     places = [2, 0] if shards == 2 else [4, 0, 2, 1]  # within each device, which has one more than it needs
     per_shard = prompts // shards
     for n in range(per_shard):
         mine = np.array([shard * per_shard + n for shard in range(shards)])
         last, new = jax.jit(prefill, static_argnums=1)(apart, config, tokens[mine], lengths[mine])
+        read.append((mine, np.asarray(last)))
         where = jnp.full((shards, 1), places[n], jnp.int32)
         cache = replace(cache, prompt=jax.jit(place_prompts)(cache.prompt, new, where))
-        plain = forward(params, config, tokens[mine]).prompt[jnp.arange(shards), lengths[mine] - 1]
-        np.testing.assert_allclose(last, plain, atol=1e-5)
 
     rng = np.random.default_rng(0)
     order = np.stack([rng.permutation(per_shard * group) for _ in range(shards)])
@@ -141,7 +156,8 @@ def test_decoding_over_a_cache_equals_two_streams(clock, shards):
     for t in range(width):
         seats = Seats(jnp.asarray(seat), jnp.asarray(row), jnp.full(seat.shape, t))
         hidden, cache = step(apart, config, completions.reshape(12, width)[who, t], cache, seats)
-        np.testing.assert_allclose(logits(params, config, hidden), expected[who, t], rtol=1e-5, atol=1e-5)
+        decoded.append((who, np.asarray(hidden)))
+    return read, decoded
 
 
 def test_long_prompts_in_query_blocks_equal_one_piece(monkeypatch):

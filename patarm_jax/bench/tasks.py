@@ -22,6 +22,7 @@ from patarm_jax.model import kernels
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Streams
 from patarm_jax.model.kernels import kernel_for
+from patarm_jax.model.pages import Held, most_pages, page_size
 from patarm_jax.model.seated import seated_attention
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, make_mesh, place_batch
 from patarm_jax.model.transformer import init_params, unstack_layers
@@ -269,7 +270,7 @@ def logprobs(bench: Bench) -> Result:
 
 
 def sample(bench: Bench) -> Result:
-    """G completions of each prompt, of at most `new` tokens and, with `mean_new`, of geometric lengths."""
+    """G completions of each prompt, of at most `new` tokens, or `longest`; with `mean_new` of geometric lengths."""
     c, run = bench.config, _rollouts(bench)
     params = _sampled_weights(bench, c.seed)
     finished: list[Finished] = []
@@ -304,7 +305,9 @@ def _rollouts(bench: Bench) -> _Rollouts:
     c = bench.config
     network, params = network_for(bench.section, bench.arch, bench.mesh), SamplingParams(_stops(bench), c.new)
     engine = make_engine(network, bench.mesh, c.group, params, c.decode_rows, c.halvings)
-    return _Rollouts(engine, _requests(bench), min(c.decode_rows or c.responses * c.group, c.responses * c.group))
+    most = SamplingParams(params.stop_ids, min(c.longest or c.new, c.new))
+    requests = [replace(request, sampling=most) for request in _requests(bench)]
+    return _Rollouts(engine, requests, min(c.decode_rows or c.responses * c.group, c.responses * c.group))
 
 
 def _stops(bench: Bench) -> tuple[int, ...]:
@@ -380,21 +383,22 @@ def decode_step(bench: Bench, times: int) -> Callable[[int], jax.Array]:
     kernel = kernel_for(bench.section, n, bench.mesh, "written")
     rows, kv_heads, width = c.responses * c.group, n.num_key_value_heads, n.head_dim
     shapes: list[tuple[int, ...]] = [(rows, n.num_attention_heads, width)]
-    for count, places in (
-        (c.responses, kernels.ring_places(c.prompt, kernel)),
-        (rows, kernels.ring_places(c.new, kernel)),
-    ):
-        shapes += [(count, kv_heads, width, places), (count, kv_heads, places, width)]
+    each, block = most_pages(c.new), kernels.key_block(kernel)
+    pages = jnp.arange(rows * each, dtype=jnp.int32)
+    for count, size in ((c.responses, c.prompt + -c.prompt % block), (len(pages), page_size(c.new, block))):
+        shapes += [(count, kv_heads, width, size), (count, kv_heads, size, width)]
     arrays = tuple(jax.random.normal(jax.random.key(i), shape, c.dtype) for i, shape in enumerate(shapes))
 
     @jax.jit
     def steps(arrays: tuple[jax.Array, ...], age: jax.Array) -> jax.Array:
-        q, prompt, own = arrays[0], (arrays[1], arrays[2]), (arrays[3], arrays[4])
+        q, prompt, own = arrays[0], (arrays[1], arrays[2]), ((arrays[3],), (arrays[4],))
         lengths, seat = jnp.full(c.responses, c.prompt), jnp.arange(rows, dtype=jnp.int32)[None]
         seats = Seats(seat, seat, jnp.broadcast_to(age, (1, rows)))
+        # As rows take them that are equally long: the first page of every row, then the second of every row.
+        own_pages = Held(jnp.full(rows, age + 1), pages.reshape(each, rows).T, pages % rows, pages // rows)
 
         def step(_: jax.Array, q: jax.Array) -> jax.Array:
-            return seated_attention(q, prompt, lengths, own, age, seats, kernel).astype(q.dtype)
+            return seated_attention(q, prompt, lengths, own, own_pages, seats, kernel).astype(q.dtype)
 
         return jax.lax.fori_loop(0, times, step, q)
 

@@ -442,6 +442,8 @@ class BenchConfig(Section):
     question: Positive = 256  # of task policy: tokens that a judge of the same size reads beside prompt and response
     judgement: Positive = 256  # and tokens of its judgement at most
     mean_new: NotNegative = 0  # mean of these lengths, before the longest are cut off; 0: all as long as they may be
+    # Above 0, where `new` is more, completions end after so many tokens at most: the same whatever `new` is.
+    longest: Natural = 0
     decode_rows: Natural = 0  # completions written at a time; 0: all
     halvings: Natural = 3  # how often those rows may be halved when no completion waits any more
     kl_coef: NotNegative = 0.0  # above 0: the reference's log-probs are computed too

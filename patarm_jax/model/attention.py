@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from patarm_jax.arrays import Tree
+from patarm_jax.model.pages import Held
 
 # The logit of a key that may not be read. Finite, so that a row without any readable key gives zeros and no NaN.
 MASKED = -1e30
@@ -25,29 +26,17 @@ MASKED = -1e30
 QUERY_BLOCK = 64
 # A causal pass is cut into at most so many parts, each of which looks at no keys behind its own last query.
 CAUSAL_PARTS = 8
+# Keys and values of pages that are read at a time: few enough to stay in a CPU's cache, many enough for its loop.
+PAGES_BYTES = 4 << 20
+# Of a part of a pool that is no larger all pages are read at once.
+WHOLE_BYTES = 64 << 20
 
 # Normalised output [B, T, N, H] float32 and log-sum-exp of the logits [B, T, N] float32.
 Partial: TypeAlias = tuple[jax.Array, jax.Array]
+# The parts of a layer's pool of pages.
+Pool: TypeAlias = tuple[jax.Array, ...]
 # First key a query reads, and the first it does not: [B or 1, T] int32 each.
 Span: TypeAlias = tuple[jax.Array, jax.Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Ring:
-    """Where the keys of a row lie that has T places for them: the newest at one place, older ones behind it.
-
-    Behind place 0 follows the last. A prompt of n tokens, at the first n places, is a ring too, whose newest key is the
-    last: newest = age = n − 1.
-    """
-
-    newest: jax.Array  # [B] int32, its place
-    age: jax.Array  # [B] int32, how many older keys there are; −1: there is none at all
-
-    def readable(self, places: int) -> jax.Array:
-        """[B, T]: the places that hold a key of the row."""
-        passed = (self.newest[:, None] - jnp.arange(places)) % places  # keys written since a place was
-        return passed <= self.age[:, None]
 
 
 @jax.tree_util.register_dataclass
@@ -256,19 +245,82 @@ def _split_group(x: jax.Array, group: int) -> jax.Array:
     return x.reshape(x.shape[0] * group, x.shape[1] // group, *x.shape[2:])
 
 
-def read_ring(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring) -> Partial:
-    """Softmax attention of every query to what its row has in its ring.
+def read_pages(q: jax.Array, k: Pool, v: Pool, held: Held) -> Partial:
+    """Softmax attention of every query to the keys that its row holds.
+
+    Pages are read where they lie, a part of the pool at a time, and no part that holds no key; then what was read of
+    each row is merged in its own order. So the time follows what is held, and no row's numbers hang on those beside it.
 
     Args:
-        q: [B, K, M, H], M queries that read a row's ring through each of its K heads.
-        k: [B, K, H, T].
-        v: [B, K, T, H].
-        ring: where its keys lie.
+        q: [B, K, M, H], M queries that read a row's keys through each of its K heads.
+        k: the pool's parts, [Pᵢ, K, H, S] each.
+        v: [Pᵢ, K, S, H] each.
+        held: how many keys each row has, and on which pages.
 
     Returns:
         out [B, K, M, H] and lse [B, K, M], both float32; of a row without keys 0 and −1e30.
     """
-    return _softmax_read(q, k, v, ring.readable(v.shape[2])[:, None, None])
+    sizes, size = [part.shape[0] for part in k], v[0].shape[2]
+    written = held.written(sum(sizes), size)
+    asked = q if held.owner is None else q[jnp.minimum(held.owner, q.shape[0] - 1)]
+    parts, begin = [], 0
+    for pages, part_k, part_v in zip(sizes, k, v, strict=True):
+        arguments = asked[begin : begin + pages], part_k, part_v, written[begin : begin + pages]
+        nothing = jnp.zeros(arguments[0].shape, jnp.float32), jnp.full(arguments[0].shape[:3], MASKED)
+        if len(sizes) == 1:
+            parts.append(_read_part(*arguments))
+        else:
+            parts.append(jax.lax.cond(arguments[3].any(), _read_part, lambda *_, nothing=nothing: nothing, *arguments))
+        begin += pages
+    out, lse = (jnp.concatenate(one) if len(one) > 1 else one[0] for one in zip(*parts, strict=True))
+    return (out, lse) if held.table is None else _merged_pages(out, lse, held.table, held.count, size)
+
+
+def _read_part(q: jax.Array, k: jax.Array, v: jax.Array, written: jax.Array) -> Partial:
+    """Queries [P, K, M, H] over pages that hold so many keys [P]; of a large part some pages at a time."""
+    pages, heads, width, size = k.shape
+    each = 2 * heads * width * size * k.dtype.itemsize
+
+    def read(q: jax.Array, k: jax.Array, v: jax.Array, written: jax.Array) -> Partial:
+        return _softmax_read(q, k, v, (jnp.arange(size) < written[:, None])[:, None, None])
+
+    # Taking pages out copies them, which counts where little is computed with each: that is so in small pools.
+    if pages * each <= WHOLE_BYTES:
+        return read(q, k, v, written)
+    at_a_time = max(1, min(pages, PAGES_BYTES // each))
+    number = -(-pages // at_a_time)
+    busy = (jnp.pad(written, (0, number * at_a_time - pages)).reshape(number, at_a_time) > 0).any(axis=1)
+    (where,) = jnp.nonzero(busy, size=number, fill_value=0)
+
+    def visit(step: jax.Array, carry: Partial) -> Partial:
+        # The last ones begin earlier where the pages are no multiple: some are read twice, and come out the same.
+        start = jnp.minimum(where[step] * at_a_time, pages - at_a_time)
+        new = read(*(jax.lax.dynamic_slice_in_dim(x, start, at_a_time) for x in (q, k, v, written)))
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        return put(carry[0], new[0]), put(carry[1], new[1])
+
+    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], MASKED)
+    found: Partial = jax.lax.fori_loop(0, busy.sum(), visit, nothing)
+    return found
+
+
+def _merged_pages(out: jax.Array, lse: jax.Array, table: jax.Array, count: jax.Array, size: int) -> Partial:
+    """Of the parts of pages [P, K, M, H] those of each row, one after another."""
+
+    def add(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        total, peak, weight = carry
+        there = (number * size < count)[:, None, None]
+        new = jnp.where(there, lse[table[:, number]], MASKED)
+        higher = jnp.maximum(peak, new)
+        shrink, share = jnp.exp(peak - higher), jnp.where(there, jnp.exp(new - higher), 0.0)
+        total = total * shrink[..., None] + out[table[:, number]] * share[..., None]
+        return total, higher, weight * shrink + share
+
+    shape = (table.shape[0], *out.shape[1:])
+    nothing = jnp.zeros(shape, jnp.float32), jnp.full(shape[:3], MASKED), jnp.zeros(shape[:3], jnp.float32)
+    total, peak, weight = jax.lax.fori_loop(0, (count.max() + size - 1) // size, add, nothing)
+    safe = jnp.where(weight > 0, weight, 1.0)
+    return total / safe[..., None], peak + jnp.log(safe)
 
 
 def _softmax_read(q: jax.Array, k: jax.Array, v: jax.Array, readable: jax.Array) -> Partial:

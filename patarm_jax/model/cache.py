@@ -1,10 +1,11 @@
 """The cache of a decode: keys and values of prompts, which a group shares, and of the rows that are being written.
 
-Axis letters: R prompts · Tp prompt tokens · Tc completion tokens · B rows being written · W devices that share them
-              K key-value heads · H head width · L layers
+Axis letters: R prompts · Tp prompt tokens · B rows being written · P pages of a device · S keys of a page ·
+              W devices that share them · K key-value heads · H head width · L layers
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from patarm_jax.model.architecture import Architecture
+from patarm_jax.model.attention import Pool
+from patarm_jax.model.pages import Pages, new_pages, of_rows, page_size
 from patarm_jax.model.sharding import BATCH_AXES, constrain
 
 
@@ -28,34 +31,57 @@ class PromptCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """What B rows that are being written have read: R prompts, each shared by up to G rows, and their own past.
-
-    A row's own keys stand in a ring of Tc places that all rows write at the same place: the newest at `clock` mod Tc,
-    the ones before it behind. So a row may begin at any time, and writing is one slice whatever the rows' ages are.
-    """
+    """What B rows that are being written have read: R prompts, each shared by up to G rows, and their own past."""
 
     prompt: PromptCache
-    keys: tuple[jax.Array, ...]  # L × [B, K, H, Tc]
-    values: tuple[jax.Array, ...]  # L × [B, K, Tc, H]
-    clock: jax.Array  # [] int32, tokens written since the cache was made
+    # By layers, the parts of a pool: of a device's P pages the first P₀ lie in its first part, then come the second's.
+    keys: tuple[Pool, ...]  # L × parts × [W·Pᵢ, K, H, S]
+    values: tuple[Pool, ...]  # L × parts × [W·Pᵢ, K, S, H]
+    pages: Pages | None  # whose is which; None: page b is row b's
+
+    @property
+    def page_size(self) -> int:
+        """S."""
+        return self.values[0][0].shape[2]
+
+    @property
+    def pages_in_all(self) -> int:
+        """Pages of all devices."""
+        return sum(part.shape[0] for part in self.keys[0])
 
 
-def init_cache(
-    arch: Architecture, prompts: int, prompt_width: int, rows: int, completion_width: int, dtype: DTypeLike
-) -> KVCache:
-    """An empty cache for R prompts of Tp tokens and for B rows of Tc."""
+@dataclass(frozen=True)
+class CacheSizes:
+    """The sizes of a cache on each of W devices."""
+
+    shards: int  # W
+    prompts: int
+    prompt_width: int  # Tp
+    rows: int
+    most: int  # keys that a row may hold
+    parts: tuple[int, ...]  # Pᵢ
+
+
+def init_cache(arch: Architecture, sizes: CacheSizes, key_block: int, dtype: DTypeLike) -> KVCache:
+    """An empty cache; pages hold a multiple of `key_block` keys."""
+    shards = sizes.shards
     heads, size = arch.num_key_value_heads, arch.head_dim
 
-    def empty(rows: int, width: int) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    def empty(rows: int, width: int) -> tuple[jax.Array, jax.Array]:
         shapes = (rows, heads, size, width), (rows, heads, width, size)
-        keys, values = (
-            tuple(by_rows(jnp.zeros(shape, dtype)) for _ in range(arch.num_hidden_layers)) for shape in shapes
-        )
+        keys, values = (by_rows(jnp.zeros(shape, dtype)) for shape in shapes)
         return keys, values
 
-    lengths = jnp.ones(prompts, jnp.int32)
+    prompts = [empty(shards * sizes.prompts, sizes.prompt_width) for _ in range(arch.num_hidden_layers)]
+    prompt_keys, prompt_values = (tuple(of_layer[which] for of_layer in prompts) for which in (0, 1))
+    pages = page_size(sizes.most, key_block)
+    pools = [[empty(shards * part, pages) for part in sizes.parts] for _ in range(arch.num_hidden_layers)]
+    keys, values = (tuple(tuple(part[which] for part in pool) for pool in pools) for which in (0, 1))
     return KVCache(
-        PromptCache(*empty(prompts, prompt_width), lengths), *empty(rows, completion_width), clock=jnp.int32(0)
+        PromptCache(prompt_keys, prompt_values, jnp.ones(shards * sizes.prompts, jnp.int32)),
+        keys,
+        values,
+        pages=new_pages(shards, sizes.rows, sum(sizes.parts), sizes.most),
     )
 
 
@@ -89,8 +115,11 @@ def resize_cache(cache: KVCache, rows: jax.Array, prompts: jax.Array, prompt_wid
         tuple(values[..., :prompt_width, :] for values in old.values),
         old.lengths,
     )
+    prompt = jax.tree.map(partial(take, prompts), narrow)
+    if cache.pages is not None:  # which stay where they lie
+        return replace(cache, prompt=prompt, pages=of_rows(cache.pages, rows))
     keys, values = jax.tree.map(partial(take, rows), (cache.keys, cache.values))
-    return KVCache(prompt=jax.tree.map(partial(take, prompts), narrow), keys=keys, values=values, clock=cache.clock)
+    return replace(cache, prompt=prompt, keys=keys, values=values)
 
 
 def by_head(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -99,13 +128,43 @@ def by_head(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def with_token(
-    keys: jax.Array, values: jax.Array, key: jax.Array, value: jax.Array, place: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """A layer's ring of own keys and values with those of a new token of every row, all at one place."""
-    return (
-        jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), place, axis=3),
-        jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), place, axis=2),
-    )
+    keys: Pool, values: Pool, key: jax.Array, value: jax.Array, page: jax.Array, place: jax.Array
+) -> tuple[Pool, Pool]:
+    """A layer's pools with the key and the value [B, K, H] of a new token of every row at its place [W, b] on a page.
+
+    Those that go to no page are dropped.
+    """
+    shards, heads, width = page.shape[0], key.shape[1], key.shape[2]
+
+    def put_key(keys: jax.Array, new: jax.Array, page: jax.Array, place: jax.Array) -> jax.Array:
+        return keys.at[page, :, :, place].set(new, mode="drop")
+
+    def put_value(values: jax.Array, new: jax.Array, page: jax.Array, place: jax.Array) -> jax.Array:
+        return values.at[page, :, place, :].set(new, mode="drop")
+
+    def put(pool: Pool, new: jax.Array, one: Callable[..., jax.Array]) -> Pool:
+        parts, begin = [], 0
+        new = new.astype(pool[0].dtype).reshape(shards, -1, heads, width)
+        for part in pool:
+            apart = part.reshape(shards, -1, *part.shape[1:])
+            here = jnp.where(page >= begin, page - begin, apart.shape[1])
+            parts.append(by_rows(jax.vmap(one)(apart, new, here, place).reshape(part.shape)))
+            begin += apart.shape[1]
+        return tuple(parts)
+
+    return put(keys, key, put_key), put(values, value, put_value)
+
+
+def another_part(part: jax.Array, shards: int, pages: int) -> jax.Array:
+    """A further part of the pool of a part [W·Pᵢ, …], of so many empty pages on each device."""
+    return by_rows(jnp.zeros((shards * pages, *part.shape[1:]), part.dtype))
+
+
+def widen(x: jax.Array, shards: int, pages: int) -> jax.Array:
+    """A layer's pages [W·P, …] with empty ones behind those of each device, so many in all on each."""
+    apart = x.reshape(shards, -1, *x.shape[1:])
+    wide = jnp.pad(apart, [(0, 0), (0, pages - apart.shape[1]), *[(0, 0)] * (x.ndim - 1)])
+    return by_rows(wide.reshape(-1, *x.shape[1:]))
 
 
 def by_rows(x: jax.Array) -> jax.Array:

@@ -1,11 +1,11 @@
-"""Attention of new tokens to rings of kept keys: a Pallas kernel for NVIDIA GPUs that reads only what was written.
+"""Attention of new tokens to pages of kept keys: a Pallas kernel for NVIDIA GPUs that reads only what was written.
 
-A ring is cut into blocks of keys, and a row visits those that hold one of its own: from the block of its newest key
-back to that of its oldest. They are dealt out to a few programs, whose parts are merged through their log-sum-exp, so
-that a few long rows keep the whole device busy too (Flash-Decoding, https://pytorch.org/blog/flash-decoding).
+A page is cut into blocks of keys, and a row visits those that hold one of its own, page by page. They are dealt out to
+a few programs, whose parts are merged through their log-sum-exp, so that a few long rows keep the whole device busy too
+(Flash-Decoding, https://pytorch.org/blog/flash-decoding).
 
-Axis letters: B rows · K key-value heads · M queries that read a row's ring through one such head · H head width ·
-              T places of a ring · P programs that share a ring
+Axis letters: B rows · K key-value heads · M queries that read a row's keys through one such head · H head width ·
+              P pages · S keys of a page · J pages that a row may have
 """
 
 import math
@@ -16,45 +16,54 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from patarm_jax.model.attention import MASKED, Partial, Ring
+from patarm_jax.model.attention import MASKED, Partial, Pool
 from patarm_jax.model.flash import LOG2_E, Ref
+from patarm_jax.model.pages import Held
 
-# Keys of a block: rings have whole blocks.
+# Keys of a block: pages have whole blocks.
 KEYS = 64
 # Queries of a program: the tensor cores multiply 16 rows at least, and the float32 sums of 64 stay in registers.
 LEAST_QUERIES, MOST_QUERIES = 16, 64
-# A ring is shared by at most so many programs, each of which has so many places at least.
+# A row is shared by at most so many programs, each of which has so many places at least.
 MOST_PROGRAMS, LEAST_PLACES = 4, 512
 
 
-def read_ring(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, interpret: bool = False) -> Partial:
-    """Softmax attention of every query to what its row has in its ring: `attention.read_ring`, block by block.
+def read_pool(q: jax.Array, k: Pool, v: Pool, held: Held, interpret: bool = False) -> Partial:
+    """Softmax attention of every query to the keys its row holds: `attention.read_pages`, block by block.
 
     Args:
         q: [B, K, M, H], H a power of two from 16 on.
-        k: [B, K, H, T], T a multiple of KEYS.
-        v: [B, K, T, H].
-        ring: where its keys lie.
+        k: the one part of a pool, [P, K, H, S], S a multiple of KEYS.
+        v: [P, K, S, H], of one too.
+        held: how many keys each row has, and on which pages.
         interpret: run the kernel as ordinary JAX, on any device.
 
     Returns:
         out [B, K, M, H] and lse [B, K, M], both float32; of a row without keys 0 and about −1e30.
 
     Raises:
-        ValueError: the ring has no whole number of blocks.
+        ValueError: a page has no whole number of blocks.
     """
-    (rows, heads, queries, width), places = q.shape, v.shape[2]
+    (keys,), (values,) = k, v
+    (rows, heads, queries, width), (pages, _, _, places) = q.shape, keys.shape
     if places % KEYS:
-        raise ValueError(f"a ring has {places} places, and the kernel reads blocks of {KEYS}. Round it up.")
+        raise ValueError(f"a page has {places} places, and the kernel reads blocks of {KEYS}. Round it up.")
     size = min(max(LEAST_QUERIES, pl.next_power_of_2(queries)), MOST_QUERIES)
     padded = queries if queries <= size else queries + -queries % size
     parts = max(1, padded // size)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - queries), (0, 0)))
-    programs = min(max(places // LEAST_PLACES, 1), MOST_PROGRAMS)
+    # A row without a table is given its one page alone, the first of one.
+    table = jnp.zeros((rows, 1), jnp.int32) if held.table is None else held.table
+    seen = 1 if held.table is None else pages
+    programs = min(max(table.shape[1] * places // LEAST_PLACES, 1), MOST_PROGRAMS)
     per_row = pl.BlockSpec((None,), lambda row, _head, _program: (row,))
+    of_row = pl.BlockSpec((None, table.shape[1]), lambda row, _head, _program: (row, 0))
+    queried = pl.BlockSpec((None, None, padded, width), lambda row, head, _program: (row, head // parts, 0, 0))
 
-    def of_ring(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, *shape), lambda row, head, _program: (row, head // parts, 0, 0))
+    def of_pages(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            (seen, None, *shape), lambda row, head, _program: (row if held.table is None else 0, head // parts, 0, 0)
+        )
 
     def of_program(*shape: int) -> pl.BlockSpec:
         whole = (0,) * len(shape)
@@ -65,7 +74,7 @@ def read_ring(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, interpret: b
     out, lse = pl.pallas_call(
         partial(_kernel, size=size, parts=parts),
         grid=(rows, heads * parts, programs),
-        in_specs=[per_row, per_row, of_ring(padded, width), of_ring(width, places), of_ring(places, width)],
+        in_specs=[per_row, of_row, queried, of_pages(width, places), of_pages(places, width)],
         out_specs=[of_program(padded, width), of_program(padded)],
         out_shape=[
             jax.ShapeDtypeStruct((rows, heads, programs, padded, width), jnp.float32),
@@ -74,14 +83,14 @@ def read_ring(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, interpret: b
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="flash_decode",
-    )(*(x.astype(jnp.int32) for x in (ring.newest, ring.age)), q, k, v)  # a weak type would be no program
+    )(held.count.astype(jnp.int32), table.astype(jnp.int32), q, keys, values)  # a weak type would be no program
     shares = jax.nn.softmax(lse, axis=2)[..., None]
     return (out * shares).sum(axis=2)[:, :, :queries], jax.nn.logsumexp(lse, axis=2)[:, :, :queries]
 
 
 def _kernel(
-    newest_ref: Ref,
-    age_ref: Ref,
+    count_ref: Ref,
+    table_ref: Ref,
     q_ref: Ref,
     k_ref: Ref,
     v_ref: Ref,
@@ -91,13 +100,11 @@ def _kernel(
     size: int,
     parts: int,
 ) -> None:
-    """Some queries of a row and head over one program's share of the blocks of their ring."""
-    places, width = v_ref.shape
-    blocks, newest, age = places // KEYS, newest_ref[...], age_ref[...]
-    # None of what is divided is negative, for which `//` and `%` would be prepared.
-    last = jax.lax.div(newest, KEYS)
-    first = jax.lax.div(newest - age + places, KEYS) - blocks  # of the oldest key; below 0 where the ring came round
-    visits = jnp.where(age < 0, 0, jnp.minimum(last - first + 1, blocks))
+    """Some queries of a row and head over one program's share of the blocks of their row."""
+    _, places, width = v_ref.shape
+    blocks, count = places // KEYS, count_ref[...]
+    # Nothing that is divided is negative, for which `//` and `%` would be prepared.
+    visits = jax.lax.div(count + (KEYS - 1), KEYS)
     each = pl.cdiv(visits, pl.num_programs(2))
     begin = pl.program_id(2) * each
     here = pl.ds(jax.lax.rem(pl.program_id(1), parts) * size, size)
@@ -106,16 +113,15 @@ def _kernel(
 
     def visit(step: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         out, peak, total = carry
-        block = jax.lax.rem(last - step + blocks, blocks)
-        keys = pl.ds(block * KEYS, KEYS)
-        passed = jax.lax.rem(newest - block * KEYS - jnp.arange(KEYS, dtype=jnp.int32) + places, places)
-        readable = (passed <= age)[None, :]
-        scores = triton.dot(q, k_ref[:, keys], allow_tf32=False) * (width**-0.5 * LOG2_E)
+        page = table_ref[jax.lax.div(step, blocks)]
+        keys = pl.ds(jax.lax.rem(step, blocks) * KEYS, KEYS)
+        readable = (step * KEYS + jnp.arange(KEYS, dtype=jnp.int32) < count)[None, :]
+        scores = triton.dot(q, k_ref[page, :, keys], allow_tf32=False) * (width**-0.5 * LOG2_E)
         scores = jnp.where(readable, scores, MASKED)
         higher = jnp.maximum(peak, scores.max(axis=1))
         weights = jnp.where(readable, jnp.exp2(scores - higher[:, None]), 0.0)
         shrink = jnp.exp2(peak - higher)
-        read = triton.dot(weights.astype(v_ref.dtype), v_ref[keys, :], allow_tf32=False)
+        read = triton.dot(weights.astype(v_ref.dtype), v_ref[page, keys, :], allow_tf32=False)
         return out * shrink[:, None] + read, higher, total * shrink + weights.sum(axis=1)
 
     nothing = jnp.zeros((size,), jnp.float32)

@@ -29,7 +29,8 @@ from jax.typing import DTypeLike
 from patarm_jax.config.sections import ModelSection
 from patarm_jax.model import attention, flash, flash_decode
 from patarm_jax.model.architecture import Architecture
-from patarm_jax.model.attention import Partial, Ring, Streams
+from patarm_jax.model.attention import Partial, Pool, Streams
+from patarm_jax.model.pages import Held
 from patarm_jax.model.sharding import BATCH_AXES
 from patarm_jax.types import UserError
 
@@ -152,31 +153,37 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, streams: Streams, kernel: K
     )
 
 
-def read_ring(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, kernel: Kernel) -> Partial:
-    """Attention of queries to what their row has in its ring; under a mesh each device does its rows and heads.
+def read_pages(q: jax.Array, k: Pool, v: Pool, held: Held, kernel: Kernel) -> Partial:
+    """Attention of queries to what their row holds; under a mesh each device does its rows, pages and heads.
 
     Args:
         q: [B, K, M, H].
-        k: [B, K, H, T], T a multiple of `ring_places(1, kernel)`.
-        v: [B, K, T, H].
-        ring: where its keys lie.
+        k: the parts of a pool, [Pᵢ, K, H, S] each, S a multiple of `key_block(kernel)`; see `takes_parts`.
+        v: [Pᵢ, K, S, H] each.
+        held: how many keys each row has, and on which pages of its device.
         kernel: that `choose` gave for written rows.
 
     Returns:
-        out [B, K, M, H] and lse [B, K, M], both float32; see `attention.read_ring`.
+        out [B, K, M, H] and lse [B, K, M], both float32; see `attention.read_pages`.
     """
-    if kernel.name == "portable":
-        return attention.read_ring(q, k, v, ring)
-    local = partial(flash_decode.read_ring, interpret=kernel.interpret)
+    local: Callable[..., Partial] = attention.read_pages
+    if not takes_parts(kernel):
+        local = partial(flash_decode.read_pool, interpret=kernel.interpret)
     if jax.sharding.get_abstract_mesh().empty:
-        return local(q, k, v, ring)
+        return local(q, k, v, held)
     heads, rows = PartitionSpec(BATCH_AXES, "tensor"), PartitionSpec(BATCH_AXES)
-    return jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(q, k, v, ring)
+    of_pools, of_held = jax.tree.map(lambda _: heads, (k, v)), jax.tree.map(lambda _: rows, held)
+    return jax.shard_map(local, in_specs=(heads, *of_pools, of_held), out_specs=heads, check_vma=False)(q, k, v, held)
 
 
-def ring_places(needed: int, kernel: Kernel) -> int:
-    """The places of a ring that holds so many keys: the kernel for written rows may want whole blocks."""
-    return needed if kernel.name == "portable" else needed + -needed % flash_decode.KEYS
+def takes_parts(kernel: Kernel) -> bool:
+    """Whether a pool may have several parts; else it is one array."""
+    return kernel.name == "portable"
+
+
+def key_block(kernel: Kernel) -> int:
+    """Pages hold a multiple of so many keys."""
+    return 1 if kernel.name == "portable" else flash_decode.KEYS
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, streams: Streams) -> jax.Array:

@@ -1,7 +1,7 @@
 """Attention of new tokens, one of every row that is being written, over the prompts that rows share and their own past.
 
 Axis letters: B rows · W devices that share them · R prompts · G seats of a prompt · N query heads ·
-              K key-value heads · Q = N/K · H head width · Tp prompt tokens · Tc places of a row's own past
+              K key-value heads · Q = N/K · H head width · Tp prompt tokens · P pages · S keys of a page
 """
 
 import jax
@@ -9,16 +9,17 @@ import jax.numpy as jnp
 
 from patarm_jax.arrays import Seats
 from patarm_jax.model import kernels
-from patarm_jax.model.attention import Ring, merge
+from patarm_jax.model.attention import Pool, merge
 from patarm_jax.model.kernels import Kernel
+from patarm_jax.model.pages import Held
 
 
 def seated_attention(
     q: jax.Array,
     prompt: tuple[jax.Array, jax.Array],
     prompt_lengths: jax.Array,
-    own: tuple[jax.Array, jax.Array],
-    newest: jax.Array,
+    own: tuple[Pool, Pool],
+    held: Held,
     seats: Seats,
     kernel: Kernel,
 ) -> jax.Array:
@@ -30,8 +31,8 @@ def seated_attention(
         q: [B, N, H].
         prompt: keys [R, K, H, Tp] and values [R, K, Tp, H].
         prompt_lengths: [R].
-        own: keys [B, K, H, Tc] and values [B, K, Tc, H], the new token's already written.
-        newest: [] int32, the place of the new tokens in them.
+        own: parts of keys [Pᵢ, K, H, S] and of values [Pᵢ, K, S, H], the new token's already written.
+        held: how many of them each row has, and where.
         seats: who sits where; of a row of age −1, which writes nothing, the result means nothing.
         kernel: that `kernels.choose` gave for written rows.
 
@@ -41,14 +42,15 @@ def seated_attention(
     (rows, heads, width), (prompts, kv_heads), shards = q.shape, prompt[1].shape[:2], seats.seat.shape[0]
     group = seats.row.shape[1] * shards // prompts
     by_head = q.reshape(rows, kv_heads, heads // kv_heads, width)
-    past = kernels.read_ring(by_head, *own, Ring(jnp.broadcast_to(newest, rows), seats.age.reshape(rows)), kernel)
+    past = kernels.read_pages(by_head, *own, held, kernel)
 
     nobody = jnp.zeros((shards, 1, *by_head.shape[1:]), q.dtype)
     seated = _taken(jnp.concatenate([by_head.reshape(shards, -1, *by_head.shape[1:]), nobody], axis=1), seats.row)
     together = jnp.moveaxis(seated.reshape(prompts, group, *by_head.shape[1:]), 1, 2)  # [R, K, G, Q, H]
     taken = (seats.row.reshape(prompts, group) < rows // shards).any(axis=1)
-    last = jnp.where(taken, prompt_lengths, 0) - 1
-    shared = kernels.read_ring(together.reshape(prompts, kv_heads, -1, width), *prompt, Ring(last, last), kernel)
+    of_prompts = Held(jnp.where(taken, prompt_lengths, 0))
+    pools = (prompt[0],), (prompt[1],)
+    shared = kernels.read_pages(together.reshape(prompts, kv_heads, -1, width), *pools, of_prompts, kernel)
 
     def at_own_seat(x: jax.Array) -> jax.Array:  # [R, K, G·Q, …] → [B, K, Q, …]
         x = jnp.moveaxis(x.reshape(prompts, kv_heads, group, -1, *x.shape[3:]), 2, 1)

@@ -25,6 +25,7 @@ from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Streams
 from patarm_jax.model.cache import KVCache, PromptCache, by_head, with_token
 from patarm_jax.model.kernels import PORTABLE, Kernel
+from patarm_jax.model.pages import Held, assigned, held, places
 from patarm_jax.model.seated import seated_attention
 from patarm_jax.model.sharding import BATCH_AXES, TRAIN_RULES, Rules, constrain, named_sharding
 
@@ -50,6 +51,8 @@ class _Step:
 
     cache: KVCache
     seats: Seats
+    places: tuple[jax.Array, jax.Array]  # [W, b] each, the page and the place on it of the new key of each row
+    held: Held  # with the new keys
 
 
 @dataclass(frozen=True)
@@ -205,10 +208,13 @@ def decode(
     seats_of_one = seats.row.shape[1] // prompts.shape[1]
     lengths = jnp.take_along_axis(prompts, seats.seat // seats_of_one, axis=1)
     positions = (lengths + seats.age).reshape(shards * per_shard, 1)
-    step = _Step(cache, seats)
+    size = cache.page_size
+    given = None if cache.pages is None else assigned(cache.pages, seats.age, size)
+    where = places(given, seats.age, size, cache.pages_in_all // shards)
+    step = _Step(cache, seats, where, held(given, seats.age))
     hidden, own = _apply(params, arch, tokens[:, None], positions, step, _Pass(dtype, kernel))
     keys, values = zip(*own, strict=True)
-    return hidden[:, 0], replace(cache, keys=keys, values=values, clock=cache.clock + 1)
+    return hidden[:, 0], replace(cache, keys=keys, values=values, pages=given)
 
 
 def logits(params: Params, arch: Architecture, hidden: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -343,10 +349,9 @@ class _Attention(nn.Module):
         if isinstance(context, _Step):
             cache, prompt = context.cache, context.cache.prompt
             own = cache.keys[self.layer], cache.values[self.layer]
-            newest = cache.clock % own[1].shape[2]
-            kept: Tree = with_token(*own, *by_head(keys, values), newest)
+            kept: Tree = with_token(*own, keys[:, 0], values[:, 0], *context.places)
             shared = prompt.keys[self.layer], prompt.values[self.layer]
-            out = seated_attention(q[:, 0], shared, prompt.lengths, kept, newest, context.seats, self.how.kernel)
+            out = seated_attention(q[:, 0], shared, prompt.lengths, kept, context.held, context.seats, self.how.kernel)
             out = out[:, None]
         else:
             kept = by_head(keys, values) if self.how.keep else None

@@ -11,8 +11,19 @@ from jax.sharding import Mesh
 from patarm_jax.arrays import Array, Params, Prompts, Seats, Tree, abstract
 from patarm_jax.config.sections import ModelSection
 from patarm_jax.model.architecture import Architecture
-from patarm_jax.model.cache import KVCache, PromptCache, init_cache, place_prompts, resize_cache
-from patarm_jax.model.kernels import PORTABLE, Kernel, kernel_for, ring_places
+from patarm_jax.model.attention import Pool
+from patarm_jax.model.cache import (
+    CacheSizes,
+    KVCache,
+    PromptCache,
+    another_part,
+    init_cache,
+    place_prompts,
+    resize_cache,
+    widen,
+)
+from patarm_jax.model.kernels import PORTABLE, Kernel, kernel_for, key_block, takes_parts
+from patarm_jax.model.pages import Pages, first_pages, has_room, more, most_pages
 from patarm_jax.model.sharding import BATCH_AXES, OnMesh, Program, batch_sharding, batch_shards, constrain
 from patarm_jax.model.transformer import decode, logits, prefill
 from patarm_jax.rollout import sampler
@@ -21,6 +32,8 @@ from patarm_jax.rollout.sampler import Admission, Network, Sizes, Slots
 
 # Tokens of prompts that a device reads at a time: enough to be bound by arithmetic, and little memory beside the cache.
 PREFILL_TOKENS = 8192
+# Into how many parts a pool is cut at first; what is added later into two. A part that holds nothing is not read.
+FIRST_PARTS = 4
 # How often rows are halved when nothing waits any more, unless told otherwise.
 HALVINGS = 3
 
@@ -42,6 +55,11 @@ class Engine:
     bring_in: OnMesh[[Params, AnySlots, Prompts, RowSampling, jax.Array, jax.Array], AnySlots]
     advance: OnMesh[[Params, AnySlots, Admission, jax.Array, Array], AnySlots]
     resize: OnMesh[[AnySlots, jax.Array, jax.Array, jax.Array, int], AnySlots]
+    # Of a network whose pools have parts, another one of so many pages; of others, the whole with so many.
+    pools_in_parts: bool
+    another_part: OnMesh[[jax.Array, int], jax.Array]
+    widen: OnMesh[[jax.Array, int], jax.Array]
+    more: OnMesh[[Pages, int], Pages]
 
 
 def make_engine(
@@ -70,6 +88,12 @@ def make_engine(
     def resize(slots: AnySlots, rows: jax.Array, prompts: jax.Array, seat: jax.Array, width: int) -> AnySlots:
         return _pinned(sampler.resize(network, slots, rows, prompts, seat, width, group))
 
+    def wider(pages: jax.Array, count: int) -> jax.Array:
+        return widen(pages, shards, count)
+
+    def another(like: jax.Array, count: int) -> jax.Array:
+        return another_part(like, shards, count)
+
     return Engine(
         mesh=mesh,
         group=group,
@@ -81,7 +105,30 @@ def make_engine(
         bring_in=OnMesh(mesh, bring_in, donate_argnums=1),
         advance=OnMesh(mesh, advance, donate_argnums=1),
         resize=OnMesh(mesh, resize, static_argnums=4),
+        pools_in_parts=network.pools_in_parts,
+        another_part=OnMesh(mesh, another, static_argnums=1),
+        widen=OnMesh(mesh, wider, static_argnums=1),
+        more=OnMesh(mesh, lambda pages, count: more(pages, count), static_argnums=1),
     )
+
+
+def with_more_pages(engine: Engine, slots: Slots[KVCache]) -> Slots[KVCache]:
+    """The slots with twice the pages, but no more than their rows can take; those that are given are gone."""
+    cache, taken = slots.cache, slots.cache.pages
+    assert taken is not None, "a cache whose rows have a page each is never full"
+    have, rows_could_take = taken.owner.shape[1], taken.table.shape[1] * taken.table.shape[2]
+    count = min(2 * have, rows_could_take)
+
+    def with_more(pool: Pool) -> Pool:
+        if engine.pools_in_parts:
+            return *pool, *(engine.another_part(pool[0], part) for part in parts_of(count - have, 2))
+        (whole,) = pool
+        wide = engine.widen(whole, count)
+        whole.delete()  # now, so that no more than one array is there twice
+        return (wide,)
+
+    keys, values = (tuple(map(with_more, pools)) for pools in (cache.keys, cache.values))
+    return replace(slots, cache=replace(cache, keys=keys, values=values, pages=engine.more(taken, count)))
 
 
 def network_for(section: ModelSection, arch: Architecture, mesh: Mesh) -> Network[KVCache]:
@@ -95,6 +142,11 @@ def network_of(
 ) -> Network[KVCache]:
     """Qwen3 as the sampler sees it: tokens to logits; with a kernel for causal rows and one for written rows."""
 
+    def init(shards: int, sizes: Sizes) -> KVCache:
+        # The last token drawn is never read, but one place less would not be the round number that hardware reads fast.
+        of_cache = CacheSizes(shards, sizes.prompts, sizes.prompt_width, sizes.rows, sizes.width, sizes.parts)
+        return init_cache(arch, of_cache, key_block(of_rows), dtype)
+
     def read(params: Params, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, PromptCache]:
         hidden, kept = prefill(params, arch, tokens, lengths, dtype=dtype, kernel=of_prompts)
         return logits(params, arch, hidden, dtype), kept
@@ -107,13 +159,13 @@ def network_of(
         return logits(params, arch, hidden, dtype), cache
 
     return Network(
-        init=lambda prompts, width, rows, most: init_cache(
-            arch, prompts, width, rows, ring_places(most, of_rows), dtype
-        ),
+        init=init,
         prefill=read,
         place=place,
         decode=decode_step,
         resize=resize_cache,
+        pools_in_parts=takes_parts(of_rows),
+        room=lambda cache, age: has_room(cache.pages, age, cache.page_size),
     )
 
 
@@ -123,6 +175,7 @@ def abstract_programs(engine: Engine, params: Params, requests: int, width: int)
     prompts, rows = places_for(engine, -(-requests // shards))
     number = prompts_at_a_time(width, prompts, prompts)
     sizes = sizes_for(engine, prompts, width, rows)
+    sizes = replace(sizes, parts=(rows * most_pages(sizes.width),))
     started = engine.start.lower(sizes)
     slots = jax.tree.map(
         lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like),
@@ -157,14 +210,26 @@ def places_for(engine: Engine, requests: int) -> tuple[int, int]:
 def sizes_for(engine: Engine, prompts: int, width: int, rows: int, stops: int = 0, named: int = 0) -> Sizes:
     """The sizes of so many places; lists of ids hold the engine's own at least, or so many."""
     own = engine.sampling
+    pages = first_pages(own.max_new_tokens)
     return Sizes(
         prompts=prompts,
         prompt_width=width,
         rows=rows,
         width=own.max_new_tokens,
+        parts=parts_of(rows * pages, FIRST_PARTS if engine.pools_in_parts and pages > 1 else 1),
         stops=max(stops, len(own.stop_ids)),
         named=max(named, len(own.named_ids)),
     )
+
+
+def parts_of(pages: int, number: int) -> tuple[int, ...]:
+    """So many pages in parts of alike sizes, none of them empty.
+
+    >>> parts_of(10, 4), parts_of(2, 4)
+    ((3, 3, 2, 2), (1, 1))
+    """
+    number = min(pages, number)
+    return tuple(pages // number + (part < pages % number) for part in range(number))
 
 
 def prompts_at_a_time(width: int, places: int, wanted: int) -> int:

@@ -23,14 +23,30 @@ Place = TypeVar("Place", int, jax.Array)
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """The sizes of the places of a run."""
+
+    prompts: int  # r, on each device
+    prompt_width: int  # Tp
+    rows: int  # b, on each device
+    width: int  # Tc, the largest limit
+    parts: tuple[int, ...]  # pages of the rows' own keys on each device, by the parts of their pool
+    stops: int  # S, the longest list of stop ids
+    named: int  # N, the longest list of named tokens
+
+
+@dataclass(frozen=True)
 class Network(Generic[Cache]):
     """What the sampler asks of a network; W devices share the batch, and indices count within each."""
 
-    init: Callable[[int, int, int, int], Cache]  # prompts R, prompt width, rows B, completion width
+    init: Callable[[int, Sizes], Cache]  # W
     prefill: Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, Tree]]  # tokens, lengths → [R, V], prompts
     place: Callable[[Cache, Tree, jax.Array], Cache]  # the prompts of `prefill` into places [W, n]
     decode: Callable[[Params, jax.Array, Cache, Seats], tuple[jax.Array, Cache]]  # tokens [B] → logits [B, V]
     resize: Callable[[Cache, jax.Array, jax.Array, int], Cache]  # rows [W, b], prompts [W, r], prompt width
+    # Of a network whose cache may be full: whether another token of rows of these ages [W, b] has room in it.
+    room: Callable[[Cache, jax.Array], jax.Array] = lambda cache, age: jnp.bool_(True)
+    pools_in_parts: bool = False  # whether more pages come as another part, and not by widening the whole
 
 
 @jax.tree_util.register_dataclass
@@ -65,23 +81,10 @@ class Admission:
     ids: jax.Array  # [W, b] int32
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of the places of a run."""
-
-    prompts: int  # r, on each device
-    prompt_width: int  # Tp
-    rows: int  # b, on each device
-    width: int  # Tc, the largest limit
-    stops: int  # S, the longest list of stop ids
-    named: int  # N, the longest list of named tokens
-
-
 def empty_slots(network: Network[Cache], shards: int, group: int, sizes: Sizes) -> Slots[Cache]:
     """Places of these sizes on so many devices, all free."""
     prompts, rows = sizes.prompts, sizes.rows
-    # The last token drawn is never read, but one place less would not be the round number that hardware reads fast.
-    cache = network.init(shards * prompts, sizes.prompt_width, shards * rows, sizes.width)
+    cache = network.init(shards, sizes)
     zero, unset = jnp.zeros((shards, rows), jnp.int32), jnp.zeros((shards, prompts), jnp.int32)
     seats = shards, prompts * group
     return Slots(
@@ -173,7 +176,7 @@ def advance(
     enough: Array,
     group: int,
 ) -> Slots[Cache]:
-    """Lets rows begin, then draws until `enough` rows of all devices are done, or all."""
+    """Lets rows begin, then draws until `enough` rows of all devices are done, or all, or the cache is full."""
     slots, sampling = _admit(slots, admission, group)
     needs = needs_of(sampling)  # here, not in the loop, where devices would tell each other at every step
     shards, rows = slots.seat.shape
@@ -184,13 +187,22 @@ def advance(
     row = jax.vmap(lambda seat, who: jnp.full(seats, rows).at[seat].set(who, mode="drop"))(sitting, everyone)
 
     def step(slots: Slots[Cache]) -> Slots[Cache]:
-        where = Seats(slots.seat, row, jnp.where(slots.done, -1, slots.drawn - 1))
+        where = Seats(slots.seat, row, _ages(slots))
         logits, cache = network.decode(params, slots.token.reshape(-1), slots.cache, where)
         drawn = draw(logits.reshape(shards, rows, -1), _keys(key, slots.ids, slots.drawn), sampling, needs)
         return _record(replace(slots, cache=cache, steps=slots.steps + 1), ~slots.done, sampling, *drawn)
 
     end = jnp.minimum(enough, slots.done.size)
-    return jax.lax.while_loop(lambda slots: slots.done.sum() < end, step, slots)
+
+    def goes_on(slots: Slots[Cache]) -> jax.Array:
+        return (slots.done.sum() < end) & network.room(slots.cache, _ages(slots))
+
+    return jax.lax.while_loop(goes_on, step, slots)
+
+
+def _ages(slots: Slots[Cache]) -> jax.Array:
+    """[W, b], keys that each row holds: the token drawn last has none yet. −1: it writes nothing any more."""
+    return jnp.where(slots.done, -1, slots.drawn - 1)
 
 
 def resize(
@@ -267,7 +279,13 @@ def _record(
     slots: Slots[Cache], who: jax.Array, sampling: RowSampling, token: jax.Array, logprob: jax.Array, named: jax.Array
 ) -> Slots[Cache]:
     """Writes down what was drawn for some rows [W, b]."""
-    here = who[..., None] & (jnp.arange(slots.tokens.shape[-1]) == slots.drawn[..., None])
+    at = jnp.where(who, slots.drawn, slots.tokens.shape[-1])
+
+    def put(into: jax.Array, new: jax.Array) -> jax.Array:
+        """[W, b, Tc, …] with a value of every row at the token that it has drawn; written in place, whatever Tc is."""
+        row = jnp.arange(into.shape[1])
+        return jax.vmap(lambda into, at, new: into.at[row, at].set(new, mode="drop"))(into, at, new)
+
     stopped = who & (token[..., None] == sampling.stop_ids).any(axis=-1)
     drawn = slots.drawn + who
     return replace(
@@ -276,9 +294,9 @@ def _record(
         drawn=drawn,
         done=slots.done | stopped | (who & (drawn >= sampling.limit)),
         stopped=slots.stopped | stopped,
-        tokens=jnp.where(here, token[..., None], slots.tokens),
-        logprobs=jnp.where(here, logprob[..., None], slots.logprobs),
-        named=jnp.where(here[..., None], named[..., None, :], slots.named),
+        tokens=put(slots.tokens, token),
+        logprobs=put(slots.logprobs, logprob),
+        named=put(slots.named, named),
     )
 
 

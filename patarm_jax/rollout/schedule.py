@@ -24,7 +24,7 @@ from patarm_jax.model.sharding import (
 from patarm_jax.padding import bucket
 from patarm_jax.rollout import sampler
 from patarm_jax.rollout.draw import SamplingParams, row_sampling
-from patarm_jax.rollout.engine import Engine, places_for, prompts_at_a_time, sizes_for
+from patarm_jax.rollout.engine import Engine, places_for, prompts_at_a_time, sizes_for, with_more_pages
 from patarm_jax.rollout.sampler import Admission
 
 # The share of the rows, one in so many, that must have ended before waiting ones take their places.
@@ -232,6 +232,8 @@ class _Schedule:
         self.row_steps += (int(steps) - self.steps) * done.size
         self.steps = int(steps)
         self._take(done, drawn)
+        if done.sum() < enough:
+            self.slots = with_more_pages(engine, self.slots)
 
     def _enough(self, size: int) -> int:
         """How many rows, over all devices, must be done before it is worth looking again."""
