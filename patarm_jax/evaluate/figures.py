@@ -79,7 +79,7 @@ def draw_lines(path: Path, title: str, lines: Mapping[str, Sequence[tuple[float,
     for name, points in lines.items():
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
     axes.set_xlabel(across, color=INK)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the lines
     _save(path, figure)
 
 
