@@ -1,4 +1,4 @@
-"""A new token's attention over its prompt and its own ring equals a plain softmax, by every kernel and on any mesh."""
+"""A new token's attention over its prompt and its own pages equals a plain softmax, by every kernel and on any mesh."""
 
 from dataclasses import replace
 

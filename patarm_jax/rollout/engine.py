@@ -175,7 +175,7 @@ def abstract_programs(engine: Engine, params: Params, requests: int, width: int)
     prompts, rows = places_for(engine, -(-requests // shards))
     number = prompts_at_a_time(width, prompts, prompts)
     sizes = sizes_for(engine, prompts, width, rows)
-    sizes = replace(sizes, parts=(rows * most_pages(sizes.width),))
+    sizes = replace(sizes, parts=_parts(engine, rows, most_pages(sizes.width)))
     started = engine.start.lower(sizes)
     slots = jax.tree.map(
         lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like),
@@ -210,16 +210,20 @@ def places_for(engine: Engine, requests: int) -> tuple[int, int]:
 def sizes_for(engine: Engine, prompts: int, width: int, rows: int, stops: int = 0, named: int = 0) -> Sizes:
     """The sizes of so many places; lists of ids hold the engine's own at least, or so many."""
     own = engine.sampling
-    pages = first_pages(own.max_new_tokens)
     return Sizes(
         prompts=prompts,
         prompt_width=width,
         rows=rows,
         width=own.max_new_tokens,
-        parts=parts_of(rows * pages, FIRST_PARTS if engine.pools_in_parts and pages > 1 else 1),
+        parts=_parts(engine, rows, first_pages(own.max_new_tokens)),
         stops=max(stops, len(own.stop_ids)),
         named=max(named, len(own.named_ids)),
     )
+
+
+def _parts(engine: Engine, rows: int, each: int) -> tuple[int, ...]:
+    """The parts of a pool that has so many pages for each row."""
+    return parts_of(rows * each, FIRST_PARTS if engine.pools_in_parts and each > 1 else 1)
 
 
 def parts_of(pages: int, number: int) -> tuple[int, ...]:
