@@ -148,4 +148,4 @@ def test_the_policys_demo_writes_what_it_should(tmp_path):
     assert "held-out prompts, one response to each" in shown and "judge: none" in shown
     assert json.loads((out / "policy-grpo" / "export" / "judge.json").read_text()) == {"judge": "policy"}
     page = (out / "policy-grpo" / "report.html").read_text()
-    assert "data-step" in page
+    assert "data-bundle" in page

@@ -298,7 +298,7 @@ def test_the_judge_reads_rubrics_of_the_step_itself(together, started):
             pair: row["sha256"] for pair, row in kept[step].items()
         }
     started("report", together).end()
-    packed = re.findall(r'data-step="(\d+)">([^<]*)<', (together / "report.html").read_text())
+    packed = re.findall(r'data-bundle="(\d+)">([^<]*)<', (together / "report.html").read_text())
     steps = {int(step): json.loads(gzip.decompress(base64.b64decode(data))) for step, data in packed}
     assert all(pair["rubric"] == kept[3][pair["id"]]["text"] for pair in steps[3]["pairs"])
 
@@ -489,7 +489,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(world, whole, short,
 def test_the_report_shows_rubrics_and_what_was_judged_by_them(whole, started):
     started("report", whole).end()
     page = (whole / "report.html").read_text()
-    packed = re.findall(r'data-step="(\d+)">([^<]*)<', page)
+    packed = re.findall(r'data-bundle="(\d+)">([^<]*)<', page)
     steps = {int(step): json.loads(gzip.decompress(base64.b64decode(data))) for step, data in packed}
     kept = {row["prompt_id"]: row["text"] for row in rubrics_of(whole, 1)}
     assert all(pair["rubric"] == kept[pair["id"]] for pair in steps[121]["pairs"])
