@@ -145,6 +145,28 @@ def main(out: Path, parts: Sequence[str], seeds: int, sizes: DemoSizes = SIZES) 
     return rows
 
 
+def compared(
+    out: Path, part: str, starts: Mapping[str, str], seeds: int, measure: Callable[[str, int], Measured]
+) -> list[dict[str, Any]]:
+    """Measures variants that are no settings; adds their rows to table.json, draws them, and prints them.
+
+    Args:
+        out: the folder of all parts.
+        part: theirs.
+        starts: variant → the start that it is from.
+        seeds: how many.
+        measure: of a variant and a seed; what was done before it only reads.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, start in starts.items():
+        rows.append(row_of(part, name, {}, start, [measure(name, seed) for seed in range(seeds)]))
+        keep_row(out, rows[-1])
+    bars = {str(row["variant"]): (row["mean"], row["low"], row["high"]) for row in rows}
+    draw_bars(out / part, f"{part}: held-out accuracy (%), {seeds} seeds, a tie as ½, with 95 % interval", bars)
+    show(rows)
+    return rows
+
+
 def keep_row(out: Path, row: Mapping[str, Any]) -> None:
     """Puts a row into table.json, in the place of an earlier one of its part and variant."""
     path = out / "table.json"

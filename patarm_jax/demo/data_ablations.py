@@ -26,19 +26,16 @@ from patarm_jax.demo.ablations import (
     STARTS,
     Measured,
     arguments,
-    keep_row,
+    compared,
     measured,
     of_training,
     quietly,
-    row_of,
     run_program,
     say,
-    show,
     started,
     to_its_end,
 )
 from patarm_jax.demo.settings import DemoSizes, judge_config, model_section
-from patarm_jax.evaluate.figures import draw_bars
 from patarm_jax.files import write_text
 from patarm_jax.judge.parse import parse_pointwise
 from patarm_jax.recipes import data, grpo, sft
@@ -61,15 +58,8 @@ def main(
     out: Path, seeds: int, sizes: DemoSizes = SIZES, variants: Sequence[str] = VARIANTS, pairs: int = JUDGED
 ) -> list[dict[str, Any]]:
     """Runs what is not done yet; adds the rows to table.json, draws them, and prints the table."""
-    rows: list[dict[str, Any]] = []
-    for name in variants:
-        found = [_measured(out, name, seed, sizes, pairs) for seed in range(seeds)]
-        rows.append(row_of(PART, name, {}, START, found))
-        keep_row(out, rows[-1])
-    bars = {str(row["variant"]): (row["mean"], row["low"], row["high"]) for row in rows}
-    draw_bars(out / PART, f"{PART}: held-out accuracy (%), {seeds} seeds, a tie as ½, with 95 % interval", bars)
-    show(rows)
-    return rows
+    starts = dict.fromkeys(variants, START)
+    return compared(out, PART, starts, seeds, lambda name, seed: _measured(out, name, seed, sizes, pairs))
 
 
 def _measured(out: Path, name: str, seed: int, sizes: DemoSizes, pairs: int) -> Measured:

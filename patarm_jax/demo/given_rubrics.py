@@ -19,17 +19,14 @@ from patarm_jax.demo.ablations import (
     Measured,
     Variant,
     arguments,
-    keep_row,
+    compared,
     make_data,
     quietly,
-    row_of,
     run_program,
-    show,
     trained,
 )
 from patarm_jax.demo.arm_ablations import generator_of
 from patarm_jax.demo.settings import ArmSizes, DemoSizes, model_section
-from patarm_jax.evaluate.figures import draw_bars
 from patarm_jax.recipes import rubrics
 from patarm_jax.types import UserError
 
@@ -43,15 +40,9 @@ def main(
     out: Path, seeds: int, sizes: DemoSizes = SIZES, arm_sizes: ArmSizes = arm_ablations.SIZES
 ) -> list[dict[str, Any]]:
     """Runs what is not done yet; adds the rows to table.json, draws them, and prints the table."""
-    rows: list[dict[str, Any]] = []
-    for name, start in VARIANTS.items():
-        found = [_measured(out, start, seed, sizes, arm_sizes) for seed in range(seeds)]
-        rows.append(row_of(PART, name, {}, start, found))
-        keep_row(out, rows[-1])
-    bars = {str(row["variant"]): (row["mean"], row["low"], row["high"]) for row in rows}
-    draw_bars(out / PART, f"{PART}: held-out accuracy (%), {seeds} seeds, a tie as ½, with 95 % interval", bars)
-    show(rows)
-    return rows
+    return compared(
+        out, PART, VARIANTS, seeds, lambda name, seed: _measured(out, VARIANTS[name], seed, sizes, arm_sizes)
+    )
 
 
 def _measured(out: Path, start: str, seed: int, sizes: DemoSizes, arm_sizes: ArmSizes) -> Measured:

@@ -108,7 +108,7 @@ def make_engine(
         pools_in_parts=network.pools_in_parts,
         another_part=OnMesh(mesh, another, static_argnums=1),
         widen=OnMesh(mesh, wider, static_argnums=1),
-        more=OnMesh(mesh, lambda pages, count: more(pages, count), static_argnums=1),
+        more=OnMesh(mesh, more, static_argnums=1),
     )
 
 
