@@ -1,6 +1,7 @@
 """The networks that are measured: two that fit two CPU cores, and the published Qwen3 family; weights are random."""
 
 from patarm_jax.model.architecture import Architecture
+from patarm_jax.model.transformer import Remat
 
 
 def _shape(vocab: int, width: int, mlp: int, layers: int, heads: int, kv: int, head: int, tied: bool) -> Architecture:
@@ -46,6 +47,28 @@ def forward_flops(arch: Architecture, tokens: int, reads: int, predicted: int) -
     """
     attention = 4 * arch.num_hidden_layers * arch.num_attention_heads * arch.head_dim * reads
     return 2 * layer_weights(arch) * tokens + attention + 2 * arch.vocab_size * arch.hidden_size * predicted
+
+
+def step_flops(arch: Architecture, tokens: int, reads: int, predicted: int, remat: Remat) -> int:
+    """Multiplications and additions of a forward and a backward pass, and of what `model.remat` lets it recompute.
+
+    Every matmul has two in the backward pass; those of the head are taken along with the loss, of which nothing is
+    recomputed. Attention has two matmuls forward, five backward, where it computes the scores anew, and two more where
+    its output was not kept. The last matmul of a layer is not among what is recomputed: nobody asks for its result.
+
+    Args:
+        arch: of the network.
+        tokens: that go through the layers.
+        reads: pairs of a token and a key whose score is computed.
+        predicted: tokens that meet the vocabulary.
+        remat: what is recomputed.
+    """
+    down = arch.num_hidden_layers * arch.hidden_size * arch.intermediate_size
+    again = layer_weights(arch) - down if remat == "full" else 0
+    matmuls = 3.5 if remat == "none" else 4.5  # of attention, in forward passes
+    attention = matmuls * 4 * arch.num_hidden_layers * arch.num_attention_heads * arch.head_dim * reads
+    head = 3 * 2 * arch.vocab_size * arch.hidden_size * predicted
+    return 2 * (3 * layer_weights(arch) + again) * tokens + round(attention) + head
 
 
 def cache_bytes(arch: Architecture, itemsize: int) -> int:

@@ -92,14 +92,14 @@ def sft(bench: Bench) -> Result:
 
 def sft_update(bench: Bench) -> Callable[[], object]:
     """A call that takes one SFT step."""
-    learner, batch = _sft_case(bench)
+    learner, batch = sft_case(bench)
     return _updates(learner, _state(bench, learner), batch)
 
 
 def policy_update(bench: Bench) -> Callable[[], object]:
     """A call that takes one policy update on completions of full length."""
-    learner = grpo_learner(_grpo_config(bench), bench.arch, bench.mesh)
-    return _updates(learner, _state(bench, learner), _learnt_from(bench, _requests(bench), _full_length(bench)))
+    learner, batch = policy_case(bench)
+    return _updates(learner, _state(bench, learner), batch)
 
 
 def _updates(learner: Learner[Batch], state: TrainState, batch: Batch) -> Callable[[], object]:
@@ -124,7 +124,8 @@ def _grpo_config(bench: Bench) -> GRPOConfig:
     return replace(default, model=bench.section, update=update, micro_batches=c.micro_batches)
 
 
-def _sft_case(bench: Bench) -> tuple[Learner[SFTBatch], SFTBatch]:
+def sft_case(bench: Bench) -> tuple[Learner[SFTBatch], SFTBatch]:
+    """What takes an SFT step, and the batch it takes it on."""
     c = bench.config
     config = SFTConfig(model=bench.section, micro_batches=c.micro_batches, packing=c.packing)
     learner = sft_learner(config, bench.arch, bench.mesh)
@@ -133,6 +134,12 @@ def _sft_case(bench: Bench) -> tuple[Learner[SFTBatch], SFTBatch]:
     counts = np.full(c.rows, last, np.int32)
     batch = SFTBatch(tokens, starts=np.zeros_like(tokens), read=read, targets=tokens[:, 1:], counts=counts)
     return learner, place_batch(bench.mesh, batch)
+
+
+def policy_case(bench: Bench) -> tuple[Learner[Rollouts], Rollouts]:
+    """What takes a policy update, and the completions of full length that it takes it on."""
+    learner = grpo_learner(_grpo_config(bench), bench.arch, bench.mesh)
+    return learner, _learnt_from(bench, _requests(bench), _full_length(bench))
 
 
 def grpo(bench: Bench) -> Result:
@@ -421,7 +428,7 @@ def load(bench: Bench) -> Result:
 
 def compile_update(bench: Bench) -> Result:
     """Tracing and compiling the SFT step anew, and once more from the disk's cache where there is one."""
-    learner, batch = _sft_case(bench)
+    learner, batch = sft_case(bench)
 
     def anew() -> None:
         jax.clear_caches()

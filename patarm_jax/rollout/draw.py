@@ -18,6 +18,8 @@ from patarm_jax.arrays import Array
 PICK_BLOCK = 128
 # Tokens that a request may name.
 MOST_NAMED = 32
+# The name of conditions whose dearer branch is taken only where a request asks for it; who counts work goes by it.
+RARE = "rare_branch"
 # Fills lists of token ids up to their width; no token has it.
 NO_TOKEN = -1
 
@@ -115,12 +117,14 @@ def draw(
     above = scaled - scaled.max(axis=-1, keepdims=True)
     weights = jnp.exp(above)
     uniform = jax.vmap(jax.random.uniform)(keys.reshape(-1)).reshape(keys.shape)
-    token = jax.lax.cond(
-        needs.cut,
-        lambda: pick(jnp.where(kept(scaled, sampling.top_k, sampling.top_p), weights, 0.0), uniform),
-        lambda: pick(weights, uniform),
-    )
-    token = jax.lax.cond(needs.greedy, lambda: jnp.where(sampling.greedy, scaled.argmax(axis=-1), token), lambda: token)
+    with jax.named_scope(RARE):
+        token = jax.lax.cond(
+            needs.cut,
+            lambda: pick(jnp.where(kept(scaled, sampling.top_k, sampling.top_p), weights, 0.0), uniform),
+            lambda: pick(weights, uniform),
+        )
+        likeliest = lambda: jnp.where(sampling.greedy, scaled.argmax(axis=-1), token)  # noqa: E731
+        token = jax.lax.cond(needs.greedy, likeliest, lambda: token)
     total = jnp.log(weights.sum(axis=-1, keepdims=True))
     named = jnp.broadcast_to(jnp.maximum(sampling.named_ids, 0), (*token.shape, sampling.named_ids.shape[-1]))
     of_token, of_named = (jnp.take_along_axis(above, ids, axis=-1) - total for ids in (token[..., None], named))
