@@ -36,6 +36,15 @@ class Prompts:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Beginnings:
+    """Where prompts find the keys of what they begin with: in the place of a prompt that begins alike."""
+
+    place: Array  # [W, n] int32, counted within the device
+    lengths: Array  # [R] int32, tokens that are taken from there
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Seats:
     """Which prompt a row that is being written reads: each of r prompts has G seats, and a row sits on one of them.
 

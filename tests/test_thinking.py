@@ -85,7 +85,7 @@ def test_rollouts_are_read_with_what_the_template_wrote(folders, template):
     width = max(map(len, texts))
     tokens = np.array([text + [tokenizer.pad_id] * (width - len(text)) for text in texts], np.int32)
     lengths = np.array([len(text) for text in texts])
-    group = Group(0, tokens, lengths, np.zeros(tokens.shape), np.array([False, True]), np.zeros((2, width, 0)))
+    group = Group(0, tokens, lengths, np.zeros(tokens.shape), np.array([False, True]), np.zeros((2, width, 0)), 0)
     whole, cut = read_judgements(tokenizer, group)
     assert (whole.status, whole.score, whole.text) == (Status.OK, 7.0, JUDGEMENT.format(7))
     assert (cut.status, cut.reason) == (Status.BAD_TAGS, "</think> is missing") and "<answer>9</answer>" in cut.text

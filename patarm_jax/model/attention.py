@@ -240,6 +240,32 @@ def attend_streams(q: jax.Array, k: jax.Array, v: jax.Array, streams: Streams) -
     return jnp.concatenate([prompt, merge(read, own)], axis=1)
 
 
+def attend_behind(
+    q: jax.Array, k: jax.Array, v: jax.Array, before: tuple[jax.Array, jax.Array], lengths: jax.Array
+) -> jax.Array:
+    """Attention of tokens to keys that were kept of what stands before them, and to one another, causally.
+
+    Args:
+        q: [R, S, N, H].
+        k: [R, S, K, H].
+        v: [R, S, K, H].
+        before: keys [R, K, H, Tp] and values [R, K, Tp, H], as a cache holds them.
+        lengths: [R], how many of them there are.
+
+    Returns:
+        [R, S, N, H] float32.
+    """
+    heads, width = before[1].shape[1:3]
+    readable = (jnp.arange(width) < lengths[:, None])[:, None, None, None]
+
+    def block(carry: None, part: tuple[jax.Array]) -> tuple[None, Partial]:
+        return carry, _softmax_read(part[0], *before, readable)
+
+    _, (out, lse) = _in_blocks(block, None, (_queries_by_head(q, heads),))
+    own = attend(q, k, v, causal_span(q.shape[1]), True)
+    return merge((_by_token(out), _by_token(lse)), own)
+
+
 def _split_group(x: jax.Array, group: int) -> jax.Array:
     """[R, G·Tc, …] → [R·G, Tc, …]."""
     return x.reshape(x.shape[0] * group, x.shape[1] // group, *x.shape[2:])

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from patarm_jax.arrays import Array
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Pool
 from patarm_jax.model.pages import Pages, new_pages, of_rows, page_size
@@ -101,25 +102,50 @@ def place_prompts(cache: PromptCache, new: PromptCache, place: jax.Array) -> Pro
     return jax.tree.map(put, cache, new)
 
 
+def prompts_at(cache: PromptCache, place: Array, lengths: Array) -> PromptCache:
+    """The prompts at places [W, n] within each device, of which only so many tokens [W·n] count."""
+    keys, values = jax.tree.map(partial(_taken, place), (cache.keys, cache.values))
+    return PromptCache(keys, values, jnp.asarray(lengths))
+
+
+def with_rest(before: PromptCache, rest: PromptCache) -> PromptCache:
+    """Prompts put together of their beginnings, [R, …, Tp, …], and what stands behind; no longer than Tp."""
+
+    def joined(axis: int, begin: jax.Array, rest: jax.Array) -> jax.Array:
+        width, behind = begin.shape[axis], rest.shape[axis]
+        room = [(0, behind if place == axis else 0) for place in range(begin.ndim)]
+
+        def one(begin: jax.Array, rest: jax.Array, length: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(begin, rest, length, axis - 1)
+
+        whole = jax.vmap(one)(jnp.pad(begin, room), rest.astype(begin.dtype), before.lengths)
+        return by_rows(jax.lax.slice_in_dim(whole, 0, width, axis=axis))
+
+    keys = tuple(map(partial(joined, 3), before.keys, rest.keys))
+    values = tuple(map(partial(joined, 2), before.values, rest.values))
+    return PromptCache(keys, values, before.lengths + rest.lengths)
+
+
 def resize_cache(cache: KVCache, rows: jax.Array, prompts: jax.Array, prompt_width: int) -> KVCache:
     """The cache with the rows [W, b] and prompts [W, r] named, counted within each device, and narrower prompts."""
-
-    def take(index: jax.Array, x: jax.Array) -> jax.Array:
-        shards = index.shape[0]
-        taken = jax.vmap(partial(jnp.take, axis=0, mode="clip"))(x.reshape(shards, -1, *x.shape[1:]), index)
-        return by_rows(taken.reshape(-1, *x.shape[1:]))
-
     old = cache.prompt
     narrow = PromptCache(
         tuple(keys[..., :prompt_width] for keys in old.keys),
         tuple(values[..., :prompt_width, :] for values in old.values),
         old.lengths,
     )
-    prompt = jax.tree.map(partial(take, prompts), narrow)
+    prompt = jax.tree.map(partial(_taken, prompts), narrow)
     if cache.pages is not None:  # which stay where they lie
         return replace(cache, prompt=prompt, pages=of_rows(cache.pages, rows))
-    keys, values = jax.tree.map(partial(take, rows), (cache.keys, cache.values))
+    keys, values = jax.tree.map(partial(_taken, rows), (cache.keys, cache.values))
     return replace(cache, prompt=prompt, keys=keys, values=values)
+
+
+def _taken(index: Array, x: jax.Array) -> jax.Array:
+    """The rows [W, n] of an array [W·m, …], counted within each device."""
+    shards = index.shape[0]
+    taken = jax.vmap(partial(jnp.take, axis=0, mode="clip"))(x.reshape(shards, -1, *x.shape[1:]), index)
+    return by_rows(taken.reshape(-1, *x.shape[1:]))
 
 
 def by_head(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:

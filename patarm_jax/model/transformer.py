@@ -22,8 +22,8 @@ from jax.typing import DTypeLike
 from patarm_jax.arrays import Params, Seats, Tree
 from patarm_jax.model import kernels
 from patarm_jax.model.architecture import Architecture
-from patarm_jax.model.attention import Streams
-from patarm_jax.model.cache import KVCache, PromptCache, by_head, with_token
+from patarm_jax.model.attention import Streams, attend_behind
+from patarm_jax.model.cache import KVCache, PromptCache, by_head, with_rest, with_token
 from patarm_jax.model.kernels import PORTABLE, Kernel
 from patarm_jax.model.pages import Held, assigned, held, places
 from patarm_jax.model.seated import seated_attention
@@ -53,6 +53,17 @@ class _Step:
     seats: Seats
     places: tuple[jax.Array, jax.Array]  # [W, b] each, the page and the place on it of the new key of each row
     held: Held  # with the new keys
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Behind:
+    """Tokens that stand behind others, whose keys and values were kept."""
+
+    before: PromptCache  # R of them, of which the lengths say how much is there
+
+
+_Context: TypeAlias = Streams | _Step | _Behind
 
 
 @dataclass(frozen=True)
@@ -189,6 +200,32 @@ def prefill(
     return last, PromptCache(keys, values, lengths)
 
 
+def prefill_behind(
+    params: Params,
+    arch: Architecture,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    before: PromptCache,
+    *,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[jax.Array, PromptCache]:
+    """As `prefill` of whole prompts, of which only the tokens [R, S] behind their beginnings are read.
+
+    Args:
+        params: as of `prefill`.
+        arch: the network's shape.
+        tokens: [R, S] int32, right-padded.
+        lengths: [R] int32, ≥ 1.
+        before: keys and values of the beginnings, [R, …, Tp, …], with their lengths; a whole prompt is no longer.
+        dtype: of the computation.
+    """
+    positions = before.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    hidden, kept = _apply(params, arch, tokens, positions, _Behind(before), _Pass(dtype, keep=True))
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    keys, values = zip(*kept, strict=True)
+    return last, with_rest(before, PromptCache(keys, values, lengths))
+
+
 def decode(
     params: Params,
     arch: Architecture,
@@ -247,7 +284,7 @@ def _apply(
     arch: Architecture,
     tokens: jax.Array,
     positions: jax.Array,
-    context: Streams | _Step,
+    context: _Context,
     how: _Pass,
 ) -> tuple[jax.Array, Tree]:
     """Final states [R, S, D]; and of unstacked layers, what each keeps: see `_Block`."""
@@ -267,7 +304,7 @@ class _Qwen(nn.Module):
     stacked: bool = True
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array, context: Streams | _Step) -> tuple[jax.Array, Tree]:
+    def __call__(self, tokens: jax.Array, positions: jax.Array, context: _Context) -> tuple[jax.Array, Tree]:
         c = self.config
         embedding = _weight(self, "embed_tokens", (c.vocab_size, c.hidden_size), ("vocab", "embed"))
         if c.scalar_head:
@@ -303,9 +340,7 @@ class _Block(nn.Module):
     layer: int = 0  # the index of this layer's cache
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], context: Streams | _Step
-    ) -> tuple[jax.Array, Tree]:
+    def __call__(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], context: _Context) -> tuple[jax.Array, Tree]:
         """The next states; and of a step, the layer's own cache with it; of prompts to keep, their keys and values."""
         eps = self.config.rms_norm_eps
         attend = _Attention(self.config, self.how, self.layer, name="self_attn")
@@ -325,7 +360,7 @@ class _Attention(nn.Module):
         self,
         x: jax.Array,  # [R, S, D]
         rotary: tuple[jax.Array, jax.Array],
-        context: Streams | _Step,
+        context: _Context,
     ) -> tuple[jax.Array, Tree]:
         """What is added to x, and what `_Block` says."""
         c, dtype = self.config, self.how.dtype
@@ -355,7 +390,11 @@ class _Attention(nn.Module):
             out = out[:, None]
         else:
             kept = by_head(keys, values) if self.how.keep else None
-            out = kernels.attend(q, keys, values, context, self.how.kernel)
+            if isinstance(context, _Behind):
+                before = context.before.keys[self.layer], context.before.values[self.layer]
+                out = attend_behind(q, keys, values, before, context.before.lengths)
+            else:
+                out = kernels.attend(q, keys, values, context, self.how.kernel)
         # One contracted axis: XLA would lay the weight anew, each time, to contract two.
         out = out.astype(dtype).reshape(*x.shape[:2], n * h)
         return _adapted(self, "o_proj", out, out @ o_proj.reshape(n * h, d)), kept

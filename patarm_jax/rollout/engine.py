@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from patarm_jax.arrays import Array, Params, Prompts, Seats, Tree, abstract
+from patarm_jax.arrays import Array, Beginnings, Params, Prompts, Seats, Tree, abstract
 from patarm_jax.config.sections import ModelSection
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Pool
@@ -19,13 +19,14 @@ from patarm_jax.model.cache import (
     another_part,
     init_cache,
     place_prompts,
+    prompts_at,
     resize_cache,
     widen,
 )
 from patarm_jax.model.kernels import PORTABLE, Kernel, kernel_for, key_block, takes_parts
 from patarm_jax.model.pages import Pages, first_pages, has_room, more, most_pages
 from patarm_jax.model.sharding import BATCH_AXES, OnMesh, Program, batch_sharding, batch_shards, constrain
-from patarm_jax.model.transformer import decode, logits, prefill
+from patarm_jax.model.transformer import decode, logits, prefill, prefill_behind
 from patarm_jax.rollout import sampler
 from patarm_jax.rollout.draw import RowSampling, SamplingParams, row_sampling
 from patarm_jax.rollout.sampler import Admission, Network, Sizes, Slots
@@ -52,11 +53,12 @@ class Engine:
     halvings: int  # how often rows may be halved when nothing waits any more; each time is another compiled program
     # As in `sampler`: slots that are given to a program are donated, and sizes and widths are static.
     start: OnMesh[[Sizes], AnySlots]
-    bring_in: OnMesh[[Params, AnySlots, Prompts, RowSampling, jax.Array, jax.Array], AnySlots]
+    bring_in: OnMesh[[Params, AnySlots, Prompts, RowSampling, jax.Array, jax.Array, Beginnings | None], AnySlots]
     advance: OnMesh[[Params, AnySlots, Admission, jax.Array, Array], AnySlots]
     resize: OnMesh[[AnySlots, jax.Array, jax.Array, jax.Array, int], AnySlots]
     # Of a network whose pools have parts, another one of so many pages; of others, the whole with so many.
     pools_in_parts: bool
+    shares: bool  # whether prompts that begin alike are read once as far as they do
     another_part: OnMesh[[jax.Array, int], jax.Array]
     widen: OnMesh[[jax.Array, int], jax.Array]
     more: OnMesh[[Pages, int], Pages]
@@ -70,6 +72,7 @@ def make_engine(
     rows: int = 0,
     halvings: int = HALVINGS,
     vote_stride: int = 0,
+    shares: bool = True,
 ) -> Engine:
     """Jits the sampler for a network; programs are compiled once per size of places. Arguments as of `Engine`."""
     shards = batch_shards(mesh)
@@ -78,9 +81,16 @@ def make_engine(
         return _pinned(sampler.empty_slots(network, shards, group, sizes))
 
     def bring_in(
-        weights: Params, slots: AnySlots, prompts: Prompts, sampling: RowSampling, place: jax.Array, key: jax.Array
+        weights: Params,
+        slots: AnySlots,
+        prompts: Prompts,
+        sampling: RowSampling,
+        place: jax.Array,
+        key: jax.Array,
+        beginnings: Beginnings | None,
     ) -> AnySlots:
-        return _pinned(sampler.bring_in(network, weights, slots, prompts, sampling, place, key, group, vote_stride))
+        given = prompts, sampling, place, key, beginnings
+        return _pinned(sampler.bring_in(network, weights, slots, *given, group, vote_stride))
 
     def advance(weights: Params, slots: AnySlots, begins: Admission, key: jax.Array, enough: Array) -> AnySlots:
         return _pinned(sampler.advance(network, weights, slots, begins, key, enough, group))
@@ -106,6 +116,7 @@ def make_engine(
         advance=OnMesh(mesh, advance, donate_argnums=1),
         resize=OnMesh(mesh, resize, static_argnums=4),
         pools_in_parts=network.pools_in_parts,
+        shares=shares and network.prefill_behind is not None,
         another_part=OnMesh(mesh, another, static_argnums=1),
         widen=OnMesh(mesh, wider, static_argnums=1),
         more=OnMesh(mesh, more, static_argnums=1),
@@ -151,6 +162,13 @@ def network_of(
         hidden, kept = prefill(params, arch, tokens, lengths, dtype=dtype, kernel=of_prompts)
         return logits(params, arch, hidden, dtype), kept
 
+    def read_behind(
+        params: Params, tokens: jax.Array, lengths: jax.Array, cache: KVCache, beginnings: Beginnings
+    ) -> tuple[jax.Array, PromptCache]:
+        before = prompts_at(cache.prompt, beginnings.place, beginnings.lengths)
+        hidden, kept = prefill_behind(params, arch, tokens, lengths, before, dtype=dtype)
+        return logits(params, arch, hidden, dtype), kept
+
     def place(cache: KVCache, prompts: PromptCache, where: jax.Array) -> KVCache:
         return replace(cache, prompt=place_prompts(cache.prompt, prompts, where))
 
@@ -161,6 +179,7 @@ def network_of(
     return Network(
         init=init,
         prefill=read,
+        prefill_behind=read_behind,
         place=place,
         decode=decode_step,
         resize=resize_cache,
@@ -193,7 +212,7 @@ def abstract_programs(engine: Engine, params: Params, requests: int, width: int)
     half_rows, half_prompts = max(rows // 2, 1), max(prompts // 2, 1)
     kept = tuple(new((shards, size), jnp.int32) for size in (half_rows, half_prompts, half_rows))
     return {
-        "prefill": (engine.bring_in, (params, slots, read, sampling, new((shards, number), jnp.int32), key)),
+        "prefill": (engine.bring_in, (params, slots, read, sampling, new((shards, number), jnp.int32), key, None)),
         "decode": (engine.advance, (params, slots, begins, key, enough)),
         "resize": (engine.resize, (slots, *kept, width)),
     }

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import jax
 import jax.numpy as jnp
 
-from patarm_jax.arrays import Array, Params, Prompts, Seats, Tree
+from patarm_jax.arrays import Array, Beginnings, Params, Prompts, Seats, Tree
 from patarm_jax.rollout.draw import RowSampling, draw, needs_of
 
 Cache = TypeVar("Cache")
@@ -44,6 +44,8 @@ class Network(Generic[Cache]):
     place: Callable[[Cache, Tree, jax.Array], Cache]  # the prompts of `prefill` into places [W, n]
     decode: Callable[[Params, jax.Array, Cache, Seats], tuple[jax.Array, Cache]]  # tokens [B] → logits [B, V]
     resize: Callable[[Cache, jax.Array, jax.Array, int], Cache]  # rows [W, b], prompts [W, r], prompt width
+    # Of a network that can: as `prefill`, of whole prompts whose beginnings lie in the cache; the tokens are the rest.
+    prefill_behind: Callable[[Params, jax.Array, jax.Array, Cache, Beginnings], tuple[jax.Array, Tree]] | None = None
     # Of a network whose cache may be full: whether another token of rows of these ages [W, b] has room in it.
     room: Callable[[Cache, jax.Array], jax.Array] = lambda cache, age: jnp.bool_(True)
     pools_in_parts: bool = False  # whether more pages come as another part, and not by widening the whole
@@ -130,6 +132,7 @@ def bring_in(
     sampling: RowSampling,
     place: jax.Array,
     key: jax.Array,
+    beginnings: Beginnings | None,
     group: int,
     vote_stride: int,
 ) -> Slots[Cache]:
@@ -143,10 +146,16 @@ def bring_in(
         sampling: [W·n], how their completions are drawn.
         place: [W, n] where each is to lie; r for a filler that is to lie nowhere.
         key: of this run.
+        beginnings: which of the places, as they are before, the prompts begin like; the prompts are then what stands
+            behind. None: they are whole.
         group: G.
         vote_stride: see `completion_id`.
     """
-    logits, fresh = network.prefill(params, prompts.tokens, prompts.lengths)
+    if beginnings is None:
+        logits, fresh = network.prefill(params, prompts.tokens, prompts.lengths)
+    else:
+        assert network.prefill_behind is not None, "a network that says how can share beginnings"
+        logits, fresh = network.prefill_behind(params, prompts.tokens, prompts.lengths, slots.cache, beginnings)
     ids = completion_id(prompts.sample_ids[:, None], jnp.arange(group), group, vote_stride)
     logits = jnp.broadcast_to(logits[:, None], (*ids.shape, logits.shape[-1]))
     of_group = jax.tree.map(lambda x: x[:, None], sampling)

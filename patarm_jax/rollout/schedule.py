@@ -1,19 +1,21 @@
 """The schedule of a sampler: which prompt comes into which place when, and which row begins what.
 
 Runs on the host, between runs of the compiled loop. Longest prompts first, so that short ones do not pay for long ones:
-prompts are read in buckets of length, and when the long ones are through, and when rows run out, places shrink. The
-schedule decides when a completion is drawn, never what is drawn.
+prompts are read in buckets of length, and when the long ones are through, and when rows run out, places shrink. Prompts
+that begin alike come one after another: the first is read whole, the others take its keys as far as they go along with
+it. The schedule decides when a completion is drawn, never what is drawn.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from patarm_jax.arrays import Params, Prompts
+from patarm_jax.arrays import Beginnings, Params, Prompts
 from patarm_jax.model.sharding import (
     batch_shards,
     fetch,
@@ -23,6 +25,7 @@ from patarm_jax.model.sharding import (
 )
 from patarm_jax.padding import bucket
 from patarm_jax.rollout import sampler
+from patarm_jax.rollout.beginnings import dealt, families_of
 from patarm_jax.rollout.draw import SamplingParams, row_sampling
 from patarm_jax.rollout.engine import Engine, places_for, prompts_at_a_time, sizes_for, with_more_pages
 from patarm_jax.rollout.sampler import Admission
@@ -50,6 +53,7 @@ class Group:
     logprobs: np.ndarray  # [G, Tc] float32
     truncated: np.ndarray  # [G] bool
     named: np.ndarray  # [G, Tc, n] float32, the log-probs of the n tokens that the request names
+    read: int  # tokens of the prompt that were read for it alone
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Finished:
     truncated: np.ndarray  # [n, G] bool
     # One array for each request, [G, Tc, n] float32: the log-probs of its n named tokens at every step; 0 past the end.
     named: tuple[np.ndarray, ...] = ()
+    read: int = 0  # tokens of all prompts that were read, where it is known; what prompts share counts once
     row_steps: int = 0  # rows × steps computed, over all devices, where it is known: to compare with the lengths' sum
 
 
@@ -74,6 +79,7 @@ class _Device:
     rows: list[tuple[int, int] | None]  # row → (request, rollout) that is written on it
     ready: deque[tuple[int, int]] = field(default_factory=deque)  # (request, rollout) whose prompt is in
     left: dict[int, int] = field(default_factory=dict)  # request whose prompt is in → rollouts that have not ended
+    kept: dict[int, int] = field(default_factory=dict)  # place → request whose keys lie there, though it may have ended
 
     def free_places(self) -> list[int]:
         return [place for place, request in enumerate(self.prompts) if request is None]
@@ -110,6 +116,7 @@ def stacked(groups: Sequence[Group]) -> Finished:
         logprobs=logprobs,
         truncated=truncated,
         named=tuple(group.named for group in groups),
+        read=sum(group.read for group in groups),
     )
 
 
@@ -135,12 +142,16 @@ class _Schedule:
         process, processes = process_in(engine.mesh)
         self.first = len(requests) * process  # a request's number, over all processes
         self.lengths = _everyones([len(request.tokens) for request in requests], processes)
+        families = families_of([request.tokens for request in requests] if engine.shares else [])
+        alone = [0] * len(requests)
+        self.family = _everyones(families.number.tolist() or list(range(len(requests))), processes)
+        self.shared = _everyones(families.shared.tolist() or alone, processes)
         self.sampling = [_allowed(request.sampling or engine.sampling, engine.sampling) for request in requests]
         longest = [max(len(one.stop_ids) for one in self.sampling), max(len(one.named_ids) for one in self.sampling)]
         stops, named = _everyones(longest, processes).reshape(-1, 2).max(axis=0).tolist()
         each = self.shards // processes
         self.mine = range(process * each, (process + 1) * each)
-        shares = [self._share(shard, each) for shard in range(self.shards)]
+        shares = [share for process in range(processes) for share in self._shares(process, each)]
         prompts, rows = places_for(engine, max(map(len, shares)))
         self.devices = [_Device(deque(share), [None] * prompts, [None] * rows) for share in shares]
         self.width = bucket(int(self.lengths.max()))
@@ -151,12 +162,14 @@ class _Schedule:
         self.writing: dict[int, Group] = {}  # this process's requests whose prompts are in
         self.ended: list[Group] = []  # in this turn
 
-    def _share(self, shard: int, each: int) -> list[int]:
-        """The requests of a device, longest prompt first, dealt so that devices have alike work."""
+    def _shares(self, process: int, devices: int) -> list[list[int]]:
+        """The requests of each device of a process: families together, longest prompt first, alike work for all."""
         count = len(self.requests)
-        process, turn = divmod(shard, each)
         numbers = range(process * count, (process + 1) * count)
-        return sorted(numbers, key=lambda number: -int(self.lengths[number]))[turn::each]
+        families: dict[int, list[int]] = {}
+        for number in sorted(numbers, key=lambda number: -int(self.lengths[number])):
+            families.setdefault(int(self.family[number]), []).append(number)
+        return dealt(list(families.values()), devices)
 
     def unfinished(self) -> bool:
         """Whether there is anything left to write, on whatever device."""
@@ -175,37 +188,79 @@ class _Schedule:
     def _bring_in(self) -> None:
         """Reads prompts as long as there are places, on all devices together."""
         while True:
-            wanted = [min(len(device.waiting), len(device.free_places())) for device in self.devices]
-            if not any(wanted):
+            found = [self._next(device) for device in self.devices]
+            whole, behind = ([each[which] for each in found] for which in (0, 1))
+            if not any(whole) and not any(behind):
                 return
-            width = bucket(
-                max(int(self.lengths[device.waiting[0]]) for device, n in zip(self.devices, wanted, strict=True) if n)
-            )
-            self._read(width, prompts_at_a_time(width, len(self.devices[0].prompts), max(wanted)))
+            self._read(*((whole, False) if any(whole) else (behind, True)))
 
-    def _read(self, width: int, number: int) -> None:
+    def _next(self, device: _Device) -> tuple[list[int], list[int]]:
+        """The waiting requests that places are free for: those to be read whole, and those whose beginning is there.
+
+        One whose family another begins comes when that one is in.
+        """
+        there = {int(self.family[request]) for request in device.kept.values() if self.shared[request]}
+        whole, behind, begun = [], [], set()
+        for request in islice(device.waiting, len(device.free_places())):
+            family = int(self.family[request])
+            if self.shared[request] and family in there:
+                behind.append(request)
+            elif family not in begun:
+                whole.append(request)
+                begun.add(family)
+        return whole, behind
+
+    def _read(self, wanted: list[list[int]], is_behind: bool) -> None:
+        """Reads the first of the requests that are wanted of each device, as many as are read at a time."""
+        most, places = max(map(len, wanted)), len(self.devices[0].prompts)
+        width = self._width(wanted, is_behind)
+        # What is taken from other places is copied, so that a short rest does not come without its cost.
+        number = prompts_at_a_time(max(width, (self.width + width) // 4) if is_behind else width, places, most)
+        wanted = [requests[:number] for requests in wanted]
+        width = self._width(wanted, is_behind)
         tokens = np.zeros((len(self.mine), number, width), np.int32)
-        lengths, ids = np.ones(tokens.shape[:2], np.int32), np.zeros(tokens.shape[:2], np.int32)
-        place = np.full(tokens.shape[:2], len(self.devices[0].prompts), np.int32)
+        ids, lengths, shared, like = np.zeros((4, *tokens.shape[:2]), np.int32)
+        lengths += 1
+        place = np.full(tokens.shape[:2], places, np.int32)
         sampling = [self.engine.sampling] * lengths.size
         for shard, device in enumerate(self.devices):
-            for n, free in zip(range(number), device.free_places(), strict=False):
-                if not device.waiting:
-                    break
-                request = device.waiting.popleft()
-                device.prompts[free] = request
+            sources = {int(self.family[request]): source for source, request in device.kept.items()}
+            free = self._free_places(device)
+            for n, (request, where) in enumerate(zip(wanted[shard], free, strict=False)):
+                device.waiting.remove(request)
+                device.prompts[where] = device.kept[where] = request
                 device.left[request] = self.engine.group
                 device.ready.extend((request, rollout) for rollout in range(self.engine.group))
                 if shard in self.mine:
-                    self.writing[request] = self._unwritten(request - self.first)
                     given, index = self.requests[request - self.first], shard - self.mine.start
-                    tokens[index, n, : len(given.tokens)] = given.tokens
-                    lengths[index, n], ids[index, n], place[index, n] = len(given.tokens), given.sample_id, free
+                    if is_behind:
+                        shared[index, n] = self.shared[request]
+                        like[index, n] = sources[int(self.family[request])]
+                    rest = given.tokens[shared[index, n] :]
+                    self.writing[request] = self._unwritten(request - self.first, len(rest))
+                    tokens[index, n, : len(rest)] = rest
+                    lengths[index, n], ids[index, n], place[index, n] = len(rest), given.sample_id, where
                     sampling[index * number + n] = self.sampling[request - self.first]
         flat = tuple(x.reshape(-1, *x.shape[2:]) for x in (tokens, lengths, ids))
         drawn_so = row_sampling(sampling, self.sizes.stops, self.sizes.named)
-        read, drawn_so, where = place_batch(self.engine.mesh, (flat, drawn_so, place))
-        self.slots = self.engine.bring_in(self.params, self.slots, Prompts(*read), drawn_so, where, self.key)
+        begin = Beginnings(like, shared.reshape(-1)) if is_behind else None
+        read, drawn_so, where, begin = place_batch(self.engine.mesh, (flat, drawn_so, place, begin))
+        self.slots = self.engine.bring_in(self.params, self.slots, Prompts(*read), drawn_so, where, self.key, begin)
+
+    def _width(self, wanted: list[list[int]], is_behind: bool) -> int:
+        """What holds each of the prompts, or what stands behind their beginnings."""
+        requests = [request for each in wanted for request in each]
+        return bucket(int((self.lengths[requests] - (self.shared[requests] if is_behind else 0)).max()))
+
+    def _free_places(self, device: _Device) -> list[int]:
+        """Those first whose keys nobody waits for."""
+        next_ones = islice(device.waiting, len(device.prompts) + 1)
+        awaited = {int(self.family[request]) for request in next_ones if self.shared[request]}
+
+        def is_awaited(place: int) -> bool:
+            return place in device.kept and int(self.family[device.kept[place]]) in awaited
+
+        return sorted(device.free_places(), key=is_awaited)
 
     # --------------------------------------------------------------------------------------------------------- rows
 
@@ -268,7 +323,7 @@ class _Schedule:
                     if shard in self.mine:
                         self.ended.append(self.writing.pop(request))
 
-    def _unwritten(self, index: int) -> Group:
+    def _unwritten(self, index: int, read: int) -> Group:
         size, most, named = self.engine.group, self.sizes.width, len(self.sampling[index].named_ids)
         return Group(
             index,
@@ -277,6 +332,7 @@ class _Schedule:
             logprobs=np.zeros((size, most), np.float32),
             truncated=np.zeros(size, bool),
             named=np.zeros((size, most, named), np.float32),
+            read=read,
         )
 
     # ------------------------------------------------------------------------------------------------------- places
@@ -310,6 +366,7 @@ class _Schedule:
             rows[shard, : len(writing)] = [row for row, _ in writing]
             seat[shard, : len(writing)] = [living.index(r) * self.engine.group + g for _, (r, g) in writing]
             device.prompts = [*living, *[None] * (prompts - len(living))]
+            device.kept = dict(enumerate(living))
             device.rows = [*(work for _, work in writing), *[None] * (size - len(writing))]
         mine = slice(self.mine.start, self.mine.stop)
         keep, kept, sits = place_batch(self.engine.mesh, (rows[mine], places[mine], seat[mine]))
