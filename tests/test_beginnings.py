@@ -137,7 +137,9 @@ def test_a_rest_behind_kept_keys_is_the_whole_prompt(width):
     rest = np.zeros((3, int((lengths - begun).max())), np.int32)
     for row, (begin, end) in enumerate(zip(begun, lengths, strict=True)):
         rest[row, : end - begin] = tokens[row, begin:end]
-    found, kept = prefill_behind(lively(), ARCH, rest, lengths - begun, PromptCache(keys, values, jnp.asarray(begun)))
+    found, kept = prefill_behind(
+        lively(), ARCH, rest, lengths - begun, PromptCache(keys, values, jnp.asarray(begun)), 40 + width
+    )
     np.testing.assert_allclose(found, last, atol=2e-5)
     np.testing.assert_array_equal(kept.lengths, lengths)
     for mine, theirs in zip(kept.keys, whole.keys, strict=True):

@@ -102,24 +102,24 @@ def place_prompts(cache: PromptCache, new: PromptCache, place: jax.Array) -> Pro
     return jax.tree.map(put, cache, new)
 
 
-def prompts_at(cache: PromptCache, place: Array, lengths: Array) -> PromptCache:
-    """The prompts at places [W, n] within each device, of which only so many tokens [W·n] count."""
-    keys, values = jax.tree.map(partial(_taken, place), (cache.keys, cache.values))
+def prompts_at(cache: PromptCache, place: Array, lengths: Array, width: int) -> PromptCache:
+    """The first tokens [W·n] of the prompts at places [W, n] within each device; none of them more than a width."""
+    keys, values = jax.tree.map(partial(_taken, place), _narrowed(cache, width))
     return PromptCache(keys, values, jnp.asarray(lengths))
 
 
-def with_rest(before: PromptCache, rest: PromptCache) -> PromptCache:
-    """Prompts put together of their beginnings, [R, …, Tp, …], and what stands behind; no longer than Tp."""
+def with_rest(before: PromptCache, rest: PromptCache, most: int) -> PromptCache:
+    """Prompts put together of their beginnings and what stands behind them; none has more tokens than `most`."""
 
     def joined(axis: int, begin: jax.Array, rest: jax.Array) -> jax.Array:
-        width, behind = begin.shape[axis], rest.shape[axis]
+        behind = rest.shape[axis]
         room = [(0, behind if place == axis else 0) for place in range(begin.ndim)]
 
         def one(begin: jax.Array, rest: jax.Array, length: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(begin, rest, length, axis - 1)
 
         whole = jax.vmap(one)(jnp.pad(begin, room), rest.astype(begin.dtype), before.lengths)
-        return by_rows(jax.lax.slice_in_dim(whole, 0, width, axis=axis))
+        return by_rows(jax.lax.slice_in_dim(whole, 0, min(most, whole.shape[axis]), axis=axis))
 
     keys = tuple(map(partial(joined, 3), before.keys, rest.keys))
     values = tuple(map(partial(joined, 2), before.values, rest.values))
@@ -129,16 +129,17 @@ def with_rest(before: PromptCache, rest: PromptCache) -> PromptCache:
 def resize_cache(cache: KVCache, rows: jax.Array, prompts: jax.Array, prompt_width: int) -> KVCache:
     """The cache with the rows [W, b] and prompts [W, r] named, counted within each device, and narrower prompts."""
     old = cache.prompt
-    narrow = PromptCache(
-        tuple(keys[..., :prompt_width] for keys in old.keys),
-        tuple(values[..., :prompt_width, :] for values in old.values),
-        old.lengths,
-    )
+    narrow = PromptCache(*_narrowed(old, prompt_width), old.lengths)
     prompt = jax.tree.map(partial(_taken, prompts), narrow)
     if cache.pages is not None:  # which stay where they lie
         return replace(cache, prompt=prompt, pages=of_rows(cache.pages, rows))
     keys, values = jax.tree.map(partial(_taken, rows), (cache.keys, cache.values))
     return replace(cache, prompt=prompt, keys=keys, values=values)
+
+
+def _narrowed(cache: PromptCache, width: int) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Keys and values of the first so many tokens of each prompt."""
+    return tuple(keys[..., :width] for keys in cache.keys), tuple(values[..., :width, :] for values in cache.values)
 
 
 def _taken(index: Array, x: jax.Array) -> jax.Array:

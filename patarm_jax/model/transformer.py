@@ -206,6 +206,7 @@ def prefill_behind(
     tokens: jax.Array,
     lengths: jax.Array,
     before: PromptCache,
+    most: int,
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, PromptCache]:
@@ -216,14 +217,15 @@ def prefill_behind(
         arch: the network's shape.
         tokens: [R, S] int32, right-padded.
         lengths: [R] int32, ≥ 1.
-        before: keys and values of the beginnings, [R, …, Tp, …], with their lengths; a whole prompt is no longer.
+        before: keys and values of the beginnings, with their lengths.
+        most: tokens that a whole prompt has at most.
         dtype: of the computation.
     """
     positions = before.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     hidden, kept = _apply(params, arch, tokens, positions, _Behind(before), _Pass(dtype, keep=True))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     keys, values = zip(*kept, strict=True)
-    return last, with_rest(before, PromptCache(keys, values, lengths))
+    return last, with_rest(before, PromptCache(keys, values, lengths), most)
 
 
 def decode(

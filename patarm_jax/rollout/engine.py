@@ -165,8 +165,9 @@ def network_of(
     def read_behind(
         params: Params, tokens: jax.Array, lengths: jax.Array, cache: KVCache, beginnings: Beginnings
     ) -> tuple[jax.Array, PromptCache]:
-        before = prompts_at(cache.prompt, beginnings.place, beginnings.lengths)
-        hidden, kept = prefill_behind(params, arch, tokens, lengths, before, dtype=dtype)
+        before = prompts_at(cache.prompt, beginnings.place, beginnings.lengths, beginnings.width)
+        most = cache.prompt.keys[0].shape[-1]
+        hidden, kept = prefill_behind(params, arch, tokens, lengths, before, most, dtype=dtype)
         return logits(params, arch, hidden, dtype), kept
 
     def place(cache: KVCache, prompts: PromptCache, where: jax.Array) -> KVCache:

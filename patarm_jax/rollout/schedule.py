@@ -214,8 +214,9 @@ class _Schedule:
         """Reads the first of the requests that are wanted of each device, as many as are read at a time."""
         most, places = max(map(len, wanted)), len(self.devices[0].prompts)
         width = self._width(wanted, is_behind)
-        # What is taken from other places is copied, so that a short rest does not come without its cost.
-        number = prompts_at_a_time(max(width, (self.width + width) // 4) if is_behind else width, places, most)
+        begun = bucket(max(int(self.shared[request]) for requests in wanted for request in requests))
+        # What was read of a beginning is looked at again, so that a short rest does not come without its cost.
+        number = prompts_at_a_time(max(width, (begun + width) // 2) if is_behind else width, places, most)
         wanted = [requests[:number] for requests in wanted]
         width = self._width(wanted, is_behind)
         tokens = np.zeros((len(self.mine), number, width), np.int32)
@@ -243,7 +244,7 @@ class _Schedule:
                     sampling[index * number + n] = self.sampling[request - self.first]
         flat = tuple(x.reshape(-1, *x.shape[2:]) for x in (tokens, lengths, ids))
         drawn_so = row_sampling(sampling, self.sizes.stops, self.sizes.named)
-        begin = Beginnings(like, shared.reshape(-1)) if is_behind else None
+        begin = Beginnings(like, shared.reshape(-1), begun) if is_behind else None
         read, drawn_so, where, begin = place_batch(self.engine.mesh, (flat, drawn_so, place, begin))
         self.slots = self.engine.bring_in(self.params, self.slots, Prompts(*read), drawn_so, where, self.key, begin)
 
