@@ -273,10 +273,13 @@ def _add_bench(table: _Verbs) -> None:
         "patarm bench --quick",
         "patarm bench grpo sample --mean_new 106 --json bench.json",
         "patarm bench sft --model 4b --dtype bfloat16 --rows 8 --length 4096",
+        "patarm bench sample --compiled-for h100 --model 8b --dtype bfloat16 --responses 400 --group 1 --prompt 128",
     ]
     bench = _verb(table, "bench", verbs.bench, "measure speed and memory", examples)
-    bench.usage = "patarm bench [TASK …] [--quick] [--json FILE] [--setting value …]"
+    bench.usage = "patarm bench [TASK …] [--quick] [--compiled-for CARD] [--json FILE] [--setting value …]"
     bench.add_argument("--quick", action="store_true", help="compare with plain implementations, in two minutes")
+    compiled_for = "without running anything: what sft, sample and grpo would do on an h100 or a100 that is not here"
+    bench.add_argument("--compiled-for", metavar="CARD", help=compiled_for)
     bench.add_argument("--json", type=_path, metavar="FILE", help="write the numbers there too")
     tasks = "sft, sample, logprobs, grpo, attention, decode, load, compile"  # not imported: they need the devices
     bench.epilog = f"tasks: {tasks}; all when none is named\n\n{bench.epilog or ''}"

@@ -178,7 +178,7 @@ def report(options: argparse.Namespace, rest: list[str]) -> int:
 
 def bench(options: argparse.Namespace, rest: list[str]) -> int:
     """Speed and memory."""
-    from patarm_jax.bench.main import main, quick
+    from patarm_jax.bench.main import ahead, main, quick
     from patarm_jax.bench.quick import QUICK
 
     # Not argparse's: it would take the value of a setting for a task.
@@ -187,6 +187,9 @@ def bench(options: argparse.Namespace, rest: list[str]) -> int:
     if options.quick:
         _refuse(tasks)
         return 0 if quick(config, options.json) else 1
+    if options.compiled_for:
+        ahead(options.compiled_for, tasks, config, options.json)
+        return 0
     main(tasks, config, options.json)
     return 0
 

@@ -169,6 +169,8 @@ def ask_local(
 def _judge(local: Local, params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:
     """The answers of a judge that writes."""
     arch, tokenizer, key = local.model.arch, local.model.tokenizer, jax.random.key(local.seed)
+    whole = sum(len(one.tokens) for one in encoded)
+    read = 0
     for first in sorted({one.first for one in encoded}):  # unlike where votes were raised and that was stopped
         group = local.votes - first
         judging = make_judge(
@@ -179,9 +181,12 @@ def _judge(local: Local, params: Params, encoded: Sequence[Encoded]) -> Iterator
         every = judge(judging, params, requests, key, [one.question.rubric for one in alike])
         for judged, expected in _with_expected(local, params, alike, every) if local.expects else _as_drawn(every):
             written, question = judged.group, alike[judged.group.index].question
+            read += written.read
             each = zip(judged.judgements, written.lengths.tolist(), written.truncated.tolist(), strict=True)
             answers = [answer_of(question, vote, *one) for vote, one in enumerate(each, first)]
             yield [_scored(answer, more) for answer, more in zip(answers, expected, strict=True)]
+    if read < whole:
+        say(f"{read:,} of {whole:,} prompt tokens were read: what several prompts begin with is read once")
 
 
 # The judgements of a question, and what is expected of each; None where what was drawn counts.

@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from patarm_jax import __version__
+from patarm_jax.bench.ahead import as_row, compiled_for
 from patarm_jax.bench.measure import Roofline, device_peak, host_peak, limits
 from patarm_jax.bench.quick import ratios
+from patarm_jax.bench.targets import BANDWIDTH_REACHED, BETWEEN_KERNELS, FLOPS_REACHED
 from patarm_jax.bench.tasks import TASKS, Result, open_bench
 from patarm_jax.config.recipes import BenchConfig
 from patarm_jax.files import check_writable, write_json, writing
@@ -53,6 +55,35 @@ def quick(config: BenchConfig, output: Path | None = None) -> bool:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     _write(output, about | {"ratios": [dataclasses.asdict(each) | {"times_faster": each.value} for each in found]})
     return all(each.value >= each.floor for each in found)
+
+
+def ahead(card: str, tasks: Sequence[str], config: BenchConfig, output: Path | None = None) -> None:
+    """Prints what the programs of tasks would do on a card that is not here."""
+    about = {"config": dataclasses.asdict(config), "tasks": list(tasks), "compiled_for": card}
+    _check(output, about)
+    target, found = compiled_for(card, tasks, config)
+    columns = "program", "shape", "TFLOP", "of it least", "GB", "least", "kernels", "a layer", "ms", "tokens/s", "peak"
+    table = Table(*columns, box=None, title=f"{config.model}, {config.dtype}, compiled for one {target.words}, not run")
+    for each in found:
+        table.add_row(
+            each.program,
+            each.shape,
+            f"{each.flops / 1e12:,.2f}",
+            f"{each.flops_least / each.flops:.0%}",
+            f"{each.bytes_read / 1e9:,.1f}",
+            f"{each.bytes_least / 1e9:,.1f}" if each.bytes_least else "–",
+            f"{each.kernels:,}",
+            f"{each.kernels_per_layer:.0f}",
+            f"{1000 * each.seconds:,.1f}",
+            f"{each.tokens_per_s:,.0f}",
+            f"{each.peak_bytes / 2**30:,.1f} GiB",
+        )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    print(
+        f"times are estimates: {FLOPS_REACHED:.0%} of the published FLOPs, {BANDWIDTH_REACHED:.0%} of the bandwidth, "
+        f"{1e6 * BETWEEN_KERNELS:g} µs for each kernel"
+    )
+    _write(output, about | {"results": [as_row(each) for each in found]})
 
 
 def _row(result: Result, most: Roofline) -> dict[str, object]:

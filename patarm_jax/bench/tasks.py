@@ -118,17 +118,23 @@ def sampling(bench: Bench) -> Callable[[], object]:
     return lambda: run.sample(params, bench.config.seed)
 
 
-def _grpo_config(bench: Bench) -> GRPOConfig:
+def grpo_config(bench: Bench) -> GRPOConfig:
+    """How an update computes."""
     c, default = bench.config, GRPOConfig()
     update = replace(default.update, kl=KLSection(coef=c.kl_coef))
     return replace(default, model=bench.section, update=update, micro_batches=c.micro_batches)
 
 
+def sft_config(bench: Bench) -> SFTConfig:
+    """How a step computes."""
+    c = bench.config
+    return SFTConfig(model=bench.section, micro_batches=c.micro_batches, packing=c.packing)
+
+
 def sft_case(bench: Bench) -> tuple[Learner[SFTBatch], SFTBatch]:
     """What takes an SFT step, and the batch it takes it on."""
     c = bench.config
-    config = SFTConfig(model=bench.section, micro_batches=c.micro_batches, packing=c.packing)
-    learner = sft_learner(config, bench.arch, bench.mesh)
+    learner = sft_learner(sft_config(bench), bench.arch, bench.mesh)
     tokens, last = bench.tokens(c.rows, c.length), c.length - 1
     read = np.tile(np.arange(last, dtype=np.int32), (c.rows, 1))
     counts = np.full(c.rows, last, np.int32)
@@ -138,7 +144,7 @@ def sft_case(bench: Bench) -> tuple[Learner[SFTBatch], SFTBatch]:
 
 def policy_case(bench: Bench) -> tuple[Learner[Rollouts], Rollouts]:
     """What takes a policy update, and the completions of full length that it takes it on."""
-    learner = grpo_learner(_grpo_config(bench), bench.arch, bench.mesh)
+    learner = grpo_learner(grpo_config(bench), bench.arch, bench.mesh)
     return learner, _learnt_from(bench, _requests(bench), _full_length(bench))
 
 
@@ -194,7 +200,7 @@ class GRPOStep:
 
 def grpo_step(bench: Bench) -> GRPOStep:
     """A GRPO step with its programs and its state."""
-    config = _grpo_config(bench)
+    config = grpo_config(bench)
     learner = grpo_learner(config, bench.arch, bench.mesh)
     programs = make_rollout_programs(config, bench.arch, bench.mesh)
     state = _state(bench, learner)
@@ -214,9 +220,12 @@ def policy(bench: Bench) -> Result:
         float(np.mean([one.lengths.sum() for one in each[-c.repeats :]])) for each in (step.finished, step.judged)
     )
     responses = c.responses * c.group
+    prompts = sum(one.read for one in step.judged) / len(step.judged)
+    whole = responses * (c.prompt + c.question) + float(np.mean([one.lengths.sum() for one in step.finished]))
+    shared = 1 - prompts / whole
     shape = (
         f"{c.responses} × {c.prompt}, G {c.group}, {written / responses:.0f} of {c.new}; judge "
-        f"{judged / responses:.0f} of {c.judgement}"
+        f"{judged / responses:.0f} of {c.judgement}, of whose prompts {shared:.0%} were shared"
     )
     read = c.responses * c.prompt + responses * (c.prompt + c.question) + int(written)
     return Result("policy", shape, timing, tokens=read + int(written) + int(judged), phases=medians)
@@ -256,7 +265,7 @@ def _judging(bench: Bench) -> _Judging:
 def logprobs(bench: Bench) -> Result:
     """Log-probs of G completions of each prompt, which is computed once for them."""
     c = bench.config
-    programs = make_rollout_programs(_grpo_config(bench), bench.arch, bench.mesh)
+    programs = make_rollout_programs(grpo_config(bench), bench.arch, bench.mesh)
     params = jax.tree.map(lambda x: x.astype(c.dtype), init_params(bench.arch, jax.random.key(c.seed), bench.mesh))
     batch = _learnt_from(bench, _requests(bench), _full_length(bench))
     timing = time_calls(lambda: programs.logprobs(params, None, batch), c.repeats)
@@ -309,12 +318,17 @@ class _Rollouts:
 
 
 def _rollouts(bench: Bench) -> _Rollouts:
-    c = bench.config
-    network, params = network_for(bench.section, bench.arch, bench.mesh), SamplingParams(_stops(bench), c.new)
-    engine = make_engine(network, bench.mesh, c.group, params, c.decode_rows, c.halvings)
-    most = SamplingParams(params.stop_ids, min(c.longest or c.new, c.new))
+    c, engine = bench.config, make_sampler(bench)
+    most = SamplingParams(engine.sampling.stop_ids, min(c.longest or c.new, c.new))
     requests = [replace(request, sampling=most) for request in _requests(bench)]
     return _Rollouts(engine, requests, min(c.decode_rows or c.responses * c.group, c.responses * c.group))
+
+
+def make_sampler(bench: Bench) -> Engine:
+    """What samples G completions of each prompt."""
+    c = bench.config
+    network, params = network_for(bench.section, bench.arch, bench.mesh), SamplingParams(_stops(bench), c.new)
+    return make_engine(network, bench.mesh, c.group, params, c.decode_rows, c.halvings)
 
 
 def _stops(bench: Bench) -> tuple[int, ...]:

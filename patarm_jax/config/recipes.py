@@ -30,6 +30,7 @@ from patarm_jax.config.sections import (
     Positive,
     Section,
     Seed,
+    Share,
     Votes,
 )
 from patarm_jax.config.training import ReinforcedConfig, SupervisedConfig, TrainConfig
@@ -448,5 +449,6 @@ class BenchConfig(Section):
     halvings: Natural = 3  # how often those rows may be halved when no completion waits any more
     kl_coef: NotNegative = 0.0  # above 0: the reference's log-probs are computed too
     micro_batches: Positive = 1  # slices summed in one update
+    filled: Share = 0.25  # with --compiled-for: how much of its limit each row that is decoded has written
     repeats: Positive = 5  # timed runs of each task
     seed: Seed = 0  # random seed for weights and tokens
