@@ -56,7 +56,7 @@ def test_training_computes_what_it_must_on_a_card(card, tmp_path):
     for row in found.values():
         assert row["flops_least"] < row["flops"] and row["peak_bytes"] > row["temp_bytes"] > 0
         assert row["tokens_per_s"] == row["tokens"] / row["seconds"]
-    assert "compiled for one NVIDIA" in printed and "times are estimates" in printed
+    assert "compiled for 1 × NVIDIA" in printed and "times are estimates" in printed
 
 
 @needs_plugin

@@ -2,14 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from patarm_jax.bench import hlo
 from patarm_jax.bench.shapes import SHAPES, step_flops
 from patarm_jax.bench.tasks import Bench, policy_case, sft_case
 from patarm_jax.config.recipes import BenchConfig
+from patarm_jax.config.sections import MeshSection
 from patarm_jax.model.attention import CAUSAL_PARTS, QUERY_BLOCK
-from patarm_jax.model.sharding import MESH_AXES
+from patarm_jax.model.sharding import MESH_AXES, make_mesh
+from patarm_jax.model.transformer import init_params
 from patarm_jax.rollout.draw import RARE
 from patarm_jax.train.losses import HEAD_TOKENS
 
@@ -144,6 +147,22 @@ def test_a_step_of_sft_computes_what_it_must(remat):
     predicted = in_chunks(rows * (length - 1))
     least = step_flops(SHAPES["tiny"], rows * length, rows * causal_reads(length), predicted, remat)
     assert flops_of(text) == pytest.approx(least, rel=0.001)
+
+
+def test_what_layers_hand_on_is_split_over_tensor_and_changes_nothing():
+    shape = dict(responses=4, prompt=64, group=2, new=32, remat="full")
+    learnt, texts = [], []
+    spread = Bench(BenchConfig(**shape), SHAPES["tiny"], make_mesh(MeshSection(data=2, fsdp=2, tensor=2)))
+    for bench in (on_one_device(**shape), spread):
+        learner, batch = policy_case(bench)
+        state = learner.new_state(init_params(bench.arch, jax.random.key(0), bench.mesh))
+        compiled = learner.update.lower(state, None, batch).compile()
+        texts.append(compiled.as_text())
+        learnt.append(learner.update(state, None, batch)[0].params)
+    of_row, of_all = "f32[4,1,{},256]".format, 64 + 2 * 32  # layers, rows of a device, tokens, width
+    assert of_row(of_all // 2) in texts[1] and of_row(of_all) not in texts[1]
+    for mine, theirs in zip(*map(jax.tree.leaves, learnt), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-6)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])

@@ -30,15 +30,16 @@ Formula = Callable[[list[int]], tuple[float, float]]
 
 @dataclass(frozen=True)
 class Ahead:
-    """What a program does each time it runs; of decoding, at each token of all rows."""
+    """What a program does each time it runs, on each card; of decoding, at each token of all rows."""
 
     program: str
     shape: str
-    tokens: int  # useful ones
+    tokens: int  # useful ones, of all cards
     flops: float
     flops_least: float
     bytes_read: float  # and written
     bytes_least: float  # 0: not what holds it back
+    told: dict[str, float]  # by collective, bytes that it leaves on a card
     kernels: int
     kernels_per_layer: float
     seconds: float  # estimated
@@ -77,7 +78,7 @@ def compiled_for(name: str, tasks: Sequence[str], config: BenchConfig) -> tuple[
     target = target_of(name)
     # The libraries' kernels are closed, and cuDNN is not needed to be here: ours stand for them.
     attention = "pallas" if config.attention == "auto" and config.dtype == "bfloat16" else config.attention
-    bench = Bench(replace(config, attention=attention), SHAPES[config.model], described_mesh(target))
+    bench = Bench(replace(config, attention=attention), SHAPES[config.model], described_mesh(target, config.mesh))
     return target, [_looked_at(bench, target, work) for task in tasks or _WORK for work in _WORK[task](bench)]
 
 
@@ -91,15 +92,21 @@ def _looked_at(bench: Bench, target: Target, work: _Work) -> Ahead:
     def total(of: Callable[[Launch], float]) -> float:
         return sum(launch.times * of(launch) for launch in every)
 
+    told: dict[str, float] = {}
+    for launch in every:
+        if launch.told:
+            told[launch.kind] = told.get(launch.kind, 0.0) + launch.times * launch.told
+    cards = bench.mesh.size
     in_layers = sum(launch.times for launch in every if "layers" in launch.name)
     return Ahead(
         program=work.name,
         shape=work.shape,
         tokens=work.tokens,
         flops=total(lambda launch: launch.flops),
-        flops_least=work.flops_least,
+        flops_least=work.flops_least / cards,
         bytes_read=total(lambda launch: launch.bytes),
         bytes_least=work.bytes_least,
+        told=told,
         kernels=sum(launch.times for launch in every),
         kernels_per_layer=in_layers / bench.arch.num_hidden_layers,
         seconds=total(lambda launch: target.seconds(launch.flops, launch.bytes)),
@@ -177,7 +184,7 @@ def _sample(bench: Bench) -> list[_Work]:
             programs["decode"],
             rows,
             decoded,
-            matrices + kept,
+            matrices / bench.mesh.shape["tensor"] + kept / bench.mesh.size,
             {"flash_decode": _decoding(bench, rows, seated, own)},
             is_loop=True,
         ),
@@ -192,7 +199,8 @@ _WORK: dict[str, Callable[[Bench], list[_Work]]] = {"sft": _sft, "sample": _samp
 
 def _attention(bench: Bench, reads: int) -> dict[str, Formula]:
     """Of our attention over whole rows: a matmul with scores has 2·N·H multiplications for each pair that is read."""
-    each = 2.0 * bench.arch.num_attention_heads * bench.arch.head_dim * reads / bench.config.micro_batches
+    each = 2.0 * bench.arch.num_attention_heads * bench.arch.head_dim * reads
+    each /= bench.config.micro_batches * bench.mesh.size
 
     def multiplies(matmuls: int) -> Formula:
         return lambda sizes: (matmuls * each, float(sum(sizes)))
@@ -216,7 +224,7 @@ def _decoding(bench: Bench, rows: int, seated: int, own: int) -> Formula:
     def moved(sizes: list[int]) -> tuple[float, float]:
         counts, table, queries, _, _, *out = sizes
         has_table = table > counts
-        keys = rows * own if has_table else prompts
+        keys = (rows * own if has_table else prompts) / bench.mesh.size
         read_by = 1 if has_table else bench.config.group
         flops = 4.0 * arch.num_attention_heads * arch.head_dim * keys * read_by
         return flops, float(keys * of_key + counts + table + queries + sum(out))

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import math
 import platform
 import sys
 from collections.abc import Sequence
@@ -62,8 +63,10 @@ def ahead(card: str, tasks: Sequence[str], config: BenchConfig, output: Path | N
     about = {"config": dataclasses.asdict(config), "tasks": list(tasks), "compiled_for": card}
     _check(output, about)
     target, found = compiled_for(card, tasks, config)
-    columns = "program", "shape", "TFLOP", "of it least", "GB", "least", "kernels", "a layer", "ms", "tokens/s", "peak"
-    table = Table(*columns, box=None, title=f"{config.model}, {config.dtype}, compiled for one {target.words}, not run")
+    cards = math.prod(max(1, size) for size in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+    title = f"{config.model}, {config.dtype}, compiled for {cards} × {target.words}, not run; of each card"
+    amounts = "TFLOP", "of it least", "GB", "least", "told, GB", "kernels", "a layer"
+    table = Table("program", "shape", *amounts, "ms", "tokens/s", "peak", box=None, title=title)
     for each in found:
         table.add_row(
             each.program,
@@ -72,6 +75,7 @@ def ahead(card: str, tasks: Sequence[str], config: BenchConfig, output: Path | N
             f"{each.flops_least / each.flops:.0%}",
             f"{each.bytes_read / 1e9:,.1f}",
             f"{each.bytes_least / 1e9:,.1f}" if each.bytes_least else "–",
+            ", ".join(f"{kind} {told / 1e9:,.2f}" for kind, told in each.told.items()) or "–",
             f"{each.kernels:,}",
             f"{each.kernels_per_layer:.0f}",
             f"{1000 * each.seconds:,.1f}",
@@ -81,7 +85,7 @@ def ahead(card: str, tasks: Sequence[str], config: BenchConfig, output: Path | N
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     print(
         f"times are estimates: {FLOPS_REACHED:.0%} of the published FLOPs, {BANDWIDTH_REACHED:.0%} of the bandwidth, "
-        f"{1e6 * BETWEEN_KERNELS:g} µs for each kernel"
+        f"{1e6 * BETWEEN_KERNELS:g} µs for each kernel, nothing for what cards tell each other"
     )
     _write(output, about | {"results": [as_row(each) for each in found]})
 

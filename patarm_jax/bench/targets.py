@@ -4,6 +4,7 @@ Compute capability, cores, memory and bandwidth are NVIDIA's published ones; wha
 assumption, and so is every time that follows from it.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -12,8 +13,9 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
+from patarm_jax.config.sections import MeshSection
 from patarm_jax.model.sharding import MESH_AXES
-from patarm_jax.types import UserError
+from patarm_jax.types import UsageError, UserError
 
 TargetName = Literal["h100", "a100"]
 TARGETS: tuple[TargetName, ...] = get_args(TargetName)
@@ -22,6 +24,7 @@ TARGETS: tuple[TargetName, ...] = get_args(TargetName)
 BANDWIDTH_REACHED, FLOPS_REACHED = 0.9, 0.65
 # Seconds from one kernel of a captured graph to the next.
 BETWEEN_KERNELS = 1.5e-6
+CARDS = 8  # of a host at most
 PLUGIN = "pip install jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}"
 
 _DESCRIBED = """
@@ -102,18 +105,28 @@ def target_of(name: str) -> Target:
     raise UserError(f"--compiled-for {name}: programs can be compiled for {' and '.join(TARGETS)}. Name one of them.")
 
 
-def described_mesh(target: Target) -> Mesh:
-    """A mesh of one card that is described and not there.
+def described_mesh(target: Target, section: MeshSection) -> Mesh:
+    """A mesh of cards that are described and not there; an axis without a size has one.
 
     Raises:
         UserError: without the CUDA plugin there is nobody who could compile for it.
     """
     jax.config.update("jax_platforms", "cpu")  # the plugin would look for a driver
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # it would tell many times that there is no driver
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it would tell many times that there is no driver
     text = _DESCRIBED.format(**vars(target))
+    sizes = [max(1, size) for size in (section.data, section.fsdp, section.tensor)]
+    hosts = -(-math.prod(sizes) // CARDS)
+    if math.prod(sizes) % hosts:
+        raise UsageError(
+            f"mesh.data × mesh.fsdp × mesh.tensor is {math.prod(sizes)}: more than {CARDS} cards are told as hosts of "
+            f"equally many. Choose a multiple of {hosts}."
+        )
     try:
         described = topologies.get_topology_desc(
-            platform="cuda", topology_name="", target_config=text, topology="1x1x1"
+            platform="cuda",
+            topology_name="",
+            target_config=text,
+            topology=f"1x{hosts}x{math.prod(sizes) // hosts}",
         )
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise UserError(
@@ -121,4 +134,4 @@ def described_mesh(target: Target) -> Mesh:
             f"{PLUGIN.format(version=jax.__version__)}"
         ) from None
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=types, devices=described.devices)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=described.devices)

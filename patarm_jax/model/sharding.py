@@ -141,6 +141,36 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
+@jax.custom_vjp
+def gathered(x: jax.Array) -> jax.Array:
+    """A weight [vocabulary, width], whole along its width before it is used in parts, which would gather it each time.
+
+    Its gradient is split as the weight is, so that devices add up no more than each keeps.
+    """
+    return constrain(x, "tensor", None)
+
+
+def _gathered_forward(x: jax.Array) -> tuple[jax.Array, None]:
+    return gathered(x), None
+
+
+def _gathered_backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (constrain(gradient, "tensor", "fsdp"),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def between_blocks(x: jax.Array) -> jax.Array:
+    """What layers hand on, [R, S, D], its tokens split over `tensor` where they divide: what is kept of each layer.
+
+    Norms work on such a part; what needs all of a row's tokens gathers them, in place of adding up the whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    divides = not mesh.empty and x.shape[1] % mesh.shape["tensor"] == 0
+    return constrain(x, BATCH_AXES, "tensor" if divides else None, None)
+
+
 def place_batch(mesh: Mesh, tree: Tree) -> Tree:
     """Host arrays, each process's part of a global batch, as global arrays split along their leading axis."""
     sharding, tree = batch_sharding(mesh), jax.tree.map(np.asarray, tree)

@@ -27,7 +27,15 @@ from patarm_jax.model.cache import KVCache, PromptCache, by_head, with_rest, wit
 from patarm_jax.model.kernels import PORTABLE, Kernel
 from patarm_jax.model.pages import Held, assigned, held, places
 from patarm_jax.model.seated import seated_attention
-from patarm_jax.model.sharding import BATCH_AXES, TRAIN_RULES, Rules, constrain, named_sharding
+from patarm_jax.model.sharding import (
+    BATCH_AXES,
+    TRAIN_RULES,
+    Rules,
+    between_blocks,
+    constrain,
+    gathered,
+    named_sharding,
+)
 
 LORA_A, LORA_B = "_lora_A", "_lora_B"  # behind the name of a weight: its adapters; see `model.lora`
 NO_MESH = jax.sharding.AbstractMesh((), ())
@@ -75,6 +83,10 @@ class _Pass:
     remat: Remat = "none"
     keep: bool = False  # the keys and values of a prompt
     lora_scale: float = 1.0  # of what adapters give, where weights have any
+
+    def handed_on(self, x: jax.Array) -> jax.Array:
+        """What a layer gives to the next, [R, S, D], placed: it is what training keeps of each, and split for that."""
+        return constrain(x, BATCH_AXES, None, None) if self.keep else between_blocks(x)
 
 
 def init_params(arch: Architecture, key: jax.Array, mesh: Mesh | None = None, rules: Rules = TRAIN_RULES) -> Params:
@@ -277,8 +289,7 @@ def _head(params: Params, arch: Architecture, dtype: DTypeLike) -> jax.Array:
     if arch.scalar_head:
         return jnp.asarray(params["score"], dtype)
     head = params["embed_tokens"] if arch.tie_word_embeddings else params["lm_head"]
-    # Whole along the width before it is used in chunks, which would otherwise gather it one by one.
-    return constrain(head.astype(dtype), "tensor", None)
+    return gathered(head.astype(dtype))
 
 
 def _apply(
@@ -314,9 +325,8 @@ class _Qwen(nn.Module):
             _param(self, "score", init, (1, c.hidden_size))  # applied by the caller
         elif not c.tie_word_embeddings:
             _weight(self, "lm_head", (c.vocab_size, c.hidden_size), ("vocab", "embed"))  # applied by the caller
-        # Gathered over `fsdp` first: a lookup in a table split along the width would be repeated on every device.
-        table = constrain(embedding.astype(self.how.dtype), "tensor", None)
-        x = constrain(jnp.take(table, tokens, axis=0), BATCH_AXES, None, None)
+        # A lookup in a table that is split along the width would be repeated on every device.
+        x = self.how.handed_on(jnp.take(gathered(embedding.astype(self.how.dtype)), tokens, axis=0))
 
         block, rotary, kept = _rematerialised(self.how.remat), _rotary(positions, c), []
         if self.stacked:
@@ -347,9 +357,9 @@ class _Block(nn.Module):
         eps = self.config.rms_norm_eps
         attend = _Attention(self.config, self.how, self.layer, name="self_attn")
         mixed, kept = attend(_norm(self, "input_layernorm", x, eps), rotary, context)
-        x = constrain(x + mixed, BATCH_AXES, None, None)
+        x = self.how.handed_on(x + mixed)
         x = x + _MLP(self.config, self.how, name="mlp")(_norm(self, "post_attention_layernorm", x, eps))
-        return constrain(x, BATCH_AXES, None, None), kept
+        return self.how.handed_on(x), kept
 
 
 class _Attention(nn.Module):
