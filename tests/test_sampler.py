@@ -12,9 +12,10 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from patarm_jax.arrays import Rollouts
+from patarm_jax.bench.hlo import launches
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture
@@ -343,6 +344,34 @@ def fake_network(group, logits_of):
         decode=lambda params, tokens, cache, seats: (logits_of(cache + 1, tokens.shape[0]), cache + 1),
         resize=lambda cache, rows, prompts, width: cache,
     )
+
+
+@pytest.mark.parametrize(
+    "manner", [{}, {"temperature": 0.0}, {"top_k": 7}, {"top_p": 0.6}, {"temperature": 0.5, "named_ids": (0, 51, 99)}]
+)
+def test_devices_that_share_the_vocabulary_draw_what_one_draws(manner):
+    """And tell each other less than a row's logits."""
+    rows, group, vocab = 8, 5, 100  # parts of 50: no whole number of blocks
+    params = [SamplingParams((), 9, **manner if row % 3 else {}) for row in range(rows)]
+    sampling = jax.tree.map(lambda x: x[:, None], row_sampling(params, 1, 3))
+    logits = 3 * jax.random.normal(jax.random.key(1), (rows, group, vocab))
+    logits = logits.at[0].set(0.0).at[1, :, 60:].set(-jnp.inf).at[2, 0, 99].set(50.0)
+    keys = jax.vmap(jax.vmap(partial(jax.random.fold_in, jax.random.key(2))))(jnp.arange(40).reshape(rows, group))
+    # Equal likeliest ones, in both parts.
+    logits = logits.at[4, :, jnp.array([30, 70])].set(20.0)
+    alone = draw(logits, keys, sampling, needs_of(sampling))
+    mesh = make_mesh(MeshSection(data=2, fsdp=2, tensor=2))
+    drawn = jax.jit(lambda *given: draw(*given, needs_of(sampling)))
+    with jax.set_mesh(mesh):
+        parts = jax.device_put(logits, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor")))
+        token, logprob, named = drawn(parts, keys, sampling)
+        text = drawn.lower(parts, keys, sampling).compile().as_text()
+    np.testing.assert_array_equal(token, alone[0])
+    np.testing.assert_allclose(logprob, alone[1], atol=1e-5)
+    np.testing.assert_allclose(named, alone[2], atol=1e-5)
+    if not {"top_k", "top_p"} & set(manner):
+        told = sum(launch.told for launch in launches(text))
+        assert 0 < told < rows * group * vocab * 4 / 4  # what a device would need of the other's logits
 
 
 def test_draws_of_rows_positions_and_steps_are_independent():

@@ -6,13 +6,16 @@ in temperature, top-k, top-p, stop ids and limit, and may name tokens whose log-
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from patarm_jax.arrays import Array
+from patarm_jax.model.sharding import BATCH_AXES
 
 # Weights whose sum is looked at before they are looked at one by one.
 PICK_BLOCK = 128
@@ -101,50 +104,102 @@ def draw(
 
     A token is where a uniform number falls on the line of all probabilities laid end to end: one number per row, where
     adding noise to every logit would cost one per token of the vocabulary. Sorting, and the search for the likeliest
-    token, are left out when no row wants them.
+    token, are left out when no row wants them. Devices that share the vocabulary keep their parts of the logits, and
+    tell each other a few numbers of each row.
 
     Args:
-        logits: [..., V].
-        keys: [...] PRNG keys.
-        sampling: [...], or of a shape that spreads to it.
+        logits: [R, …, V].
+        keys: [R, …] PRNG keys.
+        sampling: [R, …], or of a shape that spreads to it.
         needs: from `needs_of`.
 
     Returns:
-        token [...] int32, its log-prob [...] and those of the named tokens [..., N], float32: of the softmax at the
+        token [R, …] int32, its log-prob [R, …] and those of the named tokens [R, …, N], float32: of the softmax at the
         row's temperature (at 1 when it is 0), before top-k and top-p, which is what training compares them with.
     """
-    scaled = logits.astype(jnp.float32) * sampling.scale[..., None]
-    above = scaled - scaled.max(axis=-1, keepdims=True)
-    weights = jnp.exp(above)
     uniform = jax.vmap(jax.random.uniform)(keys.reshape(-1)).reshape(keys.shape)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["tensor"] == 1 or logits.shape[-1] % mesh.shape["tensor"]:
+        return _draw(logits, uniform, sampling, needs)
+    rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+    parts = PartitionSpec(BATCH_AXES, *[None] * (logits.ndim - 2), "tensor")
+    drawn = jax.shard_map(
+        partial(_draw, axis="tensor"),
+        in_specs=(parts, rows, jax.tree.map(lambda _: rows, sampling), jax.tree.map(lambda _: whole, needs)),
+        out_specs=rows,
+        check_vma=False,
+    )
+    found: tuple[jax.Array, jax.Array, jax.Array] = drawn(logits, uniform, sampling, needs)
+    return found
+
+
+def _draw(
+    logits: jax.Array, uniform: jax.Array, sampling: RowSampling, needs: Needs, axis: str | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `draw`, of the whole logits or of a device's part of them, whose mesh axis is named."""
+    scaled = logits.astype(jnp.float32) * sampling.scale[..., None]
+    peak = scaled.max(axis=-1, keepdims=True)
+    above = scaled - (peak if axis is None else jax.lax.pmax(peak, axis))
+    weights = jnp.exp(above)
+    first = 0 if axis is None else jax.lax.axis_index(axis) * logits.shape[-1]  # the token of the first logit here
+
+    def added_up(x: jax.Array) -> jax.Array:
+        return x if axis is None else jax.lax.psum(x, axis)
+
+    def cut() -> jax.Array:
+        every = scaled if axis is None else jax.lax.all_gather(scaled, axis, axis=scaled.ndim - 1, tiled=True)
+        stays = kept(every, sampling.top_k, sampling.top_p)
+        if axis is not None:
+            stays = jax.lax.dynamic_slice_in_dim(stays, first, logits.shape[-1], axis=scaled.ndim - 1)
+        return pick(jnp.where(stays, weights, 0.0), uniform, axis)
+
+    def likeliest() -> jax.Array:
+        here = first + scaled.argmax(axis=-1)
+        if axis is not None:  # of equal ones the first, as of a whole row
+            here = jax.lax.pmin(jnp.where(above.max(axis=-1) == 0, here, jnp.iinfo(here.dtype).max), axis)
+        return jnp.where(sampling.greedy, here, token)
+
+    def at(ids: jax.Array) -> jax.Array:
+        """The values of tokens [..., n], each of which one device has."""
+        place = ids - first
+        is_here = (place >= 0) & (place < above.shape[-1])
+        taken = jnp.take_along_axis(above, jnp.clip(place, 0, above.shape[-1] - 1), axis=-1)
+        return added_up(jnp.where(is_here, taken, 0.0))
+
     with jax.named_scope(RARE):
-        token = jax.lax.cond(
-            needs.cut,
-            lambda: pick(jnp.where(kept(scaled, sampling.top_k, sampling.top_p), weights, 0.0), uniform),
-            lambda: pick(weights, uniform),
-        )
-        likeliest = lambda: jnp.where(sampling.greedy, scaled.argmax(axis=-1), token)  # noqa: E731
+        token = jax.lax.cond(needs.cut, cut, lambda: pick(weights, uniform, axis))
         token = jax.lax.cond(needs.greedy, likeliest, lambda: token)
-    total = jnp.log(weights.sum(axis=-1, keepdims=True))
+    total = jnp.log(added_up(weights.sum(axis=-1, keepdims=True)))
     named = jnp.broadcast_to(jnp.maximum(sampling.named_ids, 0), (*token.shape, sampling.named_ids.shape[-1]))
-    of_token, of_named = (jnp.take_along_axis(above, ids, axis=-1) - total for ids in (token[..., None], named))
+    of_token, of_named = (at(ids) - total for ids in (token[..., None], named))
     return token.astype(jnp.int32), of_token[..., 0], of_named
 
 
-def pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+def pick(weights: jax.Array, uniform: jax.Array, axis: str | None = None) -> jax.Array:
     """The first index whose cumulative weight exceeds `uniform` [...] in [0, 1) of the total: weights [..., V] ≥ 0.
 
-    Found in two steps, a block of weights and then an index in it, since a cumulative sum over V is slow.
+    Found in steps, a block of weights and then an index in it, since a cumulative sum over V is slow; and of devices
+    that have a part of the weights each, along a mesh axis, first the one that has it.
     """
-    blocks = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -weights.shape[-1] % PICK_BLOCK)])
+    size = weights.shape[-1]
+    blocks = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -size % PICK_BLOCK)])
     blocks = blocks.reshape(*weights.shape[:-1], -1, PICK_BLOCK)
     masses = blocks.sum(axis=-1)
     cumulative = jnp.cumsum(masses, axis=-1)
     goal = uniform[..., None] * cumulative[..., -1:]
+    if axis is not None:
+        of_devices = jax.lax.all_gather(cumulative[..., -1], axis, axis=uniform.ndim)
+        up_to = jnp.cumsum(of_devices, axis=-1)
+        goal = uniform[..., None] * up_to[..., -1:]
+        owner, me = _first_above(of_devices, up_to, goal), jax.lax.axis_index(axis)
+        goal = goal - (up_to[..., me] - of_devices[..., me])[..., None]
     block = _first_above(masses, cumulative, goal)
     before = jnp.where(block > 0, jnp.take_along_axis(cumulative, jnp.maximum(block - 1, 0), axis=-1), 0.0)
     inside = jnp.take_along_axis(blocks, block[..., None], axis=-2)[..., 0, :]
-    return (block * PICK_BLOCK + _first_above(inside, before + jnp.cumsum(inside, axis=-1), goal))[..., 0]
+    index = (block * PICK_BLOCK + _first_above(inside, before + jnp.cumsum(inside, axis=-1), goal))[..., 0]
+    if axis is None:
+        return index
+    return jax.lax.psum(jnp.where(owner[..., 0] == me, me * size + index, 0), axis)
 
 
 def _first_above(masses: jax.Array, cumulative: jax.Array, goal: jax.Array) -> jax.Array:
