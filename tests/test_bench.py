@@ -29,7 +29,8 @@ def test_every_task_runs_and_is_written_down(tmp_path, capsys):
     by_task = {row["task"]: row for row in written["results"]}
     assert set(by_task["grpo"]["phases_s"]) == {"sample", "logprobs", "update"}
     assert set(by_task["policy"]["phases_s"]) == {"sample", "judge", "logprobs", "update"}
-    assert all(row["median_s"] > 0 for row in written["results"])
+    assert all(row["median_s"] > 0 and row["peak_bytes"] > 0 for row in written["results"])
+    assert by_task["sft"]["flops_least"] > 0 and by_task["sample"]["bytes_least"] > 0
     printed = capsys.readouterr().out
     assert all(task in printed for task in by_task)
 
@@ -39,7 +40,7 @@ def test_quick_compares_every_pair_of_ways(tmp_path, capsys):
     """Sizes at which nothing is won: what is tested is that both ways run, and that a low ratio is told."""
     code = main(["bench", "--quick", *SMALL, "--json", str(tmp_path / "quick.json")])
     found = json.loads((tmp_path / "quick.json").read_text())["ratios"]
-    assert len(found) == 6 and all(each["times_faster"] == each["plain"] / each["ours"] for each in found)
+    assert len(found) == 8 and all(each["times_faster"] == each["plain"] / each["ours"] for each in found)
     assert code == (0 if all(each["times_faster"] >= each["floor"] for each in found) else 1)
     printed = capsys.readouterr().out
     assert all(each["name"] in printed for each in found)

@@ -1,18 +1,22 @@
 """What compiled programs do, counted in their text: no more than what an analysis of the network says they must."""
 
+from dataclasses import replace
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from patarm_jax.bench import hlo
-from patarm_jax.bench.shapes import SHAPES, step_flops
+from patarm_jax.bench.shapes import SHAPES, layer_weights, step_flops
 from patarm_jax.bench.tasks import Bench, policy_case, sft_case
 from patarm_jax.config.recipes import BenchConfig
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.model.attention import CAUSAL_PARTS, QUERY_BLOCK
+from patarm_jax.model.kernels import Kernel
 from patarm_jax.model.sharding import MESH_AXES, make_mesh
-from patarm_jax.model.transformer import init_params
+from patarm_jax.model.transformer import forward, init_params
 from patarm_jax.rollout.draw import RARE
 from patarm_jax.train.losses import HEAD_TOKENS
 
@@ -139,7 +143,7 @@ def test_what_cannot_be_counted_is_refused():
 # ---------------------------------------------------------------------------------------------------- whole programs
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
 def test_a_step_of_sft_computes_what_it_must(remat):
     rows, length = 4, 256
     learner, batch = sft_case(on_one_device(rows=rows, length=length, remat=remat))
@@ -147,6 +151,22 @@ def test_a_step_of_sft_computes_what_it_must(remat):
     predicted = in_chunks(rows * (length - 1))
     least = step_flops(SHAPES["tiny"], rows * length, rows * causal_reads(length), predicted, remat)
     assert flops_of(text) == pytest.approx(least, rel=0.001)
+
+
+@pytest.mark.parametrize("kernel", ["pallas", pytest.param("splash", marks=pytest.mark.long)])
+def test_attention_is_kept_or_computed_again_as_remat_says(kernel):
+    """Of kernels too: with attention kept, the backward pass computes the layers' matmuls again and nothing else."""
+    wide, tokens = replace(SHAPES["tiny"], head_dim=128, num_hidden_layers=2), 128
+    how = partial(forward, arch=wide, kernel=Kernel(kernel, interpret=True))
+    given = jax.eval_shape(lambda: init_params(wide, jax.random.key(0))), jnp.zeros((1, tokens), jnp.int32)
+
+    def flops(remat):
+        gradient = jax.grad(lambda params, prompt: how(params, prompt=prompt, remat=remat).prompt.sum())
+        return flops_of(jax.jit(gradient).lower(*given).compile().as_text())
+
+    again = layer_weights(wide) - 2 * wide.hidden_size * wide.intermediate_size
+    assert flops("attention") - flops("none") == 2 * tokens * again
+    assert flops("full") > flops("attention")
 
 
 def test_what_layers_hand_on_is_split_over_tensor_and_changes_nothing():

@@ -101,11 +101,13 @@ def _row(result: Result, most: Roofline) -> dict[str, object]:
         "median_s": median,
         "spread": result.timing.spread,
         "tokens_per_s": result.tokens / median if result.tokens else None,
+        "flops_least": result.flops or None,
+        "bytes_least": result.read or None,
         "of_limit": used or None,
         "limit": ("memory" if result.read else "matmul") if used else None,
         "phases_s": result.phases,
-        "host_peak_bytes": host_peak(),  # the process's so far: name one task to have its own
-        "device_peak_bytes": device_peak(),
+        # The process's so far, on devices where these count it: name one task to have its own.
+        "peak_bytes": device_peak() or host_peak(),
     }
 
 
@@ -118,7 +120,6 @@ def _show(rows: list[dict[str, Any]], most: Roofline, config: BenchConfig) -> No
     columns = "task", "shape", "first, s", "median, s", "spread", "tokens/s", "of limit", "peak"
     table = Table(*columns, title=title, box=None)
     for row in rows:
-        peak = row["device_peak_bytes"] or row["host_peak_bytes"]
         table.add_row(
             row["task"],
             row["shape"],
@@ -127,7 +128,7 @@ def _show(rows: list[dict[str, Any]], most: Roofline, config: BenchConfig) -> No
             f"{100 * row['spread']:.0f} %",
             f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "–",
             f"{100 * row['of_limit']:.0f} % {row['limit']}" if row["of_limit"] else "–",
-            f"{peak / 2**20:,.0f} MiB",
+            f"{row['peak_bytes'] / 2**20:,.0f} MiB",
         )
         for name, seconds in row["phases_s"].items():
             table.add_row("", f"  {name}", "", f"{seconds:.4f}")

@@ -9,10 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from patarm_jax.bench.measure import interleaved
-from patarm_jax.bench.tasks import Bench, causal_attention, open_bench, policy_update, sampling, sft_update
+from patarm_jax.bench.tasks import (
+    Bench,
+    causal_attention,
+    decode_step,
+    open_bench,
+    policy_update,
+    sampled_weights,
+    sampling,
+    sft_update,
+)
 from patarm_jax.config.recipes import BenchConfig
 from patarm_jax.model.sharding import batch_shards
 from patarm_jax.padding import pack
+from patarm_jax.rollout.draw import SamplingParams
+from patarm_jax.rollout.engine import make_engine, network_for
+from patarm_jax.rollout.schedule import Request, complete
 from patarm_jax.train.losses import sum_over_tokens
 
 
@@ -43,7 +55,9 @@ def ratios(config: BenchConfig) -> list[Ratio]:
         for name, floor, case in (
             ("a group's prompt once, in sampling", 2.5, _shared_sampling),
             ("a group's prompt once, in the update", 3.0, _shared_update),
+            ("what prompts begin with once, in judging", 1.2, _beginnings),
             ("rows that are refilled", 1.6, _refill),
+            ("no more keys than are written", 1.5, _written),
             ("short sequences share a row", 2.5, _packing),
             ("attention in blocks", 1.3, attention_case),
             ("the head in chunks", 1.5, head_case),
@@ -69,6 +83,28 @@ def _shared_sampling(bench: Bench) -> tuple[Callable[[], object], Callable[[], o
 def _shared_update(bench: Bench) -> tuple[Callable[[], object], Callable[[], object]]:
     c = bench.config
     return policy_update(_with(bench, responses=c.responses * c.group, group=1)), policy_update(bench)
+
+
+def _beginnings(bench: Bench) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A judgement's first token of each response: a group's questions begin with the same prompt."""
+    c = bench.config
+    beginnings, ends = bench.tokens(c.responses, 2 * c.prompt), bench.tokens(c.group, c.prompt // 2)
+    each = [np.concatenate([beginning, end]) for beginning in beginnings for end in ends]
+    requests = [Request(tokens, row) for row, tokens in enumerate(each)]
+    weights, network = sampled_weights(bench, c.seed), network_for(bench.section, bench.arch, bench.mesh)
+
+    def judging(shares: bool) -> Callable[[], object]:
+        engine = make_engine(network, bench.mesh, 1, SamplingParams((-1,), 1), shares=shares)
+        return lambda: complete(engine, weights, requests, jax.random.key(0))
+
+    return judging(shares=False), judging(shares=True)
+
+
+def _written(bench: Bench) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A layer's attention to rows that have written all that they may, and to rows that have written a quarter."""
+    new = 64 * bench.config.new
+    step = decode_step(_with(bench, new=new), times=20)
+    return lambda: step(new), lambda: step(new // 4)
 
 
 def _refill(bench: Bench) -> tuple[Callable[[], object], Callable[[], object]]:

@@ -64,8 +64,8 @@ def step_flops(arch: Architecture, tokens: int, reads: int, predicted: int, rema
         remat: what is recomputed.
     """
     down = arch.num_hidden_layers * arch.hidden_size * arch.intermediate_size
-    again = layer_weights(arch) - down if remat == "full" else 0
-    matmuls = 3.5 if remat == "none" else 4.5  # of attention, in forward passes
+    again = layer_weights(arch) - down if remat in ("attention", "full") else 0
+    matmuls = 3.5 if remat in ("none", "attention") else 4.5  # of attention, in forward passes
     attention = matmuls * 4 * arch.num_hidden_layers * arch.num_attention_heads * arch.head_dim * reads
     head = 3 * 2 * arch.vocab_size * arch.hidden_size * predicted
     return 2 * (3 * layer_weights(arch) + again) * tokens + round(attention) + head

@@ -259,7 +259,7 @@ def _judging(bench: Bench) -> _Judging:
     c = bench.config
     network, params = network_for(bench.section, bench.arch, bench.mesh), SamplingParams(_stops(bench), c.judgement)
     engine = make_engine(network, bench.mesh, 1, params, c.decode_rows, c.halvings)
-    return _Judging(bench, engine, _sampled_weights(bench, c.seed + 1), _requests(bench))
+    return _Judging(bench, engine, sampled_weights(bench, c.seed + 1), _requests(bench))
 
 
 def logprobs(bench: Bench) -> Result:
@@ -288,7 +288,7 @@ def logprobs(bench: Bench) -> Result:
 def sample(bench: Bench) -> Result:
     """G completions of each prompt, of at most `new` tokens, or `longest`; with `mean_new` of geometric lengths."""
     c, run = bench.config, _rollouts(bench)
-    params = _sampled_weights(bench, c.seed)
+    params = sampled_weights(bench, c.seed)
     finished: list[Finished] = []
 
     def call() -> None:
@@ -337,7 +337,7 @@ def _stops(bench: Bench) -> tuple[int, ...]:
     return tuple(range(round(bench.arch.vocab_size / mean))) if mean else (-1,)
 
 
-def _sampled_weights(bench: Bench, seed: int) -> Params:
+def sampled_weights(bench: Bench, seed: int) -> Params:
     """Random weights as the sampler takes them."""
     c = bench.config
     rules = ROLLOUT_RULES if c.mesh.rollout == "tensor" else REPLICATED_RULES

@@ -430,7 +430,8 @@ class BenchConfig(Section):
 
     model: Literal["tiny", "small", "0.6b", "1.7b", "4b", "8b", "14b"] = "tiny"  # the network's size
     dtype: Literal["float32", "bfloat16"] = "float32"  # numbers of the computation
-    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes
+    # What the backward pass recomputes: nothing, all but matmuls, all but attention, all.
+    remat: Literal["none", "dots", "attention", "full"] = "full"
     attention: Literal["auto", "portable", "cudnn", "pallas", "splash"] = "auto"  # the kernel that computes attention
     mesh: MeshSection = field(default_factory=MeshSection)
     rows: Positive = 8  # rows of tasks sft and attention

@@ -111,7 +111,9 @@ class ModelSection(Section):
     weights: Literal["load", "random"] = "load"  # random: only config.json and the tokenizer are read from path
     # Numbers of the computation, and of weights that are only read; the master copy of what is trained is float32.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes: nothing, all but matmuls, all
+    # What the backward pass recomputes: nothing, all but matmuls, all but attention, which is a hidden state of each
+    # layer more to keep, all.
+    remat: Literal["none", "dots", "attention", "full"] = "full"
     # Which kernel computes attention. NVIDIA: cudnn for rows of one sequence, pallas for all; TPU: splash. They differ
     # in rounding.
     attention: Literal["auto", "portable", "cudnn", "pallas", "splash"] = "auto"

@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from patarm_jax.arrays import Tree
 from patarm_jax.model.pages import Held
@@ -30,6 +31,9 @@ CAUSAL_PARTS = 8
 PAGES_BYTES = 4 << 20
 # Of a part of a pool that is no larger all pages are read at once.
 WHOLE_BYTES = 64 << 20
+
+# By this name `model.remat` knows what the backward pass needs of a forward one beside queries, keys and values.
+KEPT = "attention"
 
 # Normalised output [B, T, N, H] float32 and log-sum-exp of the logits [B, T, N] float32.
 Partial: TypeAlias = tuple[jax.Array, jax.Array]
@@ -92,7 +96,8 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, span: Span, causal: bool)
         return carry, _softmax_read(q, k.swapaxes(2, 3), v, _inside(start, stop, k.shape[2]))
 
     parts = (q_heads, *_expanded(span))
-    _, (out, lse) = _over_queries(block, lambda keys: None, parts, (k_heads, v_heads), causal)
+    _, found = _over_queries(block, lambda keys: None, parts, (k_heads, v_heads), causal)
+    out, lse = checkpoint_name(found, KEPT)
     return (_by_token(out), _by_token(lse)), (q_heads, k_heads, v_heads, span, out, lse)
 
 

@@ -13,10 +13,12 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from patarm_jax.arrays import Tree
+from patarm_jax.model.attention import KEPT
 
 # Logits are in base 2, whose exponential is what the hardware has.
 LOG2_E = math.log2(math.e)
@@ -105,7 +107,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, reads: Reads, interpret: 
         interpret=interpret,
         name="shared_prompt_attention",
     )
-    out, lse = call(q, k, v, *reads, *visits)
+    out, lse = checkpoint_name(call(q, k, v, *reads, *visits), KEPT)
     return out, (q, k, v, reads, out, lse)
 
 

@@ -252,6 +252,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, streams: Streams, interpre
             block_q_dq=block,
             block_kv_dq=block,
         ),
+        residual_checkpoint_name=attention.KEPT,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

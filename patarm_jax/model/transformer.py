@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -22,7 +23,7 @@ from jax.typing import DTypeLike
 from patarm_jax.arrays import Params, Seats, Tree
 from patarm_jax.model import kernels
 from patarm_jax.model.architecture import Architecture
-from patarm_jax.model.attention import Streams, attend_behind
+from patarm_jax.model.attention import KEPT, Streams, attend_behind
 from patarm_jax.model.cache import KVCache, PromptCache, by_head, with_rest, with_token
 from patarm_jax.model.kernels import PORTABLE, Kernel
 from patarm_jax.model.pages import Held, assigned, held, places
@@ -39,7 +40,7 @@ from patarm_jax.model.sharding import (
 
 LORA_A, LORA_B = "_lora_A", "_lora_B"  # behind the name of a weight: its adapters; see `model.lora`
 NO_MESH = jax.sharding.AbstractMesh((), ())
-Remat: TypeAlias = Literal["none", "dots", "full"]
+Remat: TypeAlias = Literal["none", "dots", "attention", "full"]
 
 
 @jax.tree_util.register_dataclass
@@ -479,8 +480,19 @@ def _rematerialised(remat: Remat) -> type[nn.Module]:
     if remat == "none":
         return _Block
     policies = jax.checkpoint_policies
-    policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.nothing_saveable
-    return nn.remat(_Block, policy=policy, prevent_cse=False)  # the scan already keeps passes apart
+    kept = {
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "attention": _is_of_attention,
+        "full": policies.nothing_saveable,
+    }
+    return nn.remat(_Block, policy=kept[remat], prevent_cse=False)  # the scan already keeps passes apart
+
+
+def _is_of_attention(primitive: jax.extend.core.Primitive, *inputs: Tree, **settings: Tree) -> bool:
+    """Whether it gives what attention's backward pass needs of the forward one; cuDNN's gives it without our name."""
+    named = jax.checkpoint_policies.save_only_these_names(KEPT)
+    is_cudnn = primitive.name.startswith("dot_product_attention_fwd")
+    return is_cudnn or bool(named(primitive, *inputs, **settings))
 
 
 def _boxed_params(arch: Architecture, key: jax.Array) -> Tree:
