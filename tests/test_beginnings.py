@@ -119,7 +119,7 @@ def test_everybody_is_dealt_once_and_nobody_has_more_than_his_share(sizes, share
 # ------------------------------------------------------------------------------------------------------------- network
 
 
-@pytest.mark.parametrize("width", [7, 70])  # one block of queries, and two
+@pytest.mark.parametrize("width", [pytest.param(7, marks=pytest.mark.long), 70])  # one block of queries, and two
 def test_a_rest_behind_kept_keys_is_the_whole_prompt(width):
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 96, (3, 40 + width)).astype(np.int32)
@@ -153,7 +153,7 @@ def test_a_rest_behind_kept_keys_is_the_whole_prompt(width):
 # ------------------------------------------------------------------------------------------------------------- draws
 
 
-@pytest.mark.parametrize("rows", [0, 5])  # all at once, and refilled
+@pytest.mark.parametrize("rows", [pytest.param(0, marks=pytest.mark.long), 5])  # all at once, and refilled
 def test_shared_beginnings_draw_what_unshared_ones_draw(rows):
     requests = alike(np.random.default_rng(1), families=3, members=6)
     shared, unshared = drawn(requests, rows=rows), drawn(requests, rows=rows, shares=False)
@@ -166,6 +166,7 @@ def test_shared_beginnings_draw_what_unshared_ones_draw(rows):
     assert len(set(shared.lengths.reshape(-1).tolist())) > 5, "rows must end unevenly"
 
 
+@pytest.mark.long
 def test_one_of_a_family_draws_what_it_draws_alone():
     requests = alike(np.random.default_rng(2), families=1, members=5)
     together = drawn(requests)

@@ -143,7 +143,9 @@ def test_what_cannot_be_counted_is_refused():
 # ---------------------------------------------------------------------------------------------------- whole programs
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+@pytest.mark.parametrize(
+    "remat", ["full", "attention", *(pytest.param(remat, marks=pytest.mark.long) for remat in ("none", "dots"))]
+)
 def test_a_step_of_sft_computes_what_it_must(remat):
     rows, length = 4, 256
     learner, batch = sft_case(on_one_device(rows=rows, length=length, remat=remat))
@@ -185,7 +187,7 @@ def test_what_layers_hand_on_is_split_over_tensor_and_changes_nothing():
         np.testing.assert_allclose(mine, theirs, atol=2e-6)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_an_update_computes_each_prompt_once_for_its_group(micro_batches):
     prompts, width, group, new = 4, 64, 4, 32
     shape = dict(responses=prompts, prompt=width, group=group, new=new, micro_batches=micro_batches)

@@ -347,7 +347,13 @@ def fake_network(group, logits_of):
 
 
 @pytest.mark.parametrize(
-    "manner", [{}, {"temperature": 0.0}, {"top_k": 7}, {"top_p": 0.6}, {"temperature": 0.5, "named_ids": (0, 51, 99)}]
+    "manner",
+    [
+        {"temperature": 0.5, "named_ids": (0, 51, 99)},
+        {"temperature": 0.0},
+        {"top_p": 0.6},
+        *(pytest.param(manner, marks=pytest.mark.long) for manner in ({}, {"top_k": 7})),
+    ],
 )
 def test_devices_that_share_the_vocabulary_draw_what_one_draws(manner):
     """And tell each other less than a row's logits."""
