@@ -1,5 +1,6 @@
 """IFEval: lm-eval's checker on recorded responses gives the recorded verdicts; policies here and behind a server."""
 
+import io
 import json
 from pathlib import Path
 
@@ -27,12 +28,17 @@ ROWS = [
 
 @pytest.fixture(autouse=True)
 def sentences(monkeypatch):
-    """What the sentence splitter needs, without a network."""
+    """What the sentence splitter needs: from beside the checkout, else what is installed here or can be had."""
+    import nltk
+
     if (DATA / "nltk_data").is_dir():
         monkeypatch.setenv("NLTK_DATA", str(DATA / "nltk_data"))
-        import nltk
-
         nltk.data.path.insert(0, str(DATA / "nltk_data"))
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        if not nltk.download("punkt_tab", quiet=True, print_error_to=io.StringIO()):
+            pytest.skip("NLTK's punkt_tab is not here and cannot be downloaded")
 
 
 def lines(path):

@@ -239,7 +239,13 @@ def lively():
     return unstack_layers(jax.tree.map(lambda x: x * 4, init_params(ROOMY, jax.random.key(1))))
 
 
-@pytest.mark.parametrize("section", [None, MeshSection(data=2, fsdp=2, tensor=2)], ids=["one device", "eight devices"])
+@pytest.mark.parametrize(
+    "section",
+    [
+        pytest.param(None, id="one device", marks=pytest.mark.long),
+        pytest.param(MeshSection(data=2, fsdp=2, tensor=2), id="eight devices"),
+    ],
+)
 def test_what_is_drawn_is_the_same_on_any_pages(section, monkeypatch):
     """Rows that are taken over and halved, prompts that are narrowed, pages that run out again and again."""
     params, mesh = lively(), make_mesh(section) if section else mesh_of(1)

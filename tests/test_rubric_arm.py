@@ -201,6 +201,7 @@ def test_killed_among_rubrics_it_ends_as_if_it_had_not_been(world, whole, short,
     assert judgements(world / "short_killed") == judgements(short)
 
 
+@pytest.mark.long
 def test_asked_to_stop_in_the_last_step_of_a_phase_it_begins_no_other(world, whole, started):
     config = from_warmup(world, whole, "stopped", judge={"steps": 1}, generator={"steps": 1})
     stopping = started("rubric-arm", config)
@@ -256,6 +257,7 @@ def test_under_adapters_the_reference_is_there_already(world):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.long
 def test_one_of_the_two_may_stay_as_it_is(world, whole, started):
     config = from_warmup(world, whole, "judge_only", order="judge_only", judge={"rubric_dropout": 0.5})
     said = started("rubric-arm", config).end()

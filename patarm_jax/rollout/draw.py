@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from patarm_jax.arrays import Array
-from patarm_jax.model.sharding import BATCH_AXES
 
 # Weights whose sum is looked at before they are looked at one by one.
 PICK_BLOCK = 128
@@ -121,8 +120,9 @@ def draw(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["tensor"] == 1 or logits.shape[-1] % mesh.shape["tensor"]:
         return _draw(logits, uniform, sampling, needs)
-    rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
-    parts = PartitionSpec(BATCH_AXES, *[None] * (logits.ndim - 2), "tensor")
+    batch = tuple(axis for axis in mesh.axis_names if axis != "tensor")
+    rows, whole = PartitionSpec(batch), PartitionSpec()
+    parts = PartitionSpec(batch, *[None] * (logits.ndim - 2), "tensor")
     drawn = jax.shard_map(
         partial(_draw, axis="tensor"),
         in_specs=(parts, rows, jax.tree.map(lambda _: rows, sampling), jax.tree.map(lambda _: whole, needs)),
