@@ -55,9 +55,9 @@ def ratios(config: BenchConfig) -> list[Ratio]:
         for name, floor, case in (
             ("a group's prompt once, in sampling", 2.5, _shared_sampling),
             ("a group's prompt once, in the update", 3.0, _shared_update),
-            ("what prompts begin with once, in judging", 1.2, _beginnings),
+            ("what prompts begin with once, in judging", 1.8, _beginnings),
             ("rows that are refilled", 1.6, _refill),
-            ("no more keys than are written", 1.5, _written),
+            ("no more keys than are written", 2.0, _written),
             ("short sequences share a row", 2.5, _packing),
             ("attention in blocks", 1.3, attention_case),
             ("the head in chunks", 1.5, head_case),
@@ -102,7 +102,7 @@ def _beginnings(bench: Bench) -> tuple[Callable[[], object], Callable[[], object
 
 def _written(bench: Bench) -> tuple[Callable[[], object], Callable[[], object]]:
     """A layer's attention to rows that have written all that they may, and to rows that have written a quarter."""
-    new = 64 * bench.config.new
+    new = 128 * bench.config.new  # a pool that is too large to be read at once
     step = decode_step(_with(bench, new=new), times=20)
     return lambda: step(new), lambda: step(new // 4)
 
