@@ -87,12 +87,19 @@ def test_decoding_reads_what_is_written(card, tmp_path):
     ("arguments", "code", "said"),
     [
         (["--compiled-for", "b300"], 1, "--compiled-for b300: programs can be compiled for h100 and a100"),
+        (["--compiled-for", "h100", "--attention", "cudnn"], 2, "Leave attention at auto: ours stand for them"),
         (["load", "--compiled-for", "h100"], 2, "task load is not compiled ahead. Those that are: sft, sample, grpo"),
     ],
 )
 def test_mistakes_are_told(arguments, code, said):
     ran = bench(*arguments)
     assert (ran.returncode, said in ran.stderr) == (code, True), ran.stderr
+
+
+@needs_plugin
+def test_a_batch_that_cards_cannot_share_is_told(tmp_path):
+    ran = bench("sft", "--compiled-for", "a100", "--rows", "3", "--mesh.fsdp", "2")
+    assert ran.returncode == 2 and "rows 3 gives 3 rows, which micro_batches 1 × 2 devices" in ran.stderr
 
 
 @pytest.mark.skipif(HAS_PLUGIN, reason="the plugin is here")

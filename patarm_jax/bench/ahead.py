@@ -22,6 +22,7 @@ from patarm_jax.model.transformer import abstract_params
 from patarm_jax.padding import bucket
 from patarm_jax.recipes.programs import grpo_learner, grpo_programs, make_rollout_programs, sft_learner, sft_programs
 from patarm_jax.rollout.engine import abstract_programs
+from patarm_jax.run.learner import check_batch
 from patarm_jax.types import UsageError
 
 # Of a kernel, from the bytes of its operands and its result: multiplications, and bytes read and written.
@@ -70,15 +71,18 @@ def compiled_for(name: str, tasks: Sequence[str], config: BenchConfig) -> tuple[
     """The programs of tasks, compiled for a card of that name.
 
     Raises:
-        UsageError: a task has no program of its own.
+        UsageError: a task has no program of its own, or a batch cannot be shared evenly.
         UserError: there is no such card, or nobody to compile for it.
     """
     if unknown := [task for task in tasks if task not in _WORK]:
         raise UsageError(f"task {unknown[0]} is not compiled ahead. Those that are: {', '.join(_WORK)}.")
     target = target_of(name)
-    # The libraries' kernels are closed, and cuDNN is not needed to be here: ours stand for them.
+    if config.attention == "cudnn":
+        raise UsageError("cuDNN's kernels tell nobody what they do. Leave attention at auto: ours stand for them.")
     attention = "pallas" if config.attention == "auto" and config.dtype == "bfloat16" else config.attention
     bench = Bench(replace(config, attention=attention), SHAPES[config.model], described_mesh(target, config.mesh))
+    check_batch(bench.mesh, config.rows, config.micro_batches, f"rows {config.rows}")
+    check_batch(bench.mesh, config.responses, config.micro_batches, f"responses {config.responses}")
     return target, [_looked_at(bench, target, work) for task in tasks or _WORK for work in _WORK[task](bench)]
 
 
