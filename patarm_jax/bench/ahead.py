@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from patarm_jax.arrays import Params, SFTShape
-from patarm_jax.bench.hlo import Launch, launches
+from patarm_jax.bench.hlo import Formula, Launch, launches
 from patarm_jax.bench.shapes import SHAPES, cache_bytes, forward_flops, layer_weights
 from patarm_jax.bench.targets import Target, described_mesh, target_of
 from patarm_jax.bench.tasks import Bench, grpo_config, make_sampler, sft_config
@@ -24,9 +24,6 @@ from patarm_jax.recipes.programs import grpo_learner, grpo_programs, make_rollou
 from patarm_jax.rollout.engine import abstract_programs
 from patarm_jax.run.learner import check_batch
 from patarm_jax.types import UsageError
-
-# Of a kernel, from the bytes of its operands and its result: multiplications, and bytes read and written.
-Formula = Callable[[list[int]], tuple[float, float]]
 
 
 @dataclass(frozen=True)

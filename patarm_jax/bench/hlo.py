@@ -11,8 +11,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeAlias
 
 from patarm_jax.rollout.draw import RARE
+
+# Of a kernel that is not XLA's, from the bytes of its operands and its result: what it multiplies and adds, and the
+# bytes that it reads and writes.
+Formula: TypeAlias = Callable[[list[int]], tuple[float, float]]
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\]")
@@ -82,13 +87,12 @@ class _Computation(dict[str, _Instruction]):
         return [self[name] for name in of.operands if name in self]
 
 
-def launches(text: str, known: Mapping[str, Callable[[list[int]], tuple[float, float]]] | None = None) -> list[Launch]:
+def launches(text: str, known: Mapping[str, Formula] | None = None) -> list[Launch]:
     """The kernels of a program, in the order of its text.
 
     Args:
         text: of a compiled program, as `compiled.as_text()` gives it.
-        known: for kernels of others, by a part of their name: from the bytes of operands and results to what they
-            multiply and what they read and write, where that hangs on more than shapes.
+        known: for kernels of others, by a part of their name, where what they do hangs on more than shapes.
     """
     computations, entry = _parse(text)
     return list(_walk(computations, computations[entry], 1, False, known or {}))
@@ -99,7 +103,7 @@ def _walk(
     computation: _Computation,
     times: int,
     is_open: bool,
-    known: Mapping[str, Callable[[list[int]], tuple[float, float]]],
+    known: Mapping[str, Formula],
 ) -> Iterator[Launch]:
     for each in computation.values():
         if each.opcode in _FREE or each.opcode.endswith("-done"):
@@ -126,7 +130,7 @@ def _launch(
     all_: Mapping[str, _Computation],
     computation: _Computation,
     each: _Instruction,
-    known: Mapping[str, Callable[[list[int]], tuple[float, float]]],
+    known: Mapping[str, Formula],
 ) -> Launch:
     inputs = [one.bytes for one in computation.operands(each)]
     new = Launch(each.origin, each.opcode, 1, 0.0, float(sum(inputs) + each.bytes))

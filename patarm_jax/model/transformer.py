@@ -480,11 +480,8 @@ def _rematerialised(remat: Remat) -> type[nn.Module]:
     if remat == "none":
         return _Block
     policies = jax.checkpoint_policies
-    kept = {
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "attention": _is_of_attention,
-        "full": policies.nothing_saveable,
-    }
+    matmuls, nothing = policies.dots_with_no_batch_dims_saveable, policies.nothing_saveable
+    kept = {"dots": matmuls, "attention": _is_of_attention, "full": nothing}
     return nn.remat(_Block, policy=kept[remat], prevent_cse=False)  # the scan already keeps passes apart
 
 
