@@ -97,6 +97,21 @@ def test_mistakes_are_told(arguments, code, said):
 
 
 @needs_plugin
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "--model 4b --responses 16 --group 4 --prompt 2048 --new 4096",
+        "--model 4b --responses 64 --group 1 --prompt 2048 --new 4096",
+        "--model 8b --responses 400 --group 1 --prompt 128 --new 1024",
+    ],
+)
+def test_real_networks_read_little_more_than_the_least(shape, tmp_path):
+    decode = ahead(tmp_path, "h100", "sample", *shape.split(), "--filled", 0.25)[0]["decode"]
+    assert decode["bytes_least"] <= decode["bytes_read"] <= 1.25 * decode["bytes_least"]
+
+
+@needs_plugin
 def test_a_batch_that_cards_cannot_share_is_told(tmp_path):
     ran = bench("sft", "--compiled-for", "a100", "--rows", "3", "--mesh.fsdp", "2")
     assert ran.returncode == 2 and "rows 3 gives 3 rows, which micro_batches 1 × 2 devices" in ran.stderr
