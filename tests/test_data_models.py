@@ -241,14 +241,14 @@ def test_killed_at_random_moments_nothing_is_paid_twice(world):
             with subprocess.Popen(
                 command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
             ) as run:
-                try:
-                    run.wait(rng.uniform(1.5, 4.0))
+                enough = len(models.asked) + rng.randrange(10, 60)  # by what was asked: a slow machine gets on as well
+                while run.poll() is None and len(models.asked) < enough:
+                    time.sleep(0.002)
+                if run.returncode is not None:
                     break
-                except subprocess.TimeoutExpired:
-                    run.send_signal(signal.SIGKILL)
-                    killed += 1
-            assert killed < 40
-        assert run.returncode == 0 and killed
+                run.send_signal(signal.SIGKILL)
+                killed += 1
+        assert run.returncode == 0 and killed > 2
         # What was under way when it was killed, one at a time, is asked again.
         assert len(models.asked) - len(set(models.asked)) <= killed
         again = {path: data for path, data in everything(world / "run").items() if path.suffix == ".parquet"}
