@@ -206,7 +206,7 @@ def _with_expected(local: Local, params: Params, encoded: Sequence[Encoded], eve
         return [one for _, ones in waiting for one in ones if one]
 
     def through() -> _Expecting:
-        found = expected_scores(logprobs, params, local.mesh, readable())
+        found = expected_scores(logprobs, params, local.mesh, readable(), local.sampling.batch_invariant)
         yield from ((judged, [next(found) if one else None for one in ones]) for judged, ones in waiting)
         waiting.clear()
 
@@ -228,7 +228,8 @@ def _scored(answer: Answer, expected: Expected | None) -> Answer:
 
 def _score(local: Local, params: Params, encoded: Sequence[Encoded]) -> Iterator[list[Answer]]:
     """The answers of a reward model that writes nothing, which are scores."""
-    numbers = make_numbers(local.model.arch, local.model.tokenizer, local.mesh, local.section, local.form)
+    settings = local.model.tokenizer, local.mesh, local.section, local.form, local.sampling.batch_invariant
+    numbers = make_numbers(local.model.arch, *settings)
     for given in numbers(params, [one.tokens for one in encoded]):
         answer = Answer(question=encoded[given.index].question.key, vote=0, status="OK", kind=Kind.ANSWER)
         if math.isfinite(given.value):

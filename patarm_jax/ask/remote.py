@@ -19,7 +19,7 @@ from patarm_jax.ask.dialect import Dialect
 from patarm_jax.ask.replies import Parse, Refused, Reply, Unavailable, as_answer
 from patarm_jax.config.sections import EndpointSection, JudgingSection
 from patarm_jax.run.process import say
-from patarm_jax.types import UserError
+from patarm_jax.types import UsageError, UserError
 
 _MOST_LOST = 2  # times the concurrency: after so many failures in a row, and 20 at least, the evaluation stops
 _ENOUGH_ALIKE = 2  # refusals in the same words, where nothing was ever answered, to say that all would be refused
@@ -37,6 +37,14 @@ class Remote:
     sampling: JudgingSection  # what is unset is left to the server
     votes: int
     seed: int
+
+    def __post_init__(self) -> None:
+        """Refuses what is for a server to see to."""
+        if self.sampling.batch_invariant:
+            raise UsageError(
+                "sampling.batch_invariant is on, and a server puts its own batches together. Leave it out, and see "
+                "what the server offers for it."
+            )
 
     @property
     def identity(self) -> dict[str, object]:

@@ -256,5 +256,6 @@ def _open_source(
             generator=generator_of(config, opened, mesh),
             logprobs=make_logprobs(opened.model.arch, mesh, opened.how) if section.expected_score else None,
         )
-    numbers = make_numbers(opened.model.arch, opened.model.tokenizer, mesh, opened.how, opened.form)
+    how = mesh, opened.how, opened.form, section.sampling.batch_invariant
+    numbers = make_numbers(opened.model.arch, opened.model.tokenizer, *how)
     return NumberHere(opened=opened, mesh=mesh, numbers=numbers, weights=weights)

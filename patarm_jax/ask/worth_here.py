@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from patarm_jax.arrays import Params
 from patarm_jax.ask.answers import Answer
 from patarm_jax.config.policy import AsksSources, SourceSection
-from patarm_jax.config.sections import JudgingSection, ModelSection
+from patarm_jax.config.sections import ModelSection
 from patarm_jax.data.limits import Room
 from patarm_jax.data.pipeline import encode_question
 from patarm_jax.data.scores import room_for
@@ -193,7 +193,8 @@ def writer_of(opened: OpenedModel, mesh: Mesh) -> Judge | None:
     model = opened.generator
     if model is None:
         return None
-    greedy = JudgingSection(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=opened.section.max_rubric_tokens)
+    greedy = replace(opened.section.sampling, temperature=0.0, top_k=0, top_p=1.0)
+    greedy = replace(greedy, max_new_tokens=opened.section.max_rubric_tokens)
     sampling = as_the_model_says(greedy, model).sampling
     return make_judge(model.arch, model.tokenizer, mesh, opened.how, sampling, 1, RUBRIC)
 
@@ -322,7 +323,8 @@ class JudgeHere(Waiting):
         assert self.logprobs is not None
         each = zip(written_ids(judged.group), judged.judgements, strict=True)
         lacking = [unscored(self.judge.tokenizer, np.asarray(request.tokens), ids, one) for ids, one in each]
-        given = expected_scores(self.logprobs, self.weights, self.judge.engine.mesh, [one for one in lacking if one])
+        engine, readable = self.judge.engine, [one for one in lacking if one]
+        given = expected_scores(self.logprobs, self.weights, engine.mesh, readable, engine.batch_invariant)
         return [next(given).score if one else None for one in lacking]
 
 

@@ -258,7 +258,8 @@ class _Judging:
 def _judging(bench: Bench) -> _Judging:
     c = bench.config
     network, params = network_for(bench.section, bench.arch, bench.mesh), SamplingParams(_stops(bench), c.judgement)
-    engine = make_engine(network, bench.mesh, 1, params, c.decode_rows, c.halvings)
+    settings = params, c.decode_rows, c.halvings
+    engine = make_engine(network, bench.mesh, 1, *settings, batch_invariant=c.batch_invariant)
     return _Judging(bench, engine, sampled_weights(bench, c.seed + 1), _requests(bench))
 
 
@@ -321,14 +322,17 @@ def _rollouts(bench: Bench) -> _Rollouts:
     c, engine = bench.config, make_sampler(bench)
     most = SamplingParams(engine.sampling.stop_ids, min(c.longest or c.new, c.new))
     requests = [replace(request, sampling=most) for request in _requests(bench)]
-    return _Rollouts(engine, requests, min(c.decode_rows or c.responses * c.group, c.responses * c.group))
+    every = c.responses * c.group
+    rows = c.decode_rows if c.batch_invariant else min(c.decode_rows or every, every)
+    return _Rollouts(engine, requests, rows)
 
 
 def make_sampler(bench: Bench) -> Engine:
     """What samples G completions of each prompt."""
     c = bench.config
     network, params = network_for(bench.section, bench.arch, bench.mesh), SamplingParams(_stops(bench), c.new)
-    return make_engine(network, bench.mesh, c.group, params, c.decode_rows, c.halvings)
+    settings = params, c.decode_rows, c.halvings
+    return make_engine(network, bench.mesh, c.group, *settings, batch_invariant=c.batch_invariant)
 
 
 def _stops(bench: Bench) -> tuple[int, ...]:

@@ -104,6 +104,7 @@ class StageSection(Section):
 
     def check(self) -> None:
         """Refuses settings that its kind does not use."""
+        self.sampling.check()
         unset = StageSection()
         for name, kinds in _USED_BY.items():
             if getattr(self, name) != getattr(unset, name) and self.kind not in kinds:

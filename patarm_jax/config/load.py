@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -95,10 +95,19 @@ def from_mapping(cls: type[Config], mapping: Mapping[str, object], where: str) -
         raise UsageError(f"{where}{message}.{_meant(cls, message)}") from error
     _refuse_out_of_range(config, where)
     try:
-        config.check()
+        for section in _sections(config):
+            section.check()
     except UsageError as error:
         raise UsageError(f"{where}{error}") from None
     return config
+
+
+def _sections(config: Section) -> Iterator[Section]:
+    """The config, and before it every section within; of those in a list the config knows which one is wrong."""
+    for each in dataclasses.fields(config):
+        if isinstance(value := getattr(config, each.name), Section):
+            yield from _sections(value)
+    yield config
 
 
 def _meant(cls: type, message: str) -> str:

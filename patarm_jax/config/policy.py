@@ -392,6 +392,7 @@ def _check_source(where: str, source: SourceSection) -> None:
             raise UsageError(f"{where}.function is {source.function!r}; allowed is module:name of a Python function.")
         return
     refuse(("function",), f"kind is {source.kind}, which calls no function")
+    source.sampling.check()
     if not source.is_judge:
         refuse(_OF_JUDGES, f"kind is {source.kind}, which writes nothing")
     if source.endpoint.url and source.model:

@@ -322,9 +322,9 @@ class AskingConfig(Section):
         return self.generator.is_named
 
     @property
-    def generator_rows(self) -> int:
-        """Rubrics written at a time."""
-        return self.sampling.rows
+    def generator_sampling(self) -> JudgingSection:
+        """How rubrics are drawn."""
+        return self.generator.greedy(self.sampling.rows, self.sampling.batch_invariant)
 
     @property
     def has_endpoint(self) -> bool:
@@ -356,7 +356,6 @@ class AskingConfig(Section):
                 "settings of a generator are given, and no generator. Give --generator with its folder, or "
                 "generator.endpoint.url, or leave them out."
             )
-        self.generator.check()
         if self.expected_score and self.judge != "pointwise":
             raise UsageError(
                 f"expected_score is set, and a {self.judge} judge writes no score from 0 to 10. Leave it out, or set "
@@ -405,12 +404,13 @@ class RubricsConfig(Section):
     data: DataSection = field(default_factory=DataSection)
     output: str = field(default="", metadata=PLACE)  # the same as --output
     rows: Natural = 256  # rubrics written at a time, as sampling.rows of a run
+    batch_invariant: bool = False  # as sampling.batch_invariant of a run
     seed: Seed = 0  # random seed that a server is sent
 
     @property
-    def generator_rows(self) -> int:
-        """Rubrics written at a time."""
-        return self.rows
+    def generator_sampling(self) -> JudgingSection:
+        """How rubrics are drawn."""
+        return self.generator.greedy(self.rows, self.batch_invariant)
 
     @property
     def has_endpoint(self) -> bool:
@@ -419,7 +419,6 @@ class RubricsConfig(Section):
 
     def check(self) -> None:
         """Refuses two generators, and data that are to have rubrics before."""
-        self.generator.check()
         if self.data.given_rubrics:
             raise UsageError("data.given_rubrics is true, and these rubrics are still to be written. Leave it out.")
 
@@ -448,8 +447,17 @@ class BenchConfig(Section):
     longest: Natural = 0
     decode_rows: Natural = 0  # completions written at a time; 0: all
     halvings: Natural = 3  # how often those rows may be halved when no completion waits any more
+    batch_invariant: bool = False  # as sampling.batch_invariant of a run, of tasks sample, grpo and policy
     kl_coef: NotNegative = 0.0  # above 0: the reference's log-probs are computed too
     micro_batches: Positive = 1  # slices summed in one update
     filled: Share = 0.25  # with --compiled-for: how much of its limit each row that is decoded has written
     repeats: Positive = 5  # timed runs of each task
     seed: Seed = 0  # random seed for weights and tokens
+
+    def check(self) -> None:
+        """Refuses rows of no fixed number where their number must not change."""
+        if self.batch_invariant and not self.decode_rows:
+            raise UsageError(
+                "batch_invariant is true and decode_rows is 0, so that each batch would have another shape. Give "
+                "decode_rows a number, such as 16."
+            )

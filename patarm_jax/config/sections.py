@@ -243,6 +243,13 @@ class SamplingSection(Section):
     # once. Never changes what is drawn, save for rounding in bfloat16; fewer need less memory, and waste less where
     # lengths differ.
     rows: Natural = field(default=0, metadata=FREE)
+    # Whether what is drawn for a prompt is the same to the bit whatever else is drawn beside it, in bfloat16 too. It
+    # costs time where few rows are busy: all of `rows` are computed up to the end, and nothing is read for several.
+    batch_invariant: bool = field(default=False, metadata=FREE)
+
+    def check(self) -> None:
+        """Refuses rows of no fixed number where their number must not change."""
+        _check_rows(self.rows, self.batch_invariant)
 
 
 @dataclass(frozen=True)
@@ -256,6 +263,21 @@ class JudgingSection(Section):
     top_p: Nucleus | None = None  # the likeliest tokens whose probabilities reach it; 1: all
     max_new_tokens: Positive | None = None  # null: of held-out pairs as the run has it, else 1024
     rows: Natural = 256  # as sampling.rows of a run
+    # As sampling.batch_invariant of a run, so that a score depends on nothing but the response, its place in the file
+    # and the model: on devices of the same kind and number, at the same rows, votes and limits.
+    batch_invariant: bool = False
+
+    def check(self) -> None:
+        """Refuses rows of no fixed number where their number must not change."""
+        _check_rows(self.rows, self.batch_invariant)
+
+
+def _check_rows(rows: int, batch_invariant: bool) -> None:
+    if batch_invariant and not rows:
+        raise UsageError(
+            "batch_invariant is true and rows, beside it, is 0, so that each batch would have another shape. Give rows "
+            "a number, such as 64."
+        )
 
 
 @dataclass(frozen=True)
@@ -295,6 +317,13 @@ class GeneratorSection(Section):
     def is_named(self) -> bool:
         """Whether there is one, here or behind an endpoint."""
         return bool(self.model.path or self.endpoint.url)
+
+    def greedy(self, rows: int, batch_invariant: bool) -> JudgingSection:
+        """How its rubrics are drawn; a server puts its own batches together."""
+        here = batch_invariant and not self.endpoint.url
+        return JudgingSection(
+            temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=self.max_new_tokens, rows=rows, batch_invariant=here
+        )
 
     def check(self) -> None:
         """Refuses two generators."""

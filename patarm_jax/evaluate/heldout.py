@@ -95,7 +95,8 @@ def open_heldout(
     asked = {"number of pairs": len(records), "pairs": digest_of(records)}
     agree("the held-out pairs they read", asked | ({"sampling": asdict(sampling)} if sampling else {}))
     if sampling is None:
-        rewards = make_numbers(model.arch, model.tokenizer, mesh, config.model, form)
+        invariant = section.sampling.batch_invariant
+        rewards = make_numbers(model.arch, model.tokenizer, mesh, config.model, form, invariant)
         return HeldoutRewards(section, rewards, to_rollout, records)
     return Heldout(
         section=section,

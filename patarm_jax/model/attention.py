@@ -29,6 +29,8 @@ QUERY_BLOCK = 64
 CAUSAL_PARTS = 8
 # Keys and values of pages that are read at a time: few enough to stay in a CPU's cache, many enough for its loop.
 PAGES_BYTES = 4 << 20
+# Keys of wide pages, such as prompts, that are read at a time, where these are a multiple of it.
+KEY_BLOCK = 256
 # Of a part of a pool that is no larger all pages are read at once.
 WHOLE_BYTES = 64 << 20
 
@@ -313,7 +315,7 @@ def _read_part(q: jax.Array, k: jax.Array, v: jax.Array, written: jax.Array) -> 
     each = 2 * heads * width * size * k.dtype.itemsize
 
     def read(q: jax.Array, k: jax.Array, v: jax.Array, written: jax.Array) -> Partial:
-        return _softmax_read(q, k, v, (jnp.arange(size) < written[:, None])[:, None, None])
+        return _read_in_blocks(q, k, v, written)
 
     # Taking pages out copies them, which counts where little is computed with each: that is so in small pools.
     if pages * each <= WHOLE_BYTES:
@@ -332,6 +334,27 @@ def _read_part(q: jax.Array, k: jax.Array, v: jax.Array, written: jax.Array) -> 
 
     nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], MASKED)
     found: Partial = jax.lax.fori_loop(0, busy.sum(), visit, nothing)
+    return found
+
+
+def _read_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, written: jax.Array) -> Partial:
+    """Queries [P, K, M, H] over the keys that pages hold; KEY_BLOCK of each at a time where they hold many.
+
+    A block that holds none changes no bit of the result, so that this does not depend on how wide pages are.
+    """
+    size = k.shape[3]
+    if size <= KEY_BLOCK or size % KEY_BLOCK:
+        return _softmax_read(q, k, v, (jnp.arange(size) < written[:, None])[:, None, None])
+
+    def add(number: jax.Array, carry: Partial) -> Partial:
+        begin = number * KEY_BLOCK
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, begin, KEY_BLOCK, axis) for x, axis in ((k, 3), (v, 2)))
+        readable = (begin + jnp.arange(KEY_BLOCK) < written[:, None])[:, None, None]
+        new = _softmax_read(q, keys, values, readable)
+        return merge(carry, new), jnp.logaddexp(carry[1], new[1])
+
+    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], MASKED)
+    found: Partial = jax.lax.fori_loop(0, -(-written.max() // KEY_BLOCK), add, nothing)
     return found
 
 

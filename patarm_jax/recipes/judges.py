@@ -98,8 +98,7 @@ def open_generator(
 ) -> Local | Remote:
     """The model that writes rubrics into a file; `begun` as of `open_judge`."""
     section, longest = config.generator, config.data.max_prompt_tokens
-    sampling = JudgingSection(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=section.max_new_tokens)
-    sampling = replace(sampling, rows=config.generator_rows)
+    sampling = config.generator_sampling
     if not section.endpoint.url:
         drawn = sampling, 1, config.seed, longest
         return open_local(section.model, config.mesh, *drawn, "rubric", called="generator.model.path")

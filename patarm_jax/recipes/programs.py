@@ -82,7 +82,10 @@ def _grpo(config: ReinforcedConfig, arch: Architecture, mesh: Mesh) -> dict[str,
     network = network_for(config.model, arch, mesh)
     # Which token ends a judgement changes no shape.
     params = SamplingParams((arch.eos_token_id or 0,), config.sampling.max_new_tokens)
-    engine = make_engine(network, mesh, config.rollouts_per_prompt, params, config.sampling.rows)
+    sampling = config.sampling
+    engine = make_engine(
+        network, mesh, config.rollouts_per_prompt, params, sampling.rows, batch_invariant=sampling.batch_invariant
+    )
     learner, rollout = grpo_learner(config, arch, mesh), make_rollout_programs(config, arch, mesh)
     return grpo_programs(config, arch, learner, rollout, engine, bucket(config.data.max_prompt_tokens))
 

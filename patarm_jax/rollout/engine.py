@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from patarm_jax.arrays import Array, Beginnings, Params, Prompts, Seats, Tree, abstract
 from patarm_jax.config.sections import ModelSection
 from patarm_jax.model.architecture import Architecture
-from patarm_jax.model.attention import Pool
+from patarm_jax.model.attention import KEY_BLOCK, Pool
 from patarm_jax.model.cache import (
     CacheSizes,
     KVCache,
@@ -27,12 +27,15 @@ from patarm_jax.model.kernels import PORTABLE, Kernel, kernel_for, key_block, ta
 from patarm_jax.model.pages import Pages, first_pages, has_room, more, most_pages
 from patarm_jax.model.sharding import BATCH_AXES, OnMesh, Program, batch_sharding, batch_shards, constrain
 from patarm_jax.model.transformer import decode, logits, prefill, prefill_behind
+from patarm_jax.padding import WIDTH_MULTIPLE, bucket
 from patarm_jax.rollout import sampler
 from patarm_jax.rollout.draw import RowSampling, SamplingParams, row_sampling
 from patarm_jax.rollout.sampler import Admission, Network, Sizes, Slots
 
 # Tokens of prompts that a device reads at a time: enough to be bound by arithmetic, and little memory beside the cache.
 PREFILL_TOKENS = 8192
+# As many as a device reads at a time where what one is read with must not depend on the others: full, or filled up.
+INVARIANT_TOKENS = 2048
 # Into how many parts a pool is cut at first; what is added later into two. A part that holds nothing is not read.
 FIRST_PARTS = 4
 # How often rows are halved when nothing waits any more, unless told otherwise.
@@ -51,6 +54,9 @@ class Engine:
     vote_stride: int  # see `sampler.completion_id`
     rows: int  # completions that are written at a time, over all devices; 0: all of them
     halvings: int  # how often rows may be halved when nothing waits any more; each time is another compiled program
+    # Whether each completion is computed in the same shapes, whatever else there is to complete: rows never get fewer,
+    # each prompt is read in the bucket of its own length, and whole. Its numbers are then the same to the bit.
+    batch_invariant: bool
     # As in `sampler`: slots that are given to a program are donated, and sizes and widths are static.
     start: OnMesh[[Sizes], AnySlots]
     bring_in: OnMesh[[Params, AnySlots, Prompts, RowSampling, jax.Array, jax.Array, Beginnings | None], AnySlots]
@@ -73,6 +79,7 @@ def make_engine(
     halvings: int = HALVINGS,
     vote_stride: int = 0,
     shares: bool = True,
+    batch_invariant: bool = False,
 ) -> Engine:
     """Jits the sampler for a network; programs are compiled once per size of places. Arguments as of `Engine`."""
     shards = batch_shards(mesh)
@@ -110,13 +117,14 @@ def make_engine(
         sampling=sampling,
         vote_stride=vote_stride,
         rows=rows,
-        halvings=halvings,
+        halvings=0 if batch_invariant else halvings,
+        batch_invariant=batch_invariant,
         start=OnMesh(mesh, start, static_argnums=0),
         bring_in=OnMesh(mesh, bring_in, donate_argnums=1),
         advance=OnMesh(mesh, advance, donate_argnums=1),
         resize=OnMesh(mesh, resize, static_argnums=4),
         pools_in_parts=network.pools_in_parts,
-        shares=shares and network.prefill_behind is not None,
+        shares=shares and not batch_invariant and network.prefill_behind is not None,
         another_part=OnMesh(mesh, another, static_argnums=1),
         widen=OnMesh(mesh, wider, static_argnums=1),
         more=OnMesh(mesh, more, static_argnums=1),
@@ -193,7 +201,7 @@ def abstract_programs(engine: Engine, params: Params, requests: int, width: int)
     """The largest programs of a run over so many requests, with abstract arguments, for compiling ahead of time."""
     shards, new = batch_shards(engine.mesh), partial(abstract, sharding=batch_sharding(engine.mesh))
     prompts, rows = places_for(engine, -(-requests // shards))
-    number = prompts_at_a_time(width, prompts, prompts)
+    number = prompts_at_a_time(engine, width, prompts, prompts)
     sizes = sizes_for(engine, prompts, width, rows)
     sizes = replace(sizes, parts=_parts(engine, rows, most_pages(sizes.width)))
     started = engine.start.lower(sizes)
@@ -222,6 +230,8 @@ def abstract_programs(engine: Engine, params: Params, requests: int, width: int)
 def places_for(engine: Engine, requests: int) -> tuple[int, int]:
     """How many prompts and rows a device has, for so many requests."""
     wanted = -(-engine.rows // batch_shards(engine.mesh)) if engine.rows else requests * engine.group
+    if engine.batch_invariant:
+        requests = wanted  # as where there are more than enough
     rows = min(wanted, requests * engine.group)
     # Groups end unevenly: with twice the prompts that the rows need, no row waits for one.
     return min(requests, -(-rows // engine.group) * (1 if engine.group == 1 else 2)), rows
@@ -256,10 +266,15 @@ def parts_of(pages: int, number: int) -> tuple[int, ...]:
     return tuple(pages // number + (part < pages % number) for part in range(number))
 
 
-def prompts_at_a_time(width: int, places: int, wanted: int) -> int:
+def prompts_at_a_time(engine: Engine, width: int, places: int, wanted: int) -> int:
     """A power of two, so that few sizes are compiled."""
-    limit = 1 << max(PREFILL_TOKENS // width, 1).bit_length() - 1
-    return min(limit, 1 << (wanted - 1).bit_length(), 1 << (places - 1).bit_length())
+    tokens, wanted = (INVARIANT_TOKENS, places) if engine.batch_invariant else (PREFILL_TOKENS, min(wanted, places))
+    return min(1 << max(tokens // width, 1).bit_length() - 1, 1 << (wanted - 1).bit_length())
+
+
+def cache_width(engine: Engine, longest: int) -> int:
+    """The width of places for prompts of so many tokens."""
+    return bucket(longest, KEY_BLOCK if engine.batch_invariant else WIDTH_MULTIPLE)
 
 
 def _pinned(slots: AnySlots) -> AnySlots:

@@ -63,7 +63,15 @@ def make_judge(
         top_p=sampling.top_p,
         named_ids=words.ids if words else (),
     )
-    engine = make_engine(network_for(section, arch, mesh), mesh, group, drawn, sampling.rows, vote_stride=vote_stride)
+    engine = make_engine(
+        network_for(section, arch, mesh),
+        mesh,
+        group,
+        drawn,
+        sampling.rows,
+        vote_stride=vote_stride,
+        batch_invariant=sampling.batch_invariant,
+    )
     return Judge(tokenizer, engine, form, words)
 
 

@@ -30,7 +30,14 @@ class Number:
 Numbers: TypeAlias = Callable[[Params, Sequence[np.ndarray]], Iterator[Number]]
 
 
-def make_numbers(arch: Architecture, tokenizer: Tokenizer, mesh: Mesh, section: ModelSection, form: Form) -> Numbers:
+def make_numbers(
+    arch: Architecture,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    section: ModelSection,
+    form: Form,
+    batch_invariant: bool = False,
+) -> Numbers:
     """The numbers that a model gives as one of a form; processes that share the mesh are given the same to read.
 
     Args:
@@ -39,19 +46,21 @@ def make_numbers(arch: Architecture, tokenizer: Tokenizer, mesh: Mesh, section: 
         mesh: where its weights lie.
         section: how it computes.
         form: one that writes nothing.
+        batch_invariant: whether a number is the same to the bit whatever else is read.
     """
     if form.has_score_head:
         scorer = make_scorer(arch, mesh, section)
 
         def by_head(params: Params, read: Sequence[np.ndarray]) -> Iterator[Number]:
-            return (Number(index, value) for index, value in scores(scorer, params, mesh, read))
+            return (Number(index, value) for index, value in scores(scorer, params, mesh, read, batch_invariant))
 
         return by_head
     logprobs, behind = make_logprobs(arch, mesh, section), score_tokens(tokenizer)
 
     def by_expectation(params: Params, read: Sequence[np.ndarray]) -> Iterator[Number]:
         longest_first = sorted(range(len(read)), key=lambda index: -len(read[index]))
-        found = expected_scores(logprobs, params, mesh, [Unscored(read[index], behind) for index in longest_first])
+        waiting = [Unscored(read[index], behind) for index in longest_first]
+        found = expected_scores(logprobs, params, mesh, waiting, batch_invariant)
         return (Number(index, one.score, one.outside) for index, one in zip(longest_first, found, strict=True))
 
     return by_expectation

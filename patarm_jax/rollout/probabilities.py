@@ -23,7 +23,7 @@ from patarm_jax.model.kernels import kernel_for
 from patarm_jax.model.sharding import OnMesh, batch_shards, fetch, place_batch, process_in
 from patarm_jax.model.transformer import Output, forward
 from patarm_jax.padding import bucket
-from patarm_jax.rollout.engine import PREFILL_TOKENS
+from patarm_jax.rollout.engine import INVARIANT_TOKENS, PREFILL_TOKENS
 from patarm_jax.train.losses import mask_from_lengths
 from patarm_jax.train.steps import completion_logprobs
 from patarm_jax.types import SCORES, Judgement, Status
@@ -103,28 +103,58 @@ def fill_a_batch(judgements: Sequence[Unscored], mesh: Mesh) -> bool:
 
 
 def expected_scores(
-    logprobs: LogProbs, params: Params, mesh: Mesh, judgements: Sequence[Unscored]
+    logprobs: LogProbs, params: Params, mesh: Mesh, judgements: Sequence[Unscored], batch_invariant: bool = False
 ) -> Iterator[Expected]:
     """What is expected of each judgement, in their order; so many at a time as prompts are read.
 
     Processes that share the mesh are given the same judgements; each computes its part, and all get every score.
+    With batch_invariant each is read in the buckets of its own lengths, so that no other changes what is expected.
     """
+    if batch_invariant:
+        yield from _each_in_its_bucket(logprobs, params, mesh, judgements)
+        return
     waiting: list[Unscored] = []
     for one in judgements:
         if waiting and fill_a_batch([*waiting, one], mesh):
-            yield from _expected(logprobs, params, mesh, waiting)
+            yield from _expected(logprobs, params, mesh, waiting, _rows_for(len(waiting), mesh))
             waiting = []
         waiting.append(one)
-    yield from _expected(logprobs, params, mesh, waiting)
+    if waiting:
+        yield from _expected(logprobs, params, mesh, waiting, _rows_for(len(waiting), mesh))
 
 
-def _expected(logprobs: LogProbs, params: Params, mesh: Mesh, judgements: Sequence[Unscored]) -> Iterator[Expected]:
-    if not judgements:
-        return
-    shards, (mine, processes) = batch_shards(mesh), process_in(mesh)
-    rows = shards * bucket(-(-len(judgements) // shards), 1)
-    width = bucket(max(len(each.prefix) for each in judgements))
-    longest = bucket(max(len(ids) for each in judgements for ids in each.continuations), 4)
+def _each_in_its_bucket(
+    logprobs: LogProbs, params: Params, mesh: Mesh, judgements: Sequence[Unscored]
+) -> Iterator[Expected]:
+    """As `expected_scores`, those of like lengths together, on as many rows as these lengths always have."""
+    alike: dict[tuple[int, int], list[int]] = {}
+    for index, one in enumerate(judgements):
+        alike.setdefault(_widths([one]), []).append(index)
+    found: dict[int, Expected] = {}
+    for (width, _), indices in alike.items():
+        rows = batch_shards(mesh) * max(1, INVARIANT_TOKENS // width)
+        for first in range(0, len(indices), rows):
+            now = indices[first : first + rows]
+            every = _expected(logprobs, params, mesh, [judgements[index] for index in now], rows)
+            found.update(zip(now, every, strict=True))
+    yield from (found[index] for index in range(len(judgements)))
+
+
+def _rows_for(judgements: int, mesh: Mesh) -> int:
+    shards = batch_shards(mesh)
+    return shards * bucket(-(-judgements // shards), 1)
+
+
+def _widths(judgements: Sequence[Unscored]) -> tuple[int, int]:
+    """What holds their prefixes, and what holds their continuations."""
+    prefix = max(len(each.prefix) for each in judgements)
+    return bucket(prefix), bucket(max(len(ids) for each in judgements for ids in each.continuations), 4)
+
+
+def _expected(
+    logprobs: LogProbs, params: Params, mesh: Mesh, judgements: Sequence[Unscored], rows: int
+) -> Iterator[Expected]:
+    (mine, processes), (width, longest) = process_in(mesh), _widths(judgements)
     prefix, lengths = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
     tokens, counts = np.zeros((rows, len(SCORES), longest), np.int32), np.ones((rows, len(SCORES)), np.int32)
     for row, each in enumerate(judgements):

@@ -13,7 +13,7 @@ from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import kernel_for
 from patarm_jax.model.sharding import OnMesh, batch_shards, fetch, place_batch, process_in
 from patarm_jax.padding import bucket
-from patarm_jax.rollout.engine import PREFILL_TOKENS
+from patarm_jax.rollout.engine import INVARIANT_TOKENS, PREFILL_TOKENS
 
 Scorer = Callable[[Params, jax.Array, jax.Array], jax.Array]  # (params, tokens [R, T], lengths [R]) → scores [R]
 
@@ -30,7 +30,7 @@ def make_scorer(arch: Architecture, mesh: Mesh, section: ModelSection) -> Scorer
 
 
 def scores(
-    scorer: Scorer, params: Params, mesh: Mesh, conversations: Sequence[np.ndarray]
+    scorer: Scorer, params: Params, mesh: Mesh, conversations: Sequence[np.ndarray], batch_invariant: bool = False
 ) -> Iterator[tuple[int, float]]:
     """(index, score) of each conversation, the longest first; short ones do not pay for long ones.
 
@@ -41,13 +41,17 @@ def scores(
         params: its weights, layers unstacked.
         mesh: where they lie.
         conversations: [T] int32 each.
+        batch_invariant: whether each is read in the bucket of its own length, so that no other changes its score.
     """
     waiting = sorted(range(len(conversations)), key=lambda index: -len(conversations[index]))
     shards, (mine, processes) = batch_shards(mesh), process_in(mesh)
     while waiting:
         width = bucket(len(conversations[waiting[0]]))
-        rows = shards * max(1, PREFILL_TOKENS // width)
-        now, waiting = waiting[:rows], waiting[rows:]
+        rows = shards * max(1, (INVARIANT_TOKENS if batch_invariant else PREFILL_TOKENS) // width)
+        now = waiting[:rows]
+        if batch_invariant:
+            now = [index for index in now if bucket(len(conversations[index])) == width]
+        waiting = waiting[len(now) :]
         tokens, lengths = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
         for row, index in enumerate(now):
             lengths[row] = len(conversations[index])

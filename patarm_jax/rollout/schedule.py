@@ -27,7 +27,7 @@ from patarm_jax.padding import bucket
 from patarm_jax.rollout import sampler
 from patarm_jax.rollout.beginnings import dealt, families_of
 from patarm_jax.rollout.draw import SamplingParams, row_sampling
-from patarm_jax.rollout.engine import Engine, places_for, prompts_at_a_time, sizes_for, with_more_pages
+from patarm_jax.rollout.engine import Engine, cache_width, places_for, prompts_at_a_time, sizes_for, with_more_pages
 from patarm_jax.rollout.sampler import Admission
 
 # The share of the rows, one in so many, that must have ended before waiting ones take their places.
@@ -154,7 +154,7 @@ class _Schedule:
         shares = [share for process in range(processes) for share in self._shares(process, each)]
         prompts, rows = places_for(engine, max(map(len, shares)))
         self.devices = [_Device(deque(share), [None] * prompts, [None] * rows) for share in shares]
-        self.width = bucket(int(self.lengths.max()))
+        self.width = cache_width(engine, int(self.lengths.max()))
         self.least = rows / 2**engine.halvings
         self.sizes = sizes_for(engine, prompts, self.width, rows, stops, named)
         self.slots = engine.start(self.sizes)
@@ -216,7 +216,10 @@ class _Schedule:
         width = self._width(wanted, is_behind)
         begun = bucket(max(int(self.shared[request]) for requests in wanted for request in requests))
         # What was read of a beginning is looked at again, so that a short rest does not come without its cost.
-        number = prompts_at_a_time(max(width, (begun + width) // 2) if is_behind else width, places, most)
+        looked_at = max(width, (begun + width) // 2) if is_behind else width
+        number = prompts_at_a_time(self.engine, looked_at, places, most)
+        if self.engine.batch_invariant:
+            wanted = [[one for one in requests if bucket(int(self.lengths[one])) == width] for requests in wanted]
         wanted = [requests[:number] for requests in wanted]
         width = self._width(wanted, is_behind)
         tokens = np.zeros((len(self.mine), number, width), np.int32)
@@ -350,7 +353,7 @@ class _Schedule:
             while kept > 1 and used <= kept // 2 and new < size:
                 kept //= 2
         unread = (int(self.lengths[r]) for device in self.devices for r in (*device.left, *device.waiting))
-        width = bucket(max(unread))
+        width = cache_width(self.engine, max(unread))
         if width > self.width // 2:
             width = self.width
         if (new, kept, width) != (size, prompts, self.width):
