@@ -6,7 +6,7 @@ The axis letters are
     P pairs · S scores
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import jax
@@ -41,7 +41,6 @@ class Beginnings:
 
     place: Array  # [W, n] int32, counted within the device
     lengths: Array  # [R] int32, tokens that are taken from there
-    width: int = field(metadata={"static": True})  # none of these is more
 
 
 @jax.tree_util.register_dataclass

@@ -1,7 +1,7 @@
 """In bfloat16 too, what is drawn for a prompt and what a response scores is the same to the bit in any company."""
 
 import json
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,8 @@ def network(mesh, scalar=False):
 
 
 @cache
-def engine(mesh, batch_invariant):
-    of_bfloat16 = network_of(ARCH, "bfloat16")
-    return make_engine(of_bfloat16, mesh, 2, SamplingParams(STOPS, 140), ROWS, batch_invariant=batch_invariant)
+def engine(mesh):
+    return make_engine(network_of(ARCH, "bfloat16", batch_invariant=True), mesh, 2, SamplingParams(STOPS, 140), ROWS)
 
 
 def some_requests():
@@ -52,8 +51,8 @@ def some_requests():
     return [Request(prompt, 7 * n, SamplingParams(STOPS if n % 2 else (), limit)) for n, (prompt, limit) in each]
 
 
-def drawn(mesh, requests, batch_invariant=True):
-    found = complete(engine(mesh, batch_invariant), network(mesh)[1], requests, KEY)
+def drawn(mesh, requests):
+    found = complete(engine(mesh), network(mesh)[1], requests, KEY)
     every = zip(requests, found.tokens, found.lengths, found.logprobs, strict=True)
     return {one.sample_id: tuple(x.tobytes() for x in arrays) for one, *arrays in every}
 
@@ -90,7 +89,8 @@ def test_keys_behind_what_a_page_holds_change_no_bit(pages, width, monkeypatch):
     v = jnp.asarray(rng.normal(size=(pages, 2, width, 16)), jnp.bfloat16)
 
     def read(q, k, v):
-        return jax.jit(attention.read_pages)(q, (k,), (v,), Held(jnp.asarray(held[: len(q)])))
+        read_pages = jax.jit(partial(attention.read_pages, blockwise=True))
+        return read_pages(q, (k,), (v,), Held(jnp.asarray(held[: len(q)])))
 
     wider = [(0, 0)] * 4
     wider[3] = (0, 512)

@@ -29,7 +29,7 @@ QUERY_BLOCK = 64
 CAUSAL_PARTS = 8
 # Keys and values of pages that are read at a time: few enough to stay in a CPU's cache, many enough for its loop.
 PAGES_BYTES = 4 << 20
-# Keys of wide pages, such as prompts, that are read at a time, where these are a multiple of it.
+# Keys of wide pages, such as prompts, that are read at a time where a result must not depend on how wide they are.
 KEY_BLOCK = 256
 # Of a part of a pool that is no larger all pages are read at once.
 WHOLE_BYTES = 64 << 20
@@ -257,16 +257,18 @@ def attend_behind(
         k: [R, S, K, H].
         v: [R, S, K, H].
         before: keys [R, K, H, Tp] and values [R, K, Tp, H], as a cache holds them.
-        lengths: [R], how many of them there are.
+        lengths: [R], how many of them there are. The time follows the largest, and not Tp.
 
     Returns:
         [R, S, N, H] float32.
     """
-    heads, width = before[1].shape[1:3]
-    readable = (jnp.arange(width) < lengths[:, None])[:, None, None, None]
+    heads = before[1].shape[1]
 
     def block(carry: None, part: tuple[jax.Array]) -> tuple[None, Partial]:
-        return carry, _softmax_read(part[0], *before, readable)
+        (asked,) = part
+        together = asked.reshape(*asked.shape[:2], -1, asked.shape[-1])
+        out, lse = _read_in_blocks(together, *before, lengths)
+        return carry, (out.reshape(asked.shape), lse.reshape(asked.shape[:-1]))
 
     _, (out, lse) = _in_blocks(block, None, (_queries_by_head(q, heads),))
     own = attend(q, k, v, causal_span(q.shape[1]), True)
@@ -278,7 +280,7 @@ def _split_group(x: jax.Array, group: int) -> jax.Array:
     return x.reshape(x.shape[0] * group, x.shape[1] // group, *x.shape[2:])
 
 
-def read_pages(q: jax.Array, k: Pool, v: Pool, held: Held) -> Partial:
+def read_pages(q: jax.Array, k: Pool, v: Pool, held: Held, blockwise: bool = False) -> Partial:
     """Softmax attention of every query to the keys that its row holds.
 
     Pages are read where they lie, a part of the pool at a time, and no part that holds no key; then what was read of
@@ -289,10 +291,14 @@ def read_pages(q: jax.Array, k: Pool, v: Pool, held: Held) -> Partial:
         k: the pool's parts, [Pᵢ, K, H, S] each.
         v: [Pᵢ, K, S, H] each.
         held: how many keys each row has, and on which pages.
+        blockwise: whether pages that are a multiple of KEY_BLOCK are read a block at a time. A block that holds no key
+            changes no bit, so that the result does not depend on how wide pages are; many rows of few queries are read
+            at half the speed.
 
     Returns:
         out [B, K, M, H] and lse [B, K, M], both float32; of a row without keys 0 and −1e30.
     """
+    read_part = partial(_read_part, read=_read_in_blocks if blockwise else _read_whole)
     sizes, size = [part.shape[0] for part in k], v[0].shape[2]
     written = held.written(sum(sizes), size)
     asked = q if held.owner is None else q[jnp.minimum(held.owner, q.shape[0] - 1)]
@@ -301,21 +307,18 @@ def read_pages(q: jax.Array, k: Pool, v: Pool, held: Held) -> Partial:
         arguments = asked[begin : begin + pages], part_k, part_v, written[begin : begin + pages]
         nothing = jnp.zeros(arguments[0].shape, jnp.float32), jnp.full(arguments[0].shape[:3], MASKED)
         if len(sizes) == 1:
-            parts.append(_read_part(*arguments))
+            parts.append(read_part(*arguments))
         else:
-            parts.append(jax.lax.cond(arguments[3].any(), _read_part, lambda *_, nothing=nothing: nothing, *arguments))
+            parts.append(jax.lax.cond(arguments[3].any(), read_part, lambda *_, nothing=nothing: nothing, *arguments))
         begin += pages
     out, lse = (jnp.concatenate(one) if len(one) > 1 else one[0] for one in zip(*parts, strict=True))
     return (out, lse) if held.table is None else _merged_pages(out, lse, held.table, held.count, size)
 
 
-def _read_part(q: jax.Array, k: jax.Array, v: jax.Array, written: jax.Array) -> Partial:
+def _read_part(q: jax.Array, k: jax.Array, v: jax.Array, written: jax.Array, read: Callable[..., Partial]) -> Partial:
     """Queries [P, K, M, H] over pages that hold so many keys [P]; of a large part some pages at a time."""
     pages, heads, width, size = k.shape
     each = 2 * heads * width * size * k.dtype.itemsize
-
-    def read(q: jax.Array, k: jax.Array, v: jax.Array, written: jax.Array) -> Partial:
-        return _read_in_blocks(q, k, v, written)
 
     # Taking pages out copies them, which counts where little is computed with each: that is so in small pools.
     if pages * each <= WHOLE_BYTES:
@@ -337,14 +340,15 @@ def _read_part(q: jax.Array, k: jax.Array, v: jax.Array, written: jax.Array) -> 
     return found
 
 
-def _read_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, written: jax.Array) -> Partial:
-    """Queries [P, K, M, H] over the keys that pages hold; KEY_BLOCK of each at a time where they hold many.
+def _read_whole(q: jax.Array, k: jax.Array, v: jax.Array, written: jax.Array) -> Partial:
+    """Queries [P, K, M, H] over the keys that pages hold."""
+    return _softmax_read(q, k, v, (jnp.arange(k.shape[3]) < written[:, None])[:, None, None])
 
-    A block that holds none changes no bit of the result, so that this does not depend on how wide pages are.
-    """
-    size = k.shape[3]
-    if size <= KEY_BLOCK or size % KEY_BLOCK:
-        return _softmax_read(q, k, v, (jnp.arange(size) < written[:, None])[:, None, None])
+
+def _read_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, written: jax.Array) -> Partial:
+    """As `_read_whole`, KEY_BLOCK keys of every page at a time where pages are a multiple of it."""
+    if k.shape[3] <= KEY_BLOCK or k.shape[3] % KEY_BLOCK:
+        return _read_whole(q, k, v, written)
 
     def add(number: jax.Array, carry: Partial) -> Partial:
         begin = number * KEY_BLOCK

@@ -102,9 +102,9 @@ def place_prompts(cache: PromptCache, new: PromptCache, place: jax.Array) -> Pro
     return jax.tree.map(put, cache, new)
 
 
-def prompts_at(cache: PromptCache, place: Array, lengths: Array, width: int) -> PromptCache:
-    """The first tokens [W·n] of the prompts at places [W, n] within each device; none of them more than a width."""
-    keys, values = jax.tree.map(partial(_taken, place), _narrowed(cache, width))
+def prompts_at(cache: PromptCache, place: Array, lengths: Array) -> PromptCache:
+    """The first tokens, so many of each [W·n], of the prompts at places [W, n] within each device."""
+    keys, values = jax.tree.map(partial(_taken, place), (cache.keys, cache.values))
     return PromptCache(keys, values, jnp.asarray(lengths))
 
 

@@ -50,6 +50,7 @@ class Kernel:
 
     name: Name = "portable"
     interpret: bool = False  # Pallas kernels as ordinary JAX, on any device: what tests compare
+    blockwise: bool = False  # of the portable one over written rows: see `attention.read_pages`
 
 
 PORTABLE = Kernel()
@@ -166,7 +167,7 @@ def read_pages(q: jax.Array, k: Pool, v: Pool, held: Held, kernel: Kernel) -> Pa
     Returns:
         out [B, K, M, H] and lse [B, K, M], both float32; see `attention.read_pages`.
     """
-    local: Callable[..., Partial] = attention.read_pages
+    local: Callable[..., Partial] = partial(attention.read_pages, blockwise=kernel.blockwise)
     if not takes_parts(kernel):
         local = partial(flash_decode.read_pool, interpret=kernel.interpret)
     if jax.sharding.get_abstract_mesh().empty:

@@ -59,7 +59,7 @@ def _train(ready: Ready[GRPOConfig], margin: MarginFn) -> bool:
         reference = load_reference(ready, run.trained.frozen)
         for step in run.steps(
             lambda pairs: bucket(pairs.longest_prompt),
-            lambda width: large(grpo_programs(config, model.arch, learner, rollout, judge.engine, width)),
+            lambda width: large(grpo_programs(config, model.arch, learner, rollout, judge.engine, width, full=False)),
             shown,
         ):
             found = reinforce(config, mesh, rollout, reference, step, partial(sample_round, judge, reward))
@@ -71,7 +71,7 @@ def _train(ready: Ready[GRPOConfig], margin: MarginFn) -> bool:
 def _make_judge(ready: Ready[GRPOConfig]) -> Judge:
     config, model = ready.config, ready.model
     settings = config.model, config.sampling, config.rollouts_per_prompt, FORMS[config.judge]
-    return make_judge(model.arch, model.tokenizer, ready.mesh, *settings)
+    return make_judge(model.arch, model.tokenizer, ready.mesh, *settings, longest=ready.longest_prompt)
 
 
 def dry_run(config: GRPOConfig) -> None:
@@ -87,7 +87,7 @@ def dry_run(config: GRPOConfig) -> None:
         grpo_learner(config, model.arch, mesh, updates=length.steps * config.update.updates_per_rollout),
         make_rollout_programs(config, model.arch, mesh),
         _make_judge(ready).engine,
-        bucket(max(record.longest_prompt for record in ready.records)),
+        bucket(ready.longest_prompt),
     )
     describe(to_yaml(config), mesh, every, next(ready.batches()), model.tokenizer, length.steps)
 

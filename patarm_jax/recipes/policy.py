@@ -90,7 +90,7 @@ def _train(policy: _Policy) -> bool:
         reference = load_reference(ready, run.trained.frozen)
         for step in run.steps(
             lambda pairs: bucket(pairs.longest_prompt),
-            lambda width: large(grpo_programs(config, model.arch, learner, rollout, asked.engine, width)),
+            lambda width: large(grpo_programs(config, model.arch, learner, rollout, asked.engine, width, full=False)),
             shown,
         ):
             sample = partial(sample_responses, asked, greedy, policy.rewarding, step.number)
@@ -106,7 +106,7 @@ def _asked(ready: Ready[PolicyConfig]) -> Judge:
     """The policy as it is sampled."""
     config, model = ready.config, ready.model
     settings = config.model, config.sampling, config.rollouts_per_prompt, FORMS[config.judge]
-    return make_judge(model.arch, model.tokenizer, ready.mesh, *settings)
+    return make_judge(model.arch, model.tokenizer, ready.mesh, *settings, longest=ready.longest_prompt)
 
 
 def _greedy(ready: Ready[PolicyConfig]) -> Judge | None:
@@ -115,7 +115,7 @@ def _greedy(ready: Ready[PolicyConfig]) -> Judge | None:
     if not config.compares:
         return None
     settings = config.model, greedily(config.sampling), 1, FORMS[config.judge]
-    return make_judge(model.arch, model.tokenizer, ready.mesh, *settings)
+    return make_judge(model.arch, model.tokenizer, ready.mesh, *settings, longest=ready.longest_prompt)
 
 
 def dry_run(config: PolicyConfig) -> None:
@@ -125,7 +125,7 @@ def dry_run(config: PolicyConfig) -> None:
     ready = policy.ready
     config, mesh, model, length = ready.config, ready.mesh, ready.model, ready.length
     say(kernels_in_use(config.model, model.arch, mesh, "causal", "shared", "written"))
-    width = bucket(max(record.longest_prompt for record in ready.records))
+    width = bucket(ready.longest_prompt)
     every = grpo_programs(
         config,
         model.arch,

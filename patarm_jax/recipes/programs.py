@@ -79,13 +79,11 @@ def _sft(config: SupervisedConfig, arch: Architecture, mesh: Mesh) -> dict[str, 
 
 
 def _grpo(config: ReinforcedConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
-    network = network_for(config.model, arch, mesh)
-    # Which token ends a judgement changes no shape.
-    params = SamplingParams((arch.eos_token_id or 0,), config.sampling.max_new_tokens)
     sampling = config.sampling
-    engine = make_engine(
-        network, mesh, config.rollouts_per_prompt, params, sampling.rows, batch_invariant=sampling.batch_invariant
-    )
+    network = network_for(config.model, arch, mesh, sampling.batch_invariant)
+    # Which token ends a judgement changes no shape.
+    params = SamplingParams((arch.eos_token_id or 0,), sampling.max_new_tokens)
+    engine = make_engine(network, mesh, config.rollouts_per_prompt, params, sampling.rows)
     learner, rollout = grpo_learner(config, arch, mesh), make_rollout_programs(config, arch, mesh)
     return grpo_programs(config, arch, learner, rollout, engine, bucket(config.data.max_prompt_tokens))
 
@@ -325,8 +323,12 @@ def grpo_programs(
     rollout: RolloutPrograms,
     engine: Engine,
     width: int,
+    full: bool = True,
 ) -> dict[str, Program]:
-    """Every program of a step with abstract arguments: prompts of a width, completions at their limit."""
+    """Every program of a step with abstract arguments: prompts of a width, completions at their limit.
+
+    With `full` rows have all the pages that they may take; without, those that they begin with.
+    """
     mesh, dtype = learner.mesh, config.model.dtype
     sampled = abstract_params(arch, mesh, rollout_rules(config.mesh), dtype, unstacked=True)
     rollouts = _abstract_rollouts(config, mesh, width)
@@ -338,7 +340,7 @@ def grpo_programs(
     learnt_from = replace(rollouts, advantages=abstract(earned.shape, earned.dtype, batch_sharding(mesh)))
     shown: dict[str, Program] = {
         "copy for sampling": (rollout.to_rollout, (learner.shape.params, learner.frozen)),
-        **abstract_programs(engine, sampled, config.prompts_per_pair * config.pairs_per_step, width),
+        **abstract_programs(engine, sampled, config.prompts_per_pair * config.pairs_per_step, width, full),
         "advantages": (rollout.advantages, (rewards, valid, rollouts)),
         "update": (learner.update, (learner.shape, learner.frozen, learnt_from)),
     }

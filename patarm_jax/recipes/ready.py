@@ -59,6 +59,11 @@ class Ready(Generic[Config]):
     length: Length
     heldout: Evaluator | None  # the evaluation of the weights while they train; None where there are no held-out pairs
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt of all."""
+        return max(record.longest_prompt for record in self.records)
+
     def batches(self) -> Batches:
         """This process's part of the run's batches, from the first one on."""
         return batches_of(self.config, self.records)

@@ -148,7 +148,7 @@ def _take_turns(arms: Arms, opened: Phases, phase: Phase) -> Run | None:
     def programs(width: int) -> dict[str, Program]:
         turn, learner = turns[ahead], pupils[ahead].learner
         engine = lessons[ahead].asked.engine
-        return large(grpo_programs(turn.config, turn.arm.model.arch, learner, turn.rollout, engine, width))
+        return large(grpo_programs(turn.config, turn.arm.model.arch, learner, turn.rollout, engine, width, full=False))
 
     for step in run.steps(lambda pairs: bucket(pairs.longest_prompt), programs, shown):
         role = _role(run.trained.name)

@@ -27,15 +27,16 @@ from patarm_jax.model.kernels import PORTABLE, Kernel, kernel_for, key_block, ta
 from patarm_jax.model.pages import Pages, first_pages, has_room, more, most_pages
 from patarm_jax.model.sharding import BATCH_AXES, OnMesh, Program, batch_sharding, batch_shards, constrain
 from patarm_jax.model.transformer import decode, logits, prefill, prefill_behind
-from patarm_jax.padding import WIDTH_MULTIPLE, bucket
+from patarm_jax.padding import WIDTH_MULTIPLE
 from patarm_jax.rollout import sampler
 from patarm_jax.rollout.draw import RowSampling, SamplingParams, row_sampling
 from patarm_jax.rollout.sampler import Admission, Network, Sizes, Slots
 
-# Tokens of prompts that a device reads at a time: enough to be bound by arithmetic, and little memory beside the cache.
-PREFILL_TOKENS = 8192
-# As many as a device reads at a time where what one is read with must not depend on the others: full, or filled up.
-INVARIANT_TOKENS = 2048
+# Tokens of prompts that a device reads at a time: enough to be bound by arithmetic, and few enough that filling them up
+# is no loss. So prompts of a width are always read in the same number, by one program.
+PREFILL_TOKENS = 2048
+# Tokens of the places that prompts which begin like others are put together in at a time, which bounds their memory.
+PLACED_TOKENS = 16384
 # Into how many parts a pool is cut at first; what is added later into two. A part that holds nothing is not read.
 FIRST_PARTS = 4
 # How often rows are halved when nothing waits any more, unless told otherwise.
@@ -54,6 +55,7 @@ class Engine:
     vote_stride: int  # see `sampler.completion_id`
     rows: int  # completions that are written at a time, over all devices; 0: all of them
     halvings: int  # how often rows may be halved when nothing waits any more; each time is another compiled program
+    longest: int  # tokens of the longest prompt that there will be, so that places are never far narrower; 0: not known
     # Whether each completion is computed in the same shapes, whatever else there is to complete: rows never get fewer,
     # each prompt is read in the bucket of its own length, and whole. Its numbers are then the same to the bit.
     batch_invariant: bool
@@ -78,8 +80,8 @@ def make_engine(
     rows: int = 0,
     halvings: int = HALVINGS,
     vote_stride: int = 0,
+    longest: int = 0,
     shares: bool = True,
-    batch_invariant: bool = False,
 ) -> Engine:
     """Jits the sampler for a network; programs are compiled once per size of places. Arguments as of `Engine`."""
     shards = batch_shards(mesh)
@@ -117,14 +119,15 @@ def make_engine(
         sampling=sampling,
         vote_stride=vote_stride,
         rows=rows,
-        halvings=0 if batch_invariant else halvings,
-        batch_invariant=batch_invariant,
+        halvings=0 if network.batch_invariant else halvings,
+        longest=longest,
+        batch_invariant=network.batch_invariant,
         start=OnMesh(mesh, start, static_argnums=0),
         bring_in=OnMesh(mesh, bring_in, donate_argnums=1),
         advance=OnMesh(mesh, advance, donate_argnums=1),
         resize=OnMesh(mesh, resize, static_argnums=4),
         pools_in_parts=network.pools_in_parts,
-        shares=shares and not batch_invariant and network.prefill_behind is not None,
+        shares=shares and not network.batch_invariant and network.prefill_behind is not None,
         another_part=OnMesh(mesh, another, static_argnums=1),
         widen=OnMesh(mesh, wider, static_argnums=1),
         more=OnMesh(mesh, more, static_argnums=1),
@@ -150,16 +153,23 @@ def with_more_pages(engine: Engine, slots: Slots[KVCache]) -> Slots[KVCache]:
     return replace(slots, cache=replace(cache, keys=keys, values=values, pages=engine.more(taken, count)))
 
 
-def network_for(section: ModelSection, arch: Architecture, mesh: Mesh) -> Network[KVCache]:
-    """The network of a config, with the kernels that suit its devices."""
+def network_for(
+    section: ModelSection, arch: Architecture, mesh: Mesh, batch_invariant: bool = False
+) -> Network[KVCache]:
+    """The network of a config, with the kernels that suit its devices; for batch_invariant see `Engine`."""
     of_prompts, of_rows = (kernel_for(section, arch, mesh, form) for form in ("causal", "written"))
-    return network_of(arch, section.dtype, of_prompts, of_rows)
+    return network_of(arch, section.dtype, of_prompts, of_rows, batch_invariant)
 
 
 def network_of(
-    arch: Architecture, dtype: str, of_prompts: Kernel = PORTABLE, of_rows: Kernel = PORTABLE
+    arch: Architecture,
+    dtype: str,
+    of_prompts: Kernel = PORTABLE,
+    of_rows: Kernel = PORTABLE,
+    batch_invariant: bool = False,
 ) -> Network[KVCache]:
     """Qwen3 as the sampler sees it: tokens to logits; with a kernel for causal rows and one for written rows."""
+    of_rows = replace(of_rows, blockwise=batch_invariant)
 
     def init(shards: int, sizes: Sizes) -> KVCache:
         # The last token drawn is never read, but one place less would not be the round number that hardware reads fast.
@@ -173,7 +183,7 @@ def network_of(
     def read_behind(
         params: Params, tokens: jax.Array, lengths: jax.Array, cache: KVCache, beginnings: Beginnings
     ) -> tuple[jax.Array, PromptCache]:
-        before = prompts_at(cache.prompt, beginnings.place, beginnings.lengths, beginnings.width)
+        before = prompts_at(cache.prompt, beginnings.place, beginnings.lengths)
         most = cache.prompt.keys[0].shape[-1]
         hidden, kept = prefill_behind(params, arch, tokens, lengths, before, most, dtype=dtype)
         return logits(params, arch, hidden, dtype), kept
@@ -193,17 +203,29 @@ def network_of(
         decode=decode_step,
         resize=resize_cache,
         pools_in_parts=takes_parts(of_rows),
+        batch_invariant=batch_invariant,
         room=lambda cache, age: has_room(cache.pages, age, cache.page_size),
     )
 
 
-def abstract_programs(engine: Engine, params: Params, requests: int, width: int) -> dict[str, Program]:
-    """The largest programs of a run over so many requests, with abstract arguments, for compiling ahead of time."""
+def abstract_programs(
+    engine: Engine, params: Params, requests: int, width: int, full: bool = True
+) -> dict[str, Program]:
+    """The programs of a run over so many requests, with abstract arguments, for compiling ahead of time.
+
+    Args:
+        engine: from `make_engine`.
+        params: abstract weights.
+        requests: of all processes.
+        width: of the prompts.
+        full: whether rows have all the pages that they may take, or those that they begin with.
+    """
     shards, new = batch_shards(engine.mesh), partial(abstract, sharding=batch_sharding(engine.mesh))
     prompts, rows = places_for(engine, -(-requests // shards))
-    number = prompts_at_a_time(engine, width, prompts, prompts)
-    sizes = sizes_for(engine, prompts, width, rows)
-    sizes = replace(sizes, parts=_parts(engine, rows, most_pages(sizes.width)))
+    place = place_width(engine, width)
+    sizes = sizes_for(engine, prompts, place, rows)
+    if full:
+        sizes = replace(sizes, parts=_parts(engine, rows, most_pages(sizes.width)))
     started = engine.start.lower(sizes)
     slots = jax.tree.map(
         lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like),
@@ -211,19 +233,27 @@ def abstract_programs(engine: Engine, params: Params, requests: int, width: int)
         started.compile().output_shardings,
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    size = shards * number
-    read = Prompts(new((size, width), jnp.int32), new((size,), jnp.int32), new((size,), jnp.int32))
-    sampling = jax.tree.map(
-        lambda x: new(x.shape, x.dtype), row_sampling([engine.sampling] * size, sizes.stops, sizes.named)
-    )
+
+    def reading(number: int, behind: bool) -> Program:
+        size = shards * number
+        each, where = new((size,), jnp.int32), new((shards, number), jnp.int32)
+        read = Prompts(new((size, width), jnp.int32), each, each)
+        like = row_sampling([engine.sampling] * size, sizes.stops, sizes.named)
+        sampling = jax.tree.map(lambda x: new(x.shape, x.dtype), like)
+        begin = Beginnings(where, each) if behind else None
+        return engine.bring_in, (params, slots, read, sampling, where, key, begin)
+
     row = new((shards, rows), jnp.int32)
     begins, enough = Admission(new((shards, rows), jnp.bool), row, row), jax.ShapeDtypeStruct((), jnp.int32)
-    half_rows, half_prompts = max(rows // 2, 1), max(prompts // 2, 1)
+    half_rows = max(rows // 2, 1)
+    half_prompts = min(prompts, half_rows)
     kept = tuple(new((shards, size), jnp.int32) for size in (half_rows, half_prompts, half_rows))
+    behind = prompts_at_a_time(width, prompts, place)
     return {
-        "prefill": (engine.bring_in, (params, slots, read, sampling, new((shards, number), jnp.int32), key, None)),
+        "prefill": reading(prompts_at_a_time(width, prompts), behind=False),
+        **({"prefill behind what is there": reading(behind, behind=True)} if engine.shares else {}),
         "decode": (engine.advance, (params, slots, begins, key, enough)),
-        "resize": (engine.resize, (slots, *kept, width)),
+        "resize": (engine.resize, (slots, *kept, place)),
     }
 
 
@@ -266,15 +296,24 @@ def parts_of(pages: int, number: int) -> tuple[int, ...]:
     return tuple(pages // number + (part < pages % number) for part in range(number))
 
 
-def prompts_at_a_time(engine: Engine, width: int, places: int, wanted: int) -> int:
-    """A power of two, so that few sizes are compiled."""
-    tokens, wanted = (INVARIANT_TOKENS, places) if engine.batch_invariant else (PREFILL_TOKENS, min(wanted, places))
-    return min(1 << max(tokens // width, 1).bit_length() - 1, 1 << (wanted - 1).bit_length())
+def prompts_at_a_time(width: int, places: int, place_width: int = 0) -> int:
+    """How many prompts are read together: a power of two, no more than fill all places.
+
+    Args:
+        width: what is read of each.
+        places: there are so many.
+        place_width: of those that are put together with what is there already, how wide their places are.
+    """
+    most = PREFILL_TOKENS // width
+    if place_width:
+        most = min(most, PLACED_TOKENS // place_width)
+    return min(1 << max(most, 1).bit_length() - 1, 1 << (places - 1).bit_length())
 
 
-def cache_width(engine: Engine, longest: int) -> int:
-    """The width of places for prompts of so many tokens."""
-    return bucket(longest, KEY_BLOCK if engine.batch_invariant else WIDTH_MULTIPLE)
+def place_width(engine: Engine, longest: int) -> int:
+    """The width of places for prompts of so many tokens: a power of two, so that few programs have other ones."""
+    least = KEY_BLOCK if engine.batch_invariant else max(WIDTH_MULTIPLE, engine.longest // 2)
+    return 1 << (max(longest, least) - 1).bit_length()
 
 
 def _pinned(slots: AnySlots) -> AnySlots:

@@ -52,8 +52,12 @@ def make_judge(
     group: int,
     form: Form = POINTWISE,
     vote_stride: int = 0,
+    longest: int = 0,
 ) -> Judge:
-    """A judge for a network of this shape that gives `group` judgements; for vote_stride see `completion_id`."""
+    """A judge for a network of this shape that gives `group` judgements.
+
+    For vote_stride see `completion_id`, and for the longest prompt `Engine`.
+    """
     words = words_of(tokenizer) if form.weighs_words else None
     drawn = SamplingParams(
         stop_ids=tokenizer.stop_ids,
@@ -63,15 +67,8 @@ def make_judge(
         top_p=sampling.top_p,
         named_ids=words.ids if words else (),
     )
-    engine = make_engine(
-        network_for(section, arch, mesh),
-        mesh,
-        group,
-        drawn,
-        sampling.rows,
-        vote_stride=vote_stride,
-        batch_invariant=sampling.batch_invariant,
-    )
+    network = network_for(section, arch, mesh, sampling.batch_invariant)
+    engine = make_engine(network, mesh, group, drawn, sampling.rows, vote_stride=vote_stride, longest=longest)
     return Judge(tokenizer, engine, form, words)
 
 

@@ -23,7 +23,7 @@ from patarm_jax.model.kernels import kernel_for
 from patarm_jax.model.sharding import OnMesh, batch_shards, fetch, place_batch, process_in
 from patarm_jax.model.transformer import Output, forward
 from patarm_jax.padding import bucket
-from patarm_jax.rollout.engine import INVARIANT_TOKENS, PREFILL_TOKENS
+from patarm_jax.rollout.engine import PREFILL_TOKENS
 from patarm_jax.train.losses import mask_from_lengths
 from patarm_jax.train.steps import completion_logprobs
 from patarm_jax.types import SCORES, Judgement, Status
@@ -132,7 +132,7 @@ def _each_in_its_bucket(
         alike.setdefault(_widths([one]), []).append(index)
     found: dict[int, Expected] = {}
     for (width, _), indices in alike.items():
-        rows = batch_shards(mesh) * max(1, INVARIANT_TOKENS // width)
+        rows = batch_shards(mesh) * max(1, PREFILL_TOKENS // width)
         for first in range(0, len(indices), rows):
             now = indices[first : first + rows]
             every = _expected(logprobs, params, mesh, [judgements[index] for index in now], rows)

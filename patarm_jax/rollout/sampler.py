@@ -49,6 +49,7 @@ class Network(Generic[Cache]):
     # Of a network whose cache may be full: whether another token of rows of these ages [W, b] has room in it.
     room: Callable[[Cache, jax.Array], jax.Array] = lambda cache, age: jnp.bool_(True)
     pools_in_parts: bool = False  # whether more pages come as another part, and not by widening the whole
+    batch_invariant: bool = False  # whether numbers of a row may depend on nothing but it: see `Engine`
 
 
 @jax.tree_util.register_dataclass

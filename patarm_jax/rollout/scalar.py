@@ -13,7 +13,7 @@ from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.kernels import kernel_for
 from patarm_jax.model.sharding import OnMesh, batch_shards, fetch, place_batch, process_in
 from patarm_jax.padding import bucket
-from patarm_jax.rollout.engine import INVARIANT_TOKENS, PREFILL_TOKENS
+from patarm_jax.rollout.engine import PREFILL_TOKENS
 
 Scorer = Callable[[Params, jax.Array, jax.Array], jax.Array]  # (params, tokens [R, T], lengths [R]) → scores [R]
 
@@ -47,7 +47,7 @@ def scores(
     shards, (mine, processes) = batch_shards(mesh), process_in(mesh)
     while waiting:
         width = bucket(len(conversations[waiting[0]]))
-        rows = shards * max(1, (INVARIANT_TOKENS if batch_invariant else PREFILL_TOKENS) // width)
+        rows = shards * max(1, PREFILL_TOKENS // width)
         now = waiting[:rows]
         if batch_invariant:
             now = [index for index in now if bucket(len(conversations[index])) == width]

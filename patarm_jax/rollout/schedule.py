@@ -27,7 +27,7 @@ from patarm_jax.padding import bucket
 from patarm_jax.rollout import sampler
 from patarm_jax.rollout.beginnings import dealt, families_of
 from patarm_jax.rollout.draw import SamplingParams, row_sampling
-from patarm_jax.rollout.engine import Engine, cache_width, places_for, prompts_at_a_time, sizes_for, with_more_pages
+from patarm_jax.rollout.engine import Engine, place_width, places_for, prompts_at_a_time, sizes_for, with_more_pages
 from patarm_jax.rollout.sampler import Admission
 
 # The share of the rows, one in so many, that must have ended before waiting ones take their places.
@@ -154,7 +154,7 @@ class _Schedule:
         shares = [share for process in range(processes) for share in self._shares(process, each)]
         prompts, rows = places_for(engine, max(map(len, shares)))
         self.devices = [_Device(deque(share), [None] * prompts, [None] * rows) for share in shares]
-        self.width = cache_width(engine, int(self.lengths.max()))
+        self.width = place_width(engine, int(self.lengths.max()))
         self.least = rows / 2**engine.halvings
         self.sizes = sizes_for(engine, prompts, self.width, rows, stops, named)
         self.slots = engine.start(self.sizes)
@@ -212,16 +212,14 @@ class _Schedule:
 
     def _read(self, wanted: list[list[int]], is_behind: bool) -> None:
         """Reads the first of the requests that are wanted of each device, as many as are read at a time."""
-        most, places = max(map(len, wanted)), len(self.devices[0].prompts)
-        width = self._width(wanted, is_behind)
-        begun = bucket(max(int(self.shared[request]) for requests in wanted for request in requests))
-        # What was read of a beginning is looked at again, so that a short rest does not come without its cost.
-        looked_at = max(width, (begun + width) // 2) if is_behind else width
-        number = prompts_at_a_time(self.engine, looked_at, places, most)
+        read = self.lengths - self.shared if is_behind else self.lengths
+        wanted = [sorted(requests, key=lambda one: -int(read[one])) for requests in wanted]
+        width = bucket(max(int(read[requests[0]]) for requests in wanted if requests))
         if self.engine.batch_invariant:
-            wanted = [[one for one in requests if bucket(int(self.lengths[one])) == width] for requests in wanted]
+            wanted = [[one for one in requests if bucket(int(read[one])) == width] for requests in wanted]
+        places = len(self.devices[0].prompts)
+        number = prompts_at_a_time(width, places, self.width if is_behind else 0)
         wanted = [requests[:number] for requests in wanted]
-        width = self._width(wanted, is_behind)
         tokens = np.zeros((len(self.mine), number, width), np.int32)
         ids, lengths, shared, like = np.zeros((4, *tokens.shape[:2]), np.int32)
         lengths += 1
@@ -247,14 +245,9 @@ class _Schedule:
                     sampling[index * number + n] = self.sampling[request - self.first]
         flat = tuple(x.reshape(-1, *x.shape[2:]) for x in (tokens, lengths, ids))
         drawn_so = row_sampling(sampling, self.sizes.stops, self.sizes.named)
-        begin = Beginnings(like, shared.reshape(-1), begun) if is_behind else None
-        read, drawn_so, where, begin = place_batch(self.engine.mesh, (flat, drawn_so, place, begin))
-        self.slots = self.engine.bring_in(self.params, self.slots, Prompts(*read), drawn_so, where, self.key, begin)
-
-    def _width(self, wanted: list[list[int]], is_behind: bool) -> int:
-        """What holds each of the prompts, or what stands behind their beginnings."""
-        requests = [request for each in wanted for request in each]
-        return bucket(int((self.lengths[requests] - (self.shared[requests] if is_behind else 0)).max()))
+        begin = Beginnings(like, shared.reshape(-1)) if is_behind else None
+        prompts, drawn_so, where, begin = place_batch(self.engine.mesh, (flat, drawn_so, place, begin))
+        self.slots = self.engine.bring_in(self.params, self.slots, Prompts(*prompts), drawn_so, where, self.key, begin)
 
     def _free_places(self, device: _Device) -> list[int]:
         """Those first whose keys nobody waits for."""
@@ -342,22 +335,20 @@ class _Schedule:
     # ------------------------------------------------------------------------------------------------------- places
 
     def _shrink(self) -> None:
-        """Halves rows and prompts once nothing waits for them, and narrows prompts once the long ones are through."""
+        """Narrows prompts once the long ones are through, and halves rows once nothing waits for them.
+
+        The one or the other, and one step after another, so that there are few sizes.
+        """
         size, prompts = len(self.devices[0].rows), len(self.devices[0].prompts)
-        new, kept = size, prompts
-        if not any(device.waiting or device.ready for device in self.devices):
-            busy = max(sum(work is not None for work in device.rows) for device in self.devices)
-            used = max(len(device.left) for device in self.devices)
-            while new > 1 and busy <= new // 2 and new // 2 >= self.least:
-                new //= 2
-            while kept > 1 and used <= kept // 2 and new < size:
-                kept //= 2
-        unread = (int(self.lengths[r]) for device in self.devices for r in (*device.left, *device.waiting))
-        width = cache_width(self.engine, max(unread))
-        if width > self.width // 2:
-            width = self.width
-        if (new, kept, width) != (size, prompts, self.width):
-            self._resize(new, kept, width)
+        if any(device.waiting or device.ready for device in self.devices):
+            unread = (int(self.lengths[r]) for device in self.devices for r in (*device.left, *device.waiting))
+            if (width := place_width(self.engine, max(unread))) < self.width:
+                self._resize(size, prompts, width)
+            return
+        busy = max(sum(work is not None for work in device.rows) for device in self.devices)
+        while size > 1 and busy <= size // 2 and size // 2 >= self.least:
+            size //= 2
+            self._resize(size, min(prompts, size), self.width)
 
     def _resize(self, size: int, prompts: int, width: int) -> None:
         """Moves what is being written, and its prompts, to the front."""
