@@ -36,7 +36,8 @@ CONFIGS = {
 NAMES = {
     "sft": {"update"},
     "grpo": {
-        "copy for sampling", "prefill", "decode", "resize", "reference log-probs", "advantages", "update",
+        "copy for sampling", "prefill", "prefill behind", "decode", "resize", "reference log-probs", "advantages",
+        "update",
     },
 }  # fmt: skip
 

@@ -27,7 +27,15 @@ from patarm_jax.padding import bucket
 from patarm_jax.rollout import sampler
 from patarm_jax.rollout.beginnings import dealt, families_of
 from patarm_jax.rollout.draw import SamplingParams, row_sampling
-from patarm_jax.rollout.engine import Engine, place_width, places_for, prompts_at_a_time, sizes_for, with_more_pages
+from patarm_jax.rollout.engine import (
+    FEW,
+    Engine,
+    place_width,
+    places_for,
+    prompts_at_a_time,
+    sizes_for,
+    with_more_pages,
+)
 from patarm_jax.rollout.sampler import Admission
 
 # The share of the rows, one in so many, that must have ended before waiting ones take their places.
@@ -217,13 +225,12 @@ class _Schedule:
         width = bucket(max(int(read[requests[0]]) for requests in wanted if requests))
         if self.engine.batch_invariant:
             wanted = [[one for one in requests if bucket(int(read[one])) == width] for requests in wanted]
-        places = len(self.devices[0].prompts)
-        number = prompts_at_a_time(width, places, self.width if is_behind else 0)
+        number = self._number(width, max(map(len, wanted)), is_behind)
         wanted = [requests[:number] for requests in wanted]
         tokens = np.zeros((len(self.mine), number, width), np.int32)
         ids, lengths, shared, like = np.zeros((4, *tokens.shape[:2]), np.int32)
         lengths += 1
-        place = np.full(tokens.shape[:2], places, np.int32)
+        place = np.full(tokens.shape[:2], len(self.devices[0].prompts), np.int32)
         sampling = [self.engine.sampling] * lengths.size
         for shard, device in enumerate(self.devices):
             sources = {int(self.family[request]): source for source, request in device.kept.items()}
@@ -248,6 +255,13 @@ class _Schedule:
         begin = Beginnings(like, shared.reshape(-1)) if is_behind else None
         prompts, drawn_so, where, begin = place_batch(self.engine.mesh, (flat, drawn_so, place, begin))
         self.slots = self.engine.bring_in(self.params, self.slots, Prompts(*prompts), drawn_so, where, self.key, begin)
+
+    def _number(self, width: int, wanted: int, is_behind: bool) -> int:
+        """How many prompts of a width are read at a time."""
+        many = prompts_at_a_time(width, len(self.devices[0].prompts), self.width if is_behind else 0)
+        is_writing = any(work is not None for device in self.devices for work in device.rows)
+        few = self.engine.batch_invariant or (is_writing and wanted < many)
+        return max(1, many // FEW) if few else many
 
     def _free_places(self, device: _Device) -> list[int]:
         """Those first whose keys nobody waits for."""
@@ -342,7 +356,7 @@ class _Schedule:
         size, prompts = len(self.devices[0].rows), len(self.devices[0].prompts)
         if any(device.waiting or device.ready for device in self.devices):
             unread = (int(self.lengths[r]) for device in self.devices for r in (*device.left, *device.waiting))
-            if (width := place_width(self.engine, max(unread))) < self.width:
+            if (width := place_width(self.engine, max(unread))) <= self.width // 2:
                 self._resize(size, prompts, width)
             return
         busy = max(sum(work is not None for work in device.rows) for device in self.devices)
