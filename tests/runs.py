@@ -115,7 +115,7 @@ class Started:
 
     def end(self, code=0):
         """Waits for the end, which must be with this exit code; gives what was said."""
-        got = self.process.wait(timeout=300)
+        got = self.process.wait(timeout=1500)  # on the slowest machine; who waits longer waits in vain
         with self.said:
             self.said.seek(0)
             text = self.said.read()

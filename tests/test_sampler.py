@@ -21,8 +21,9 @@ from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, TRAIN_RULES, batch_sharding, make_mesh
 from patarm_jax.model.transformer import abstract_params, forward, init_params, unstack_layers
+from patarm_jax.padding import bucket
 from patarm_jax.rollout.draw import SamplingParams, draw, kept, needs_of, pick, row_sampling
-from patarm_jax.rollout.engine import abstract_programs, make_engine, network_of
+from patarm_jax.rollout.engine import abstract_programs, make_engine, network_of, place_width
 from patarm_jax.rollout.sampler import Network
 from patarm_jax.rollout.schedule import Request, complete
 from patarm_jax.train.steps import rollout_logprobs
@@ -321,6 +322,33 @@ def test_rows_do_not_wait_for_the_longest():
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("rows, reading", [(0, 8), (8, 16)])
+def test_many_batches_are_sampled_by_few_programs(rows, reading):
+    """However lengths fall: a number of prompts for each of eight widths, or two where rows are refilled."""
+    network = fake_network(2, lambda count, rows: jnp.zeros((rows, 8)))
+    engine = make_engine(network, ALONE, 2, SamplingParams((-1,), 64), rows, longest=1000)
+    rng = np.random.default_rng(0)
+    for step in range(8):
+        lengths = np.clip(rng.lognormal(5, 1, 12), 1, 1000).astype(int)
+        limits = rng.integers(1, 65, 12)
+        each = enumerate(zip(lengths, limits, strict=True))
+        requests = [Request(np.full(n, 3, np.int32), i, SamplingParams((-1,), int(most))) for i, (n, most) in each]
+        complete(engine, {}, requests, jax.random.key(step))
+    compiled = {name: getattr(engine, name)._jitted._cache_size() for name in ("bring_in", "advance", "resize")}
+    assert compiled["bring_in"] <= reading
+    assert compiled["advance"] <= 4  # as often as rows are halved, and once before
+    assert compiled["resize"] <= 6
+
+
+@pytest.mark.parametrize("longest", [64, 200, 1024, 3000, 4027])
+def test_a_run_has_places_of_two_widths_at_most(longest):
+    engine = make_engine(network_of(CONFIG, "float32"), ALONE, 2, SamplingParams((-1,), 4), longest=longest)
+    widths = [place_width(engine, tokens) for tokens in range(1, longest + 1)]
+    assert all(tokens <= width for tokens, width in enumerate(widths, 1))
+    assert widths[-1] == bucket(longest) and len(set(widths)) <= 2
+    assert place_width(engine, 2 * longest) >= 2 * longest
+
+
 def test_long_prompts_are_narrowed_away():
     """Prompts in several buckets of length, and fewer places than prompts: the same as all at once."""
     rng = np.random.default_rng(6)

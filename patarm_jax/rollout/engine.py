@@ -27,7 +27,7 @@ from patarm_jax.model.kernels import PORTABLE, Kernel, kernel_for, key_block, ta
 from patarm_jax.model.pages import Pages, first_pages, has_room, more, most_pages
 from patarm_jax.model.sharding import BATCH_AXES, OnMesh, Program, batch_sharding, batch_shards, constrain
 from patarm_jax.model.transformer import decode, logits, prefill, prefill_behind
-from patarm_jax.padding import WIDTH_MULTIPLE, bucket
+from patarm_jax.padding import bucket
 from patarm_jax.rollout import sampler
 from patarm_jax.rollout.draw import RowSampling, SamplingParams, row_sampling
 from patarm_jax.rollout.sampler import Admission, Network, Sizes, Slots
@@ -35,7 +35,9 @@ from patarm_jax.rollout.sampler import Admission, Network, Sizes, Slots
 # Tokens of prompts that a device reads at a time: enough to be bound by arithmetic, and few enough that filling them up
 # is no loss. So all that a run begins with is read by one program for each width.
 PREFILL_TOKENS = 2048
-# As many, one in so many, are read where others are being written meanwhile, whose places come free a few at a time.
+# As many, one in so many, are read where completions are being written, whose places come free a few at a time; where
+# only what stands behind others is read, which is short; and where what is read together must not depend on how much
+# there is.
 FEW = 4
 # Tokens of the places that prompts which begin like others are put together in at a time, which bounds their memory.
 PLACED_TOKENS = 16384
@@ -250,10 +252,10 @@ def abstract_programs(
     half_rows = max(rows // 2, 1)
     half_prompts = min(prompts, half_rows)
     kept = tuple(new((shards, size), jnp.int32) for size in (half_rows, half_prompts, half_rows))
-    behind, whole = prompts_at_a_time(width, prompts, place), prompts_at_a_time(width, prompts)
+    whole, behind = prompts_at_a_time(width, prompts), prompts_at_a_time(width, prompts, place)
     return {
         "prefill": reading(max(1, whole // FEW) if engine.batch_invariant else whole, behind=False),
-        **({"prefill behind": reading(behind, behind=True)} if engine.shares else {}),
+        **({"prefill behind": reading(max(1, behind // FEW), behind=True)} if engine.shares else {}),
         "decode": (engine.advance, (params, slots, begins, key, enough)),
         "resize": (engine.resize, (slots, *kept, place)),
     }
@@ -315,14 +317,16 @@ def prompts_at_a_time(width: int, places: int, place_width: int = 0) -> int:
 def place_width(engine: Engine, longest: int) -> int:
     """The width of places for prompts of so many tokens.
 
-    Of a run that samples again and again a power of two, and no less than half of what its longest prompt needs, so
-    that there are two widths of places in all.
+    Of a run that samples again and again no less than half of what its longest prompt needs, so that there are two
+    widths of places in all.
     """
     if engine.batch_invariant:
         return bucket(longest, KEY_BLOCK)
     if not engine.longest:
         return bucket(longest)
-    return 1 << (max(longest, engine.longest // 2, WIDTH_MULTIPLE) - 1).bit_length()
+    widest = bucket(max(longest, engine.longest))
+    half = bucket(widest // 2)
+    return widest if longest > half else half
 
 
 def _pinned(slots: AnySlots) -> AnySlots:

@@ -23,7 +23,7 @@ from patarm_jax.model.sharding import (
     place_batch,
     process_in,
 )
-from patarm_jax.padding import bucket
+from patarm_jax.padding import WIDTH_MULTIPLE, bucket
 from patarm_jax.rollout import sampler
 from patarm_jax.rollout.beginnings import dealt, families_of
 from patarm_jax.rollout.draw import SamplingParams, row_sampling
@@ -222,7 +222,10 @@ class _Schedule:
         """Reads the first of the requests that are wanted of each device, as many as are read at a time."""
         read = self.lengths - self.shared if is_behind else self.lengths
         wanted = [sorted(requests, key=lambda one: -int(read[one])) for requests in wanted]
-        width = bucket(max(int(read[requests[0]]) for requests in wanted if requests))
+        longest = max(int(read[requests[0]]) for requests in wanted if requests)
+        width = bucket(longest)
+        if is_behind:  # so many widths as there are of beginnings would be too many programs
+            width = max(WIDTH_MULTIPLE, 1 << (longest - 1).bit_length())
         if self.engine.batch_invariant:
             wanted = [[one for one in requests if bucket(int(read[one])) == width] for requests in wanted]
         number = self._number(width, max(map(len, wanted)), is_behind)
@@ -260,7 +263,7 @@ class _Schedule:
         """How many prompts of a width are read at a time."""
         many = prompts_at_a_time(width, len(self.devices[0].prompts), self.width if is_behind else 0)
         is_writing = any(work is not None for device in self.devices for work in device.rows)
-        few = self.engine.batch_invariant or (is_writing and wanted < many)
+        few = self.engine.batch_invariant or is_behind or (is_writing and wanted < many)
         return max(1, many // FEW) if few else many
 
     def _free_places(self, device: _Device) -> list[int]:
