@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,6 @@ from patarm_jax.recipes.programs import RolloutPrograms, grpo_learner, make_roll
 from patarm_jax.rollout.batches import completion_width, rollouts_of
 from patarm_jax.rollout.draw import SamplingParams
 from patarm_jax.rollout.engine import Engine, make_engine, network_for
-from patarm_jax.rollout.sampler import Network
 from patarm_jax.rollout.schedule import Finished, Request, complete
 from patarm_jax.run.learner import Batch, Learner
 from patarm_jax.train.steps import TrainState
@@ -258,7 +257,8 @@ class _Judging:
 
 def _judging(bench: Bench) -> _Judging:
     c = bench.config
-    network, params = _network(bench), SamplingParams(_stops(bench), c.judgement)
+    params = SamplingParams(_stops(bench), c.judgement)
+    network = network_for(bench.section, bench.arch, bench.mesh, c.batch_invariant)
     engine = make_engine(network, bench.mesh, 1, params, c.decode_rows, c.halvings)
     return _Judging(bench, engine, sampled_weights(bench, c.seed + 1), _requests(bench))
 
@@ -330,12 +330,9 @@ def _rollouts(bench: Bench) -> _Rollouts:
 def make_sampler(bench: Bench) -> Engine:
     """What samples G completions of each prompt."""
     c = bench.config
-    network, params = _network(bench), SamplingParams(_stops(bench), c.new)
+    params = SamplingParams(_stops(bench), c.new)
+    network = network_for(bench.section, bench.arch, bench.mesh, c.batch_invariant)
     return make_engine(network, bench.mesh, c.group, params, c.decode_rows, c.halvings)
-
-
-def _network(bench: Bench) -> Network[Any]:
-    return network_for(bench.section, bench.arch, bench.mesh, bench.config.batch_invariant)
 
 
 def _stops(bench: Bench) -> tuple[int, ...]:
