@@ -257,7 +257,7 @@ def attend_behind(
         k: [R, S, K, H].
         v: [R, S, K, H].
         before: keys [R, K, H, Tp] and values [R, K, Tp, H], as a cache holds them.
-        lengths: [R], how many of them there are. The time follows the largest, and not Tp.
+        lengths: [R], how many of them there are. Where Tp is a multiple of KEY_BLOCK, the time follows the largest.
 
     Returns:
         [R, S, N, H] float32.
