@@ -19,9 +19,9 @@ import yaml
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import read_architecture
 from patarm_jax.model.transformer import init_params
+from tests.flags import FLAGS
 from tests.toys import small_world, tiny_model_folder
 
-FLAGS = "--xla_backend_optimization_level=0"
 VAIN = {"sft": 0, "grpo": 1}  # exit codes: no judgement of random weights can be read, so GRPO learns nothing from PAR
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 

@@ -27,9 +27,9 @@ from patarm_jax.run.open_model import open_model
 from patarm_jax.train.pair_losses import dpo
 from patarm_jax.train.steps import dpo_loss
 from patarm_jax.types import UserError
+from tests.flags import FLAGS
 from tests.runs import (
     CUBE,
-    FLAGS,
     assert_nearly_equal,
     config_file,
     exported,

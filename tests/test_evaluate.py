@@ -21,6 +21,7 @@ from patarm_jax.model.transformer import init_params
 from patarm_jax.types import UserError
 from tests.benchmark_rows import ROWS, write_rows
 from tests.chat_server import BAD, ENVIRONMENT, GOOD, overall, remote, served, settings, write_pairs
+from tests.flags import FLAGS
 from tests.toys import tiny_model_folder
 
 # ---- Answers --------------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def test_any_batch_and_any_devices_give_the_same(world, whole):
 
 @pytest.mark.long
 def test_a_stopped_evaluation_goes_on(world, whole):
-    environment = ENVIRONMENT | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = ENVIRONMENT | {"XLA_FLAGS": FLAGS}
     command = [sys.executable, "-m", "patarm_jax", *local(world, "parted", "--sampling.rows", 2)]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     answers = world / "parted" / "answers.jsonl"

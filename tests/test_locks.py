@@ -17,6 +17,7 @@ from patarm_jax.cli import main
 from patarm_jax.files import LOCK, is_occupied
 from patarm_jax.locks import hold_folder, hold_output
 from patarm_jax.types import UserError
+from tests.flags import FLAGS
 from tests.toys import small_world, write_recipes, write_run
 
 ROOT = Path(__file__).parents[1]
@@ -204,7 +205,7 @@ def test_two_runs_in_one_folder(world, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "patarm_jax", "sft", f"{world}/sft.yaml", "--run.folder", str(run)]
     command += ["--run.steps", "12", "--run.checkpoint_every", "2"]
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": FLAGS}
 
     def steps():
         path = run / "metrics.jsonl"

@@ -18,9 +18,9 @@ from patarm_jax.recipes.on_policy import pair_of
 from patarm_jax.rollout.preferring import ALL_EQUAL, ONE_REWARD, SMALL_GAP, UNLIKE, Pair, preferred_pair
 from patarm_jax.rollout.responses import NO_ANSWER, NO_BASELINE, Worth
 from tests.chat_server import FORM, completion, served
+from tests.flags import FLAGS
 from tests.runs import (
     CUBE,
-    FLAGS,
     exported,
     lines_of,
     reward_config,

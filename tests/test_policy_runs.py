@@ -12,6 +12,7 @@ from patarm_jax.cli import main
 from patarm_jax.config.load import from_mapping, load, to_yaml
 from patarm_jax.config.policy import PolicyConfig
 from tests.chat_server import FORM, completion, served
+from tests.flags import FLAGS
 from tests.runs import (
     CUBE,
     assert_nearly_equal,
@@ -98,9 +99,7 @@ def test_eight_devices_and_two_processes_learn_as_one(folder, started, combine):
     two["reward"]["sources"] = sources
     start("policy", config_of(folder, f"one_{combine}", sources, **two)).end()
     eight = config_of(folder, f"eight_{combine}", sources, **two, mesh=CUBE)
-    start(
-        "policy", eight, XLA_FLAGS="--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
-    ).end()
+    start("policy", eight, XLA_FLAGS=f"{FLAGS} --xla_force_host_platform_device_count=8").end()
     assert_nearly_equal(folder / f"eight_{combine}", folder / f"one_{combine}")
     assert judged_texts(folder / f"eight_{combine}") == judged_texts(folder / f"one_{combine}")
     pod = config_of(folder, f"pod_{combine}", sources, **two, mesh={**CUBE, "distributed": "auto"})

@@ -30,9 +30,9 @@ from patarm_jax.model.transformer import init_params
 from patarm_jax.rollout.judging import judge_all, numbers_of, requests_of
 from patarm_jax.run.open_model import open_model
 from patarm_jax.types import Status
+from tests.flags import FLAGS
 from tests.runs import (
     CUBE,
-    FLAGS,
     VAIN,
     assert_nearly_equal,
     config_file,

@@ -27,9 +27,9 @@ from patarm_jax.run.learner import rows_multiple
 from patarm_jax.run.open_model import load_params, open_model
 from patarm_jax.train.pair_losses import bradley_terry
 from patarm_jax.train.steps import pair_rewards, reward_loss
+from tests.flags import FLAGS
 from tests.runs import (
     CUBE,
-    FLAGS,
     assert_nearly_equal,
     exported,
     lines_of,

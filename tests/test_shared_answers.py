@@ -14,9 +14,8 @@ import pytest
 from patarm_jax.ask.answers import Kind, Question, no_answer, open_answers, take_in
 from patarm_jax.ask.shared import done_by_all, my_share, shared_answers
 from patarm_jax.types import Message, UserError
+from tests.flags import FLAGS
 from tests.toys import small_world
-
-FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
 
 
 def question(number):
@@ -76,7 +75,7 @@ def start(command, process=None, processes=2, port=0, devices=2):
     joined += ["--mesh.process_id", process]
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"{FLAGS}{devices}",
+        "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "JAX_PLATFORMS": "cpu",
     }
