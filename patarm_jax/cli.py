@@ -58,9 +58,10 @@ def _said(error: BaseException) -> tuple[str, int]:
         return "stopped at once; what was saved before is whole", 1
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
         return (
-            f"the devices ran out of memory: {' '.join(str(error).split())[:300]}. Raise micro_batches, lower "
-            "pairs_per_step, group_size or sampling.max_new_tokens, or use a larger mesh; --dry-run shows what is "
-            f"needed. Where little is lacking, {PASS}=1 lets XLA recompute more to save memory."
+            f"the devices ran out of memory: {' '.join(str(error).split())[:300]}. Raise micro_batches, of which 0 "
+            "finds the fewest that fit, lower pairs_per_step, group_size or sampling.max_new_tokens, or use a larger "
+            f"mesh; --dry-run shows what is needed. Where little is lacking, {PASS}=1 lets XLA recompute more to save "
+            "memory."
         ), 1
     return "", 1
 

@@ -35,7 +35,7 @@ def answering(folder, asked):
     section, placement = ModelSection(path=str(folder), dtype="float32"), MeshSection()
     model, mesh = open_model(section), make_mesh(placement, alone=True)
     tokenizer = model.tokenizer
-    params = load_params(section, model, mesh, 0, rollout_rules(placement), jnp.float32, unstacked=True)
+    params = load_params(section, model, mesh, 0, rollout_rules(placement), jnp.float32, sampling=True)
     drawn = SamplingParams(tokenizer.stop_ids, MAX_NEW, temperature=1.0, top_k=0, top_p=1.0)
     engine = make_engine(network_for(section, model.arch, mesh), mesh, 1, drawn, 1)
     alone = threading.Lock()

@@ -12,9 +12,10 @@ from patarm_jax.cli import main
 from patarm_jax.config.sections import MeshSection, ModelSection
 from patarm_jax.model import attention
 from patarm_jax.model.architecture import Architecture
+from patarm_jax.model.for_sampling import for_sampling
 from patarm_jax.model.pages import Held
 from patarm_jax.model.sharding import ROLLOUT_RULES, make_mesh
-from patarm_jax.model.transformer import init_params, unstack_layers
+from patarm_jax.model.transformer import init_params
 from patarm_jax.rollout.draw import SamplingParams
 from patarm_jax.rollout.engine import make_engine, network_of
 from patarm_jax.rollout.probabilities import Unscored, expected_scores, make_logprobs
@@ -32,7 +33,7 @@ ROWS = 4
 def network(mesh, scalar=False):
     """The shape of a network of random weights, which are large enough that all that was read counts."""
     arch = Architecture(**TINY | {"num_hidden_layers": 1}, scalar_head=True) if scalar else ARCH
-    params = unstack_layers(init_params(arch, jax.random.key(0), mesh, ROLLOUT_RULES))
+    params = for_sampling(init_params(arch, jax.random.key(0), mesh, ROLLOUT_RULES))
     wide = jax.tree.map(lambda x: x * 8 if x.ndim > 1 and x.shape[-1] > 8 else x, params)
     return arch, jax.tree.map(lambda x: x.astype(jnp.bfloat16), wide)
 

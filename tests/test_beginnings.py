@@ -13,8 +13,9 @@ from jax.sharding import AxisType
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.cache import PromptCache
+from patarm_jax.model.for_sampling import for_sampling
 from patarm_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, make_mesh
-from patarm_jax.model.transformer import init_params, prefill, prefill_behind, unstack_layers
+from patarm_jax.model.transformer import init_params, prefill, prefill_behind
 from patarm_jax.rollout.beginnings import dealt, families_of
 from patarm_jax.rollout.draw import SamplingParams
 from patarm_jax.rollout.engine import make_engine, network_of
@@ -33,7 +34,7 @@ PROMPTS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=7), min_size
 def lively(mesh=None):
     """Random weights large enough that the next token depends on what was read."""
     params = init_params(ARCH, jax.random.key(0), mesh, ROLLOUT_RULES)
-    return unstack_layers(jax.tree.map(lambda x: x * 8 if x.ndim > 1 and x.shape[-1] > 8 else x, params))
+    return for_sampling(jax.tree.map(lambda x: x * 8 if x.ndim > 1 and x.shape[-1] > 8 else x, params))
 
 
 @cache

@@ -18,9 +18,10 @@ from patarm_jax.config.sections import MeshSection, ModelSection
 from patarm_jax.model import flash, kernels
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Streams
+from patarm_jax.model.for_sampling import for_sampling
 from patarm_jax.model.kernels import PORTABLE, Kernel, choose, hardware_of, kernels_in_use
 from patarm_jax.model.sharding import MESH_AXES, make_mesh
-from patarm_jax.model.transformer import abstract_params, forward, init_params, prefill, unstack_layers
+from patarm_jax.model.transformer import abstract_params, forward, init_params, prefill
 from patarm_jax.types import UserError
 from tests.lowering import triton_kernels
 from tests.toys import TINY
@@ -201,7 +202,7 @@ def test_the_network_is_the_same_with_any_kernel(kernel, remat):
 
 @pytest.mark.parametrize("kernel", [PALLAS, SPLASH], ids=lambda kernel: kernel.name)
 def test_prompts_are_read_alike(kernel):
-    params = unstack_layers(init_params(WIDE, KEY))
+    params = for_sampling(init_params(WIDE, KEY))
     tokens, lengths = jax.random.randint(KEY, (2, 30), 0, WIDE.vocab_size), jnp.array([30, 17])
     (state, cache), (other_state, other) = (
         prefill(params, WIDE, tokens, lengths, kernel=each) for each in (PORTABLE, kernel)

@@ -14,9 +14,10 @@ from patarm_jax.config.sections import LoRASection, MeshSection, ModelSection
 from patarm_jax.model import weights
 from patarm_jax.model.adapter_files import load_adapter, read_adapter, save_adapter
 from patarm_jax.model.architecture import Architecture
+from patarm_jax.model.for_sampling import unstack_layers
 from patarm_jax.model.lora import abstract_adapters, abstract_parts, init_adapters, joined, merged
 from patarm_jax.model.sharding import TRAIN_RULES, make_mesh
-from patarm_jax.model.transformer import abstract_params, forward, unstack_layers
+from patarm_jax.model.transformer import abstract_params, forward
 from patarm_jax.run.open_model import load_params, open_model
 from tests.toys import TINY, hf_model, tiny_tokenizer_folder
 

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from patarm_jax.model.sharding import MESH_AXES
 from patarm_jax.train import losses
 from patarm_jax.train.losses import sum_over_tokens, token_logprobs
 
@@ -39,6 +41,19 @@ def test_chunked_logprobs_equal_the_formula(chunk, shards, temperature):
     got = token_logprobs(hidden, head, targets, temperature=temperature, shards=shards)
     for ours, plain in zip(got, plain_logprobs(hidden, head, targets, temperature), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "platform"), [("cpu", "cpu"), ("NVIDIA H100", "gpu"), ("TPU v5p", "tpu")])
+def test_chunks_are_as_large_as_the_devices_like_them(kind, platform):
+    """Of the mesh that is traced under, whatever devices are here."""
+    device = AbstractDevice(kind, 1, platform)
+    mesh = AbstractMesh((1, 1, 1), MESH_AXES, (AxisType.Auto,) * 3, abstract_device=device)
+    hidden, targets = jnp.ones((1, 4096, 8)), jnp.ones((1, 4096), jnp.int32)
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = str(jax.make_jaxpr(token_logprobs)(hidden, jnp.ones((16, 8)), targets))
+    expected = 512 if platform == "cpu" else 2048
+    assert f"[{expected},16]" in text
+    assert losses.head_tokens() == 512  # without a mesh, here
 
 
 def wave(logprobs, entropy, hit, weight):

@@ -11,10 +11,11 @@ from jax.sharding import AxisType
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.model import attention, flash_decode, kernels, pages
 from patarm_jax.model.architecture import Architecture
+from patarm_jax.model.for_sampling import for_sampling
 from patarm_jax.model.kernels import PORTABLE, Kernel, key_block
 from patarm_jax.model.pages import Held, assigned, has_room, more, most_pages, new_pages, of_rows, page_size
 from patarm_jax.model.sharding import MESH_AXES, make_mesh
-from patarm_jax.model.transformer import init_params, unstack_layers
+from patarm_jax.model.transformer import init_params
 from patarm_jax.padding import WIDTH_MULTIPLE
 from patarm_jax.rollout.draw import SamplingParams
 from patarm_jax.rollout.engine import make_engine, network_of
@@ -236,7 +237,7 @@ def engine_for(width, mesh, kernel=PORTABLE):
 
 
 def lively():
-    return unstack_layers(jax.tree.map(lambda x: x * 4, init_params(ROOMY, jax.random.key(1))))
+    return for_sampling(jax.tree.map(lambda x: x * 4, init_params(ROOMY, jax.random.key(1))))
 
 
 @pytest.mark.parametrize(

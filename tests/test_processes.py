@@ -24,7 +24,8 @@ from patarm_jax.config.sections import MeshSection
 from patarm_jax.run.joining import Place, find_place
 from patarm_jax.run.peers import start_processes
 from patarm_jax.types import UsageError
-from tests.runs import FLAGS, VAIN, Started, config_file, exported, judgements, lines_of, timeless
+from tests.flags import FLAGS
+from tests.runs import VAIN, Started, config_file, exported, judgements, lines_of, timeless
 
 MESH = {"data": 2, "fsdp": -1, "distributed": "auto"}
 PROMPTLY = 30  # seconds from a fault to the end of every process

@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture, from_hf
+from patarm_jax.model.for_sampling import unstack_layers
 from patarm_jax.model.sharding import TRAIN_RULES, make_mesh
-from patarm_jax.model.transformer import forward, init_params, unstack_layers
+from patarm_jax.model.transformer import forward, init_params
 from patarm_jax.train.optimizer import _decayed
 from patarm_jax.types import UserError
 from tests.test_transformer import (

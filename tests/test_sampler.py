@@ -19,8 +19,9 @@ from patarm_jax.bench.hlo import launches
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture
+from patarm_jax.model.for_sampling import for_sampling
 from patarm_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, TRAIN_RULES, batch_sharding, make_mesh
-from patarm_jax.model.transformer import abstract_params, forward, init_params, unstack_layers
+from patarm_jax.model.transformer import abstract_params, forward, init_params
 from patarm_jax.padding import bucket
 from patarm_jax.rollout.draw import SamplingParams, draw, kept, needs_of, pick, row_sampling
 from patarm_jax.rollout.engine import abstract_programs, make_engine, network_of, place_width
@@ -51,7 +52,7 @@ engine = cache(lambda group, settings, config=CONFIG, mesh=ALONE, rows=0: make_e
 
 
 def generate(params, requests, group, settings, config=CONFIG, mesh=ALONE, rows=0, key=KEY):
-    return complete(engine(group, settings, config, mesh, rows), unstack_layers(params), requests, key)
+    return complete(engine(group, settings, config, mesh, rows), for_sampling(params), requests, key)
 
 
 def forward_tiny(params, frozen, prompt, prompt_lengths=None, completion=None):
@@ -175,7 +176,7 @@ def test_the_loop_does_not_talk_to_the_host():
     choice = SamplingParams((5, 6), 10)
     free = engine(2, choice)
     closed = replace(free, bring_in=guarded(free.bring_in), advance=guarded(free.advance))
-    requests, params = requests_for(np.random.default_rng(8), 5, 10), unstack_layers(lively())
+    requests, params = requests_for(np.random.default_rng(8), 5, 10), for_sampling(lively())
     assert_same(complete(closed, params, requests, KEY), complete(free, params, requests, KEY))
 
 
@@ -268,7 +269,7 @@ def test_log_probs_of_named_tokens_are_those_that_tokens_are_drawn_by():
     """Of all 96 tokens, 32 at a time: together they are a softmax, and what was drawn has the log-prob it was given."""
     requests, params = requests_for(np.random.default_rng(10), 3, 8), lively()
     manner = SamplingParams((5, 6, 7), 9, temperature=0.8, top_p=0.9)
-    sampler, params = engine(2, manner), unstack_layers(params)
+    sampler, params = engine(2, manner), for_sampling(params)
     plain = complete(sampler, params, requests, KEY)
     parts = [
         complete(sampler, params, [replace(one, sampling=replace(manner, named_ids=named)) for one in requests], KEY)
@@ -505,7 +506,7 @@ def test_caches_stay_on_their_devices(program):
     """No program of the sampler sends keys or values to another part of the batch."""
     mesh = make_mesh(MeshSection(data=2, fsdp=2, tensor=2))
     engine = make_engine(network_of(CONFIG, "float32"), mesh, 4, SamplingParams((5,), 200))
-    programs = abstract_programs(engine, abstract_params(CONFIG, mesh, ROLLOUT_RULES, unstacked=True), 16, 512)
+    programs = abstract_programs(engine, abstract_params(CONFIG, mesh, ROLLOUT_RULES, sampling=True), 16, 512)
     function, arguments = programs["prefill" if program == "bring_in" else "decode"]
     if program == "resize":
         places = (jax.ShapeDtypeStruct((4, n), jnp.int32, sharding=batch_sharding(mesh)) for n in (8, 2, 8))
@@ -525,7 +526,7 @@ def test_caches_stay_on_their_devices(program):
 def test_decoding_reads_weights_and_caches_where_they_lie():
     """A step makes no copy of a layer's weight or cache: it would read, write and read again."""
     engine = make_engine(network_of(CONFIG, "float32"), ALONE, 4, SamplingParams((5,), 200))
-    function, arguments = abstract_programs(engine, abstract_params(CONFIG, ALONE, unstacked=True), 16, 512)["decode"]
+    function, arguments = abstract_programs(engine, abstract_params(CONFIG, ALONE, sampling=True), 16, 512)["decode"]
     with jax.set_mesh(ALONE):
         text = function.lower(*arguments).compile().as_text()
     kept = jax.tree.leaves((arguments[1].cache.keys, arguments[1].cache.prompt.values))

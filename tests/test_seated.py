@@ -13,11 +13,12 @@ from patarm_jax.config.sections import MeshSection, ModelSection
 from patarm_jax.model import flash_decode, kernels
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.cache import CacheSizes, init_cache
+from patarm_jax.model.for_sampling import for_sampling
 from patarm_jax.model.kernels import PORTABLE, Kernel, kernel_for
 from patarm_jax.model.pages import PAGE, Held, first_pages
 from patarm_jax.model.seated import seated_attention
 from patarm_jax.model.sharding import MESH_AXES, make_mesh
-from patarm_jax.model.transformer import abstract_params, decode, init_params, unstack_layers
+from patarm_jax.model.transformer import abstract_params, decode, init_params
 from patarm_jax.rollout.draw import SamplingParams
 from patarm_jax.rollout.engine import make_engine, network_of
 from patarm_jax.rollout.sampler import Network
@@ -125,7 +126,7 @@ def test_a_kernel_draws_what_plain_jax_draws():
     """Rows that are taken over and halved, a page that is no whole number of blocks, prompts that are narrowed."""
     rng, stops = np.random.default_rng(0), tuple(range(6))
     requests = [Request(rng.integers(6, 96, n, np.int32), row) for row, n in enumerate((5, 70, 9, 3, 12))]
-    params = unstack_layers(jax.tree.map(lambda x: x * 4, init_params(ROOMY, jax.random.key(1))))
+    params = for_sampling(jax.tree.map(lambda x: x * 4, init_params(ROOMY, jax.random.key(1))))
 
     def draw(kernel):
         engine = make_engine(network_of(ROOMY, "float32", of_rows=kernel), ALONE, 4, SamplingParams(stops, 70), 8)
@@ -170,7 +171,7 @@ def test_a_step_is_a_program_for_a_gpu_that_is_not_here(group, most):
         return decode(params, arch, tokens, cache, seats, dtype=jnp.bfloat16, kernel=kernel)
 
     with jax.sharding.use_abstract_mesh(mesh):
-        arguments = abstract_params(arch, unstacked=True), jax.ShapeDtypeStruct((rows,), jnp.int32), cache, seats
+        arguments = abstract_params(arch, sampling=True), jax.ShapeDtypeStruct((rows,), jnp.int32), cache, seats
         lowered = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert len(triton_kernels(lowered)) == 2 * arch.num_hidden_layers
 

@@ -12,8 +12,9 @@ from patarm_jax.arrays import Seats
 from patarm_jax.model import pages, weights
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.cache import CacheSizes, init_cache, place_prompts
+from patarm_jax.model.for_sampling import for_sampling
 from patarm_jax.model.pages import most_pages
-from patarm_jax.model.transformer import decode, forward, init_params, logits, prefill, unstack_layers
+from patarm_jax.model.transformer import decode, forward, init_params, logits, prefill
 from tests.test_pages import mesh_of
 from tests.toys import TINY, hf_model
 
@@ -121,7 +122,7 @@ def test_decoding_over_a_cache_equals_two_streams(page, shards, monkeypatch):
     prompts, group, width = 4, 3, 6
     params, tokens, lengths, completions, _ = shared_case(4, config, prompts, 9, group, width)
     expected = np.asarray(two_streams(params, config, tokens, lengths, completions)).reshape(12, width, -1)
-    apart = unstack_layers(params)
+    apart = for_sampling(params)
     with jax.set_mesh(mesh_of(shards)):
         read, decoded = decoding(config, apart, tokens, lengths, completions, shards)
     for mine, last in read:
@@ -184,11 +185,8 @@ def test_padding_of_a_prompt_is_never_read():
     )
 
 
-def test_layers_are_read_as_they_lie():
-    """A pass over whole sequences takes either; one that keeps each layer's keys must find the layers apart."""
+def test_a_pass_that_keeps_each_layers_keys_must_find_the_layers_apart():
     config = Architecture(**TINY)
     params, tokens = init_params(config, jax.random.key(0)), jnp.arange(4, dtype=jnp.int32)[None]
-    stacked, apart = (forward(each, config, tokens).prompt for each in (params, unstack_layers(params)))
-    np.testing.assert_allclose(stacked, apart, atol=1e-6)
-    with pytest.raises(ValueError, match=r"are stacked.*unstack_layers"):
+    with pytest.raises(ValueError, match=r"are stacked.*for_sampling"):
         prefill(params, config, tokens, jnp.array([4]))

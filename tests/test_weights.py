@@ -19,8 +19,10 @@ import transformers
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.model import weight_files, weights
 from patarm_jax.model.architecture import Architecture, from_hf
+from patarm_jax.model.for_sampling import layer_shape, unstack_layers
+from patarm_jax.model.for_sampling import unstacked as apart
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, TRAIN_RULES, make_mesh
-from patarm_jax.model.transformer import abstract_params, unstack_layers
+from patarm_jax.model.transformer import abstract_params
 from patarm_jax.types import UserError
 from tests.toys import TINY, hf_model
 
@@ -112,7 +114,8 @@ def test_eight_devices_hold_their_parts_of_what_one_device_holds(rules, unstacke
     whole = unstack_layers(whole) if unstacked else whole
     mesh = make_mesh(MeshSection(data=2, fsdp=2, tensor=2))
     parts, _ = weights.load(sharded, mesh, rules, unstacked=unstacked)
-    abstract = abstract_params(config, mesh, rules, unstacked=unstacked)
+    abstract = abstract_params(config, mesh, rules)
+    abstract = apart(abstract, lambda leaf, _: layer_shape(leaf)) if unstacked else abstract
     assert jax.tree.structure(parts) == jax.tree.structure(abstract) == jax.tree.structure(whole)
     for path, leaf in jax.tree_util.tree_leaves_with_path(parts):
         expected = dict(jax.tree_util.tree_leaves_with_path(whole))[path]

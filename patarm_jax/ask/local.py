@@ -283,4 +283,4 @@ def _ask(
 def load_weights(local: Local) -> Params:
     """The weights as the sampler takes them."""
     rules, dtype = rollout_rules(local.placement), jnp.dtype(local.section.dtype)
-    return load_params(local.section, local.model, local.mesh, local.seed, rules, dtype, unstacked=True)
+    return load_params(local.section, local.model, local.mesh, local.seed, rules, dtype, sampling=True)

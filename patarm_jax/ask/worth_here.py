@@ -91,7 +91,7 @@ class OpenedModel:
         rules, dtype = rollout_rules(config.mesh), jnp.dtype(self.how.dtype)
         every = {self.section.called: self.model, self._generators: self.generator}
         return {
-            name: abstract_params(model.arch, mesh, rules, dtype, unstacked=True)
+            name: abstract_params(model.arch, mesh, rules, dtype, sampling=True)
             for name, model in every.items()
             if model is not None
         }
@@ -169,7 +169,7 @@ def open_source_model(config: AsksSources, number: int) -> OpenedModel:
 def load_source_weights(config: AsksSources, how: ModelSection, model: Model, mesh: Mesh) -> Params:
     """A model's weights as the sampler takes them, beside the policy's."""
     rules, dtype = rollout_rules(config.mesh), jnp.dtype(how.dtype)
-    return load_params(how, model, mesh, config.run.seed, rules, dtype, unstacked=True)
+    return load_params(how, model, mesh, config.run.seed, rules, dtype, sampling=True)
 
 
 def judge_of(opened: OpenedModel, mesh: Mesh) -> Judge:

@@ -158,7 +158,7 @@ def _sample(bench: Bench) -> list[_Work]:
     """Reading as many prompts as are read at a time, and one token of all rows."""
     c, arch = bench.config, bench.arch
     engine = make_sampler(bench)
-    weights: Params = abstract_params(arch, bench.mesh, ROLLOUT_RULES, c.dtype, unstacked=True)
+    weights: Params = abstract_params(arch, bench.mesh, ROLLOUT_RULES, c.dtype, sampling=True)
     programs = abstract_programs(engine, weights, c.responses, bucket(c.prompt))
     prompts = programs["prefill"][1][2].tokens.shape[0]
     reads = prompts * c.prompt * (c.prompt + 1) // 2

@@ -21,11 +21,12 @@ from patarm_jax.config.sections import KLSection, ModelSection
 from patarm_jax.model import kernels
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import Streams
+from patarm_jax.model.for_sampling import for_sampling
 from patarm_jax.model.kernels import kernel_for
 from patarm_jax.model.pages import Held, most_pages, page_size
 from patarm_jax.model.seated import seated_attention
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, make_mesh, place_batch
-from patarm_jax.model.transformer import init_params, unstack_layers
+from patarm_jax.model.transformer import init_params
 from patarm_jax.recipes.programs import RolloutPrograms, grpo_learner, make_rollout_programs, sft_learner
 from patarm_jax.rollout.batches import completion_width, rollouts_of
 from patarm_jax.rollout.draw import SamplingParams
@@ -114,7 +115,7 @@ def _updates(learner: Learner[Batch], state: TrainState, batch: Batch) -> Callab
 def sampling(bench: Bench) -> Callable[[], object]:
     """A call that samples G completions of every prompt, each time the same."""
     run, params = _rollouts(bench), init_params(bench.arch, jax.random.key(bench.config.seed), bench.mesh)
-    params = unstack_layers(params)
+    params = for_sampling(params)
     return lambda: run.sample(params, bench.config.seed)
 
 
@@ -345,7 +346,7 @@ def sampled_weights(bench: Bench, seed: int) -> Params:
     """Random weights as the sampler takes them."""
     c = bench.config
     rules = ROLLOUT_RULES if c.mesh.rollout == "tensor" else REPLICATED_RULES
-    cast_down = jax.jit(lambda params: unstack_layers(jax.tree.map(lambda x: x.astype(c.dtype), params)))
+    cast_down = jax.jit(lambda params: for_sampling(jax.tree.map(lambda x: x.astype(c.dtype), params)))
     weights: Params = cast_down(init_params(bench.arch, jax.random.key(seed), bench.mesh, rules))
     return weights
 

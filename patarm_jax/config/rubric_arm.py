@@ -190,7 +190,8 @@ class RubricArmConfig(RunConfig):
     rounds: Positive = 3  # each on a part of the pairs of its own
     # A model's optimizer where its next phase begins: anew, or as its last phase has left it, which rests on disk.
     optimizer_per_phase: Literal["fresh", "kept"] = "fresh"
-    micro_batches: Positive = field(default=1, metadata=FREE)  # slices summed in one update; never changes the result
+    # Slices summed in one update, which never change the result; 0: the fewest that fit, found by compiling.
+    micro_batches: Natural = field(default=1, metadata=FREE)
 
     def model_of(self, role: Role) -> ModelSection:
         """What a model begins with."""

@@ -13,6 +13,7 @@ from patarm_jax.config.sections import (
     LoRASection,
     MeshSection,
     ModelSection,
+    Natural,
     OptimizerSection,
     Positive,
     RewardSection,
@@ -72,7 +73,8 @@ class TrainConfig(RunConfig):
 
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     pairs_per_step: Positive = 32  # each gives a prompt for each response; of a pairwise judge, for each order
-    micro_batches: Positive = field(default=1, metadata=FREE)  # slices summed in one update; never changes the result
+    # Slices summed in one update, which never change the result; 0: the fewest that fit, found by compiling.
+    micro_batches: Natural = field(default=1, metadata=FREE)
 
     def complete(self: Training) -> Training:
         """With what other settings decide for those that are unset."""

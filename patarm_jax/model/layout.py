@@ -15,8 +15,8 @@ import numpy as np
 
 from patarm_jax.arrays import Params, Tree
 from patarm_jax.model.architecture import Architecture
+from patarm_jax.model.for_sampling import layer_shape
 from patarm_jax.model.sharding import fetch
-from patarm_jax.model.transformer import layer_shape
 from patarm_jax.model.weight_files import EMBEDDING, HEAD, open_file
 
 SCORE = "score.weight"  # the head of a scalar reward model
@@ -103,7 +103,7 @@ def read_into(
         abstract: their shapes, dtypes and places.
         files: tensor → its file.
         layers: how many there are.
-        unstacked: with a subtree for each layer, as `transformer.unstack_layers` gives, but never stacked on the way.
+        unstacked: with a subtree for each layer, as `for_sampling.unstack_layers` gives, but never stacked on the way.
     """
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for entry in table:

@@ -17,7 +17,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from patarm_jax.arrays import Params, Seats, Tree
@@ -25,6 +25,7 @@ from patarm_jax.model import kernels
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.attention import KEPT, Streams, attend_behind
 from patarm_jax.model.cache import KVCache, PromptCache, by_head, with_rest, with_token
+from patarm_jax.model.for_sampling import GATE_UP, QKV, shapes_for_sampling
 from patarm_jax.model.kernels import PORTABLE, Kernel
 from patarm_jax.model.pages import Held, assigned, held, places
 from patarm_jax.model.seated import seated_attention
@@ -101,9 +102,9 @@ def abstract_params(
     mesh: Mesh | None = None,
     rules: Rules = TRAIN_RULES,
     dtype: DTypeLike = jnp.float32,
-    unstacked: bool = False,
+    sampling: bool = False,
 ) -> Params:
-    """Shape, dtype and, given a mesh, sharding of every parameter, without a weight; see `unstack_layers`."""
+    """Shape, dtype and, given a mesh, sharding of every parameter, without a weight; or of those for sampling."""
     boxed = jax.eval_shape(lambda: _boxed_params(arch, jax.random.key(0)))
 
     def leaf(box: nn.Partitioned) -> jax.ShapeDtypeStruct:
@@ -112,28 +113,7 @@ def abstract_params(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     stacked = jax.tree.map(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
-    return _unstacked(stacked, lambda leaf, i: layer_shape(leaf)) if unstacked else stacked
-
-
-def layer_shape(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """One layer's part of an abstract parameter that is stacked along the layers."""
-    sharding = leaf.sharding and NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:]))
-    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
-
-
-def unstack_layers(params: Params) -> Params:
-    """The same parameters with a subtree `layers_i` for each layer, for sampling.
-
-    Training goes through stacked layers in one compiled body. A step of decoding does nothing but read weights and
-    caches, and reading a layer out of a stack copies it first.
-    """
-    return _unstacked(params, lambda x, i: x[i])
-
-
-def _unstacked(params: Params, take: Callable[[Tree, int], Tree]) -> Params:
-    count = jax.tree.leaves(params["layers"])[0].shape[0]
-    layers = {f"layers_{i}": jax.tree.map(lambda x, i=i: take(x, i), params["layers"]) for i in range(count)}
-    return {name: part for name, part in params.items() if name != "layers"} | layers
+    return shapes_for_sampling(stacked) if sampling else stacked
 
 
 def forward(
@@ -158,7 +138,7 @@ def forward(
         prompt, completion           two streams: each completion reads all of its prompt and its own past
 
     Args:
-        params: from `init_params` or `weights.load`, any float dtype; cast to `dtype` where used.
+        params: from `init_params`, `weights.load` or `for_sampling`, any float dtype; cast to `dtype` where used.
         arch: the network's shape.
         prompt: [R, Tp] int32, right-padded.
         prompt_lengths: [R] int32; needed with a completion, otherwise padding needs no mask.
@@ -202,7 +182,7 @@ def prefill(
 ) -> tuple[jax.Array, PromptCache]:
     """The last state [R, D] of prompts [R, Tp] of these lengths [R], and their keys and values.
 
-    Its parameters, and those of `decode`, have their layers unstacked: see `unstack_layers`.
+    Its parameters, and those of `decode`, lie as `for_sampling` lays them; fused or not, they give the same.
     """
     width = prompt.shape[1]
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompt.shape)
@@ -306,7 +286,7 @@ def _apply(
     if stacked and (how.keep or isinstance(context, _Step)):
         raise ValueError(
             "the layers of these parameters are stacked, and `prefill` and `decode` read them unstacked: see "
-            "`unstack_layers`."
+            "`for_sampling`."
         )
     result: tuple[jax.Array, Tree] = _Qwen(arch, how, stacked).apply({"params": params}, tokens, positions, context)
     return result
@@ -378,14 +358,18 @@ class _Attention(nn.Module):
         """What is added to x, and what `_Block` says."""
         c, dtype = self.config, self.how.dtype
         d, n, k, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        q_proj = _weight(self, "q_proj", (d, n, h), ("embed", "heads", "head_dim")).astype(dtype)
-        k_proj = _weight(self, "k_proj", (d, k, h), ("embed", "kv_heads", "head_dim")).astype(dtype)
-        v_proj = _weight(self, "v_proj", (d, k, h), ("embed", "kv_heads", "head_dim")).astype(dtype)
         o_proj = _weight(self, "o_proj", (n, h, d), ("heads", "head_dim", "embed")).astype(dtype)
 
-        q = _adapted(self, "q_proj", x, jnp.einsum("rsd,dnh->rsnh", x, q_proj))
-        keys = _adapted(self, "k_proj", x, jnp.einsum("rsd,dkh->rskh", x, k_proj))
-        values = _adapted(self, "v_proj", x, jnp.einsum("rsd,dkh->rskh", x, v_proj))
+        if self.has_variable("params", QKV):
+            fused = jnp.einsum("rsd,dkgh->rskgh", x, self.get_variable("params", QKV).astype(dtype))
+            q, keys, values = fused[..., :-2, :].reshape(*x.shape[:2], n, h), fused[..., -2, :], fused[..., -1, :]
+        else:
+            q_proj = _weight(self, "q_proj", (d, n, h), ("embed", "heads", "head_dim")).astype(dtype)
+            k_proj = _weight(self, "k_proj", (d, k, h), ("embed", "kv_heads", "head_dim")).astype(dtype)
+            v_proj = _weight(self, "v_proj", (d, k, h), ("embed", "kv_heads", "head_dim")).astype(dtype)
+            q = _adapted(self, "q_proj", x, jnp.einsum("rsd,dnh->rsnh", x, q_proj))
+            keys = _adapted(self, "k_proj", x, jnp.einsum("rsd,dkh->rskh", x, k_proj))
+            values = _adapted(self, "v_proj", x, jnp.einsum("rsd,dkh->rskh", x, v_proj))
         if c.model_type == "qwen2":
             q, keys = _biased(self, "q_bias", "heads", q), _biased(self, "k_bias", "kv_heads", keys)
             values = _biased(self, "v_bias", "kv_heads", values)
@@ -420,10 +404,14 @@ class _MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         d, f = self.config.hidden_size, self.config.intermediate_size
-        gate = _weight(self, "gate_proj", (d, f), ("embed", "mlp")).astype(self.how.dtype)
-        up = _weight(self, "up_proj", (d, f), ("embed", "mlp")).astype(self.how.dtype)
         down = _weight(self, "down_proj", (f, d), ("mlp", "embed")).astype(self.how.dtype)
-        gated, raised = _adapted(self, "gate_proj", x, x @ gate), _adapted(self, "up_proj", x, x @ up)
+        if self.has_variable("params", GATE_UP):
+            fused = jnp.einsum("rsd,dcf->rscf", x, self.get_variable("params", GATE_UP).astype(self.how.dtype))
+            gated, raised = fused[:, :, 0], fused[:, :, 1]
+        else:
+            gate = _weight(self, "gate_proj", (d, f), ("embed", "mlp")).astype(self.how.dtype)
+            up = _weight(self, "up_proj", (d, f), ("embed", "mlp")).astype(self.how.dtype)
+            gated, raised = _adapted(self, "gate_proj", x, x @ gate), _adapted(self, "up_proj", x, x @ up)
         hidden = constrain(nn.silu(gated) * raised, BATCH_AXES, None, "tensor")
         return _adapted(self, "down_proj", hidden, hidden @ down)
 

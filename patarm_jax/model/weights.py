@@ -41,7 +41,7 @@ def load(
         mesh: where the parameters are placed; None: on the default device.
         rules: how they are placed.
         dtype: the dtype they are given.
-        unstacked: with a subtree for each layer, as `transformer.unstack_layers` gives, but never stacked on the way.
+        unstacked: with a subtree for each layer, as `for_sampling.unstack_layers` gives, but never stacked on the way.
         stored: what `read_stored` found in the folder; None: it is read now.
         without_head: the files do not have the score head of the config, which is left out.
 

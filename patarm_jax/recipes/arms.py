@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from patarm_jax.arrays import Params
+from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.load import lasting_settings
 from patarm_jax.config.rubric_arm import ROLES, Role, RubricArmConfig, TurnConfig, WarmupConfig
 from patarm_jax.config.sections import DataSection, JudgingSection, SamplingSection
@@ -23,6 +23,8 @@ from patarm_jax.evaluate.heldout import read_heldout
 from patarm_jax.evaluate.heldout_rubrics import HeldoutPairs
 from patarm_jax.judge.forms import FORMS, Form
 from patarm_jax.model.sharding import make_mesh
+from patarm_jax.recipes.fitting import fitted, stays_beside
+from patarm_jax.recipes.programs import update_of
 from patarm_jax.rollout.judging import Judge, make_judge
 from patarm_jax.rollout.verdicts import words_of
 from patarm_jax.run.claim import folder_of
@@ -153,6 +155,7 @@ def open_arms(config: RubricArmConfig) -> Arms:
     models = {role: _open(config, role) for role in ROLES}
     preferences, read = read_preferences(config.data)
     turns = {role: _with_heldout_sampling(one, turns["judge"], models["judge"]) for role, one in turns.items()}
+    turns, warmups = _fitted(config, mesh, models, turns, warmups)
     taught = {role: _taught(config, warmups[role], models[role]) for role in ROLES}
     folder = folder_of(config.run)
     arms = {role: Arm(role, folder / role, models[role], warmups[role], turns[role], taught[role]) for role in ROLES}
@@ -164,6 +167,35 @@ def open_arms(config: RubricArmConfig) -> Arms:
 
 def _check_batch(mesh: Mesh, config: TrainConfig, setting: str) -> None:
     check_batch(mesh, config.units_per_step, config.micro_batches, f"{setting} {config.pairs_per_step}")
+
+
+def _fitted(
+    config: RubricArmConfig,
+    mesh: Mesh,
+    models: dict[Role, Model],
+    turns: dict[Role, TurnConfig],
+    warmups: dict[Role, WarmupConfig],
+) -> tuple[dict[Role, TurnConfig], dict[Role, WarmupConfig]]:
+    """Both models' phases, with as many micro-batches as fit beside the other model where the config leaves it open.
+
+    The other one rests as its copy for sampling; where both take turns step by step, its state is there too.
+    """
+    if config.micro_batches:
+        return turns, warmups
+    archs = {role: model.arch for role, model in models.items()}
+    asleep: dict[Role, list[Tree]] = {role: stays_beside(turns[role], archs[role], mesh)[:1] for role in ROLES}
+    if config.is_joint:
+        for role in ROLES:
+            (state, *_) = update_of(replace(turns[role], micro_batches=1), archs[role], mesh)[1]
+            asleep[role] = [*stays_beside(turns[role], archs[role], mesh), state]
+    others: dict[Role, Role] = {"judge": "generator", "generator": "judge"}
+    found = {}
+    for role in ROLES:
+        own = stays_beside(turns[role], archs[role], mesh)
+        found[role] = fitted(turns[role], archs[role], mesh, [*own, *asleep[others[role]]])
+    if config.is_warmed_up:
+        warmups = {role: fitted(warmups[role], archs[role], mesh) for role in ROLES}
+    return found, warmups
 
 
 def _with_heldout_sampling(config: TurnConfig, judge: TurnConfig, model: Model) -> TurnConfig:
@@ -291,7 +323,7 @@ def resting(arms: Arms, role: Role, since: Phase | None) -> tuple[Model, Params]
         section = replace(section, path=str(folder), adapter="", weights="load")
         model = open_model(section, config.form_of(role), called=f"the {role} of this run,")
     rules = rollout_rules(config.mesh)
-    return model, load_params(section, model, arms.mesh, config.run.seed, rules, section.dtype, unstacked=True)
+    return model, load_params(section, model, arms.mesh, config.run.seed, rules, section.dtype, sampling=True)
 
 
 def steps_in_all(phases: Sequence[Phase], role: Role) -> int:

@@ -42,6 +42,7 @@ from patarm_jax.judge.forms import FORMS
 from patarm_jax.model.sharding import gather_json, make_mesh
 from patarm_jax.model.transformer import abstract_params
 from patarm_jax.padding import bucket
+from patarm_jax.recipes.fitting import fitted
 from patarm_jax.recipes.programs import programs
 from patarm_jax.recipes.ready import OpenEvaluation
 from patarm_jax.rollout.engine import abstract_programs
@@ -129,8 +130,7 @@ def open_making(config: DPOConfig, open_heldout: OpenEvaluation) -> Making:
     config, own = config.complete(), config.on_policy
     mesh = make_mesh(config.mesh)
     tell_devices()
-    batch = config.units_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}"
-    check_batch(mesh, *batch)
+    check_batch(mesh, config.units_per_step, config.micro_batches, f"pairs_per_step {config.pairs_per_step}")
     form = FORMS[config.judge]
     model = open_model(config.model, config.judge)
     refuse_adapters_of_no_model(config, model)
@@ -140,6 +140,7 @@ def open_making(config: DPOConfig, open_heldout: OpenEvaluation) -> Making:
     room = room_for(model.arch.max_position_embeddings, model.tokenizer, form, own.sampling.max_new_tokens, setting)
     records, encoded = encode_pairs(model.tokenizer, prompts, config.rubrics, config.data, room, form)
     say(f"{config.data.path}: {read}. Encoded: {encoded}.")
+    config = fitted(config, model.arch, mesh)
     open_heldout(config, model, mesh, prompts)  # each round opens them anew; what is wrong with them is said now
     making = Making(config, mesh, model, models, records, _parts(records, own, config.run.seed))
     _refuse_too_few(making)
@@ -217,7 +218,7 @@ def describe_making(making: Making) -> None:
     """Shows the config, the first prompts, and what sampling, judging and an update need at their limits."""
     config, mesh, model = making.config, making.mesh, making.model
     width = bucket(max(record.longest_prompt for record in making.records))
-    weights = abstract_params(model.arch, mesh, rollout_rules(config.mesh), config.model.dtype, unstacked=True)
+    weights = abstract_params(model.arch, mesh, rollout_rules(config.mesh), config.model.dtype, sampling=True)
     asked = abstract_programs(policy_of(config, model, mesh).engine, weights, config.prompts_at_once, width)
     every = {f"policy: {name}": program for name, program in asked.items()}
     for opened in making.models.values():

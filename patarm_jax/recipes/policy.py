@@ -66,6 +66,7 @@ def _ready(config: PolicyConfig) -> _Policy:
         read_prompts,
         partial(open_reference, config) if config.charges_kl else None,
         partial(open_heldout_prompts, rewarding, sources),
+        lambda config, mesh: [weights for one in models.values() for weights in one.resident(config, mesh).values()],
     )
     return _Policy(loaded_once(ready), rewarding, models)
 

@@ -72,6 +72,15 @@ def programs(config: RunConfig, arch: Architecture, mesh: Mesh) -> dict[str, Pro
     return _OF_RECIPE[config.recipe](config, arch, mesh)
 
 
+def update_of(config: TrainConfig, arch: Architecture, mesh: Mesh) -> Program:
+    """The update of a config that trains one model, or of one phase of a run, with arguments as of `programs`."""
+    if isinstance(config, ReinforcedConfig):
+        return _grpo(config, arch, mesh)["update"]
+    if isinstance(config, SupervisedConfig):
+        return _sft(config, arch, mesh)["update"]
+    return _OF_RECIPE[config.recipe](config, arch, mesh)["update"]
+
+
 def _sft(config: SupervisedConfig, arch: Architecture, mesh: Mesh) -> dict[str, Program]:
     width = bucket(config.data.max_prompt_tokens + config.data.max_completion_tokens)
     shape = SFTShape(config.prompts_per_pair * config.pairs_per_step, width, bucket(config.data.max_completion_tokens))
@@ -330,7 +339,7 @@ def grpo_programs(
     With `full` rows have all the pages that they may take; without, those that they begin with.
     """
     mesh, dtype = learner.mesh, config.model.dtype
-    sampled = abstract_params(arch, mesh, rollout_rules(config.mesh), dtype, unstacked=True)
+    sampled = abstract_params(arch, mesh, rollout_rules(config.mesh), dtype, sampling=True)
     rollouts = _abstract_rollouts(config, mesh, width)
     sampled_alone = replace(rollouts, ref_logprobs=None, sampler_logprobs=None)
     of_rollouts = rollouts.completion_lengths.shape

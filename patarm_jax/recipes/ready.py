@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from jax.sharding import Mesh
@@ -16,6 +16,7 @@ from patarm_jax.arrays import (
     ScoredShape,
     SFTBatch,
     SFTShape,
+    Tree,
 )
 from patarm_jax.config.load import to_yaml
 from patarm_jax.config.sections import DataSection
@@ -26,7 +27,9 @@ from patarm_jax.data.scores import room_for
 from patarm_jax.data.sft import JudgedPreference
 from patarm_jax.evaluate.heldout import open_heldout
 from patarm_jax.judge.forms import FORMS
+from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import Program, make_mesh
+from patarm_jax.recipes.fitting import as_long_as, fitted, stays_beside
 from patarm_jax.run.card import card_of
 from patarm_jax.run.devices import tell_devices
 from patarm_jax.run.drawing import with_heldout_sampling
@@ -74,6 +77,7 @@ def make_ready(
     read_pairs: ReadPairs,
     open_reference: Callable[[Model], Model] | None = None,
     open_evaluation: OpenEvaluation = open_heldout,
+    beside: Callable[[Config, Mesh], Sequence[Tree]] = lambda config, mesh: (),
 ) -> Ready[Config]:
     """Opens all that a run needs, the cheapest to refuse first.
 
@@ -82,6 +86,7 @@ def make_ready(
         read_pairs: reads what the recipe learns from.
         open_reference: opens the model that the KL is measured from; None where there is no KL.
         open_evaluation: opens what the weights are measured on while they train.
+        beside: the abstract weights of other models that stay on the devices meanwhile.
     """
     config = config.complete()
     mesh = make_mesh(config.mesh)
@@ -102,6 +107,7 @@ def make_ready(
     room = room_for(model.arch.max_position_embeddings, model.tokenizer, form, written)
     records, encoded = encode_pairs(model.tokenizer, pairs, config.rubrics, config.data, room, form)
     say(f"{config.data.path}: {read}. Encoded: {encoded}.")
+    config = _fitted(config, model.arch, mesh, records, beside(config, mesh))
     preferences = [pair.preference if isinstance(pair, JudgedPreference) else pair for pair in pairs]
     return Ready(
         config=config,
@@ -112,6 +118,15 @@ def make_ready(
         length=length_of(config.run, records, config.pairs_per_step),
         heldout=open_evaluation(config, model, mesh, preferences),
     )
+
+
+def _fitted(
+    config: Config, arch: Architecture, mesh: Mesh, records: Sequence[EncodedPair], beside: Sequence[Tree]
+) -> Config:
+    """The config with as many micro-batches as these records need, where it leaves that open."""
+    tight = replace(config, data=as_long_as(config.data, records))
+    chosen = fitted(tight, arch, mesh, [*stays_beside(config, arch, mesh), *beside])
+    return replace(config, micro_batches=chosen.micro_batches)
 
 
 def learn(

@@ -12,6 +12,7 @@ from patarm_jax.arrays import Params, Tree
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.config.training import TrainConfig
 from patarm_jax.model.architecture import Architecture
+from patarm_jax.model.for_sampling import fuse_projections, unstack_layers
 from patarm_jax.model.lora import joined, merged
 from patarm_jax.model.sharding import (
     REPLICATED_RULES,
@@ -21,7 +22,7 @@ from patarm_jax.model.sharding import (
     batch_sharding,
     batch_shards,
 )
-from patarm_jax.model.transformer import abstract_params, unstack_layers
+from patarm_jax.model.transformer import abstract_params
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.steps import LossFn, TrainState, abstract_state, init_state, make_step
 from patarm_jax.types import UsageError
@@ -61,6 +62,8 @@ def make_learner(
         updates: of the whole run, by which the learning rate decays.
         frozen: what is only read, as abstract arrays with their shardings.
     """
+    if not config.micro_batches:
+        raise ValueError("micro_batches is 0, in place of which `recipes.fitting.fitted` gives the number that fits")
     optimizer = make_optimizer(config.optimizer, updates)
     shape = abstract_state(trained, optimizer, mesh)
     shardings = shardings_of(shape)
@@ -87,8 +90,8 @@ def shardings_of(shape: Tree) -> Tree:
 
 
 def check_batch(mesh: Mesh, units: int, micro_batches: int, what: str) -> None:
-    """Refuses a batch that the mesh or the micro-batches cannot share evenly."""
-    shards = batch_shards(mesh)
+    """Refuses a batch that the mesh or the micro-batches cannot share evenly; 0 of these are not chosen yet."""
+    shards, micro_batches = batch_shards(mesh), micro_batches or 1
     if units % micro_batches or units // micro_batches % shards:
         raise UsageError(
             f"{what} gives {units} rows, which micro_batches {micro_batches} × {shards} devices (mesh.data × "
@@ -104,10 +107,10 @@ def rows_multiple(mesh: Mesh, micro_batches: int) -> int:
 def weight_sync(config: TrainConfig, arch: Architecture, mesh: Mesh) -> OnMesh[[Params, Tree], Params]:
     """The jitted program that makes the copy for sampling of what is trained and what is only read."""
     dtype = config.model.dtype
-    rollout = abstract_params(arch, mesh, rollout_rules(config.mesh), dtype, unstacked=True)
+    rollout = abstract_params(arch, mesh, rollout_rules(config.mesh), dtype, sampling=True)
 
     def copied(trained: Params, frozen: Tree) -> Params:
-        return merged(unstack_layers(joined(trained, frozen)), config.lora.scale, dtype)
+        return fuse_projections(merged(unstack_layers(joined(trained, frozen)), config.lora.scale, dtype))
 
     return OnMesh(mesh, copied, out_shardings=shardings_of(rollout))
 

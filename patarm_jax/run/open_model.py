@@ -21,9 +21,10 @@ from patarm_jax.judge.forms import FORMS
 from patarm_jax.model import weights
 from patarm_jax.model.adapter_files import StoredAdapter, check_adapter, is_adapter, load_adapter, read_adapter
 from patarm_jax.model.architecture import Architecture, read_architecture
+from patarm_jax.model.for_sampling import fuse_layer, fused_shapes, unstack_layers
 from patarm_jax.model.lora import init_adapters, joined, merged
 from patarm_jax.model.sharding import TRAIN_RULES, OnMesh, Rules
-from patarm_jax.model.transformer import abstract_params, init_params, new_score_head, unstack_layers
+from patarm_jax.model.transformer import abstract_params, init_params, new_score_head
 from patarm_jax.model.weight_files import Stored, digest, read_stored
 from patarm_jax.run.process import say
 from patarm_jax.run.soundness import refuse_ruined
@@ -317,9 +318,9 @@ def judge_digest(model: Model) -> str:
 
 
 def load_params(
-    section: ModelSection, model: Model, mesh: Mesh, seed: int, rules: Rules, dtype: DTypeLike, unstacked: bool = False
+    section: ModelSection, model: Model, mesh: Mesh, seed: int, rules: Rules, dtype: DTypeLike, sampling: bool = False
 ) -> Params:
-    """The model's weights in their places, or random ones, when the config asks for them; `unstacked` for sampling.
+    """The model's weights in their places, or random ones, when the config asks for them; or as sampling reads them.
 
     What adapters add is in them. A score head that no file holds is drawn.
     """
@@ -327,25 +328,37 @@ def load_params(
     if section.weights == "random":
         params = init_params(model.arch, key, mesh, rules)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
-        return unstack_layers(params) if unstacked else params
+        return _fused(unstack_layers(params), mesh) if sampling else params
     assert model.stored is not None, "weights that are not random lie somewhere"
     without_head = model.arch.scalar_head and not model.stored.arch.scalar_head
     stored = replace(model.stored, arch=model.arch)
-    params = weights.load(model.folder, mesh, rules, dtype, unstacked, stored, without_head)[0]
-    shapes = abstract_params(model.arch, mesh, rules, dtype, unstacked)
+    params = weights.load(model.folder, mesh, rules, dtype, sampling, stored, without_head)[0]
     if without_head:
-        params["score"] = jax.device_put(new_score_head(model.arch, key).astype(dtype), shapes["score"].sharding)
+        place = abstract_params(model.arch, mesh, rules)["score"].sharding
+        params["score"] = jax.device_put(new_score_head(model.arch, key).astype(dtype), place)
     if model.adapter is not None:
-        adapters = load_adapter(model.adapter, model.arch, mesh, rules, unstacked)
+        adapters = load_adapter(model.adapter, model.arch, mesh, rules, sampling)
         if "score" in adapters:
             params["score"] = adapters.pop("score")
-        places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        places = jax.tree.map(lambda leaf: leaf.sharding, params)
         scale = model.adapter.scale
 
         def added(weights: Params, adapters: Params) -> Params:
             return merged(joined(adapters, weights), scale, dtype)
 
         params = OnMesh(mesh, added, out_shardings=places, donate_argnums=0)(params, adapters)
-    if not unstacked:  # they are trained, or trained against: one that is no number would spoil every update
-        refuse_ruined(params, f"the model {model.folder}", "Copy the model again, or give another one")
+    if sampling:
+        return _fused(params, mesh)
+    # They are trained, or trained against: one that is no number would spoil every update.
+    refuse_ruined(params, f"the model {model.folder}", "Copy the model again, or give another one")
+    return params
+
+
+def _fused(params: Params, mesh: Mesh) -> Params:
+    """Weights whose layers are apart as sampling reads them, fused one by one: no more than one is there twice."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, fused_shapes(params["layers_0"]))
+    fuse = OnMesh(mesh, fuse_layer, out_shardings=places)
+    for name in params:
+        if name.startswith("layers_"):
+            params[name] = fuse(params[name])
     return params

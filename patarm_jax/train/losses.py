@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from patarm_jax.arrays import Array, Tree
 
-# Tokens whose logits exist at a time on a device: enough for the matmul to be bound by arithmetic, and 0.3 GB of
-# float32 at 151,936 tokens of vocabulary.
-HEAD_TOKENS = 512
+# Tokens whose logits exist at a time on a device: on CPUs enough for the matmul to be bound by arithmetic; elsewhere
+# more, since the head's gradient, V × D in float32, is read and written for each chunk. 2,048 tokens of a vocabulary of
+# 151,936 are 1.2 GB of float32.
+HEAD_TOKENS, HEAD_TOKENS_OF_ACCELERATORS = 512, 2048
 
 
 # A sum and what it is to be divided by, both [] float32.
@@ -156,12 +157,19 @@ def _chunked(x: jax.Array, shards: int) -> jax.Array:
     Flat, for XLA's CPU backend reduces the rows of a matrix far faster than those of a stack of matrices.
     """
     tokens = x.reshape(shards, -1, *x.shape[2:])
-    chunk = min(HEAD_TOKENS, tokens.shape[1])
+    chunk = min(head_tokens(), tokens.shape[1])
     count = -(-tokens.shape[1] // chunk)
     tokens = jnp.pad(tokens, [(0, count * chunk - tokens.shape[1] if axis == 1 else 0) for axis in range(tokens.ndim)])
     return (
         tokens.reshape(shards, count, chunk, *x.shape[2:]).swapaxes(0, 1).reshape(count, shards * chunk, *x.shape[2:])
     )
+
+
+def head_tokens() -> int:
+    """Tokens of a chunk on the devices of the mesh that a program is traced under; without one, on JAX's own."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if described is None else described.platform
+    return HEAD_TOKENS if platform == "cpu" else HEAD_TOKENS_OF_ACCELERATORS
 
 
 def _unchunked(x: jax.Array, shape: tuple[int, ...], shards: int) -> jax.Array:
