@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from jax.sharding import AxisType
 
+from patarm_jax.ask import worth_here
 from patarm_jax.ask.worth import open_models, open_sources
 from patarm_jax.config.load import load
 from patarm_jax.config.policy import PolicyConfig
@@ -18,7 +20,7 @@ from patarm_jax.data.pipeline import EncodedPair
 from patarm_jax.data.prompts import read_prompts
 from patarm_jax.data.tokenizer import decode
 from patarm_jax.evaluate.responses import correlation
-from patarm_jax.model.sharding import make_mesh
+from patarm_jax.model.sharding import MESH_AXES, make_mesh
 from patarm_jax.reward import combined_rewards
 from patarm_jax.rollout.responses import NO_ANSWER, NO_BASELINE, Responses
 from patarm_jax.types import Judgement, Preference, Status, UserError
@@ -306,6 +308,24 @@ def test_a_comparison_is_won_in_both_orders(folder):
     assert value("AA", "BB") == 1.0 and value("BB", "AA") == 0.0 and value("AA", "AA") == 0.5
     assert value("AB", "BB") == 0.75 and value("AA", [None, "B"]) == 1.0 and value("AA", [None, None]) is None
     assert collected(source, responses_to("yes"))[0][0].said == NO_BASELINE
+
+
+def test_what_the_questions_about_a_group_begin_with_is_read_once(folder, monkeypatch):
+    """Some more tokens of prompts than there are different beginnings, and a third of all at most."""
+    section = {"kind": "judge", "model": str(folder / "reference"), "sampling": {"max_new_tokens": 2}}
+    config = load(PolicyConfig, config_of(folder, "once", [section]))
+    mesh = jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    (source,) = open_sources(config, open_models(config), mesh, folder / "answers")
+    every = [
+        responses_to(*(f"{i} minutes of {word}." for i in range(5)), index=n) for n, word in enumerate(("rice", "tea"))
+    ]
+    asked = [source.opened.questions(one, answer)[0].tolist() for one in every for answer in one.answers]
+    groups, judged = [], worth_here.judge
+    monkeypatch.setattr(worth_here, "judge", lambda *given: [groups.append(one.group) or one for one in judged(*given)])
+    collected(source, *every)
+    read, whole = sum(group.read for group in groups), sum(map(len, asked))
+    beginnings = {tuple(tokens[: place + 1]) for tokens in asked for place in range(len(tokens))}
+    assert len(beginnings) <= read < whole / 3
 
 
 @pytest.mark.parametrize("kind", ["rubric_judge", "judge"])

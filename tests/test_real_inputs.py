@@ -8,9 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pyarrow.parquet
 import pytest
 import yaml
+
+from patarm_jax.model import weights
+from patarm_jax.model.architecture import read_architecture
+from patarm_jax.model.transformer import init_params
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -93,6 +98,24 @@ def test_every_verb_on_real_input(folder, real_inputs):
         [{"role": "user", "content": "Hello"}], add_generation_prompt=True, tokenize=False
     )
     assert prompt == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.long
+def test_the_styles_of_an_rm_bench_prompt_are_read_together(folder, real_inputs, tmp_path):
+    """The six responses to a prompt are asked about with the same rubrics and prompt before them."""
+    arch = read_architecture(folder / "model")
+    weights.save(init_params(arch, jax.random.key(0)), arch, tmp_path / "weights")
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    for file in (tmp_path / "weights").glob("*.safetensors"):
+        file.rename(model / file.name)
+    more = ["--limit", "12", "--sampling.max_new_tokens", "1", "--sampling.rows", "16"]
+    said = patarm(
+        "eval", "rm-bench", "--model", model, "--data", real_inputs / "rm_bench", "--output", tmp_path / "out", *more
+    )
+    read, whole = (
+        int(n.replace(",", "")) for n in re.search(r"([\d,]+) of ([\d,]+) prompt tokens were read", said).groups()
+    )
+    assert read < 0.65 * whole
 
 
 @pytest.mark.long
