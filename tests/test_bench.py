@@ -30,7 +30,7 @@ def test_every_task_runs_and_is_written_down(tmp_path, capsys):
     assert set(by_task["grpo"]["phases_s"]) == {"sample", "logprobs", "update"}
     assert set(by_task["policy"]["phases_s"]) == {"sample", "judge", "logprobs", "update"}
     assert all(row["median_s"] > 0 and row["peak_bytes"] > 0 for row in written["results"])
-    assert by_task["sft"]["flops_least"] > 0 and by_task["sample"]["bytes_least"] > 0
+    assert by_task["sft"]["flops"] > by_task["sft"]["flops_least"] > 0 and by_task["sample"]["bytes_least"] > 0
     printed = capsys.readouterr().out
     assert all(task in printed for task in by_task)
 

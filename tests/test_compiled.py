@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from patarm_jax.bench import hlo
+from patarm_jax.bench.ahead import counted
 from patarm_jax.bench.shapes import SHAPES, layer_weights, step_flops
 from patarm_jax.bench.tasks import Bench, policy_case, sft_case
 from patarm_jax.config.recipes import BenchConfig
@@ -16,7 +17,7 @@ from patarm_jax.config.sections import MeshSection
 from patarm_jax.model.attention import CAUSAL_PARTS, QUERY_BLOCK
 from patarm_jax.model.kernels import Kernel
 from patarm_jax.model.sharding import MESH_AXES, make_mesh
-from patarm_jax.model.transformer import forward, init_params
+from patarm_jax.model.transformer import abstract_params, forward, init_params
 from patarm_jax.rollout.draw import RARE
 from patarm_jax.train.losses import HEAD_TOKENS
 
@@ -153,6 +154,17 @@ def test_a_step_of_sft_computes_what_it_must(remat):
     predicted = in_chunks(rows * (length - 1))
     least = step_flops(SHAPES["tiny"], rows * length, rows * causal_reads(length), predicted, remat)
     assert flops_of(text) == pytest.approx(least, rel=0.001)
+
+
+def test_a_bench_counts_what_the_program_does_that_it_times():
+    """Where that is one program: on eight devices each does its part."""
+    shape = dict(rows=8, length=64, remat="none")
+    flops, moved = counted(on_one_device(**shape), "sft")
+    least = step_flops(SHAPES["tiny"], 8 * 64, 8 * causal_reads(64), in_chunks(8 * 63), "none")
+    assert flops == pytest.approx(least, rel=0.001)
+    weights = FLOAT * sum(leaf.size for leaf in jax.tree.leaves(abstract_params(SHAPES["tiny"])))
+    assert moved > 7 * weights  # AdamW reads weights, moments and gradient, and writes all but the last
+    assert counted(on_one_device(**shape), "sample") is None
 
 
 @pytest.mark.parametrize("kernel", ["pallas", pytest.param("splash", marks=pytest.mark.long)])

@@ -17,10 +17,18 @@ from patarm_jax.bench.shapes import SHAPES, cache_bytes, forward_flops, layer_we
 from patarm_jax.bench.targets import Target, described_mesh, target_of
 from patarm_jax.bench.tasks import Bench, grpo_config, make_sampler, sft_config
 from patarm_jax.config.recipes import BenchConfig
+from patarm_jax.model.kernels import kernel_for
 from patarm_jax.model.sharding import ROLLOUT_RULES, Program
 from patarm_jax.model.transformer import abstract_params
 from patarm_jax.padding import bucket
-from patarm_jax.recipes.programs import grpo_learner, grpo_programs, make_rollout_programs, sft_learner, sft_programs
+from patarm_jax.recipes.programs import (
+    grpo_learner,
+    grpo_programs,
+    make_rollout_programs,
+    sft_form,
+    sft_learner,
+    sft_programs,
+)
 from patarm_jax.rollout.engine import abstract_programs
 from patarm_jax.run.learner import check_batch
 from patarm_jax.types import UsageError
@@ -81,6 +89,24 @@ def compiled_for(name: str, tasks: Sequence[str], config: BenchConfig) -> tuple[
     check_batch(bench.mesh, config.rows, config.micro_batches, f"rows {config.rows}")
     check_batch(bench.mesh, config.responses, config.micro_batches, f"responses {config.responses}")
     return target, [_looked_at(bench, target, work) for task in tasks or _WORK for work in _WORK[task](bench)]
+
+
+def counted(bench: Bench, task: str) -> tuple[float, float] | None:
+    """(FLOPs, bytes read and written) of a task on each device that is here, as its compiled program says them.
+
+    None of tasks that are more than one program, and where cuDNN computes attention, whose kernels do not tell.
+    """
+    if task != "sft":
+        return None
+    config = sft_config(bench)
+    if kernel_for(config.model, bench.arch, bench.mesh, sft_form(config)).name == "cudnn":
+        return None
+    (work,) = _sft(bench)
+    program, arguments = work.program
+    text = program.lower(*arguments).compile().as_text()
+    assert text is not None, "compilers tell what they have made"
+    every = launches(text, work.known)
+    return sum(one.times * one.flops for one in every), sum(one.times * one.bytes for one in every)
 
 
 def _looked_at(bench: Bench, target: Target, work: _Work) -> Ahead:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from patarm_jax import __version__
-from patarm_jax.bench.ahead import as_row, compiled_for
+from patarm_jax.bench.ahead import as_row, compiled_for, counted
 from patarm_jax.bench.measure import Roofline, device_peak, host_peak, limits
 from patarm_jax.bench.quick import ratios
 from patarm_jax.bench.targets import BANDWIDTH_REACHED, BETWEEN_KERNELS, FLOPS_REACHED
@@ -39,7 +39,7 @@ def main(tasks: Sequence[str], config: BenchConfig, output: Path | None = None) 
     rows: list[dict[str, object]] = []
     for task in tasks or TASKS:
         print(f"{task} …", file=sys.stderr, flush=True)
-        rows.append(_row(TASKS[task](bench), most))
+        rows.append(_row(TASKS[task](bench), most, counted(bench, task)))
     _show(rows, most, config)
     _write(output, about | {"limits": dataclasses.asdict(most), "results": rows})
 
@@ -90,7 +90,8 @@ def ahead(card: str, tasks: Sequence[str], config: BenchConfig, output: Path | N
     _write(output, about | {"results": [as_row(each) for each in found]})
 
 
-def _row(result: Result, most: Roofline) -> dict[str, object]:
+def _row(result: Result, most: Roofline, done: tuple[float, float] | None) -> dict[str, object]:
+    """A result for JSON, with what its program does on all devices together, where that is counted."""
     median = result.timing.median
     # Decoding and loading are held back by memory, the rest by arithmetic.
     used = result.read / median / most.bandwidth if result.read else result.flops / median / most.flops
@@ -102,7 +103,9 @@ def _row(result: Result, most: Roofline) -> dict[str, object]:
         "spread": result.timing.spread,
         "tokens_per_s": result.tokens / median if result.tokens else None,
         "flops_least": result.flops or None,
+        "flops": done[0] * jax.device_count() if done else None,
         "bytes_least": result.read or None,
+        "bytes_read": done[1] * jax.device_count() if done else None,
         "of_limit": used or None,
         "limit": ("memory" if result.read else "matmul") if used else None,
         "phases_s": result.phases,
