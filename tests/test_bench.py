@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from patarm_jax.bench import quick
+from patarm_jax.bench.case import open_bench
 from patarm_jax.bench.shapes import SHAPES, layer_weights
-from patarm_jax.bench.tasks import open_bench
+from patarm_jax.bench.tasks import make_requests
 from patarm_jax.cli import main
 from patarm_jax.config.recipes import BenchConfig
 from patarm_jax.model.transformer import abstract_params
@@ -44,6 +45,14 @@ def test_quick_compares_every_pair_of_ways(tmp_path, capsys):
     assert code == (0 if all(each["times_faster"] >= each["floor"] for each in found) else 1)
     printed = capsys.readouterr().out
     assert all(each["name"] in printed for each in found)
+
+
+def test_prompts_begin_alike_as_far_as_they_are_told_to(capsys):
+    requests = make_requests(open_bench(BenchConfig(responses=8, prompt=16, alike=9)))
+    first, *others = (request.tokens for request in requests)
+    assert all((first[:9] == other[:9]).all() and (first[9:] != other[9:]).any() for other in others)
+    assert main(["bench", "sample", "--prompt", "16", "--alike", "17"]) == 2
+    assert "alike is 17; allowed is at most prompt, which is 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SHAPES)

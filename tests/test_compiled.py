@@ -10,8 +10,9 @@ import pytest
 
 from patarm_jax.bench import hlo
 from patarm_jax.bench.ahead import counted
+from patarm_jax.bench.case import Bench
 from patarm_jax.bench.shapes import SHAPES, layer_weights, step_flops
-from patarm_jax.bench.tasks import Bench, policy_case, sft_case
+from patarm_jax.bench.tasks import policy_case, sft_case
 from patarm_jax.config.recipes import BenchConfig
 from patarm_jax.config.sections import MeshSection
 from patarm_jax.model.attention import CAUSAL_PARTS, QUERY_BLOCK

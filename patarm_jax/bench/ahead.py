@@ -12,10 +12,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from patarm_jax.arrays import Params, SFTShape
+from patarm_jax.bench.case import Bench
 from patarm_jax.bench.hlo import Formula, Launch, launches
 from patarm_jax.bench.shapes import SHAPES, cache_bytes, forward_flops, layer_weights
 from patarm_jax.bench.targets import Target, described_mesh, target_of
-from patarm_jax.bench.tasks import Bench, grpo_config, make_sampler, sft_config
+from patarm_jax.bench.tasks import grpo_config, make_sampler, sft_config
 from patarm_jax.config.recipes import BenchConfig
 from patarm_jax.model.kernels import kernel_for
 from patarm_jax.model.sharding import ROLLOUT_RULES, Program

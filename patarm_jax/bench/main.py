@@ -16,10 +16,11 @@ from rich.table import Table
 
 from patarm_jax import __version__
 from patarm_jax.bench.ahead import as_row, compiled_for, counted
+from patarm_jax.bench.case import Result, open_bench
 from patarm_jax.bench.measure import Roofline, device_peak, host_peak, limits
 from patarm_jax.bench.quick import ratios
 from patarm_jax.bench.targets import BANDWIDTH_REACHED, BETWEEN_KERNELS, FLOPS_REACHED
-from patarm_jax.bench.tasks import TASKS, Result, open_bench
+from patarm_jax.bench.tasks import TASKS
 from patarm_jax.config.recipes import BenchConfig
 from patarm_jax.files import check_writable, write_json, writing
 from patarm_jax.run.learner import check_batch

@@ -8,17 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from patarm_jax.bench.attention import causal_attention, decode_step
+from patarm_jax.bench.case import Bench, open_bench
 from patarm_jax.bench.measure import interleaved
-from patarm_jax.bench.tasks import (
-    Bench,
-    causal_attention,
-    decode_step,
-    open_bench,
-    policy_update,
-    sampled_weights,
-    sampling,
-    sft_update,
-)
+from patarm_jax.bench.tasks import policy_update, sampled_weights, sampling, sft_update
 from patarm_jax.config.recipes import BenchConfig
 from patarm_jax.model.sharding import batch_shards
 from patarm_jax.padding import pack

@@ -11,21 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh
 
-from patarm_jax.arrays import Params, Rollouts, Seats, SFTBatch
-from patarm_jax.bench.measure import Timing, clock, time_calls, timed
-from patarm_jax.bench.shapes import SHAPES, cache_bytes, forward_flops, layer_weights
-from patarm_jax.config.recipes import BenchConfig, GRPOConfig, SFTConfig
-from patarm_jax.config.sections import KLSection, ModelSection
-from patarm_jax.model import kernels
-from patarm_jax.model.architecture import Architecture
-from patarm_jax.model.attention import Streams
+from patarm_jax.arrays import Params, Rollouts, SFTBatch
+from patarm_jax.bench.attention import attend, decode
+from patarm_jax.bench.case import Bench, Result
+from patarm_jax.bench.measure import clock, time_calls, timed
+from patarm_jax.bench.shapes import cache_bytes, forward_flops, layer_weights
+from patarm_jax.config.recipes import GRPOConfig, SFTConfig
+from patarm_jax.config.sections import KLSection
 from patarm_jax.model.for_sampling import for_sampling
-from patarm_jax.model.kernels import kernel_for
-from patarm_jax.model.pages import Held, most_pages, page_size
-from patarm_jax.model.seated import seated_attention
-from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, make_mesh, place_batch
+from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, place_batch
 from patarm_jax.model.transformer import init_params
 from patarm_jax.recipes.programs import RolloutPrograms, grpo_learner, make_rollout_programs, sft_learner
 from patarm_jax.rollout.batches import completion_width, rollouts_of
@@ -34,49 +29,6 @@ from patarm_jax.rollout.engine import Engine, make_engine, network_for
 from patarm_jax.rollout.schedule import Finished, Request, complete
 from patarm_jax.run.learner import Batch, Learner
 from patarm_jax.train.steps import TrainState
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a task took, and what it did in that time."""
-
-    task: str
-    shape: str
-    timing: Timing
-    tokens: int = 0  # useful ones: real tokens, each counted once whatever is recomputed or padded
-    flops: float = 0  # useful ones
-    read: float = 0  # bytes that had to be read from memory
-    phases: dict[str, float] = field(default_factory=dict)  # median seconds
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every task starts from."""
-
-    config: BenchConfig
-    arch: Architecture
-    mesh: Mesh
-
-    @property
-    def section(self) -> ModelSection:
-        """How the network computes."""
-        c = self.config
-        return ModelSection(dtype=c.dtype, remat=c.remat, attention=c.attention)
-
-    @property
-    def rng(self) -> np.random.Generator:
-        """A fresh generator, the same each time."""
-        return np.random.default_rng(self.config.seed)
-
-    def tokens(self, *shape: int) -> np.ndarray:
-        """Made-up token ids."""
-        return self.rng.integers(0, self.arch.vocab_size, shape, dtype=np.int32)
-
-
-def open_bench(config: BenchConfig) -> Bench:
-    """The network and mesh of a config."""
-    return Bench(config, SHAPES[config.model], make_mesh(config.mesh))
-
 
 # ----------------------------------------------------------------------------------------------------------- training
 
@@ -146,7 +98,7 @@ def sft_case(bench: Bench) -> tuple[Learner[SFTBatch], SFTBatch]:
 def policy_case(bench: Bench) -> tuple[Learner[Rollouts], Rollouts]:
     """What takes a policy update, and the completions of full length that it takes it on."""
     learner = grpo_learner(grpo_config(bench), bench.arch, bench.mesh)
-    return learner, _learnt_from(bench, _requests(bench), _full_length(bench))
+    return learner, _learnt_from(bench, make_requests(bench), _full_length(bench))
 
 
 def grpo(bench: Bench) -> Result:
@@ -261,7 +213,7 @@ def _judging(bench: Bench) -> _Judging:
     params = SamplingParams(_stops(bench), c.judgement)
     network = network_for(bench.section, bench.arch, bench.mesh, c.batch_invariant)
     engine = make_engine(network, bench.mesh, 1, params, c.decode_rows, c.halvings)
-    return _Judging(bench, engine, sampled_weights(bench, c.seed + 1), _requests(bench))
+    return _Judging(bench, engine, sampled_weights(bench, c.seed + 1), make_requests(bench))
 
 
 def logprobs(bench: Bench) -> Result:
@@ -269,7 +221,7 @@ def logprobs(bench: Bench) -> Result:
     c = bench.config
     programs = make_rollout_programs(grpo_config(bench), bench.arch, bench.mesh)
     params = jax.tree.map(lambda x: x.astype(c.dtype), init_params(bench.arch, jax.random.key(c.seed), bench.mesh))
-    batch = _learnt_from(bench, _requests(bench), _full_length(bench))
+    batch = _learnt_from(bench, make_requests(bench), _full_length(bench))
     timing = time_calls(lambda: programs.logprobs(params, None, batch), c.repeats)
     written = c.responses * c.group * c.new
     own = c.responses * c.group * c.new * (c.new + 1) // 2
@@ -322,7 +274,7 @@ class _Rollouts:
 def _rollouts(bench: Bench) -> _Rollouts:
     c, engine = bench.config, make_sampler(bench)
     most = SamplingParams(engine.sampling.stop_ids, min(c.longest or c.new, c.new))
-    requests = [replace(request, sampling=most) for request in _requests(bench)]
+    requests = [replace(request, sampling=most) for request in make_requests(bench)]
     every = c.responses * c.group
     rows = c.decode_rows if c.batch_invariant else min(c.decode_rows or every, every)
     return _Rollouts(engine, requests, rows)
@@ -351,84 +303,14 @@ def sampled_weights(bench: Bench, seed: int) -> Params:
     return weights
 
 
-def _requests(bench: Bench) -> list[Request]:
+def make_requests(bench: Bench) -> list[Request]:
+    """The prompts, made up."""
     prompts = bench.tokens(bench.config.responses, bench.config.prompt)
+    prompts[:, : bench.config.alike] = prompts[0, : bench.config.alike]
     return [Request(tokens, row) for row, tokens in enumerate(prompts)]
 
 
 # ------------------------------------------------------------------------------------------------------------- pieces
-
-
-def causal_attention(bench: Bench) -> tuple[tuple[jax.Array, ...], Callable[..., jax.Array], str]:
-    """Queries, keys and values of one layer, the attention that a run would use on them, and its name."""
-    c, n = bench.config, bench.arch
-    heads = n.num_attention_heads, n.num_key_value_heads, n.num_key_value_heads
-    shapes = [(c.rows, c.length, number, n.head_dim) for number in heads]
-    arrays = tuple(jax.random.normal(jax.random.key(i), shape, c.dtype) for i, shape in enumerate(shapes))
-    kernel = kernel_for(bench.section, n, bench.mesh, "causal")
-    streams = Streams(lengths=jnp.full(c.rows, c.length), starts=None, width=c.length, group=0)
-    return arrays, lambda q, k, v: kernels.attend(q, k, v, streams, kernel), kernel.name
-
-
-def attend(bench: Bench) -> Result:
-    """Causal attention of one layer, forward and backward, on `rows` sequences of `length` tokens."""
-    c, n = bench.config, bench.arch
-    arrays, attention, name = causal_attention(bench)
-
-    def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention(q, k, v).astype(jnp.float32).sum()
-
-    gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
-    timing = time_calls(lambda: gradient(*arrays), c.repeats)
-    reads = c.rows * c.length * (c.length + 1) // 2
-    flops = 3 * 4 * n.num_attention_heads * n.head_dim * reads
-    return Result(
-        task="attention", shape=f"{c.rows} × {c.length}, {name}", timing=timing, tokens=c.rows * c.length, flops=flops
-    )
-
-
-def decode(bench: Bench) -> Result:
-    """A layer's attention of a token of every row, a hundred in turn, for rows that have written a quarter of `new`.
-
-    Beside it, for rows that have written a twentieth, and all.
-    """
-    c, arch, times = bench.config, bench.arch, 100
-    step, rows = decode_step(bench, times), c.responses * c.group
-    timings = {percent: time_calls(partial(step, percent * c.new // 100), c.repeats) for percent in (25, 5, 100)}
-    keys = c.responses * c.prompt + rows * c.new // 4
-    read = times * keys * cache_bytes(arch, jnp.dtype(c.dtype).itemsize) / arch.num_hidden_layers
-    kernel = kernel_for(bench.section, arch, bench.mesh, "written")
-    shape = f"{times} times {c.responses} × {c.prompt}, G {c.group}, a quarter of {c.new}, {kernel.name}"
-    phases = {f"{percent} % written": timings[percent].median for percent in (5, 100)}
-    return Result("decode", shape, timings[25], tokens=times * rows, read=read, phases=phases)
-
-
-def decode_step(bench: Bench, times: int) -> Callable[[int], jax.Array]:
-    """A function of how many tokens every row has written, which runs a layer's attention so many times in a row."""
-    c, n = bench.config, bench.arch
-    kernel = kernel_for(bench.section, n, bench.mesh, "written")
-    rows, kv_heads, width = c.responses * c.group, n.num_key_value_heads, n.head_dim
-    shapes: list[tuple[int, ...]] = [(rows, n.num_attention_heads, width)]
-    each, block = most_pages(c.new), kernels.key_block(kernel)
-    pages = jnp.arange(rows * each, dtype=jnp.int32)
-    for count, size in ((c.responses, c.prompt + -c.prompt % block), (len(pages), page_size(c.new, block))):
-        shapes += [(count, kv_heads, width, size), (count, kv_heads, size, width)]
-    arrays = tuple(jax.random.normal(jax.random.key(i), shape, c.dtype) for i, shape in enumerate(shapes))
-
-    @jax.jit
-    def steps(arrays: tuple[jax.Array, ...], age: jax.Array) -> jax.Array:
-        q, prompt, own = arrays[0], (arrays[1], arrays[2]), ((arrays[3],), (arrays[4],))
-        lengths, seat = jnp.full(c.responses, c.prompt), jnp.arange(rows, dtype=jnp.int32)[None]
-        seats = Seats(seat, seat, jnp.broadcast_to(age, (1, rows)))
-        # As rows take them that are equally long: the first page of every row, then the second of every row.
-        own_pages = Held(jnp.full(rows, age + 1), pages.reshape(each, rows).T, pages % rows, pages // rows)
-
-        def step(_: jax.Array, q: jax.Array) -> jax.Array:
-            return seated_attention(q, prompt, lengths, own, own_pages, seats, kernel).astype(q.dtype)
-
-        return jax.lax.fori_loop(0, times, step, q)
-
-    return lambda written: steps(arrays, jnp.int32(max(written, 1) - 1))
 
 
 def load(bench: Bench) -> Result:

@@ -438,6 +438,7 @@ class BenchConfig(Section):
     packing: bool = False  # sft by the program for packed rows, though each row holds one sequence
     responses: Positive = 4  # prompts of tasks sample, logprobs, grpo and policy, each completed by a group
     prompt: Positive = 1024  # tokens of each prompt
+    alike: Natural = 0  # with how many of these all prompts begin alike
     group: Positive = 8  # G, completions of a prompt
     new: Positive = 256  # tokens of a completion at most
     question: Positive = 256  # of task policy: tokens that a judge of the same size reads beside prompt and response
@@ -455,7 +456,9 @@ class BenchConfig(Section):
     seed: Seed = 0  # random seed for weights and tokens
 
     def check(self) -> None:
-        """Refuses rows of no fixed number where their number must not change."""
+        """Refuses prompts that begin with more than they are, and rows of no fixed number where it must not change."""
+        if self.alike > self.prompt:
+            raise UsageError(f"alike is {self.alike}; allowed is at most prompt, which is {self.prompt}.")
         if self.batch_invariant and not self.decode_rows:
             raise UsageError(
                 "batch_invariant is true and decode_rows is 0, so that each batch would have another shape. Give "

@@ -25,6 +25,7 @@ class Case:
     length: int  # tokens of each
     prompts: int
     prompt: int  # tokens of each
+    alike: int  # with how many of these all begin alike
     group: int
     new: int
     question: int  # of policy: tokens that the judge reads beside prompt and response
@@ -36,9 +37,15 @@ class Case:
         """The same made-up words for everybody."""
         return np.random.default_rng(0).integers(FIRST_WORD, self.vocab, shape, dtype=np.int32)
 
+    def questions(self, count: int) -> np.ndarray:
+        """Prompts [count, prompt]."""
+        tokens = self.tokens(count, self.prompt)
+        tokens[:, : self.alike] = tokens[0, : self.alike]
+        return tokens
+
     def texts(self, count: int) -> list[str]:
         """Prompts as text; the tokenizer spells token i `w<i>`."""
-        return [" ".join(f"w{i}" for i in row) for row in self.tokens(count, self.prompt)]
+        return [" ".join(f"w{i}" for i in row) for row in self.questions(count)]
 
 
 def read_case() -> Case:

@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--prompts", type=int, help="(default: 16 of sample, 4 of grpo)")
     parser.add_argument("--prompt", type=int, help="tokens of a prompt (default: 128 of sample, 64 of grpo)")
+    parser.add_argument("--alike", type=int, default=0, help="tokens with which all prompts begin alike")
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--question", type=int, default=256, help="of policy: tokens of the question to the judge")
@@ -99,6 +100,7 @@ def main() -> None:
         "length": o.length,
         "prompts": o.prompts or (16 if sampling else 4),
         "prompt": o.prompt or (128 if sampling else 64),
+        "alike": o.alike,
         "group": o.group,
         "new": o.new,
         "micro": o.micro or o.prompts or 4,

@@ -6,7 +6,7 @@ import jax
 from case import Turns, read_case
 
 from patarm_jax.bench import tasks
-from patarm_jax.bench.tasks import open_bench
+from patarm_jax.bench.case import open_bench
 from patarm_jax.config.recipes import BenchConfig
 
 case, turns = read_case(), Turns()
@@ -14,7 +14,7 @@ size = case.folder.rsplit("/", 1)[-1]
 mean = case.vocab / len(case.stop_ids) if case.stop_ids else 0.0
 config = BenchConfig(
     model=size, rows=case.rows, length=case.length, responses=case.prompts, prompt=case.prompt, group=case.group,
-    new=case.new, mean_new=mean, question=case.question, judgement=case.judgement,
+    new=case.new, mean_new=mean, alike=case.alike, question=case.question, judgement=case.judgement,
 )  # fmt: skip
 bench = open_bench(config)
 if case.task == "sft":

@@ -34,7 +34,7 @@ def bare_training(case: Case, turns: Turns) -> None:
 
 
 def generate(case: Case, turns: Turns) -> None:
-    model, ids = load(case).eval(), torch.tensor(case.tokens(case.prompts, case.prompt)).long()
+    model, ids = load(case).eval(), torch.tensor(case.questions(case.prompts)).long()
     limits = dict(max_new_tokens=case.new) if case.stop_ids else dict(max_new_tokens=case.new, min_new_tokens=case.new)
     while True:
         turns.begin()
