@@ -11,6 +11,7 @@ from patarm_jax.config.sections import MeshSection, ModelSection
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture, read_architecture
 from patarm_jax.model.for_sampling import GATE_UP, QKV, for_sampling, fuse_projections, unstack_layers
+from patarm_jax.model.lora import abstract_adapters, init_adapters, joined, merged
 from patarm_jax.model.sharding import REPLICATED_RULES, ROLLOUT_RULES, TRAIN_RULES, make_mesh
 from patarm_jax.model.transformer import abstract_params, forward, init_params, prefill
 from patarm_jax.run.open_model import load_params, open_model
@@ -56,6 +57,15 @@ def test_nothing_is_lost_and_nothing_is_there_twice(case):
     jax.tree.map(np.testing.assert_array_equal, again, fused)
     shapes = abstract_params(arch, sampling=True)
     assert jax.tree.map(lambda leaf: leaf.shape, shapes) == jax.tree.map(lambda leaf: leaf.shape, fused)
+
+
+@pytest.mark.parametrize("target", ["v_proj", "gate_proj"])
+def test_adapters_are_not_left_out(case, target):
+    params, arch, _ = case
+    adapters = init_adapters(abstract_adapters(abstract_params(arch), 2, [target]), jax.random.key(0))
+    with pytest.raises(ValueError, match=f"{target}_lora_A stands beside a projection: merge adapters first"):
+        for_sampling(joined(adapters, params))
+    for_sampling(merged(joined(adapters, params), 1.0, jnp.float32))
 
 
 @pytest.mark.parametrize("source", ["load", "random"])

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from patarm_jax.arrays import Params, Tree
 
 QKV, GATE_UP = "qkv_proj", "gate_up_proj"
+_FUSED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _LIKE = {QKV: ("k_proj", 2), GATE_UP: ("gate_proj", 1)}  # placed as this part is, with one axis more
 
 
@@ -51,7 +52,11 @@ def fuse_projections(params: Params) -> Params:
 
 
 def fuse_layer(layer: Params) -> Params:
-    """One layer with its projections in one; see `fuse_projections`."""
+    """One layer with its projections in one; see `fuse_projections`.
+
+    Raises:
+        ValueError: adapters stand beside a projection, which would be left out.
+    """
     attention, mlp = dict(layer["self_attn"]), dict(layer["mlp"])
     if QKV in attention:
         return layer
@@ -60,6 +65,8 @@ def fuse_layer(layer: Params) -> Params:
     by_head = q.reshape(width, heads, -1, size)
     attention[QKV] = jnp.concatenate([by_head, k[:, :, None], v[:, :, None]], axis=2)
     mlp[GATE_UP] = jnp.stack([mlp.pop("gate_proj"), mlp.pop("up_proj")], axis=1)
+    if beside := [name for name in (*attention, *mlp) if name.startswith(_FUSED)]:
+        raise ValueError(f"{beside[0]} stands beside a projection: merge adapters first, by `lora.merged`")
     return {**layer, "self_attn": attention, "mlp": mlp}
 
 
