@@ -30,8 +30,8 @@ USABLE = 0.95
 def fitted(config: Config, arch: Architecture, mesh: Mesh, beside: Sequence[Tree] = ()) -> Config:
     """The config with the fewest micro-batches that fit, where it asks for these; any other as it is.
 
-    All processes choose alike, by the device that offers least. Where not even the most slices fit, those are taken,
-    and it is said: the device has the last word.
+    All processes choose alike, by the device that offers least. Where none fit, those that need least are taken, and it
+    is said: the device has the last word.
 
     Args:
         config: complete; the largest batch is as long as its data section allows.
@@ -52,7 +52,7 @@ def fitted(config: Config, arch: Architecture, mesh: Mesh, beside: Sequence[Tree
     chosen, needs = fewest(allowed, needed, round(USABLE * offered))
     found = f"{needs / GIB:.2f} GiB of {offered / GIB:.2f} GiB on each device, with what stays beside it"
     if needs > USABLE * offered:
-        say(f"caution: not even micro_batches {chosen}, the most that share the batch evenly, seems to fit: {found}")
+        say(f"caution: not even micro_batches {chosen}, which needs least, seems to fit: {found}")
     else:
         say(f"micro_batches {chosen}: the update needs {found}")
     return replace(config, micro_batches=chosen)
@@ -68,12 +68,15 @@ def allowed_slices(units: int, shards: int) -> list[int]:
 
 
 def fewest(allowed: Sequence[int], needed: Callable[[int], int], offered: int) -> tuple[int, int]:
-    """The first number of slices whose need is no more than is offered, and that need; else the last number.
+    """The first number of slices whose need is no more than is offered, and that need; else the one that needs least.
 
-    More slices never need more; so few of them are tried.
+    From two on, more slices never need more; so few of them are tried. One may need less than two, which have the sum
+    of their gradients beside the newest.
 
     >>> fewest([1, 2, 4, 8], lambda slices: 80 // slices, 25)
     (4, 20)
+    >>> fewest([1, 2, 4], lambda slices: 30 if slices == 1 else 30 + 8 // slices, 25)
+    (1, 30)
     """
     tried: dict[int, int] = {}
 
@@ -81,10 +84,12 @@ def fewest(allowed: Sequence[int], needed: Callable[[int], int], offered: int) -
         tried[slices] = needed(slices)
         return tried[slices] <= offered
 
-    # One is looked at first: it is what most want, and what fits needs no second try.
-    place = 0 if fits(allowed[0]) else bisect_left(allowed, True, lo=1, hi=len(allowed) - 1, key=fits)
-    chosen = allowed[min(place, len(allowed) - 1)]
-    return chosen, tried[chosen] if chosen in tried else needed(chosen)
+    if not fits(allowed[0]) and len(allowed) > 1:
+        place = bisect_left(allowed, True, lo=1, hi=len(allowed) - 1, key=fits)
+        fits(allowed[place])
+    fitting = [slices for slices in tried if tried[slices] <= offered]
+    chosen = min(fitting) if fitting else min(tried, key=lambda slices: tried[slices])
+    return chosen, tried[chosen]
 
 
 def bytes_of(program: Program) -> int:

@@ -124,6 +124,8 @@ def _fitted(
     config: Config, arch: Architecture, mesh: Mesh, records: Sequence[EncodedPair], beside: Sequence[Tree]
 ) -> Config:
     """The config with as many micro-batches as these records need, where it leaves that open."""
+    if config.micro_batches:
+        return config
     tight = replace(config, data=as_long_as(config.data, records))
     chosen = fitted(tight, arch, mesh, [*stays_beside(config, arch, mesh), *beside])
     return replace(config, micro_batches=chosen.micro_batches)
