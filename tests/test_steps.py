@@ -18,7 +18,8 @@ from patarm_jax.data.pipeline import EncodedPair, PairBatch
 from patarm_jax.model import weights
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.sharding import batch_sharding, make_mesh, place_batch
-from patarm_jax.model.transformer import abstract_params, forward
+from patarm_jax.model.transformer import abstract_params, forward, init_params
+from patarm_jax.train import steps
 from patarm_jax.train.algorithms import grpo
 from patarm_jax.train.optimizer import make_optimizer, make_schedule
 from patarm_jax.train.penalties import KLPenalty
@@ -275,6 +276,23 @@ def test_eight_devices_equal_one(params, name, micro_batches):
     assert tuple(embedding.sharding.spec) == (None, "fsdp", "tensor")
     moment = state.opt_state[1][0].mu["layers"]["mlp"]["gate_proj"]
     assert moment.sharding == embedding.sharding
+
+
+def test_gradients_of_micro_batches_are_added_up_in_place():
+    """Beside what one slice needs, four need a layer's gradient or two, and not another gradient of them all."""
+    wide = dataclasses.replace(CONFIG, hidden_size=128, intermediate_size=512, num_hidden_layers=6)
+    params, batch = init_params(wide, jax.random.key(0)), sft_case()
+
+    def read(params, frozen, tokens, starts):
+        return forward(params, wide, tokens, starts=starts, remat="full")
+
+    def needed(batch, slices):
+        program = jax.jit(lambda params, batch: steps._accumulate(sft_loss(read), params, None, batch, slices))
+        return program.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+
+    quarter = jax.tree.map(lambda x: x[: len(x) // 4], batch)
+    gradient = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert needed(batch, 4) - needed(quarter, 1) < gradient / 2
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])

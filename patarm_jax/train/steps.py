@@ -8,7 +8,7 @@ pairs where a loss couples the sides of a pair.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -375,23 +375,32 @@ def make_step(loss_fn: LossFn[Batch], optimizer: optax.GradientTransformation, m
 
 
 def _accumulate(loss_fn: LossFn[Batch], params: Params, frozen: Tree, batch: Batch, micro_batches: int) -> _Sums:
-    """Gradient of the loss's sum, and every sum, over all micro-batches."""
+    """Gradient of the loss's sum, and every sum, over all micro-batches.
+
+    Of several each adds to the gradient as its backward pass comes by, layer after layer, so that no second gradient
+    lies beside the sum.
+    """
 
     def value(params: Params, micro: Batch) -> tuple[jax.Array, Loss]:
         result = loss_fn(params, frozen, micro)
         return result.loss[0], result
 
-    def one(micro: Batch) -> _Sums:
-        (_, result), gradient = jax.value_and_grad(value, has_aux=True)(params, micro)
-        return _Sums(gradient, *result)
-
     if micro_batches == 1:
-        return one(batch)
+        (_, result), gradient = jax.value_and_grad(value, has_aux=True)(params, batch)
+        return _Sums(gradient, *result)
     slices = jax.tree.map(lambda x: _interleaved(x, micro_batches), batch)
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], slices))
+    shapes = jax.eval_shape(lambda micro: loss_fn(params, frozen, micro), jax.tree.map(lambda x: x[0], slices))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(lambda sums, micro: (jax.tree.map(jnp.add, sums, one(micro)), None), zero, slices)
-    return total
+    sums = jax.tree.map(lambda weight: jax.new_ref(jnp.zeros_like(weight)), params)
+
+    def add(totals: Loss, micro: Batch) -> tuple[Loss, None]:
+        backward: Any  # whose type does not tell of `with_refs`
+        loss, backward, found = jax.vjp(lambda params: value(params, micro), params, has_aux=True)
+        backward.with_refs(sums)(jnp.ones_like(loss))
+        return jax.tree.map(jnp.add, totals, found), None
+
+    totals, _ = jax.lax.scan(add, zero, slices)
+    return _Sums(jax.tree.map(jax.ref.freeze, sums), *totals)
 
 
 def map_micro_batches(
