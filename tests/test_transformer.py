@@ -185,6 +185,16 @@ def test_padding_of_a_prompt_is_never_read():
     )
 
 
+def test_a_seed_gives_the_weights_that_it_always_gave():
+    """They depend on the order in which the network names its weights."""
+    layers = init_params(Architecture(**TINY), jax.random.key(9))["layers"]
+    first = {
+        name: float(weight.reshape(-1)[0]) for part in ("self_attn", "mlp") for name, weight in layers[part].items()
+    }
+    expected = {"q_proj": 0.000952, "o_proj": -0.025306, "gate_proj": -0.018787, "down_proj": -0.034172}
+    assert {name: first[name] for name in expected} == pytest.approx(expected, abs=2e-6)
+
+
 def test_a_pass_that_keeps_each_layers_keys_must_find_the_layers_apart():
     config = Architecture(**TINY)
     params, tokens = init_params(config, jax.random.key(0)), jnp.arange(4, dtype=jnp.int32)[None]

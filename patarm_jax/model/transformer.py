@@ -358,8 +358,7 @@ class _Attention(nn.Module):
         """What is added to x, and what `_Block` says."""
         c, dtype = self.config, self.how.dtype
         d, n, k, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        o_proj = _weight(self, "o_proj", (n, h, d), ("heads", "head_dim", "embed")).astype(dtype)
-
+        # A weight's first value depends on how many there were before it.
         if self.has_variable("params", QKV):
             fused = jnp.einsum("rsd,dkgh->rskgh", x, self.get_variable("params", QKV).astype(dtype))
             q, keys, values = fused[..., :-2, :].reshape(*x.shape[:2], n, h), fused[..., -2, :], fused[..., -1, :]
@@ -370,6 +369,7 @@ class _Attention(nn.Module):
             q = _adapted(self, "q_proj", x, jnp.einsum("rsd,dnh->rsnh", x, q_proj))
             keys = _adapted(self, "k_proj", x, jnp.einsum("rsd,dkh->rskh", x, k_proj))
             values = _adapted(self, "v_proj", x, jnp.einsum("rsd,dkh->rskh", x, v_proj))
+        o_proj = _weight(self, "o_proj", (n, h, d), ("heads", "head_dim", "embed")).astype(dtype)
         if c.model_type == "qwen2":
             q, keys = _biased(self, "q_bias", "heads", q), _biased(self, "k_bias", "kv_heads", keys)
             values = _biased(self, "v_bias", "kv_heads", values)
@@ -404,7 +404,6 @@ class _MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         d, f = self.config.hidden_size, self.config.intermediate_size
-        down = _weight(self, "down_proj", (f, d), ("mlp", "embed")).astype(self.how.dtype)
         if self.has_variable("params", GATE_UP):
             fused = jnp.einsum("rsd,dcf->rscf", x, self.get_variable("params", GATE_UP).astype(self.how.dtype))
             gated, raised = fused[:, :, 0], fused[:, :, 1]
@@ -412,6 +411,7 @@ class _MLP(nn.Module):
             gate = _weight(self, "gate_proj", (d, f), ("embed", "mlp")).astype(self.how.dtype)
             up = _weight(self, "up_proj", (d, f), ("embed", "mlp")).astype(self.how.dtype)
             gated, raised = _adapted(self, "gate_proj", x, x @ gate), _adapted(self, "up_proj", x, x @ up)
+        down = _weight(self, "down_proj", (f, d), ("mlp", "embed")).astype(self.how.dtype)
         hidden = constrain(nn.silu(gated) * raised, BATCH_AXES, None, "tensor")
         return _adapted(self, "down_proj", hidden, hidden @ down)
 
