@@ -12,7 +12,7 @@ from patarm_jax.arrays import Seats
 from patarm_jax.model import pages, weights
 from patarm_jax.model.architecture import Architecture
 from patarm_jax.model.cache import CacheSizes, init_cache, place_prompts
-from patarm_jax.model.for_sampling import for_sampling
+from patarm_jax.model.for_sampling import for_sampling, unstack_layers
 from patarm_jax.model.pages import most_pages
 from patarm_jax.model.transformer import decode, forward, init_params, logits, prefill
 from tests.test_pages import mesh_of
@@ -195,8 +195,13 @@ def test_a_seed_gives_the_weights_that_it_always_gave():
     assert {name: first[name] for name in expected} == pytest.approx(expected, abs=2e-6)
 
 
-def test_a_pass_that_keeps_each_layers_keys_must_find_the_layers_apart():
+def test_layers_are_read_as_they_lie():
+    """A pass over whole sequences takes any; one that keeps each layer's keys must find the layers apart."""
     config = Architecture(**TINY)
     params, tokens = init_params(config, jax.random.key(0)), jnp.arange(4, dtype=jnp.int32)[None]
+    lying = (params, unstack_layers(params), for_sampling(params))
+    stacked, apart, fused = (forward(each, config, tokens).prompt for each in lying)
+    np.testing.assert_allclose(stacked, apart, atol=1e-6)
+    np.testing.assert_allclose(stacked, fused, atol=1e-6)
     with pytest.raises(ValueError, match=r"are stacked.*for_sampling"):
         prefill(params, config, tokens, jnp.array([4]))

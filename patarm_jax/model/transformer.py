@@ -358,7 +358,6 @@ class _Attention(nn.Module):
         """What is added to x, and what `_Block` says."""
         c, dtype = self.config, self.how.dtype
         d, n, k, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        # A weight's first value depends on how many there were before it.
         if self.has_variable("params", QKV):
             fused = jnp.einsum("rsd,dkgh->rskgh", x, self.get_variable("params", QKV).astype(dtype))
             q, keys, values = fused[..., :-2, :].reshape(*x.shape[:2], n, h), fused[..., -2, :], fused[..., -1, :]
@@ -369,6 +368,7 @@ class _Attention(nn.Module):
             q = _adapted(self, "q_proj", x, jnp.einsum("rsd,dnh->rsnh", x, q_proj))
             keys = _adapted(self, "k_proj", x, jnp.einsum("rsd,dkh->rskh", x, k_proj))
             values = _adapted(self, "v_proj", x, jnp.einsum("rsd,dkh->rskh", x, v_proj))
+        # Behind those: what a weight is at first depends on how many were named before it.
         o_proj = _weight(self, "o_proj", (n, h, d), ("heads", "head_dim", "embed")).astype(dtype)
         if c.model_type == "qwen2":
             q, keys = _biased(self, "q_bias", "heads", q), _biased(self, "k_bias", "kv_heads", keys)

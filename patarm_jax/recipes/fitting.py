@@ -70,8 +70,8 @@ def allowed_slices(units: int, shards: int) -> list[int]:
 def fewest(allowed: Sequence[int], needed: Callable[[int], int], offered: int) -> tuple[int, int]:
     """The first number of slices whose need is no more than is offered, and that need; else the one that needs least.
 
-    From two on, more slices never need more; so few of them are tried. One may need less than two, which have the sum
-    of their gradients beside the newest.
+    From two on, more slices never need more; so few of them are tried. One may need less than two, which hold their
+    gradient from the first slice on.
 
     >>> fewest([1, 2, 4, 8], lambda slices: 80 // slices, 25)
     (4, 20)
